@@ -1,0 +1,5 @@
+"""`python -m lrsurgery`."""
+
+from lrsurgery.cli import main
+
+main()

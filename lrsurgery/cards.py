@@ -1,0 +1,106 @@
+"""Model cards: README.md of an output folder, as the hub reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from lrsurgery.report import Report
+from lrsurgery.sources import Source
+
+TABLE_ROWS = 40
+
+
+def model_card(report: Report, source: Source, name: str) -> str:
+    """What was done, at what cost, and how to load the result."""
+    totals = report.to_dict()["totals"]
+    share = totals["share"]
+    kept = "" if share is None else f" ({share:.1%})"
+    lines = [
+        *_front_matter(source),
+        f"# {name}",
+        "",
+        f"`{source.hub_id or source.name}` with {totals['layers_factorised']} layers made low rank by"
+        " [lrsurgery](https://pypi.org/project/lrsurgery/). Load it with lrsurgery installed:",
+        "",
+        "```python",
+        *_loading(source, name),
+        "```",
+        "",
+        f"Parameters: {totals['parameters_before']:,} before, {totals['parameters_after']:,} after{kept}.",
+        f"Options: `{json.dumps(report.options)}`",
+        "",
+        *(f"Note: {note}.\n" for note in report.notes),
+        "| layer | rank | full rank | parameters | kept | energy kept | relative error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report.factorised[:TABLE_ROWS]:
+        assert row.parameters_after is not None
+        lines.append(
+            f"| {row.name} | {row.rank} | {row.full_rank} | {row.parameters_after:,} |"
+            f" {row.parameters_after / row.parameters_before:.1%} | {_percent(row.energy_kept)} | {_percent(row.relative_error)} |"
+        )
+    if len(report.factorised) > TABLE_ROWS:
+        lines.append(f"\n{len(report.factorised) - TABLE_ROWS} more layers stand in `rank_report.json`.")
+    return "\n".join(lines) + "\n"
+
+
+def dense_card(source: Source, name: str) -> str:
+    """The card of a dense export."""
+    return "\n".join(
+        [
+            *_front_matter(source),
+            f"# {name}",
+            "",
+            f"`{source.name}`, a model made low rank by lrsurgery, multiplied out into ordinary layers again: it loads"
+            " with nothing but its own library, has the parameters of a dense model, and the quality of the low-rank one.",
+            "",
+        ]
+    )
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"
+
+
+def _loading(source: Source, name: str) -> list[str]:
+    if source.library == "timm":
+        return [
+            "import lrsurgery",
+            f'model = lrsurgery.load_model("{name}")  # a timm module',
+            "",
+            "import lrsurgery.hf  # or through transformers",
+            "from transformers import AutoModelForImageClassification",
+            f'model = AutoModelForImageClassification.from_pretrained("{name}")',
+        ]
+    return [
+        "import lrsurgery.hf  # registers the format with transformers",
+        "from transformers import AutoModel  # or the AutoModelFor... class of your task",
+        f'model = AutoModel.from_pretrained("{name}")',
+    ]
+
+
+def _front_matter(source: Source) -> list[str]:
+    fields: dict[str, Any] = {}
+    licence = _licence(source)
+    if licence:
+        fields["license"] = licence
+    fields["library_name"] = "timm" if source.library == "timm" else "transformers"
+    if source.hub_id:
+        fields["base_model"] = source.hub_id
+    lines = [f"{key}: {value}" for key, value in fields.items()]
+    return ["---", *lines, "tags:", "- lrsurgery", "- low-rank", "---"]
+
+
+def _licence(source: Source) -> str | None:
+    """The licence that the source's card or timm config names."""
+    card = source.folder / "README.md" if source.folder else None
+    if card is not None and card.is_file():
+        found = re.search(
+            r"^license:\s*([\w.-]+)\s*$", card.read_text(encoding="utf-8", errors="replace")[:4000], re.MULTILINE
+        )
+        if found:
+            return found.group(1)
+    named = (source.config.get("pretrained_cfg") or {}).get("license")
+    return named if isinstance(named, str) and re.fullmatch(r"[\w.-]+", named) else None

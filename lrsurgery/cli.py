@@ -1,0 +1,275 @@
+"""The command line: each command parses, calls one function and renders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lrsurgery import __version__
+from lrsurgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from lrsurgery.console import Screen
+    from lrsurgery.report import Report
+
+app = typer.Typer(
+    name="lrsurgery",
+    help="Make the layers of a pretrained transformers or timm model low rank, see what it cost, ship the result.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    rich_markup_mode="rich",
+)
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A transformers or timm folder, a hub id, timm:NAME, or a weight file with --architecture.",
+        show_default=False,
+    ),
+]
+FolderArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="A folder that lrsurgery wrote.", show_default=False)
+]
+RankOption = Annotated[
+    list[str],
+    typer.Option(
+        "--rank",
+        "-r",
+        metavar="RANK|GLOB=RANK",
+        help="0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers.",
+        show_default=False,
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="DIR", help="Output folder; named from model and rank if left out."),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; words for people go to stderr.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint. Read it first.")
+]
+ShardOption = Annotated[
+    str, typer.Option("--shard-size", metavar="SIZE", help="Largest weight file, such as 5GB or 500MB.")
+]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"lrsurgery {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Make the layers of a pretrained transformers or timm model low rank, see what it cost, ship the result.
+
+    [bold]Examples[/bold]
+
+      lrsurgery factorise gpt2 --rank 0.5
+
+      lrsurgery report gpt2-rank-0.5
+
+      lrsurgery export gpt2-rank-0.5 --to dense --output gpt2-dense
+    """
+
+
+@app.command()
+def factorise(
+    model: ModelArgument,
+    rank: RankOption,
+    output: OutputOption = None,
+    init: Annotated[
+        str, typer.Option("--init", help="spectral (keeps the model), or spectral-ones, he (to be trained again).")
+    ] = "spectral",
+    conv: Annotated[
+        str, typer.Option("--conv", help="channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw.")
+    ] = "channel",
+    include: Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these layers.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these layers.")] = None,
+    multiple_of: Annotated[int, typer.Option("--multiple-of", metavar="N", help="Round ranks to multiples of N.")] = 1,
+    allow_larger: Annotated[
+        bool, typer.Option("--allow-larger", help="Factorise layers at or over break-even too.")
+    ] = False,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Initialise the model anew from its config first.")
+    ] = False,
+    seed: Annotated[int, typer.Option("--seed", help="For --from-scratch and --init he.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", help="keep, float32, bfloat16 or float16.")] = "keep",
+    shard_size: ShardOption = "5GB",
+    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")] = None,
+    architecture: Annotated[
+        str | None, typer.Option("--architecture", metavar="NAME", help="timm model name of a bare weight file.")
+    ] = None,
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Replace a model's layers by low-rank ones and write a checkpoint that loads in transformers or timm.
+
+    [bold]Examples[/bold]
+
+      lrsurgery factorise gpt2 --rank 0.5 --dry-run
+
+      lrsurgery factorise ./my-llama --rank params:0.5 --rank '*.down_proj=0.7' --exclude '*.0.*'
+
+      lrsurgery factorise timm/resnet50.a1_in1k --rank energy:0.9 --conv spatial --output resnet50-small
+
+      lrsurgery factorise gpt2 --from-scratch --init spectral-ones --rank 0.62
+    """
+    screen = _screen(quiet, as_json)
+    from lrsurgery.factorise import Options, iter_factorise, plan_checkpoint
+
+    options = Options(
+        rank, init, conv, include or ("*",), exclude or (), allow_larger, multiple_of, seed, from_scratch, device, dtype,
+        shard_size, revision, architecture, trust_remote_code, overwrite, _command(),
+    )  # fmt: skip
+    if dry_run:
+        _show_report(screen, plan_checkpoint(model, options))
+        screen.say("Nothing was written; leave --dry-run out to do it.")
+        return
+    target = output or Path(_default_name(model, options.rank))
+    report = screen.follow(iter_factorise(model, target, options), "factorise")
+    _show_report(screen, report, output=str(target))
+    screen.say(f"Written to {target}")
+    screen.say(f"Next: lrsurgery report {shlex.quote(str(target))}")
+
+
+@app.command()
+def report(
+    folder: FolderArgument,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show what was done to each layer of a factorised model.
+
+    [bold]Examples[/bold]
+
+      lrsurgery report gpt2-rank-0.5
+
+      lrsurgery report gpt2-rank-0.5 --json | jq .totals
+    """
+    screen = _screen(quiet, as_json)
+    from lrsurgery.reading import read_report
+
+    _show_report(screen, read_report(folder))
+
+
+@app.command()
+def export(
+    folder: FolderArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Output folder.", show_default=False)],
+    to: Annotated[str, typer.Option("--to", help="dense: ordinary layers that need no lrsurgery to load.")] = "dense",
+    shard_size: ShardOption = "5GB",
+    trust_remote_code: TrustOption = False,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Write a factorised model as a folder that plain transformers or timm loads.
+
+    [bold]Examples[/bold]
+
+      lrsurgery export gpt2-rank-0.5 --to dense --output gpt2-dense
+    """
+    screen = _screen(quiet, as_json)
+    from lrsurgery.export import iter_export
+
+    steps = iter_export(folder, output, shard_size, to=to, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    screen.follow(steps, "export")
+    screen.emit({"output": str(output), "to": to})
+    screen.say(f"Written to {output}")
+
+
+def _screen(quiet: bool, as_json: bool) -> Screen:
+    from lrsurgery.console import Screen
+
+    return Screen(quiet=quiet, as_json=as_json)
+
+
+def _show_report(screen: Screen, found: Report, **facts: Any) -> None:
+    from lrsurgery.console import kept_table, layer_table, totals_lines
+
+    screen.emit({**facts, **found.to_dict()})
+    screen.show(layer_table(found), "", *([kept_table(found), ""] if found.dense else []), *totals_lines(found))
+    for note in found.notes:
+        screen.say(f"Note: {note}")
+
+
+def _default_name(model: str, rank: Any) -> str:
+    from lrsurgery.ranks import parse_rank
+
+    spec = str(parse_rank(rank).default or "mixed").replace(":", "-")
+    stem = Path(model.removeprefix("timm:"))
+    name = stem.stem if stem.suffix in (".safetensors", ".bin", ".pth", ".pt") else stem.resolve().name
+    return f"{name}-rank-{spec}"
+
+
+def _command() -> str:
+    return shlex.join(["lrsurgery", *sys.argv[1:]])
+
+
+def main() -> None:
+    """The `lrsurgery` program: 0 for success, 2 for what the user can put right, 130 after Ctrl-C, 1 for our bugs."""
+    import signal
+
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written output is removed
+    arguments = sys.argv[1:]
+    debug, as_json = "--debug" in arguments, "--json" in arguments
+    # their loaders' own bars and warnings are not this program's voice
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS"):
+        os.environ.setdefault(name, "1")
+    if not debug:
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        import warnings
+
+        warnings.filterwarnings("ignore")
+    try:
+        code = app(standalone_mode=False)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130, as_json)
+    except typer.Exit as e:
+        code = e.exit_code
+    except typer.Abort:
+        _fail("aborted", 1, as_json)
+    except SurgeryError as e:
+        if debug:
+            raise
+        _fail(" ".join(str(e).split()), 2, as_json)
+    except Exception as e:
+        if debug:
+            raise
+        if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # a usage error of the command line parser
+            context = getattr(e, "ctx", None)
+            _fail(f"{e.format_message()} See {context.command_path if context else 'lrsurgery'} --help", 2, as_json)
+        _fail(f"unexpected {type(e).__name__}: {' '.join(str(e).split())} (a bug; --debug shows where)", 1, as_json)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int, as_json: bool) -> None:
+    sys.stderr.write(f"lrsurgery: {message}\n")
+    if as_json:
+        sys.stdout.write(json.dumps({"error": message}) + "\n")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    sys.exit(code)

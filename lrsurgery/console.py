@@ -1,0 +1,108 @@
+"""What a person sees: progress, tables, errors. JSON goes to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Generator
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from lrsurgery.report import Report, Row
+
+Result = TypeVar("Result")
+
+
+class Screen:
+    """Where a command's words go, by its flags: `--quiet` says nothing but errors, `--json` keeps stdout for one object."""
+
+    def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
+        self.quiet, self.as_json = quiet, as_json
+        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.out = Console(stderr=as_json, highlight=False)
+
+    def say(self, text: str) -> None:
+        """One line for people."""
+        if not self.quiet:
+            self.err.print(text, markup=False)
+
+    def show(self, *things: Any) -> None:
+        """A command's result for people; nothing with `--json`."""
+        if not (self.quiet or self.as_json):
+            for thing in things:
+                self.out.print(thing, markup=False) if isinstance(thing, str) else self.out.print(thing)
+
+    def emit(self, body: dict[str, Any]) -> None:
+        """A command's result for programs: one JSON object, only with `--json`."""
+        if self.as_json:
+            sys.stdout.write(json.dumps(body, indent=2) + "\n")
+
+    def follow(self, steps: Generator[Any, None, Result], verb: str) -> Result:
+        """Runs a job under a live bar (layer, done/total, time left), shown on a terminal only."""
+        live = self.err.is_terminal and not self.quiet
+        columns = (
+            TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[layer]}")
+        )  # fmt: skip
+        with Progress(*columns, console=self.err, disable=not live, transient=True) as bar:
+            task = bar.add_task(verb, total=None, layer="reading")
+            while True:
+                try:
+                    event = next(steps)
+                except StopIteration as stop:
+                    return stop.value  # type: ignore[no-any-return]
+                bar.update(task, completed=event.done, total=event.total, layer=event.name)
+
+
+def layer_table(report: Report) -> Table:
+    """The factorised layers, with rank, full rank and parameter share side by side, since tools differ in what 0.5 means."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layer", overflow="fold")
+    for header in ("shape", "rank", "full", "parameters", "kept", "energy", "error"):
+        table.add_column(header, justify="right", no_wrap=True)
+    for row in report.factorised:
+        table.add_row(
+            row.name, "x".join(map(str, row.shape)), str(row.rank or "?"), str(row.full_rank),
+            f"{row.parameters_before:,}", _share(row), _percent(row.energy_kept), _percent(row.relative_error),
+        )  # fmt: skip
+    return table
+
+
+def kept_table(report: Report) -> Table:
+    """The layers that stay dense, by reason."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layers", justify="right")
+    table.add_column("stay dense because", overflow="fold")
+    table.add_column("such as", overflow="fold")
+    counts = Counter(row.reason for row in report.dense)
+    for reason, count in counts.most_common():
+        first = next(row.name for row in report.dense if row.reason == reason)
+        table.add_row(str(count), reason or "", first)
+    return table
+
+
+def totals_lines(report: Report) -> list[str]:
+    """Parameters and bytes, before and after."""
+    totals = report.to_dict()["totals"]
+    lines = [f"{totals['layers_factorised']} layers factorised, {totals['layers_dense']} stay dense"]
+    after = totals["parameters_after"]
+    if after is None:
+        lines.append(f"parameters: {totals['parameters_before']:,} before")
+    else:
+        lines.append(f"parameters: {totals['parameters_before']:,} -> {after:,} ({totals['share']:.1%})")
+    if totals["bytes_before"] and totals["bytes_after"]:
+        share = totals["bytes_after"] / totals["bytes_before"]
+        lines.append(f"bytes:      {totals['bytes_before']:,} -> {totals['bytes_after']:,} ({share:.1%})")
+    return lines
+
+
+def _share(row: Row) -> str:
+    return "" if row.parameters_after is None else f"{row.parameters_after / row.parameters_before:.1%}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"

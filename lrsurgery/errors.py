@@ -1,0 +1,27 @@
+"""Errors meant for the person at the keyboard: one line that says where, what, the bound and what to do."""
+
+from __future__ import annotations
+
+
+class SurgeryError(Exception):
+    """Something the user can put right. The CLI prints it as one line and exits with code 2."""
+
+
+class RankError(SurgeryError, ValueError):
+    """A rank that cannot be read, or that the matrix cannot have."""
+
+
+class PlanError(SurgeryError, ValueError):
+    """A plan that does not fit the model: an unknown layer name, a glob that matches nothing."""
+
+
+class SourceError(SurgeryError):
+    """A model reference or checkpoint file that cannot be used."""
+
+
+class OutputError(SurgeryError):
+    """An output folder that cannot be written."""
+
+
+class WeightError(SurgeryError, ValueError):
+    """A tensor that cannot be factorised: not finite, of the wrong shape, or beyond LAPACK."""

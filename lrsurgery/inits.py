@@ -1,0 +1,73 @@
+"""Initialisations of the factors: a dense matrix and a rank in, balanced factors out.
+
+To add one: a function of the same signature and an entry in `INITS`.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lrsurgery.errors import SurgeryError
+from lrsurgery.linalg import (
+    Decomposed,
+    Factors,
+    RankChoice,
+    balance,
+    direction_factors,
+    spectral_factors,
+    working_dtype,
+)
+
+
+class Init(Protocol):
+    """weight (rows, columns); rank or a function of the singular values; fan_in of the dense layer; a CPU generator."""
+
+    def __call__(self, weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator) -> Decomposed: ...
+
+
+def spectral(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator) -> Decomposed:
+    """The truncated SVD, singular values split evenly (Khodak et al. 2021; Kamalakara et al. 2022)."""
+    return spectral_factors(weight, rank)
+
+
+def spectral_ones(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator) -> Decomposed:
+    """The singular directions alone: every kept singular value replaced by 1 (Kamalakara et al. 2022)."""
+    return direction_factors(weight, rank)
+
+
+def he(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator) -> Decomposed:
+    """Normal factors whose product has the variance 2 / fan_in of a dense He-initialised layer (He et al. 2015).
+
+    An entry of the product is a sum of `rank` terms, so var(u) var(v) = 2 / (fan_in rank). Balanced afterwards, which
+    leaves the product as it is.
+    """
+    rows, columns = weight.shape
+    values = spectral_factors(weight, 1).values
+    rank = rank(values) if callable(rank) else rank
+    std = (2 / (fan_in * rank)) ** 0.25
+    # drawn on the CPU in fp32, so that a seed means the same factors on every device
+    u = torch.randn(rows, rank, generator=generator) * std
+    v = torch.randn(rank, columns, generator=generator) * std
+    dtype = working_dtype(weight.dtype)
+    return Decomposed(balance(Factors(u.to(weight.device, dtype), v.to(weight.device, dtype))), values)
+
+
+INITS: dict[str, Init] = {"spectral": spectral, "spectral-ones": spectral_ones, "he": he}
+
+
+def get_init(name: str) -> Init:
+    """The init of this name. Raises SurgeryError that lists the known ones."""
+    if name not in INITS:
+        raise SurgeryError(f"unknown init '{name}'; known: {', '.join(INITS)}")
+    return INITS[name]
+
+
+def layer_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one layer, the same whatever the order of the layers."""
+    mixed = seed & 0xFFFFFFFF
+    for byte in name.encode():  # FNV-1a: stable over processes, unlike hash()
+        mixed = ((mixed ^ byte) * 0x100000001B3) & 0x7FFFFFFFFFFFFFFF
+    return torch.Generator().manual_seed(mixed)

@@ -1,0 +1,269 @@
+"""What would be done to a model: which layers get which rank, and why the others stay as they are. Nothing is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+
+from torch import Tensor, nn
+
+from lrsurgery.errors import PlanError
+from lrsurgery.layers import KINDS, FactorisedLayer, kind_of
+from lrsurgery.ranks import RankSpec, break_even_rank
+
+CONV_SCHEMES = ("channel", "spatial")
+ALREADY = "already factorised"
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A layer to factorise. `rank` is None while the policy waits for the singular values."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]  # of the dense weight
+    rows: int
+    columns: int
+    rank: int | None
+    bias: int  # parameters that stay as they are
+
+    reason = None
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.rows, self.columns)
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns + self.bias
+
+    @property
+    def factorised_parameters(self) -> int | None:
+        return None if self.rank is None else self.rank * (self.rows + self.columns) + self.bias
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer, or a bare parameter, that stays dense, and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows in the model's own order."""
+
+    rows: tuple[Replaced | Kept, ...]
+    spec: RankSpec
+    allow_larger: bool
+
+    @property
+    def replaced(self) -> tuple[Replaced, ...]:
+        return tuple(row for row in self.rows if isinstance(row, Replaced))
+
+    @property
+    def needs_spectra(self) -> bool:
+        return any(row.rank is None for row in self.replaced)
+
+    def settle(self, row: Replaced, values: Tensor) -> Replaced | Kept:
+        """The row once its singular values (full rank,) are known."""
+        rank = self.spec.rank_of(row.name, row.rows, row.columns, values)
+        return _unless_larger(replace(row, rank=rank), self.allow_larger)
+
+    def with_rows(self, settled: Mapping[str, Replaced | Kept]) -> Plan:
+        """The same plan with these rows in place of those of the same name."""
+        return replace(self, rows=tuple(settled.get(row.name, row) for row in self.rows))
+
+
+def _unless_larger(row: Replaced, allow_larger: bool) -> Replaced | Kept:
+    limit = break_even_rank(row.rows, row.columns)
+    if row.rank is None or row.rank <= limit or allow_larger:
+        return row
+    reason = f"rank {row.rank} is over break-even ({limit})" if limit else "no rank saves parameters"
+    return Kept(row.name, row.kind, row.shape, row.parameters, reason)
+
+
+def plan_rows(
+    model: nn.Module,
+    rank: RankSpec,
+    *,
+    conv: str = "channel",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    allow_larger: bool = False,
+    heads: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
+) -> list[Replaced | Kept]:
+    """Decides for every layer of `model`, which may lie on the meta device.
+
+    `heads` are layer names that stay dense with the reason given, unless a rank override spells the name out; `tied` maps
+    a parameter's name to what it is tied to (parameters shared in memory are found by themselves).
+
+    Raises PlanError for a glob that matches no layer; RankError for a rank above a layer's full rank.
+    """
+    if conv not in CONV_SCHEMES:
+        raise PlanError(f"unknown conv scheme '{conv}'; known: {', '.join(CONV_SCHEMES)}")
+    layers = list(_layers(model))
+    names = [name for name, *_ in layers]
+    for option, patterns in (
+        ("include", include), ("exclude", exclude), ("rank", [pattern for pattern, _ in rank.overrides])
+    ):  # fmt: skip
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = f"; layers are named like '{names[len(names) // 2]}'" if names else ""
+                raise PlanError(f"{option} '{pattern}' matches no layer{near}")
+    shared = _shared(model, tied or {})
+    rows: list[Replaced | Kept] = []
+    for name, module, weight in layers:
+        kind = kind_of(module, conv) if module is not None else None
+        own = sum(p.numel() for p in module.parameters(recurse=False)) if module is not None else weight.numel()
+        reason = _reason_to_keep(name, module, weight, kind, heads or {}, shared, rank, include, exclude)
+        if reason is not None:
+            shown = kind or (type(module).__name__ if module is not None else "Parameter")
+            rows.append(Kept(name, shown, tuple(weight.shape), own, reason))
+            continue
+        assert kind is not None and module is not None
+        matrix = KINDS[kind].matrix_shape(weight.shape)
+        policy = rank.policy_for(name)
+        assert policy is not None
+        chosen = None if policy.needs_spectrum else rank.rank_of(name, *matrix)
+        row = Replaced(name, kind, tuple(weight.shape), *matrix, chosen, own - weight.numel())
+        rows.append(_unless_larger(row, allow_larger))
+    return rows
+
+
+def make_plan(model: nn.Module, rank: RankSpec, *, allow_larger: bool = False, **options: Any) -> Plan:
+    """The plan of `plan_rows`, which takes the same options.
+
+    Raises PlanError and RankError as it does, and PlanError where nothing at all would be factorised.
+    """
+    rows = plan_rows(model, rank, allow_larger=allow_larger, **options)
+    plan = Plan(tuple(rows), rank, allow_larger)
+    if not plan.replaced:
+        reasons = sorted({row.reason for row in rows if isinstance(row, Kept)})
+        why = f" ({'; '.join(reasons[:4])}{'; ...' if len(reasons) > 4 else ''})" if reasons else ""
+        raise PlanError(f"nothing to factorise at rank {rank}: every layer stays dense{why}")
+    return plan
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
+    """(name, module, its largest parameter) of all that holds a matrix; module None for parameters of a container."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, FactorisedLayer):
+            inside.append(name + ".")
+            yield name, module, module.v.weight
+            continue
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p is not None and p.ndim >= 2}
+        if "weight" in own and not any(True for _ in module.children()):
+            if name:
+                yield name, module, own["weight"]
+            continue
+        for key, parameter in own.items():
+            yield f"{name}.{key}".lstrip("."), None, parameter
+
+
+def _shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
+    """Parameter name -> the other parameter that it is, for parameters used by more than one module."""
+    partner = dict(tied) | {other: name for name, other in tied.items()}
+    first: dict[int, tuple[str, int]] = {}
+    for module_name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{key}".lstrip(".")
+            seen = first.setdefault(id(parameter), (name, id(module)))
+            if seen[1] != id(module):
+                partner.setdefault(name, seen[0])
+                partner.setdefault(seen[0], name)
+    return partner
+
+
+def _reason_to_keep(
+    name: str,
+    module: nn.Module | None,
+    weight: Tensor,
+    kind: str | None,
+    heads: Mapping[str, str],
+    shared: Mapping[str, str],
+    rank: RankSpec,
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> str | None:
+    if module is None:
+        return (
+            "fused experts: one parameter of 3 axes"
+            if ".experts." in f".{name}" and weight.ndim == 3
+            else ("a bare parameter, not a layer")
+        )
+    if isinstance(module, FactorisedLayer):
+        return ALREADY
+    if f"{name}.weight" in shared:
+        return f"tied to {shared[f'{name}.weight'].removesuffix('.weight')}"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if kind is None:
+        return _no_form(module)
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"quantised weight ({str(weight.dtype).removeprefix('torch.')})"
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        return "depthwise convolution" if module.groups == module.in_channels else "grouped convolution"
+    if name in heads and not rank.names(name):
+        return heads[name]
+    if not any(fnmatchcase(name, pattern) for pattern in include):
+        return "not included"
+    if any(fnmatchcase(name, pattern) for pattern in exclude):
+        return "excluded"
+    if rank.policy_for(name) is None:
+        return "no rank given for it"
+    return None
+
+
+def _no_form(module: nn.Module) -> str:
+    name = type(module).__name__
+    for base in (nn.Linear, nn.Conv2d):
+        if isinstance(module, base):
+            return f"unknown subclass {name} of {base.__name__}"
+    return f"no factorised form for {name}"
+
+
+def find_heads(model: nn.Module) -> dict[str, str]:
+    """Names of the output heads and classifiers of a model, with the reason that the plan shows.
+
+    transformers models: the output embeddings and the layers outside the base model. timm models: `get_classifier()`.
+    Others: the last linear layer under a child that is named as torchvision names its heads.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[nn.Module] = []
+    base = getattr(model, "base_model", None)
+    anything: Any = model
+    if isinstance(base, nn.Module) and hasattr(model, "get_output_embeddings"):
+        output = anything.get_output_embeddings()
+        found += [output] if isinstance(output, nn.Module) else []
+        if base is not model:
+            inside = {id(module) for module in base.modules()}
+            found += [module for module in model.modules() if id(module) not in inside and kind_of(module, "channel")]
+    wrapped: Any = base if isinstance(base, nn.Module) else model
+    if callable(getattr(wrapped, "get_classifier", None)):
+        classifier = wrapped.get_classifier()
+        for part in classifier if isinstance(classifier, tuple | list) else [classifier]:
+            found += [m for m in part.modules() if kind_of(m, "channel")] if isinstance(part, nn.Module) else []
+    elif not isinstance(base, nn.Module):
+        for child in ("fc", "classifier", "head", "heads", "lm_head"):
+            part = getattr(model, child, None)
+            if isinstance(part, nn.Module):
+                found += [m for m in part.modules() if kind_of(m, "channel")][-1:]
+    return {names[id(module)]: "output head" for module in found if id(module) in names}
+
+
+def settle_all(plan: Plan, values_of: Callable[[Replaced], Tensor]) -> Plan:
+    """The plan with every rank known; `values_of` gives a row's singular values and is called only where needed."""
+    settled = {row.name: plan.settle(row, values_of(row)) for row in plan.replaced if row.rank is None}
+    return plan.with_rows(settled)

@@ -1,0 +1,268 @@
+"""Tensors in files: lazy reading of sharded checkpoints, and writing safetensors shards one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import torch
+from torch import Tensor
+
+from lrsurgery.errors import OutputError, SourceError
+
+SAFETENSORS_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time."""
+
+    def keys(self) -> list[str]: ...
+
+    def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape, without reading the data."""
+        ...
+
+    def read(self, key: str) -> Tensor:
+        """The tensor on the CPU. Raises SourceError that names it."""
+        ...
+
+
+class SafetensorsSource:
+    """One or several .safetensors files. Raises SourceError for a file whose header and data do not agree."""
+
+    def __init__(self, files: list[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._stack = ExitStack()
+        self._where: dict[str, tuple[Any, Path]] = {}
+        for file in files:
+            try:
+                handle = self._stack.enter_context(safe_open(file, framework="pt"))
+            except FileNotFoundError as e:
+                raise SourceError(f"{file}: the shard is missing") from e
+            except (SafetensorError, OSError) as e:
+                raise SourceError(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
+            for key in handle.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
+                self._where[key] = (handle, file)
+
+    def keys(self) -> list[str]:
+        return list(self._where)
+
+    def file_of(self, key: str) -> Path:
+        return self._where[key][1]
+
+    def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        handle, file = self._where[key]
+        piece = handle.get_slice(key)
+        name = piece.get_dtype()
+        if name not in DTYPES:
+            raise SourceError(f"{file}: {key} has dtype {name}, which this tool does not read")
+        return DTYPES[name], tuple(piece.get_shape())
+
+    def read(self, key: str) -> Tensor:
+        handle, file = self._where[key]
+        try:
+            return handle.get_tensor(key)  # type: ignore[no-any-return]
+        except Exception as e:  # safetensors raises several kinds for damaged data
+            raise SourceError(f"{file}: {key} cannot be read ({e})") from e
+
+
+class DictSource:
+    """Tensors in memory or, from `torch.load(mmap=True)`, in a mapped file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+        self._tensors = tensors
+        self._origin = origin
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        tensor = self._tensors[key]
+        return tensor.dtype, tuple(tensor.shape)
+
+    def read(self, key: str) -> Tensor:
+        return self._tensors[key].detach()
+
+
+def read_pickle(files: list[Path]) -> DictSource:
+    """.bin, .pth and .pt files, through `torch.load(weights_only=True)` alone: nothing in them is executed.
+
+    Training checkpoints are unwrapped (`state_dict`, `model`, EMA weights first), as timm does.
+
+    Raises SourceError for files that hold more than weights, or are damaged.
+    """
+    import pickle
+
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as e:
+                if "mmap" not in str(e):
+                    raise
+                state = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        except pickle.UnpicklingError as e:
+            raise SourceError(
+                f"{file}: holds more than weights (or is damaged), and nothing in a pickle is executed here;"
+                " save its state dict as safetensors"
+            ) from e
+        except FileNotFoundError as e:
+            raise SourceError(f"{file}: the shard is missing") from e
+        except (RuntimeError, EOFError, OSError, ValueError) as e:
+            raise SourceError(f"{file}: not a readable PyTorch file ({str(e).splitlines()[0]})") from e
+        for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                state = state[wrapper]
+                break
+        if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+            raise SourceError(f"{file}: holds no state dict")
+        tensors.update({str(key): value for key, value in state.items() if isinstance(value, Tensor)})
+    return DictSource(tensors, str(files[0]))
+
+
+def open_tensors(files: list[Path]) -> TensorSource:
+    """The tensors of a checkpoint's files, which are all of one format."""
+    if files and files[0].suffix == ".safetensors":
+        return SafetensorsSource(files)
+    return read_pickle(files)
+
+
+class ShardWriter:
+    """Writes safetensors shards into a folder, each tensor as it comes, with no more than one in memory.
+
+    The safetensors library writes a file from all of its tensors at once; this writes the same format (a header padded
+    with spaces, which the format allows) in the memory of one. Tensors must come in descending order of item size, so
+    that each one lies aligned without holes.
+    """
+
+    def __init__(self, folder: Path, *, shard_size: int, stem: str = "model") -> None:
+        self._folder = folder
+        self._limit = shard_size
+        self._stem = stem
+        self._file: IO[bytes] | None = None
+        self._shards: list[tuple[Path, dict[str, Any], int]] = []
+        self._item_size = 16
+
+    HEADER_BYTES = 1 << 16  # grown by rewriting the shard where its names need more
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Appends a tensor under a name that is new to the checkpoint."""
+        assert all(name not in entries for _, entries, _ in self._shards), name
+        assert tensor.element_size() <= self._item_size, f"{name}: tensors must come in descending item size"
+        self._item_size = tensor.element_size()
+        size = tensor.numel() * tensor.element_size()
+        if self._file is None or (self._shards[-1][2] and self._shards[-1][2] + size > self._limit):
+            self._close_shard()
+            path = self._folder / f"{self._stem}-{len(self._shards) + 1:05d}.partial"
+            self._file = path.open("wb")
+            self._file.seek(self.HEADER_BYTES)
+            self._shards.append((path, {}, 0))
+        path, entries, offset = self._shards[-1]
+        data = tensor.detach().cpu().contiguous()
+        if size:
+            self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+        entries[name] = {
+            "dtype": SAFETENSORS_NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [offset, offset + size],
+        }  # fmt: skip
+        self._shards[-1] = (path, entries, offset + size)
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        path, entries, size = self._shards[-1]
+        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        room = self.HEADER_BYTES - 8
+        if len(header) > room:  # thousands of tensors: make room by copying the shard once
+            room = -(-(len(header) + 8) // 4096) * 4096 - 8
+            self._file.close()
+            moved = path.with_suffix(".moved")
+            with path.open("rb") as old, moved.open("wb") as new:
+                old.seek(self.HEADER_BYTES)
+                new.seek(room + 8)
+                while block := old.read(1 << 24):
+                    new.write(block)
+            moved.replace(path)
+            self._file = path.open("r+b")
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", room) + header.ljust(room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+
+    def finish(self) -> int:
+        """Names the shards, writes the index where there are several, and returns the bytes of all tensors."""
+        self._close_shard()
+        total = sum(size for _, _, size in self._shards)
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, (path, entries, _) in enumerate(self._shards, 1):
+            name = (
+                f"{self._stem}.safetensors" if count == 1 else f"{self._stem}-{number:05d}-of-{count:05d}.safetensors"
+            )
+            path.rename(self._folder / name)
+            weight_map.update(dict.fromkeys(entries, name))
+        if count > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_text(self._folder / f"{self._stem}.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        return total
+
+    def close(self) -> None:
+        """Lets go of the open file without finishing it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file and waits until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `1GiB` or a plain number. Raises OutputError."""
+    units = {
+        "": 1,
+        "B": 1,
+        "KB": 10**3,
+        "MB": 10**6,
+        "GB": 10**9,
+        "TB": 10**12,
+        "KIB": 2**10,
+        "MIB": 2**20,
+        "GIB": 2**30,
+    }
+    digits = text.strip().upper().rstrip("BKMGTI")
+    unit = text.strip().upper()[len(digits) :].strip()
+    try:
+        size = int(float(digits) * units[unit])
+    except (ValueError, KeyError, OverflowError):
+        size = 0
+    if size < 1:
+        raise OutputError(f"shard size '{text}' is not readable; write a size such as 5GB or 500MB")
+    return size
+
+
+def in_write_order(items: list[tuple[torch.dtype, str]]) -> Iterator[str]:
+    """Names in the order that `ShardWriter` needs, stable over runs: wide dtypes first, then by natural name."""
+
+    def natural(name: str) -> list[tuple[int, int, str]]:
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+    for _, name in sorted(items, key=lambda item: (-item[0].itemsize, natural(item[1]))):
+        yield name
