@@ -67,7 +67,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         tripwires = {f"{name}.weight" for name in self.quantization_config.layers}
         swap_(model, {name: (spec["kind"], spec["rank"]) for name, spec in layers.items()})
         # an AutoModel on a head checkpoint, and the reverse, carries other names from here on
-        self.quantization_config = LowRankConfig(layers)
+        self.quantization_config = LowRankConfig(names_in_config(model, layers))
         expect_tripwire(model, tripwires)
         return model
 
@@ -126,6 +126,13 @@ def names_in(model: nn.Module, layers: Mapping[str, dict[str, Any]]) -> dict[str
     return found
 
 
+def names_in_config(model: PreTrainedModel, layers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The names that config.json carries: the model class's own, and timm's own for a timm model in its wrapper."""
+    if model.config.model_type != "timm_wrapper":
+        return layers
+    return {name.removeprefix("timm_model."): spec for name, spec in layers.items()}
+
+
 def expect_tripwire(model: PreTrainedModel, names: set[str]) -> None:
     """Lets a load pass over the zero-length tensors under these keys, in any spelling of the prefix."""
     prefix = model.base_model_prefix + "."
@@ -162,7 +169,7 @@ def keep_names_plain(model: PreTrainedModel) -> None:
 def attach_(model: PreTrainedModel) -> None:
     """Makes a transformers model that was factorised in memory save and load as a factorised checkpoint."""
     layers = {name: {"kind": layer.kind, "rank": layer.rank} for name, layer in factorised_layers(model).items()}
-    quantizer = LowRankQuantizer(LowRankConfig(layers))
+    quantizer = LowRankQuantizer(LowRankConfig(names_in_config(model, layers)))
     quantizer_owner: Any = model
     quantizer_owner.hf_quantizer = quantizer
     quantizer_owner.is_quantized = True

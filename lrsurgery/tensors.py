@@ -80,9 +80,8 @@ class SafetensorsSource:
 class DictSource:
     """Tensors in memory or, from `torch.load(mmap=True)`, in a mapped file."""
 
-    def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
-        self._origin = origin
 
     def keys(self) -> list[str]:
         return list(self._tensors)
@@ -129,7 +128,7 @@ def read_pickle(files: list[Path]) -> DictSource:
         if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
             raise SourceError(f"{file}: holds no state dict")
         tensors.update({str(key): value for key, value in state.items() if isinstance(value, Tensor)})
-    return DictSource(tensors, str(files[0]))
+    return DictSource(tensors)
 
 
 def open_tensors(files: list[Path]) -> TensorSource:
