@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lrsurgery import linalg as linalg
-    from lrsurgery.checkpoints import load_model as load_model
     from lrsurgery.errors import SurgeryError as SurgeryError
     from lrsurgery.export import export_dense as export_dense
     from lrsurgery.factorise import densify_ as densify_
     from lrsurgery.factorise import factorise_ as factorise_
     from lrsurgery.factorise import factorise_checkpoint as factorise_checkpoint
+    from lrsurgery.loading import load_model as load_model
     from lrsurgery.report import Report as Report
     from lrsurgery.report import rank_report as rank_report
 
@@ -28,7 +28,7 @@ _HOME = {
     "export_dense": "lrsurgery.export",
     "factorise_": "lrsurgery.factorise",
     "factorise_checkpoint": "lrsurgery.factorise",
-    "load_model": "lrsurgery.checkpoints",
+    "load_model": "lrsurgery.loading",
     "rank_report": "lrsurgery.report",
 }
 _MODULES = ("hf", "linalg", "ranks", "layers")

@@ -37,10 +37,12 @@ def model_card(report: Report, source: Source, name: str) -> str:
     ]
     for row in report.factorised[:TABLE_ROWS]:
         assert row.parameters_after is not None
-        lines.append(
-            f"| {row.name} | {row.rank} | {row.full_rank} | {row.parameters_after:,} |"
-            f" {row.parameters_after / row.parameters_before:.1%} | {_percent(row.energy_kept)} | {_percent(row.relative_error)} |"
-        )
+        cells = (
+            row.name, row.rank, row.full_rank, f"{row.parameters_after:,}",
+            _percent(row.parameters_after / row.parameters_before),
+            _percent(row.energy_kept), _percent(row.relative_error),
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     if len(report.factorised) > TABLE_ROWS:
         lines.append(f"\n{len(report.factorised) - TABLE_ROWS} more layers stand in `rank_report.json`.")
     return "\n".join(lines) + "\n"
@@ -53,8 +55,8 @@ def dense_card(source: Source, name: str) -> str:
             *_front_matter(source),
             f"# {name}",
             "",
-            f"`{source.name}`, a model made low rank by lrsurgery, multiplied out into ordinary layers again: it loads"
-            " with nothing but its own library, has the parameters of a dense model, and the quality of the low-rank one.",
+            f"`{source.name}`, a model made low rank by lrsurgery, multiplied out into ordinary layers again. It loads"
+            " with nothing but its own library; it is as large as a dense model, and as good as the low-rank one.",
             "",
         ]
     )

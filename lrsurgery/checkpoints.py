@@ -1,10 +1,10 @@
-"""Checkpoints in and out: skeletons on the meta device, the way from files' keys to modules, staged output, loading."""
+"""Checkpoints between files and modules: which tensor goes where, under which name, and with which config."""
 
 from __future__ import annotations
 
 import json
 import re
-import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,94 +15,10 @@ from torch import Tensor, nn
 
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.plan import Replaced
-from lrsurgery.sources import Source, check_index, resolve
+from lrsurgery.skeletons import build_model, timm_tensors
+from lrsurgery.sources import Source, check_index
 from lrsurgery.surgery import swap_
 from lrsurgery.tensors import DictSource, SafetensorsSource, TensorSource, open_tensors
-
-
-# ---- skeletons ------------------------------------------------------------------------------------------------------
-
-
-def check_not_converted(source: Source) -> None:
-    """Raises SourceError for a checkpoint that is already factorised or quantised."""
-    method = (source.config.get("quantization_config") or {}).get("quant_method")
-    if method == "lrsurgery":
-        raise SourceError(
-            f"{source.reference}: already factorised; make it dense first with lrsurgery export --to dense"
-        )
-    if method:
-        raise SourceError(f"{source.reference}: quantised with {method}; start from the checkpoint before quantisation")
-
-
-def build_model(source: Source, *, device: str, trust_remote_code: bool = False) -> nn.Module:
-    """The dense model of a source's config, in eval mode: on "meta" without weights, on "cpu" freshly initialised.
-
-    Raises SourceError where transformers or timm cannot build it, with their reason.
-    """
-    try:
-        if source.library == "timm":
-            return _build_timm(source, device).eval()
-        return _build_transformers(source, device, trust_remote_code).eval()
-    except SurgeryError:
-        raise
-    except Exception as e:  # their constructors raise anything; whatever it is, the config is at fault
-        reason = " ".join(str(e).split())[:300]
-        raise SourceError(f"{source.reference}: {source.library} cannot build this model: {reason}") from e
-
-
-def _build_timm(source: Source, device: str) -> nn.Module:
-    import timm
-
-    if source.folder is not None:
-        name, options = f"local-dir:{source.folder}", {}
-    else:
-        name, options = source.config["architecture"], {k: v for k, v in source.config.items() if k != "architecture"}
-    if device != "meta":
-        return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
-    try:
-        with torch.device("meta"):
-            return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
-    except (RuntimeError, NotImplementedError):
-        # some constructors read values of tensors, which meta tensors lack
-        return timm.create_model(name, pretrained=False, **options).to("meta")  # type: ignore[no-any-return]
-
-
-def _build_transformers(source: Source, device: str, trust_remote_code: bool) -> nn.Module:
-    import transformers
-
-    config_dict = source.config
-    model_type = config_dict.get("model_type")
-    native = model_type in transformers.models.auto.configuration_auto.CONFIG_MAPPING
-    if not native and "auto_map" not in config_dict:
-        raise SourceError(
-            f"{source.reference}: model type '{model_type}' is not in transformers {transformers.__version__};"
-            " upgrade transformers if it is newer"
-        )
-    if not native and not trust_remote_code:
-        raise SourceError(
-            f"{source.reference}: needs Python code that comes with the checkpoint; read it, then pass --trust-remote-code"
-        )
-    assert source.folder is not None
-    config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code and not native)
-    names = config.architectures or []
-    cls: Any = getattr(transformers, names[0], None) if names else None
-    if cls is None and not native:
-        from transformers.dynamic_module_utils import get_class_from_dynamic_module
-
-        auto = config_dict["auto_map"]
-        reference = next((auto[k] for k in auto if k.startswith("AutoModelFor")), auto.get("AutoModel"))
-        if reference is None:
-            raise SourceError(f"{source.reference}: its auto_map names no model class")
-        cls = get_class_from_dynamic_module(reference, source.folder)
-    elif cls is None and names:
-        raise SourceError(
-            f"{source.reference}: {names[0]} is not a model class of transformers {transformers.__version__}"
-        )
-    elif cls is None:
-        cls = transformers.AutoModel._model_mapping[type(config)]
-    with torch.device(device):
-        model: nn.Module = cls(config)
-    return model
 
 
 @dataclass(frozen=True)
@@ -154,7 +70,7 @@ def open_checkpoint(
             keys_of.setdefault(tensors.file_of(key).name, set()).add(key)
         check_index(source.folder, keys_of)
     if source.library == "timm":
-        tensors = _timm_tensors(source, model, tensors)
+        tensors = timm_tensors(source, model, tensors)
     return Checkpoint(source, model, tensors, _tied(model))
 
 
@@ -178,40 +94,6 @@ def _tied(model: nn.Module) -> dict[str, str]:
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
-def _timm_tensors(source: Source, model: nn.Module, tensors: TensorSource) -> TensorSource:
-    """The tensors under the model's own names; older layouts go through timm's own filter, in memory."""
-    wanted = set(model.state_dict())
-    keys = tensors.keys()
-    plain = {key: key.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("timm_model.") for key in keys}
-    if plain_values_match(set(plain.values()), wanted):
-        if all(key == name for key, name in plain.items()):
-            return tensors
-        return DictSource({name: tensors.read(key) for key, name in plain.items()})
-    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        state = {name: tensors.read(key) for key, name in plain.items()}
-        try:
-            converted = convert(state, build_model(source, device="cpu"))
-        except Exception as e:
-            raise SourceError(f"{source.reference}: timm's own conversion of these weights fails: {e}") from e
-        if plain_values_match(set(converted), wanted):
-            return DictSource(converted)
-    foreign = sorted(set(plain.values()) - wanted)
-    if foreign:
-        raise SourceError(
-            f"{source.reference}: {foreign[0]} has no place in timm's {source.config['architecture']}; wrong architecture?"
-        )
-    return tensors  # what is missing is named later
-
-
-def plain_values_match(have: set[str], wanted: set[str]) -> bool:
-    """Whether keys fill a model, but for batch counters, which old checkpoints lack."""
-    return have <= wanted and all(key.endswith("num_batches_tracked") for key in wanted - have)
-
-
-# ---- from the files' keys to modules --------------------------------------------------------------------------------
-
-
 class _PlainKeys:
     """timm's keys are the model's own."""
 
@@ -228,7 +110,7 @@ def key_map(checkpoint: Checkpoint) -> Any:
         return _PlainKeys(checkpoint.model)
     from lrsurgery.hf import KeyMap
 
-    return KeyMap(checkpoint.model)  # type: ignore[arg-type]
+    return KeyMap(checkpoint.model)
 
 
 def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
@@ -276,7 +158,7 @@ def _reader(tensors: TensorSource, key: str) -> Callable[[], Tensor]:
 
 
 def _picker(read_all: Callable[[], dict[str, Tensor]], name: str) -> Callable[[], Tensor]:
-    return lambda: read_all()[name].contiguous()
+    return lambda: torch.Tensor.contiguous(read_all()[name])
 
 
 def _converted(
@@ -337,9 +219,6 @@ def choose_names(checkpoint: Checkpoint, entries: list[Entry], rows: Mapping[str
     return chosen
 
 
-# ---- configs ---------------------------------------------------------------------------------------------------------
-
-
 def output_config(
     checkpoint: Checkpoint, layers: Mapping[str, dict[str, Any]], dtype: torch.dtype | None
 ) -> dict[str, Any]:
@@ -361,8 +240,6 @@ def output_config(
 
 def _timm_output_config(source: Source, model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
     if source.folder is None:
-        import tempfile
-
         from timm.models._hub import save_config_for_hf
 
         with tempfile.TemporaryDirectory() as folder:
@@ -379,70 +256,3 @@ def _timm_output_config(source: Source, model: nn.Module, config: dict[str, Any]
     if config.get("model_args", {}).pop("num_classes", None) is not None or "num_classes" not in config:
         config.setdefault("num_classes", getattr(model, "num_classes", 1000))
     return config
-
-
-# ---- loading --------------------------------------------------------------------------------------------------------
-
-
-def load_model(
-    path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **options: Any
-) -> nn.Module:
-    """Loads a factorised or dense checkpoint, in eval mode: the timm module of a timm folder, else transformers' class.
-
-    `options` go to transformers' `from_pretrained` (`device_map`, `attn_implementation`, ...).
-
-    Raises SourceError that names what is missing, left over or misshapen.
-    """
-    source = resolve(str(path))
-    if source.library == "timm":
-        return load_timm(source, dtype)
-    import lrsurgery.hf  # noqa: F401  (registers the format)
-
-    skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
-    cls: Any = type(skeleton)
-    try:
-        model, info = cls.from_pretrained(
-            source.folder,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-    except SurgeryError:
-        raise
-    except (RuntimeError, ValueError, OSError) as e:
-        raise SourceError(f"{path}: {' '.join(str(e).split())[:300]}") from e
-    if info["missing_keys"]:
-        raise SourceError(f"{path}: {min(info['missing_keys'])} is missing from the checkpoint")
-    return model.eval()  # type: ignore[no-any-return]
-
-
-def load_timm(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
-    """The timm module of a factorised or dense timm folder. Raises SourceError."""
-    model = build_model(source, device="cpu")
-    tensors = open_tensors(list(source.files))
-    quantization = source.config.get("quantization_config") or {}
-    if quantization.get("quant_method") == "lrsurgery":
-        from lrsurgery.hf import check_layers
-
-        layers = check_layers(quantization.get("layers"))
-        swap_(model, {name: (spec["kind"], spec["rank"]) for name, spec in layers.items()})
-        state = {key: tensors.read(key) for key in tensors.keys() if key.removesuffix(".weight") not in layers}  # noqa: SIM118
-    else:
-        converted = _timm_tensors(source, model, tensors)
-        state = {key: converted.read(key) for key in converted.keys()}  # noqa: SIM118
-    wanted = model.state_dict()
-    for key in sorted(wanted.keys() - state.keys()):
-        if key.endswith("num_batches_tracked"):
-            state[key] = torch.zeros((), dtype=torch.long)
-        else:
-            raise SourceError(f"{source.reference}: {key} is missing from the checkpoint")
-    for key, tensor in state.items():
-        if key not in wanted:
-            raise SourceError(f"{source.reference}: {key} has no place in {source.config['architecture']}")
-        if tensor.shape != wanted[key].shape:
-            raise SourceError(
-                f"{source.reference}: {key} has shape {tuple(tensor.shape)}, the model wants {tuple(wanted[key].shape)}"
-            )
-    model.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
-    return (model.to(dtype) if dtype is not None else model).eval()

@@ -136,11 +136,12 @@ def factorise(
       lrsurgery factorise gpt2 --from-scratch --init spectral-ones --rank 0.62
     """
     screen = _screen(quiet, as_json)
-    from lrsurgery.factorise import Options, iter_factorise, plan_checkpoint
+    from lrsurgery.options import Options
+    from lrsurgery.stream import iter_factorise, plan_checkpoint
 
     options = Options(
-        rank, init, conv, include or ("*",), exclude or (), allow_larger, multiple_of, seed, from_scratch, device, dtype,
-        shard_size, revision, architecture, trust_remote_code, overwrite, _command(),
+        rank, init, conv, include or ("*",), exclude or (), allow_larger, multiple_of, seed, from_scratch, device,
+        dtype, shard_size, revision, architecture, trust_remote_code, overwrite, _command(),
     )  # fmt: skip
     if dry_run:
         _show_report(screen, plan_checkpoint(model, options))

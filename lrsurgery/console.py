@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Screen:
-    """Where a command's words go, by its flags: `--quiet` says nothing but errors, `--json` keeps stdout for one object."""
+    """Where a command's words go: `--quiet` leaves only errors, `--json` keeps stdout for one object."""
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self.quiet, self.as_json = quiet, as_json
@@ -46,7 +46,8 @@ class Screen:
         """Runs a job under a live bar (layer, done/total, time left), shown on a terminal only."""
         live = self.err.is_terminal and not self.quiet
         columns = (
-            TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[layer]}")
+            TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[layer]}"),
         )  # fmt: skip
         with Progress(*columns, console=self.err, disable=not live, transient=True) as bar:
             task = bar.add_task(verb, total=None, layer="reading")
@@ -59,7 +60,7 @@ class Screen:
 
 
 def layer_table(report: Report) -> Table:
-    """The factorised layers, with rank, full rank and parameter share side by side, since tools differ in what 0.5 means."""
+    """The factorised layers; rank, full rank and parameter share side by side, since tools differ in what 0.5 means."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", overflow="fold")
     for header in ("shape", "rank", "full", "parameters", "kept", "energy", "error"):

@@ -1,105 +1,24 @@
-"""`factorise`: in memory on any module, or from checkpoint to checkpoint one tensor at a time."""
+"""`factorise_` and `densify_` on any module in memory, and `factorise_checkpoint` from folder to folder."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shutil
 import sys
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.cards import model_card
-from lrsurgery.checkpoints import (
-    Checkpoint,
-    Entry,
-    Names,
-    check_not_converted,
-    choose_names,
-    list_entries,
-    open_checkpoint,
-    output_config,
-)
-from lrsurgery.errors import OutputError, SurgeryError, WeightError
-from lrsurgery.inits import get_init
-from lrsurgery.layers import KINDS, factor_weights
+from lrsurgery.errors import SurgeryError
+from lrsurgery.layers import KINDS
 from lrsurgery.linalg import spectral_factors
-from lrsurgery.plan import Plan, Replaced, find_heads, make_plan, settle_all
-from lrsurgery.ranks import RankLike, parse_rank
-from lrsurgery.report import FILE_NAME, Report, Row, measured_row, plan_report
-from lrsurgery.sources import Source, resolve
-from lrsurgery.staging import check_output, copy_companions, staged
-from lrsurgery.surgery import apply_plan_, decompose, densify_layers_
-from lrsurgery.tensors import ShardWriter, in_write_order, parse_size, write_text
-
-DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A layer was dealt with."""
-
-    name: str
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Options:
-    """What `factorise` can be asked for; the CLI's options of the same names say more."""
-
-    rank: RankLike
-    init: str = "spectral"
-    conv: str = "channel"
-    include: Sequence[str] = ("*",)
-    exclude: Sequence[str] = ()
-    allow_larger: bool = False
-    multiple_of: int = 1
-    seed: int = 0
-    from_scratch: bool = False
-    device: str = "auto"
-    dtype: str = "keep"
-    shard_size: str = "5GB"
-    revision: str | None = None
-    architecture: str | None = None
-    trust_remote_code: bool = False
-    overwrite: bool = False
-    command: str | None = field(default=None, compare=False)
-
-    def plan_for(self, model: nn.Module, tied: dict[str, str] | None = None) -> Plan:
-        return make_plan(
-            model, parse_rank(self.rank, self.multiple_of), conv=self.conv, include=self.include, exclude=self.exclude,
-            allow_larger=self.allow_larger, heads=find_heads(model), tied=tied,
-        )  # fmt: skip
-
-    def check(self) -> None:
-        """Raises SurgeryError for a value that no model could make right."""
-        parse_rank(self.rank, self.multiple_of)
-        get_init(self.init)
-        pick_device(self.device)
-        parse_size(self.shard_size)
-        if self.dtype not in DTYPES:
-            raise SurgeryError(f"unknown dtype '{self.dtype}'; known: {', '.join(DTYPES)}")
-        if self.seed < 0:
-            raise SurgeryError(f"seed {self.seed}: write an integer of at least 0")
-
-
-def pick_device(name: str) -> torch.device:
-    """The device for "auto", "cpu", "cuda" or "cuda:1". Raises SurgeryError where this machine has none of that name."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
-        raise SurgeryError(f"unknown device '{name}'; write auto, cpu, cuda or cuda:N")
-    count = torch.cuda.device_count()
-    if kind == "cuda" and int(index or 0) >= count:
-        raise SurgeryError(f"device '{name}': this machine has {count} CUDA devices")
-    return torch.device(name)
+from lrsurgery.options import Options
+from lrsurgery.plan import Replaced, settle_all
+from lrsurgery.ranks import RankLike
+from lrsurgery.report import Report
+from lrsurgery.stream import iter_factorise
+from lrsurgery.surgery import apply_plan_, densify_layers_
 
 
 def factorise_(
@@ -128,9 +47,9 @@ def factorise_(
     modules = dict(module.named_modules())
 
     def values_of(row: Replaced) -> Tensor:
-        weight = modules[row.name].weight.detach()  # type: ignore[operator, union-attr]
+        weight = modules[row.name].weight.detach()
         try:
-            return spectral_factors(KINDS[row.kind].to_matrix(weight.to(where or weight.device)), 1).values  # type: ignore[arg-type]
+            return spectral_factors(KINDS[row.kind].to_matrix(weight.to(where or weight.device)), 1).values
         except SurgeryError as e:
             raise type(e)(f"{row.name}: {e}") from e
 
@@ -140,7 +59,7 @@ def factorise_(
     if _is_transformers_model(module):
         from lrsurgery.hf import attach_
 
-        attach_(module)  # type: ignore[arg-type]
+        attach_(module)
 
 
 def densify_(module: nn.Module) -> None:
@@ -149,7 +68,7 @@ def densify_(module: nn.Module) -> None:
     if _is_transformers_model(module):
         from lrsurgery.hf import detach_
 
-        detach_(module)  # type: ignore[arg-type]
+        detach_(module)
 
 
 def _is_transformers_model(module: nn.Module) -> bool:
@@ -169,287 +88,3 @@ def factorise_checkpoint(source: str | Path, output: str | Path, *, rank: RankLi
         except StopIteration as stop:
             report: Report = stop.value
             return report
-
-
-def plan_checkpoint(reference: str, options: Options) -> Report:
-    """What `factorise` would do. Weights are read only where the rank policy needs their singular values."""
-    options.check()
-    checkpoint, plan = _open(resolve_source(reference, options), options)
-    if plan.needs_spectra:
-        entries = _by_layer(list_entries(checkpoint, {row.name for row in plan.replaced}))
-        device = pick_device(options.device)
-
-        def values_of(row: Replaced) -> Tensor:
-            try:
-                return spectral_factors(KINDS[row.kind].to_matrix(entries[row.name].read().to(device)), 1).values
-            except WeightError as e:
-                raise WeightError(f"{row.name}: {e}") from e
-
-        plan = settle_all(plan, values_of)
-    return plan_report(plan, checkpoint.parameters, command=options.command, options=_recorded(options))
-
-
-def resolve_source(reference: str, options: Options) -> Source:
-    return resolve(
-        reference, revision=options.revision, architecture=options.architecture, weights=not options.from_scratch
-    )
-
-
-def _open(source: Source, options: Options) -> tuple[Checkpoint, Plan]:
-    check_not_converted(source)
-    checkpoint = open_checkpoint(
-        source,
-        trust_remote_code=options.trust_remote_code,
-        from_scratch_seed=options.seed if options.from_scratch else None,
-    )
-    return checkpoint, options.plan_for(checkpoint.model, checkpoint.tied)
-
-
-def _by_layer(entries: list[Entry]) -> dict[str, Entry]:
-    return {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
-
-
-def iter_factorise(reference: str, output: Path, options: Options) -> Generator[Progress, None, Report]:
-    """As `factorise_checkpoint`, one layer a step; the report is the generator's value.
-
-    Raises SurgeryError; an abandoned generator leaves nothing behind.
-    """
-    options.check()
-    source = resolve_source(reference, options)
-    check_output(output, source, options.overwrite)
-    checkpoint, plan = _open(source, options)
-    rows = {row.name: row for row in plan.replaced}
-    entries = list_entries(checkpoint, set(rows))
-    parameters = checkpoint.parameters
-    aliases = _aliases(checkpoint.model, rows)
-    buffers = {name for name, _ in checkpoint.model.named_buffers()}
-    # last use of the dense skeleton: it is factorised here
-    names = choose_names(checkpoint, entries, rows)
-    with staged(output, overwrite=options.overwrite) as stage:
-        stream = _Stream(checkpoint, plan, options, entries, aliases, buffers, names, stage)
-        _check_space(stage, stream)
-        yield from stream.run()
-        layers = {
-            row.name: {"kind": row.kind, "rank": row.rank}
-            for row in (stream.settled[name] for name in rows)
-            if isinstance(row, Replaced)
-        }
-        if not layers:
-            raise SurgeryError(f"nothing to factorise at rank {plan.spec}: every layer would be over break-even")
-        report = plan_report(
-            plan.with_rows(stream.settled),
-            parameters,
-            stream.measured,
-            bytes_before=stream.bytes_before,
-            bytes_after=stream.bytes_after,
-            source={
-                "reference": reference,
-                "hub_id": source.hub_id,
-                "revision": source.revision,
-                "digest": stream.digest,
-            },
-            command=options.command,
-            options=_recorded(options),
-            versions=versions(),
-            notes=_notes(options, checkpoint),
-        )
-        copy_companions(source, stage)
-        config = output_config(checkpoint, layers, DTYPES[options.dtype])
-        write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
-        write_text(stage / FILE_NAME, report.to_json())
-        write_text(stage / "README.md", model_card(report, source, output.name))
-    return report
-
-
-def _aliases(model: nn.Module, rows: dict[str, Replaced]) -> dict[str, str]:
-    """Every name of a planned layer -> the name in the plan, for layers that a model registers twice."""
-    named = {id(module): name for name, module in model.named_modules()}
-    every = model.named_modules(remove_duplicate=False)
-    return {name: named[id(module)] for name, module in every if named[id(module)] in rows}
-
-
-def _check_space(stage: Path, stream: _Stream) -> None:
-    free = shutil.disk_usage(stage).free
-    if stream.expected_bytes > free:
-        raise OutputError(
-            f"{stage.parent}: {stream.expected_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
-        )
-
-
-class _Stream:
-    """One pass over a checkpoint's tensors: read one, factorise or pass it through, write it, let it go."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        plan: Plan,
-        options: Options,
-        entries: list[Entry],
-        aliases: dict[str, str],
-        buffers: set[str],
-        names: dict[str, Names],
-        stage: Path,
-    ) -> None:
-        self.settled: dict[str, Any] = {row.name: row for row in plan.replaced}
-        self.measured: dict[str, Row] = {}
-        self.bytes_before = self.bytes_after = 0
-        self._checkpoint, self._plan, self._options = checkpoint, plan, options
-        self._aliases, self._buffers, self._names = aliases, buffers, names
-        self._device = pick_device(options.device)
-        self._dtype = DTYPES[options.dtype]
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._writer = ShardWriter(stage, shard_size=parse_size(options.shard_size))
-        self._entries = {entry.key: entry for entry in entries}
-        self._order = list(in_write_order([(self._stored_dtype(e.dtype), e.key) for e in entries]))
-        # a weight goes before its layer's bias of the same width: by then it is known whether the layer stays dense
-        self._order.sort(key=lambda key: (-self._width(key), self._layer_of(key)[1] == "bias"))
-        self._tied: dict[str, Tensor] = {}
-
-    def _stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
-
-    def _width(self, key: str) -> int:
-        return self._stored_dtype(self._entries[key].dtype).itemsize
-
-    def _layer_of(self, key: str) -> tuple[str | None, str]:
-        """(planned layer, "weight" or "bias") that a key belongs to; None for what passes through."""
-        module, _, part = (self._entries[key].target or "").rpartition(".")
-        return self._aliases.get(module), part
-
-    @property
-    def digest(self) -> str:
-        """Of every tensor as it was read, with its name."""
-        return self._hash.hexdigest()
-
-    @property
-    def expected_bytes(self) -> int:
-        total = 0
-        for key, entry in self._entries.items():
-            layer, part = self._layer_of(key)
-            row = self.settled.get(layer) if layer else None
-            count = int(torch.Size(entry.shape).numel())
-            if row is not None and part == "weight":
-                count = row.rank * (row.rows + row.columns) if row.rank is not None else count
-            total += count * self._stored_dtype(entry.dtype).itemsize
-        return total
-
-    def run(self) -> Generator[Progress, None, None]:
-        total, done = len(self._plan.replaced), 0
-        seen: set[tuple[str, str]] = set()
-        try:
-            for key in self._order:
-                layer, part = self._layer_of(key)
-                if layer is not None:
-                    if (layer, part) in seen:
-                        continue  # the same layer under its second name
-                    seen.add((layer, part))
-                tensor = self._read(self._entries[key])
-                if layer is not None and part == "weight":
-                    self._replace(layer, key, tensor)
-                    done += 1
-                    yield Progress(layer, done, total)
-                elif layer is not None and part == "bias" and self._is_replaced(layer):
-                    self._write(self._names[layer].bias, tensor)
-                elif not self._is_copy(key, tensor):
-                    self._write(key, tensor)
-            self.bytes_after = self._writer.finish()
-        finally:
-            self._writer.close()
-
-    def _is_replaced(self, layer: str) -> bool:
-        row = self.settled[layer]
-        if isinstance(row, Replaced) and row.rank is None:
-            # a bias wider than its weight comes first, and its name hangs on what becomes of the layer
-            weight = next(e for k, e in self._entries.items() if self._layer_of(k) == (layer, "weight")).read()
-            values = spectral_factors(KINDS[row.kind].to_matrix(weight.to(self._device)), 1).values
-            self.settled[layer] = self._plan.settle(row, values)
-        return isinstance(self.settled[layer], Replaced)
-
-    def _read(self, entry: Entry) -> Tensor:
-        tensor = entry.read()
-        self.bytes_before += tensor.numel() * tensor.element_size()
-        self._hash.update(entry.key.encode())
-        if tensor.numel():
-            self._hash.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
-        is_weight = entry.target is not None and entry.target not in self._buffers and tensor.is_floating_point()
-        if is_weight and not bool(torch.isfinite(tensor).all()):
-            raise WeightError(
-                f"{self._checkpoint.source.reference}: {entry.key} holds NaN or Inf; repair the checkpoint first"
-            )
-        return tensor
-
-    def _is_copy(self, key: str, tensor: Tensor) -> bool:
-        """Whether this tensor is a second copy of one that it is tied to, which the loader restores by itself."""
-        target = self._entries[key].target
-        if target is None:
-            return False
-        stands_for = self._checkpoint.tied.get(target, target)
-        if target in self._checkpoint.tied or target in self._checkpoint.tied.values():
-            other = self._tied.setdefault(stands_for, tensor)
-            return other is not tensor and torch.equal(other, tensor)
-        return False
-
-    def _replace(self, layer: str, key: str, tensor: Tensor) -> None:
-        row = self.settled[layer]
-        if not isinstance(row, Replaced):
-            self._write(key, tensor)
-            return
-        dense = tensor.to(self._device)
-
-        def choose(values: Tensor) -> int:
-            return self._plan.spec.rank_of(layer, row.rows, row.columns, values)
-
-        result = decompose(row, dense, self._options.init, self._options.seed, choose)
-        if row.rank is None:
-            self.settled[layer] = self._plan.settle(row, result.values)
-            if not isinstance(self.settled[layer], Replaced):
-                self._write(key, tensor)
-                return
-            row = self.settled[layer]
-        stored = dense.to(self._stored_dtype(dense.dtype))
-        u, v = factor_weights(row.kind, stored, result.factors)
-        kind = KINDS[row.kind]
-        self.measured[layer] = measured_row(row, kind.to_matrix(dense), kind.to_matrices(u, v), result.values)
-        names = self._names[layer]
-        if len(self.measured) == 1:
-            # the tripwire: a load that does not know this format fails on its shape, and not in silence
-            self._writer.add(names.dense, torch.empty(0, dtype=u.dtype))
-        self._write(names.u, u)
-        self._write(names.v, v)
-
-    def _write(self, key: str, tensor: Tensor) -> None:
-        stored = tensor.to(self._stored_dtype(tensor.dtype))
-        if stored.dtype != tensor.dtype and not bool(torch.isfinite(stored).all()):
-            raise WeightError(f"{key}: overflows {stored.dtype}; choose another --dtype")
-        self._writer.add(key, stored)
-
-
-def _recorded(options: Options) -> dict[str, Any]:
-    """The options that decide the result, as JSON."""
-    rank = options.rank
-    return {
-        "rank": str(parse_rank(rank)), "init": options.init, "conv": options.conv, "include": list(options.include),
-        "exclude": list(options.exclude), "allow_larger": options.allow_larger, "multiple_of": options.multiple_of,
-        "seed": options.seed, "from_scratch": options.from_scratch, "dtype": options.dtype,
-    }  # fmt: skip
-
-
-def _notes(options: Options, checkpoint: Checkpoint) -> tuple[str, ...]:
-    notes = []
-    if options.init != "spectral" and not options.from_scratch:
-        notes.append(f"--init {options.init} gives up the pretrained values: the model must be trained again")
-    if options.from_scratch:
-        notes.append("initialised from its config, no pretrained weight is left: the model must be trained")
-    if checkpoint.unused:
-        listed = ", ".join(checkpoint.unused[:3]) + (", ..." if len(checkpoint.unused) > 3 else "")
-        notes.append(
-            f"passed through, though the model class does not use them: {len(checkpoint.unused)} tensors ({listed})"
-        )
-    return tuple(notes)
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of those that decide the numbers."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("lrsurgery", "torch", "transformers", "timm", "safetensors")}

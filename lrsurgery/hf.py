@@ -1,4 +1,4 @@
-"""The transformers integration: `import lrsurgery.hf` once, and `from_pretrained`, `pipeline` and `save_pretrained` work.
+"""The transformers integration: after `import lrsurgery.hf`, `from_pretrained`, `pipeline` and `save_pretrained` work.
 
 Factorised checkpoints name "lrsurgery" as their quantization method, transformers' extension point for folders whose
 modules differ from their config's class. This registers the method, and holds all that we ask of transformers' loader.
@@ -38,13 +38,13 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise SourceError(
                 f"checkpoint format {format_version} is newer than this lrsurgery reads ({FORMAT_VERSION}); upgrade it"
             )
-        self.quant_method = METHOD  # type: ignore[assignment]
+        self.quant_method = METHOD
         self.format_version = format_version
         self.layers = check_layers(layers)
 
 
 def check_layers(layers: Any) -> dict[str, dict[str, Any]]:
-    """The `layers` entry of a config, as read from a file. Raises SourceError for anything but name -> kind and rank."""
+    """The `layers` entry of a config, as read. Raises SourceError for anything but name -> kind and rank."""
     well_formed = isinstance(layers, dict) and all(
         isinstance(spec, dict)
         and isinstance(spec.get("kind"), str)
@@ -58,9 +58,10 @@ def check_layers(layers: Any) -> dict[str, dict[str, Any]]:
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps the layers on the meta device before transformers loads the weights, and puts the tripwire back on saving."""
+    """Swaps the layers on the meta device before the weights are loaded, and puts the tripwire back on saving."""
 
     requires_calibration = False
+    quantization_config: LowRankConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         layers = names_in(model, self.quantization_config.layers)
@@ -138,7 +139,7 @@ def expect_tripwire(model: PreTrainedModel, names: set[str]) -> None:
     prefix = model.base_model_prefix + "."
     patterns = {f"^{_escape(spelling)}$" for n in names for spelling in (n, n.removeprefix(prefix), prefix + n)}
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
-    model._keys_to_ignore_on_load_unexpected = ignored | patterns  # type: ignore[assignment]
+    model._keys_to_ignore_on_load_unexpected = ignored | patterns
 
 
 def _escape(name: str) -> str:
@@ -163,7 +164,7 @@ def keep_names_plain(model: PreTrainedModel) -> None:
     converters = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
     dense = [f"{name}.weight" for name in factorised_layers(model)]
     if any(converter.rename_source_key(key)[1] is not None for converter in converters for key in dense):
-        model._weight_conversions = []  # type: ignore[assignment]
+        model._weight_conversions = []
 
 
 def attach_(model: PreTrainedModel) -> None:
@@ -207,7 +208,7 @@ class KeyMap:
         converter = next(c for c in self._converters if pieces[0][1] in c.source_patterns)
         converter = copy.deepcopy(converter)
         for key, pattern, tensor in pieces:
-            converter.add_tensor(target, key, pattern, tensor)  # type: ignore[arg-type]
+            converter.add_tensor(target, key, pattern, tensor)
         made = converter.convert(target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

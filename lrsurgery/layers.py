@@ -83,7 +83,9 @@ class FactorisedConv2d(FactorisedLayer):
 
     @property
     def kernel_size(self) -> tuple[int, int]:
-        return (self.v.kernel_size[0], max(self.v.kernel_size[1], self.u.kernel_size[1]))  # type: ignore[return-value, operator, index, call-overload]
+        v: Any = self.v
+        u: Any = self.u
+        return (v.kernel_size[0], max(v.kernel_size[1], u.kernel_size[1]))
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
@@ -157,7 +159,7 @@ KINDS: dict[str, Kind] = {
     "conv2d-channel": Kind(
         matrix_shape=lambda s: (s[0], s[1] * s[2] * s[3]),
         to_matrix=lambda w: w.flatten(1),
-        to_weight=lambda m, layer: m.unflatten(1, layer.v.weight.shape[1:]),
+        to_weight=lambda m, layer: m.reshape(-1, *layer.v.weight.shape[1:]),
         to_matrices=lambda u, v: Factors(u.flatten(1), v.flatten(1)),
         to_weights=lambda f, s: (
             f.u[:, :, None, None].contiguous(),
@@ -180,7 +182,7 @@ KINDS: dict[str, Kind] = {
 
 
 def kind_of(module: nn.Module, conv: str) -> str | None:
-    """The kind that this module would be factorised as, or None. Subclasses are not assumed to behave like their base."""
+    """The kind that this module would be factorised as, or None. Subclasses may behave otherwise than their base."""
     if type(module) is nn.Linear:
         return "linear"
     if type(module) is nn.Conv2d:

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from lrsurgery.errors import RankError, WeightError
 
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs leave it out
+
 # Smallest kept singular value, relative to the largest, that a Gram matrix of this precision still resolves to the
 # error bound that the tests hold (1e-5 of the Eckart-Young error plus 4 eps ||W||_F).
 GRAM_FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}
@@ -47,7 +49,7 @@ RankChoice: TypeAlias = "int | Callable[[Tensor], int]"  # a rank, or a function
 
 
 def spectral_factors(weight: Tensor, rank: RankChoice) -> Decomposed:
-    """The best approximation of weight (rows, columns), singular values split evenly: u = U_r S_r^(1/2), v = S_r^(1/2) V_r^T.
+    """The best approximation of weight (rows, columns): u = U_r S_r^(1/2), v = S_r^(1/2) V_r^T, an even split.
 
     Raises WeightError where the weight is not finite, or where no LAPACK driver converges.
     """
@@ -72,7 +74,7 @@ def direction_factors(weight: Tensor, rank: RankChoice) -> Decomposed:
 
 
 def _normalised(weight: Tensor) -> tuple[Tensor, float, bool]:
-    """The weight in the working dtype, at most as many rows as columns, entries near 1; the scale; whether it was turned."""
+    """The weight as a wide matrix in the working dtype with entries near 1, its scale, and whether it was turned."""
     if weight.ndim != 2 or not weight.numel():
         raise WeightError(f"a matrix is needed, this weight has shape {tuple(weight.shape)}")
     wide = weight.detach().to(working_dtype(weight.dtype))
@@ -88,7 +90,7 @@ def _normalised(weight: Tensor) -> tuple[Tensor, float, bool]:
 def _decompose(matrix: Tensor, rank: RankChoice, scale: float, *, directions: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Singular values (short,), basis (short, r) and image (r, long) of a matrix (short, long).
 
-    `basis` has orthonormal columns. `image` is basis^T matrix or, for directions, the orthonormal right singular vectors.
+    `basis` has orthonormal columns. `image` is basis^T matrix or, for directions, the right singular vectors.
     """
     choose = rank if callable(rank) else (lambda values: rank)
     floors = DIRECTION_FLOOR if directions else GRAM_FLOOR
@@ -97,7 +99,7 @@ def _decompose(matrix: Tensor, rank: RankChoice, scale: float, *, directions: bo
             continue
         try:
             values, vectors = _gram_eigh(matrix, precision)
-        except torch.linalg.LinAlgError:
+        except LinAlgError:
             continue
         kept = choose(values * scale)
         # Storage in fp32 or less rounds away all that an fp64 Gram matrix cannot resolve of the product.
@@ -108,7 +110,7 @@ def _decompose(matrix: Tensor, rank: RankChoice, scale: float, *, directions: bo
     else:
         try:
             vectors, values, image = torch.linalg.svd(matrix.double(), full_matrices=False)
-        except torch.linalg.LinAlgError as e:
+        except LinAlgError as e:
             raise WeightError(f"no LAPACK driver converges on this {tuple(matrix.shape)} matrix") from e
         kept = choose(values * scale)
     values, basis = values.to(matrix.dtype), vectors[:, :kept].to(matrix.dtype)
@@ -135,7 +137,7 @@ def _gram_eigh(matrix: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def truncated_svd(weight: Tensor, rank: int) -> Factors:
-    """Factors u (rows, rank), v (rank, columns) of weight (rows, columns), best in Frobenius norm (Eckart & Young 1936).
+    """Factors u (rows, rank), v (rank, columns) of weight (rows, columns), best in Frobenius norm (Eckart & Young).
 
     The singular values are split evenly (Khodak et al. 2021, spectral initialisation), so that u^T u = v v^T. Works in
     fp32 or wider, returns the weight's dtype.
@@ -163,7 +165,8 @@ def product_values(factors: Factors) -> Tensor:
     dtype = working_dtype(factors.u.dtype)
     r_u = torch.linalg.qr(factors.u.detach().to(dtype), mode="r").R
     r_v = torch.linalg.qr(factors.v.detach().to(dtype).T, mode="r").R
-    return torch.linalg.svdvals(r_u @ r_v.T)
+    values: Tensor = torch.linalg.svdvals(r_u @ r_v.T)
+    return values
 
 
 def relative_error(weight: Tensor, factors: Factors) -> float:

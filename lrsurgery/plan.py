@@ -1,4 +1,4 @@
-"""What would be done to a model: which layers get which rank, and why the others stay as they are. Nothing is touched."""
+"""What would be done to a model: which layers get which rank, and why others stay dense. Nothing is touched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
-
 
 from torch import Tensor, nn
 
@@ -103,8 +102,8 @@ def plan_rows(
 ) -> list[Replaced | Kept]:
     """Decides for every layer of `model`, which may lie on the meta device.
 
-    `heads` are layer names that stay dense with the reason given, unless a rank override spells the name out; `tied` maps
-    a parameter's name to what it is tied to (parameters shared in memory are found by themselves).
+    `heads` are layer names that stay dense with the reason given, unless a rank override spells the name out; `tied`
+    maps a parameter's name to what it is tied to (parameters shared in memory are found by themselves).
 
     Raises PlanError for a glob that matches no layer; RankError for a rank above a layer's full rank.
     """
@@ -129,7 +128,8 @@ def plan_rows(
             shown = kind or (type(module).__name__ if module is not None else "Parameter")
             rows.append(Kept(name, shown, tuple(weight.shape), own, reason))
             continue
-        assert kind is not None and module is not None
+        assert kind is not None
+        assert module is not None
         matrix = KINDS[kind].matrix_shape(weight.shape)
         policy = rank.policy_for(name)
         assert policy is not None

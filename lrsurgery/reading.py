@@ -1,11 +1,11 @@
-"""`report` on a folder: the report written at surgery, or one made from the factors where a trainer saved without it."""
+"""`report` on a folder: the report written at surgery, or one made from the factors where there is none."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from lrsurgery.checkpoints import load_model
 from lrsurgery.errors import SourceError
+from lrsurgery.loading import load_model
 from lrsurgery.report import FILE_NAME, Report, rank_report
 from lrsurgery.sources import resolve
 

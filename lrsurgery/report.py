@@ -110,9 +110,11 @@ class Report:
             ranks = ("before", "after")
             rows = tuple(
                 Row(
-                    **{k: v for k, v in row.items() if k not in (*ranks, "shape")},
-                    shape=tuple(row["shape"]),
-                    **{k: EffectiveRanks(**row[k]) if row.get(k) else None for k in ranks},
+                    **{
+                        **row,
+                        "shape": tuple(row["shape"]),
+                        **{key: EffectiveRanks(**row[key]) if row.get(key) else None for key in ranks},
+                    }
                 )
                 for row in body["layers"]
             )

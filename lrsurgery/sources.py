@@ -1,4 +1,4 @@
-"""What a MODEL argument means: a local folder, a hub id, a timm name or a bare weight file. Files in, a `Source` out."""
+"""What a MODEL argument means: a local folder, a hub id, a timm name or a bare weight file."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def inside(folder: Path, file: Path) -> Path:
 
 def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
         raise SourceError(f"{hub_id}: no such file or folder, and not a hub id")

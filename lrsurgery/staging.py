@@ -101,9 +101,11 @@ def _remove_empty(folders: list[Path]) -> None:
 
 
 def copy_companions(source: Source, stage: Path) -> list[str]:
-    """Copies tokenizer, preprocessor, generation, code and licence files; weights, cards and configs are written anew."""
-    copied = []
-    for file in sorted(source.folder.iterdir()) if source.folder is not None else ():
+    """Copies tokenizer, preprocessor, generation, code and licence files; all else is written anew."""
+    copied: list[str] = []
+    if source.folder is None:
+        return copied
+    for file in sorted(source.folder.iterdir()):
         wanted = file.suffix in COMPANION_SUFFIXES or file.name in COMPANION_NAMES
         wanted = wanted or file.name.startswith(("LICENSE", "NOTICE"))
         if wanted and file.is_file() and file.name not in NOT_COMPANIONS and not file.name.endswith(".index.json"):

@@ -46,7 +46,7 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
         dense = modules.get(name)
         if dense is None or not isinstance(getattr(dense, "weight", None), Tensor):
             raise PlanError(f"{name}: this {type(model).__name__} has no such layer")
-        if dense.weight.ndim != (4 if kind.startswith("conv2d") else 2):  # type: ignore[operator]
+        if dense.weight.ndim != (4 if kind.startswith("conv2d") else 2):
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind} layer")
         new = KINDS[kind].build(dense, kind, rank)
         if not dense.weight.requires_grad:
@@ -57,7 +57,7 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
 def decompose(
     row: Replaced, weight: Tensor, init: str, seed: int, choose: Callable[[Tensor], int] | None
 ) -> Decomposed:
-    """Factors of one dense weight, in the working dtype. `choose` maps singular values to a rank where the plan has none.
+    """Factors of one dense weight, in the working dtype; `choose` maps singular values to a rank not planned yet.
 
     Raises SurgeryError that names the layer.
     """
@@ -72,7 +72,7 @@ def decompose(
 
 
 def apply_plan_(model: nn.Module, plan: Plan, *, init: str, seed: int, device: torch.device | None = None) -> None:
-    """Replaces every planned layer of a model with weights in memory, computing on `device` (the layer's own by default).
+    """Replaces every planned layer of a model in memory, computing on `device` (the layer's own by default).
 
     Raises SurgeryError that names the layer; layers before it are replaced by then, so work on a copy if that matters.
     """
@@ -87,17 +87,17 @@ def iter_apply_plan_(
     modules = dict(model.named_modules())
     for row in plan.replaced:
         dense = modules[row.name]
-        weight: Tensor = dense.weight.detach()  # type: ignore[operator, assignment]
+        weight: Tensor = dense.weight.detach()
         if weight.is_meta:
             raise PlanError(f"{row.name}: its weight is on the meta device; load the model first")
         result = decompose(row, weight.to(device or weight.device), init, seed, None)
         u, v = factor_weights(row.kind, weight, result.factors)
         assert row.rank is not None
         new = KINDS[row.kind].build(dense, row.kind, row.rank)
-        new.u.weight = nn.Parameter(u, requires_grad=dense.weight.requires_grad)  # type: ignore[union-attr, arg-type]
-        new.v.weight = nn.Parameter(v, requires_grad=dense.weight.requires_grad)  # type: ignore[union-attr, arg-type]
+        new.u.weight = nn.Parameter(u, requires_grad=dense.weight.requires_grad)
+        new.v.weight = nn.Parameter(v, requires_grad=dense.weight.requires_grad)
         if dense.bias is not None:
-            new.u.bias = dense.bias  # type: ignore[assignment]
+            new.u.bias = dense.bias
         replace_module_(model, dense, new)
         yield row, result
 

@@ -138,6 +138,11 @@ def open_tensors(files: list[Path]) -> TensorSource:
     return read_pickle(files)
 
 
+def as_bytes(tensor: Tensor) -> Any:
+    """The bytes of a CPU tensor, shared with it where it is contiguous, for writing and hashing."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 class ShardWriter:
     """Writes safetensors shards into a folder, each tensor as it comes, with no more than one in memory.
 
@@ -171,7 +176,7 @@ class ShardWriter:
         path, entries, offset = self._shards[-1]
         data = tensor.detach().cpu().contiguous()
         if size:
-            self._file.write(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            self._file.write(as_bytes(data))
         entries[name] = {
             "dtype": SAFETENSORS_NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [offset, offset + size],
         }  # fmt: skip
@@ -180,7 +185,7 @@ class ShardWriter:
     def _close_shard(self) -> None:
         if self._file is None:
             return
-        path, entries, size = self._shards[-1]
+        path, entries, _ = self._shards[-1]
         header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
         room = self.HEADER_BYTES - 8
         if len(header) > room:  # thousands of tensors: make room by copying the shard once

@@ -50,11 +50,11 @@ def _noise(*shape: int) -> Tensor:
 TRANSFORMERS: dict[str, Case] = {
     "gpt2": Case(
         "GPT2LMHeadModel",
-        lambda: tf.GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=2),
+        lambda: tf.GPT2Config(vocab_size=96, n_embd=48, n_layer=2, n_head=4, n_positions=32, eos_token_id=2),
         _text(),
     ),
     "gpt_neox": Case(
-        "GPTNeoXForCausalLM", lambda: tf.GPTNeoXConfig(**SMALL, intermediate_size=96, bos_token_id=1, eos_token_id=2), _text()
+        "GPTNeoXForCausalLM", lambda: tf.GPTNeoXConfig(**SMALL, intermediate_size=96, eos_token_id=2), _text()
     ),
     "opt": Case(
         "OPTForCausalLM",
@@ -70,7 +70,7 @@ TRANSFORMERS: dict[str, Case] = {
     "roberta": Case("RobertaForMaskedLM", lambda: tf.RobertaConfig(**BERT), _text()),
     "distilbert": Case(
         "DistilBertForSequenceClassification",
-        lambda: tf.DistilBertConfig(vocab_size=96, dim=48, n_layers=2, n_heads=4, hidden_dim=96, max_position_embeddings=32),
+        lambda: tf.DistilBertConfig(vocab_size=96, dim=48, n_layers=2, n_heads=4, hidden_dim=96),
         _text(),
     ),
     "deberta-v2": Case(
@@ -100,7 +100,7 @@ TRANSFORMERS: dict[str, Case] = {
     "vit": Case("ViTForImageClassification", lambda: tf.ViTConfig(**VIT, image_size=32, patch_size=8), _image(32)),
     "swin": Case(
         "SwinForImageClassification",
-        lambda: tf.SwinConfig(image_size=32, patch_size=4, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4),
+        lambda: tf.SwinConfig(image_size=32, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4),
         _image(32),
     ),
     "convnext": Case(

@@ -1,0 +1,79 @@
+"""Factorised or dense checkpoints into modules."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.skeletons import build_model, timm_tensors
+from lrsurgery.sources import Source, resolve
+from lrsurgery.surgery import swap_
+from lrsurgery.tensors import open_tensors
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **options: Any
+) -> nn.Module:
+    """Loads a factorised or dense checkpoint, in eval mode: the timm module of a timm folder, else transformers' class.
+
+    `options` go to transformers' `from_pretrained` (`device_map`, `attn_implementation`, ...).
+
+    Raises SourceError that names what is missing, left over or misshapen.
+    """
+    source = resolve(str(path))
+    if source.library == "timm":
+        return load_timm(source, dtype)
+    import lrsurgery.hf  # noqa: F401  (registers the format)
+
+    skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
+    cls: Any = type(skeleton)
+    try:
+        model, info = cls.from_pretrained(
+            source.folder,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
+        )
+    except SurgeryError:
+        raise
+    except (RuntimeError, ValueError, OSError) as e:
+        raise SourceError(f"{path}: {' '.join(str(e).split())[:300]}") from e
+    if info["missing_keys"]:
+        raise SourceError(f"{path}: {min(info['missing_keys'])} is missing from the checkpoint")
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def load_timm(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
+    """The timm module of a factorised or dense timm folder. Raises SourceError."""
+    model = build_model(source, device="cpu")
+    tensors = open_tensors(list(source.files))
+    quantization = source.config.get("quantization_config") or {}
+    if quantization.get("quant_method") == "lrsurgery":
+        from lrsurgery.hf import check_layers
+
+        layers = check_layers(quantization.get("layers"))
+        swap_(model, {name: (spec["kind"], spec["rank"]) for name, spec in layers.items()})
+        state = {key: tensors.read(key) for key in tensors.keys() if key.removesuffix(".weight") not in layers}  # noqa: SIM118
+    else:
+        converted = timm_tensors(source, model, tensors)
+        state = {key: converted.read(key) for key in converted.keys()}  # noqa: SIM118
+    wanted = model.state_dict()
+    for key in sorted(wanted.keys() - state.keys()):
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.zeros((), dtype=torch.long)
+        else:
+            raise SourceError(f"{source.reference}: {key} is missing from the checkpoint")
+    for key, tensor in state.items():
+        if key not in wanted:
+            raise SourceError(f"{source.reference}: {key} has no place in {source.config['architecture']}")
+        if tensor.shape != wanted[key].shape:
+            raise SourceError(
+                f"{source.reference}: {key} has shape {tuple(tensor.shape)}, the model wants {tuple(wanted[key].shape)}"
+            )
+    model.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
+    return (model.to(dtype) if dtype is not None else model).eval()

@@ -1,0 +1,79 @@
+"""What `factorise` can be asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lrsurgery.errors import SurgeryError
+from lrsurgery.inits import get_init
+from lrsurgery.plan import Plan, find_heads, make_plan
+from lrsurgery.ranks import RankLike, parse_rank
+from lrsurgery.tensors import parse_size
+
+DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `factorise` can be asked for; the CLI's options of the same names say more."""
+
+    rank: RankLike
+    init: str = "spectral"
+    conv: str = "channel"
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    allow_larger: bool = False
+    multiple_of: int = 1
+    seed: int = 0
+    from_scratch: bool = False
+    device: str = "auto"
+    dtype: str = "keep"
+    shard_size: str = "5GB"
+    revision: str | None = None
+    architecture: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    command: str | None = field(default=None, compare=False)
+
+    def plan_for(self, model: nn.Module, tied: dict[str, str] | None = None) -> Plan:
+        return make_plan(
+            model, parse_rank(self.rank, self.multiple_of), conv=self.conv, include=self.include, exclude=self.exclude,
+            allow_larger=self.allow_larger, heads=find_heads(model), tied=tied,
+        )  # fmt: skip
+
+    def check(self) -> None:
+        """Raises SurgeryError for a value that no model could make right."""
+        parse_rank(self.rank, self.multiple_of)
+        get_init(self.init)
+        pick_device(self.device)
+        parse_size(self.shard_size)
+        if self.dtype not in DTYPES:
+            raise SurgeryError(f"unknown dtype '{self.dtype}'; known: {', '.join(DTYPES)}")
+        if self.seed < 0:
+            raise SurgeryError(f"seed {self.seed}: write an integer of at least 0")
+
+    def recorded(self) -> dict[str, Any]:
+        """The options that decide the result, as JSON."""
+        return {
+            "rank": str(parse_rank(self.rank)), "init": self.init, "conv": self.conv, "include": list(self.include),
+            "exclude": list(self.exclude), "allow_larger": self.allow_larger, "multiple_of": self.multiple_of,
+            "seed": self.seed, "from_scratch": self.from_scratch, "dtype": self.dtype,
+        }  # fmt: skip
+
+
+def pick_device(name: str) -> torch.device:
+    """The device for "auto", "cpu", "cuda" or "cuda:1". Raises SurgeryError where this machine has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, index = name.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise SurgeryError(f"unknown device '{name}'; write auto, cpu, cuda or cuda:N")
+    count = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= count:
+        raise SurgeryError(f"device '{name}': this machine has {count} CUDA devices")
+    return torch.device(name)

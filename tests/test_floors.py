@@ -1,0 +1,59 @@
+"""The layout: every module has a floor, imports only look down, and there is no circle."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import lrsurgery
+
+FLOORS = {
+    4: {"cli", "console", "__main__"},
+    3: {"factorise", "stream", "options", "export", "report", "reading", "cards"},
+    2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf"},
+    1: {"plan", "surgery", "layers"},
+    0: {"linalg", "ranks", "inits", "errors"},
+}
+PACKAGE = Path(lrsurgery.__file__).parent
+
+
+def imports() -> dict[str, set[str]]:
+    """Module -> modules of this package that its source imports, wherever in the source."""
+    found: dict[str, set[str]] = {}
+    for file in PACKAGE.glob("*.py"):
+        names = found.setdefault(file.stem, set())
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("lrsurgery."):
+                names.add((node.module or "").split(".")[1])
+            elif isinstance(node, ast.ImportFrom) and node.module == "lrsurgery":
+                names |= {alias.name for alias in node.names if (PACKAGE / f"{alias.name}.py").exists()}
+            elif isinstance(node, ast.Import):
+                names |= {a.name.split(".")[1] for a in node.names if a.name.startswith("lrsurgery.")}
+    found.pop("__init__")
+    return found
+
+
+def test_every_module_has_a_floor() -> None:
+    assert set().union(*FLOORS.values()) == set(imports())
+
+
+def test_imports_only_look_down() -> None:
+    floor = {module: number for number, modules in FLOORS.items() for module in modules}
+    for module, names in imports().items():
+        for name in names:
+            assert floor[name] <= floor[module], f"{module} (floor {floor[module]}) imports {name} ({floor[name]})"
+
+
+def test_there_is_no_circle() -> None:
+    graph = imports()
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for name in graph[module]:
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in graph:
+        visit(module, ())

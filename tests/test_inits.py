@@ -1,0 +1,54 @@
+"""The inits, over the table: shapes, balance, and what each promises of the product."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lrsurgery.errors import SurgeryError
+from lrsurgery.inits import INITS, get_init, layer_generator
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(60, 100, generator=torch.Generator().manual_seed(0)) * 0.1
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_factors_are_balanced_and_of_the_rank(name: str, weight: torch.Tensor) -> None:
+    (u, v), values = INITS[name](weight, 20, fan_in=100, generator=layer_generator(0, "a"))
+    assert (u.shape, v.shape) == ((60, 20), (20, 100))
+    assert torch.allclose(u.T @ u, v @ v.T, atol=1e-4)
+    assert torch.allclose(values, torch.linalg.svdvals(weight), rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", INITS)
+def test_rank_may_wait_for_the_values(name: str, weight: torch.Tensor) -> None:
+    (u, _), _ = INITS[name](weight, lambda values: int((values > values[7]).sum()), fan_in=100,
+                            generator=layer_generator(0, "a"))  # fmt: skip
+    assert u.shape == (60, 7)
+
+
+def test_spectral_ones_keeps_directions_only(weight: torch.Tensor) -> None:
+    (u, v), _ = INITS["spectral-ones"](weight, 20, fan_in=100, generator=layer_generator(0, "a"))
+    left, _, right = torch.linalg.svd(weight, full_matrices=False)
+    assert torch.allclose(u @ v, left[:, :20] @ right[:20], atol=1e-4)
+
+
+def test_he_matches_the_variance_of_a_dense_layer() -> None:
+    (u, v), _ = INITS["he"](torch.zeros(600, 800), 200, fan_in=800, generator=layer_generator(0, "a"))
+    assert float((u @ v).var()) == pytest.approx(2 / 800, rel=0.05)
+
+
+def test_seed_and_name_decide_he_alone(weight: torch.Tensor) -> None:
+    def draw(seed: int, name: str) -> torch.Tensor:
+        return INITS["he"](weight, 5, fan_in=100, generator=layer_generator(seed, name)).factors.u
+
+    assert torch.equal(draw(0, "a"), draw(0, "a"))
+    assert not torch.equal(draw(0, "a"), draw(1, "a"))
+    assert not torch.equal(draw(0, "a"), draw(0, "b"))
+
+
+def test_unknown_init_lists_the_known() -> None:
+    with pytest.raises(SurgeryError, match="spectral, spectral-ones, he"):
+        get_init("xavier")
