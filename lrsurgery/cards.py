@@ -22,7 +22,7 @@ def model_card(report: Report, source: Source, name: str) -> str:
         f"# {name}",
         "",
         f"`{source.hub_id or source.name}` with {totals['layers_factorised']} layers made low rank by"
-        " [lrsurgery](https://pypi.org/project/lrsurgery/). Load it with lrsurgery installed:",
+        " lrsurgery. Load it with lrsurgery installed (`pip install lrsurgery`):",
         "",
         "```python",
         *_loading(source, name),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lrsurgery.report import Report, Row
 
 Result = TypeVar("Result")
+PIPED_WIDTH = 160  # lines of a pipe or a file need not fold at rich's 80
 
 
 class Screen:
@@ -25,6 +26,8 @@ class Screen:
         self.quiet, self.as_json = quiet, as_json
         self.err = Console(stderr=True, highlight=False, soft_wrap=True)
         self.out = Console(stderr=as_json, highlight=False)
+        if not self.out.is_terminal:
+            self.out.width = PIPED_WIDTH
 
     def say(self, text: str) -> None:
         """One line for people."""
@@ -63,13 +66,17 @@ def layer_table(report: Report) -> Table:
     """The factorised layers; rank, full rank and parameter share side by side, since tools differ in what 0.5 means."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("layer", overflow="fold")
-    for header in ("shape", "rank", "full", "parameters", "kept", "energy", "error"):
+    measured = any(row.relative_error is not None for row in report.factorised)
+    headers = ("shape", "rank", "full", "before", "after", "kept", *(("energy", "error") if measured else ()))
+    for header in headers:
         table.add_column(header, justify="right", no_wrap=True)
     for row in report.factorised:
-        table.add_row(
+        after = row.parameters_after
+        cells = [
             row.name, "x".join(map(str, row.shape)), str(row.rank or "?"), str(row.full_rank),
-            f"{row.parameters_before:,}", _share(row), _percent(row.energy_kept), _percent(row.relative_error),
-        )  # fmt: skip
+            f"{row.parameters_before:,}", "?" if after is None else f"{after:,}", _share(row),
+        ]  # fmt: skip
+        table.add_row(*cells, *((_percent(row.energy_kept), _percent(row.relative_error)) if measured else ()))
     return table
 
 

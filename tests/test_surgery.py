@@ -70,7 +70,7 @@ def test_nan_names_the_layer() -> None:
     model = nn.Sequential(nn.Linear(8, 64), nn.Linear(64, 8))
     with torch.no_grad():
         model[1].weight[3, 3] = float("nan")
-    with pytest.raises(WeightError, match="^1: .*NaN or Inf"):
+    with pytest.raises(WeightError, match=r"^1: .*NaN or Inf"):
         lrsurgery.factorise_(model, rank=0.5)
 
 
@@ -148,6 +148,23 @@ def test_pipeline_runs_on_a_factorised_folder(tmp_path: Path) -> None:
     assert factorised_layers(classify.model)
     (best, _) = classify(Image.new("RGB", (40, 40), (200, 30, 90)))
     assert 0 <= best["score"] <= 1
+
+
+def test_timm_model_in_its_wrapper_saves_timm_names(tmp_path: Path) -> None:
+    from transformers import AutoModelForImageClassification
+
+    zoo.save_timm("resnet18", tmp_path / "timm")
+    # what timm itself writes, the wrapper cannot read (num_classes twice); what we export, it can
+    lrsurgery.factorise_checkpoint(tmp_path / "timm", tmp_path / "low", rank=0.9)
+    lrsurgery.export_dense(tmp_path / "low", tmp_path / "dense")
+    model = AutoModelForImageClassification.from_pretrained(tmp_path / "dense")
+    lrsurgery.factorise_(model, rank=0.5)
+    model.save_pretrained(tmp_path / "half")
+    module = lrsurgery.load_model(tmp_path / "half")
+    names = {name.removeprefix("timm_model.") for name in factorised_layers(model)}
+    assert set(factorised_layers(module)) == names
+    pixels = zoo.images("resnet18")
+    assert torch.allclose(module(pixels), model(pixels).logits, atol=1e-5)
 
 
 def test_checkpoint_of_a_newer_format_is_refused(tmp_path: Path) -> None:
