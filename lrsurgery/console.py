@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
@@ -47,19 +47,25 @@ class Screen:
 
     def follow(self, steps: Generator[Any, None, Result], verb: str) -> Result:
         """Runs a job under a live bar (layer, done/total, time left), shown on a terminal only."""
-        live = self.err.is_terminal and not self.quiet
+        if self.quiet or not self.err.is_terminal:
+            return _drain(steps, lambda event: None)
         columns = (
             TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[layer]}"),
         )  # fmt: skip
-        with Progress(*columns, console=self.err, disable=not live, transient=True) as bar:
+        with Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(verb, total=None, layer="reading")
-            while True:
-                try:
-                    event = next(steps)
-                except StopIteration as stop:
-                    return stop.value  # type: ignore[no-any-return]
-                bar.update(task, completed=event.done, total=event.total, layer=event.name)
+            return _drain(
+                steps, lambda event: bar.update(task, completed=event.done, total=event.total, layer=event.name)
+            )
+
+
+def _drain(steps: Generator[Any, None, Result], show: Callable[[Any], None]) -> Result:
+    while True:
+        try:
+            show(next(steps))
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
 
 
 def layer_table(report: Report) -> Table:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrsurgery import __version__
 from lrsurgery.cards import model_card
 from lrsurgery.checkpoints import Checkpoint, Entry, Names, choose_names, list_entries, open_checkpoint, output_config
 from lrsurgery.errors import OutputError, SurgeryError, WeightError
@@ -308,4 +309,5 @@ def versions() -> dict[str, str]:
     """Of this package and of those that decide the numbers."""
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("lrsurgery", "torch", "transformers", "timm", "safetensors")}
+    others = ("torch", "transformers", "timm", "safetensors")
+    return {"lrsurgery": __version__, **{name: version(name) for name in others}}
