@@ -19,10 +19,7 @@ from lrsurgery.errors import RankError, WeightError
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs leave it out
 
-# Smallest kept singular value, relative to the largest, that a Gram matrix of this precision still resolves to the
-# error bound that the tests hold (1e-5 of the Eckart-Young error plus 4 eps ||W||_F).
-GRAM_FLOOR = {torch.float32: 1e-3, torch.float64: 1e-6}
-# The same for single directions, which rounding turns sooner than the span of all of them.
+# Smallest kept singular value, relative to the largest, whose single direction a Gram matrix of this precision resolves.
 DIRECTION_FLOOR = {torch.float32: 0.1, torch.float64: 1e-4}
 
 
@@ -93,7 +90,6 @@ def _decompose(matrix: Tensor, rank: RankChoice, scale: float, *, directions: bo
     `basis` has orthonormal columns. `image` is basis^T matrix or, for directions, the right singular vectors.
     """
     choose = rank if callable(rank) else (lambda values: rank)
-    floors = DIRECTION_FLOOR if directions else GRAM_FLOOR
     for precision in (torch.float32, torch.float64):
         if torch.finfo(precision).eps > torch.finfo(matrix.dtype).eps:
             continue
@@ -104,7 +100,7 @@ def _decompose(matrix: Tensor, rank: RankChoice, scale: float, *, directions: bo
         kept = choose(values * scale)
         # Storage in fp32 or less rounds away all that an fp64 Gram matrix cannot resolve of the product.
         rounded_away = precision == torch.float64 and matrix.dtype != torch.float64 and not directions
-        if rounded_away or (values[0] > 0 and values[kept - 1] >= floors[precision] * values[0]):
+        if rounded_away or (values[0] > 0 and _resolved(values, kept, matrix.dtype, directions=directions)):
             image = None
             break
     else:
@@ -123,6 +119,23 @@ def _decompose(matrix: Tensor, rank: RankChoice, scale: float, *, directions: bo
         basis, matrix = basis.double(), matrix.double()
         basis = 1.5 * basis - 0.5 * basis @ (basis.T @ basis)
     return values, basis, basis.T @ matrix
+
+
+def _resolved(values: Tensor, kept: int, stored: torch.dtype, *, directions: bool) -> bool:
+    """Whether a Gram matrix of the precision of `values` separates what is kept from what is left out well enough.
+
+    Rounding of size eps ||W||^2 in the Gram matrix turns the last kept direction by up to eps ||W||^2 / s_r^2 into what
+    is left out, and so costs eps^2 ||W||^4 / s_r^2 of squared error. That has to stay below 1e-5 of the Eckart-Young
+    error and the rounding of factors stored in `stored`.
+    """
+    if directions:
+        return bool(values[kept - 1] >= DIRECTION_FLOOR[values.dtype] * values[0])
+    norm, tail, last = (float(v) for v in (values.norm(), values[kept:].norm(), values[kept - 1]))
+    if last == 0:
+        return False
+    lost = torch.finfo(values.dtype).eps * norm**2 / last
+    allowed = 1e-5 * tail + torch.finfo(stored).eps * norm
+    return math.hypot(tail, lost) - tail <= allowed
 
 
 def _gram_eigh(matrix: Tensor, precision: torch.dtype) -> tuple[Tensor, Tensor]:
