@@ -19,7 +19,7 @@ from lrsurgery.errors import RankError, WeightError
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs leave it out
 
-# Smallest kept singular value, relative to the largest, whose single direction a Gram matrix of this precision resolves.
+# Smallest kept singular value, relative to the largest, whose direction a Gram matrix of this precision resolves.
 DIRECTION_FLOOR = {torch.float32: 0.1, torch.float64: 1e-4}
 
 
