@@ -181,15 +181,22 @@ KINDS: dict[str, Kind] = {
 }
 
 
+# classes known by name, so that neither library is imported for them
+NAMED_KINDS = {
+    ("timm.layers.linear", "Linear"): "linear",  # a forward of its own for torchscript's sake
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"): "linear",  # x @ W.T, then + b
+    ("transformers.pytorch_utils", "Conv1D"): "conv1d",
+}
+
+
 def kind_of(module: nn.Module, conv: str) -> str | None:
-    """The kind that this module would be factorised as, or None. Subclasses may behave otherwise than their base."""
-    if type(module) is nn.Linear:
+    """The kind that this module would be factorised as, or None. Unknown subclasses may compute something else."""
+    cls = type(module)
+    if cls is nn.Linear:
         return "linear"
-    if type(module) is nn.Conv2d:
+    if cls is nn.Conv2d:
         return "conv2d-channel" if module.kernel_size == (1, 1) else f"conv2d-{conv}"
-    if type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils":
-        return "conv1d"
-    return None
+    return NAMED_KINDS.get((cls.__module__, cls.__qualname__))
 
 
 def factor_weights(kind: str, weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:

@@ -90,6 +90,28 @@ def test_tied_head_and_embedding_stay_dense() -> None:
     assert found["transformer.wte"] == "tied to lm_head"
 
 
+def test_harmless_subclasses_are_factorised_and_unknown_ones_are_not() -> None:
+    """timm's Linear and Falcon's compute what nn.Linear does; a subclass of theirs may not."""
+    from timm.layers import Linear
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class Other(Linear):  # type: ignore[misc]
+        pass
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear(16, 64), FalconLinear(64, 16), Other(16, 64)).eval()
+    x = torch.randn(3, 16)
+    wanted = model(x)
+    assert reasons(plan(model, 1.0, allow_larger=True)) == {"2": "unknown subclass Other of Linear"}
+    lrsurgery.factorise_(model, rank=1.0, allow_larger=True)
+    assert (model(x) - wanted).abs().max() <= 1e-5
+
+
+def test_head_of_a_known_subclass_is_an_output_head() -> None:
+    found = reasons(plan(zoo.build_timm("mobilenetv3_small_100")))
+    assert found["classifier"] == "output head"
+
+
 def test_parameters_shared_in_memory_are_tied() -> None:
     model = nn.Sequential(nn.Linear(16, 64, bias=False), nn.Linear(16, 64, bias=False), nn.Linear(64, 16))
     model[1].weight = model[0].weight

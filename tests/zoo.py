@@ -65,6 +65,7 @@ TRANSFORMERS: dict[str, Case] = {
     "mistral": Case("MistralForCausalLM", lambda: tf.MistralConfig(**LLAMA), _text()),
     "qwen3": Case("Qwen3ForCausalLM", lambda: tf.Qwen3Config(**LLAMA, head_dim=12), _text()),
     "gemma3": Case("Gemma3ForCausalLM", lambda: tf.Gemma3TextConfig(**LLAMA, head_dim=12), _text()),
+    "falcon": Case("FalconForCausalLM", lambda: tf.FalconConfig(**SMALL, eos_token_id=2), _text()),
     "phi3": Case("Phi3ForCausalLM", lambda: tf.Phi3Config(**LLAMA), _text()),
     "bert": Case("BertForMaskedLM", lambda: tf.BertConfig(**BERT), _text()),
     "roberta": Case("RobertaForMaskedLM", lambda: tf.RobertaConfig(**BERT), _text()),
