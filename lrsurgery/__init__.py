@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lrsurgery import errors as errors
     from lrsurgery import linalg as linalg
     from lrsurgery.errors import SurgeryError as SurgeryError
     from lrsurgery.export import export_dense as export_dense
@@ -31,7 +32,7 @@ _HOME = {
     "load_model": "lrsurgery.loading",
     "rank_report": "lrsurgery.report",
 }
-_MODULES = ("hf", "linalg", "ranks", "layers")
+_MODULES = ("errors", "hf", "linalg", "ranks", "layers")
 
 __all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
 

@@ -247,8 +247,6 @@ def main() -> None:
         warnings.filterwarnings("ignore")
     try:
         code = app(standalone_mode=False)
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130, as_json)
     except typer.Exit as e:
         code = e.exit_code
     except typer.Abort:
@@ -262,8 +260,11 @@ def main() -> None:
             raise
         if hasattr(e, "format_message") and hasattr(e, "exit_code"):  # a usage error of the command line parser
             context = getattr(e, "ctx", None)
-            _fail(f"{e.format_message()} See {context.command_path if context else 'lrsurgery'} --help", 2, as_json)
+            command = context.command_path if context else "lrsurgery"
+            _fail(f"{e.format_message().rstrip('.')}. See {command} --help", 2, as_json)
         _fail(f"unexpected {type(e).__name__}: {' '.join(str(e).split())} (a bug; --debug shows where)", 1, as_json)
+    if code == 130:  # typer's exit code for Ctrl-C, of which it says nothing
+        _fail("interrupted; nothing was written", 130, as_json)
     sys.exit(code if isinstance(code, int) else 0)
 
 

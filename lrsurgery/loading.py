@@ -37,12 +37,15 @@ def load_model(
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # told below, by name, where transformers' own error names none
             **options,
         )
     except SurgeryError:
         raise
     except (RuntimeError, ValueError, OSError) as e:
         raise SourceError(f"{path}: {' '.join(str(e).split())[:300]}") from e
+    for key, found, wanted in sorted(info["mismatched_keys"]):
+        raise SourceError(f"{path}: {key} has shape {tuple(found)}, the model wants {tuple(wanted)}")
     if info["missing_keys"]:
         raise SourceError(f"{path}: {min(info['missing_keys'])} is missing from the checkpoint")
     return model.eval()  # type: ignore[no-any-return]

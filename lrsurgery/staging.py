@@ -35,7 +35,8 @@ def check_output(output: Path, source: Source | None, overwrite: bool) -> None:
 def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """A sibling folder that becomes `output` when the block ends well, and vanishes when it does not.
 
-    A killed process leaves at most the hidden sibling, which the next run for the same output removes.
+    A killed process leaves at most hidden siblings, which the next run for the same output clears away; a folder that
+    was moved aside to be overwritten comes back first.
 
     Raises OutputError where the place cannot be written.
     """
@@ -44,9 +45,8 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
     made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for stale in output.parent.glob(f"{glob.escape(prefix)}*.partial"):
-            if not _alive(stale.name.removeprefix(prefix).removesuffix(".partial")):
-                shutil.rmtree(stale, ignore_errors=True)
+        _clear_stale(output, prefix)
+        check_output(output, None, overwrite)
         stage.mkdir()
     except OSError as e:
         _remove_empty(made)
@@ -60,6 +60,17 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if isinstance(e, OSError):
             raise OutputError(f"{output}: cannot be written ({e.strerror or e})") from e
         raise
+
+
+def _clear_stale(output: Path, prefix: str) -> None:
+    for stale in sorted(output.parent.glob(f"{glob.escape(prefix)}*")):
+        pid, _, state = stale.name.removeprefix(prefix).partition(".")
+        if state not in ("partial", "replaced") or _alive(pid):
+            continue
+        if state == "replaced" and not output.exists():
+            stale.rename(output)  # killed between the two renames of an overwrite
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
 
 
 def _publish(stage: Path, output: Path, overwrite: bool) -> None:
