@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.plan import Replaced
-from lrsurgery.skeletons import build_model, timm_tensors
+from lrsurgery.skeletons import build_model, timm_tensors, without_wrappers
 from lrsurgery.sources import Source, check_index
 from lrsurgery.surgery import swap_
 from lrsurgery.tensors import DictSource, SafetensorsSource, TensorSource, open_tensors
@@ -84,7 +84,7 @@ def _with_classes_of(source: Source) -> Source:
     tensors = open_tensors(list(source.files))
     for name in names:
         for key in tensors.keys():  # noqa: SIM118
-            if key.removeprefix("module.") == f"{name}.weight":
+            if without_wrappers(key) == f"{name}.weight":
                 config = {**source.config, "num_classes": tensors.describe(key)[1][0]}
                 return Source(source.reference, "timm", config, None, source.files)
     return source

@@ -100,7 +100,7 @@ def timm_tensors(source: Source, model: nn.Module, tensors: TensorSource) -> Ten
     """The tensors under the model's own names; older layouts go through timm's own filter, in memory."""
     wanted = set(model.state_dict())
     keys = tensors.keys()
-    plain = {key: key.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("timm_model.") for key in keys}
+    plain = {key: without_wrappers(key) for key in keys}
     if plain_values_match(set(plain.values()), wanted):
         if all(key == name for key, name in plain.items()):
             return tensors
@@ -121,6 +121,11 @@ def timm_tensors(source: Source, model: nn.Module, tensors: TensorSource) -> Ten
             " is it another architecture?"
         )
     return tensors  # what is missing is named later
+
+
+def without_wrappers(key: str) -> str:
+    """A key as the model has it, without what torch.compile, DistributedDataParallel and TimmWrapper put before it."""
+    return key.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("timm_model.")
 
 
 def plain_values_match(have: set[str], wanted: set[str]) -> bool:

@@ -170,7 +170,7 @@ class _Stream:
         self._order = list(in_write_order([(self._stored_dtype(e.dtype), e.key) for e in entries]))
         # a weight goes before its layer's bias of the same width: by then it is known whether the layer stays dense
         self._order.sort(key=lambda key: (-self._width(key), self._layer_of(key)[1] == "bias"))
-        self._tied: dict[str, Tensor] = {}
+        self._by_target = {entry.target: entry for entry in entries if entry.target}
 
     def _stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
         return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
@@ -246,15 +246,9 @@ class _Stream:
         return tensor
 
     def _is_copy(self, key: str, tensor: Tensor) -> bool:
-        """Whether this tensor is a second copy of one that it is tied to, which the loader restores by itself."""
-        target = self._entries[key].target
-        if target is None:
-            return False
-        stands_for = self._checkpoint.tied.get(target, target)
-        if target in self._checkpoint.tied or target in self._checkpoint.tied.values():
-            other = self._tied.setdefault(stands_for, tensor)
-            return other is not tensor and torch.equal(other, tensor)
-        return False
+        """Whether this is a second copy of the tensor that it is tied to, which the loader restores by itself."""
+        stands_for = self._by_target.get(self._checkpoint.tied.get(self._entries[key].target or "", ""))
+        return stands_for is not None and torch.equal(stands_for.read(), tensor)
 
     def _replace(self, layer: str, key: str, tensor: Tensor) -> None:
         row = self.settled[layer]
