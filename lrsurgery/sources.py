@@ -173,15 +173,20 @@ def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
         raise SourceError(f"{hub_id}: no such file or folder, and not a hub id")
 
     def fetch(*patterns: str) -> Path:
-        return Path(
-            snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
-        )
+        wanted: Any = {"revision": revision, "allow_patterns": list(patterns), "ignore_patterns": ["*/*"]}
+        try:
+            return Path(snapshot_download(hub_id, **wanted))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError):
+            raise
+        except Exception:  # no answer; which class tells so hangs on the version of huggingface_hub
+            # version 1 asks the hub about a commit even where the cache holds it
+            return Path(snapshot_download(hub_id, **wanted, local_files_only=True))
 
     try:
         folder = fetch(*HUB_SMALL_FILES, *(HUB_SAFE_WEIGHTS if weights else ()))
         if weights and not any(folder.glob("*.safetensors")):
             folder = fetch(*HUB_SMALL_FILES, *HUB_PICKLED_WEIGHTS)
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+    except Exception as e:  # of several libraries: whatever it is, the model was not fetched
         at = f" at revision {revision}" if revision else ""
         reason = " ".join(str(e).split())[:200]
         raise SourceError(f"{hub_id}{at}: no such folder, and it could not be fetched from the hub: {reason}") from e
