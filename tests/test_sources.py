@@ -479,7 +479,7 @@ def load_some(cls: Any, folder: Path) -> nn.Module:
 
 
 def test_loaders_options(tmp_path: Path) -> None:
-    """`dtype=`, `device_map=` and `pipeline`, as for any folder."""
+    """`dtype=` and `device_map=`, as for any folder."""
     folder = saved("distilbert", tmp_path / "dense")
     run("factorise", folder, "--rank", "0.5", "--output", tmp_path / "half")
     cls = transformers.AutoModelForSequenceClassification
