@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrsurgery import errors as errors
     from lrsurgery import linalg as linalg
+    from lrsurgery.decay import FrobeniusDecay as FrobeniusDecay
     from lrsurgery.errors import SurgeryError as SurgeryError
     from lrsurgery.export import export_dense as export_dense
     from lrsurgery.factorise import densify_ as densify_
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
+    "FrobeniusDecay": "lrsurgery.decay",
     "SurgeryError": "lrsurgery.errors",
     "Report": "lrsurgery.report",
     "densify_": "lrsurgery.factorise",

@@ -11,7 +11,7 @@ FLOORS = {
     4: {"cli", "console", "__main__"},
     3: {"factorise", "stream", "options", "export", "report", "reading", "cards"},
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf"},
-    1: {"plan", "surgery", "layers"},
+    1: {"plan", "surgery", "layers", "decay"},
     0: {"linalg", "ranks", "inits", "errors"},
 }
 PACKAGE = Path(lrsurgery.__file__).parent

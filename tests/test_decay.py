@@ -1,0 +1,139 @@
+"""Frobenius decay against autograd on the product itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import lrsurgery
+from lrsurgery.errors import SurgeryError
+from lrsurgery.layers import FactorisedLayer
+from lrsurgery.surgery import factorised_layers
+
+KINDS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
+    "linear": (lambda: nn.Linear(10, 14), "channel", (3, 10)),
+    "conv1d": (lambda: Conv1D(14, 10), "channel", (3, 10)),
+    "conv2d-channel": (lambda: nn.Conv2d(6, 9, (3, 2)), "channel", (2, 6, 7, 7)),
+    "conv2d-spatial": (lambda: nn.Conv2d(6, 9, (3, 2)), "spatial", (2, 6, 7, 7)),
+}
+RATE, STRENGTH = 0.1, 0.3
+
+
+def build(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, FactorisedLayer, Tensor]:
+    torch.manual_seed(0)
+    make, conv, shape = KINDS[kind]
+    model = nn.Sequential(make()).to(dtype)
+    lrsurgery.factorise_(model, rank=4, conv=conv)
+    (layer,) = factorised_layers(model).values()
+    assert layer.kind == kind
+    return model, layer, torch.randn(shape, dtype=dtype)
+
+
+def penalty_gradients(layer: FactorisedLayer) -> tuple[Tensor, Tensor]:
+    """By autograd, through the dense weight."""
+    penalty = STRENGTH / 2 * layer.weight.square().sum()
+    return torch.autograd.grad(penalty, (layer.u.weight, layer.v.weight))
+
+
+def close(found: Tensor, wanted: Tensor) -> bool:
+    return bool((found - wanted).norm() <= 1e-13 * wanted.norm())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_one_step_is_the_penaltys_gradient(kind: str, decoupled: bool) -> None:
+    """With SGD both ways come to the same: a step on the loss with the penalty in it."""
+    model, layer, x = build(kind)
+    loss = model(x).square().sum() * 1e-3
+    loss.backward()
+    wanted = [
+        p - RATE * (p.grad + g)  # type: ignore[operator]
+        for p, g in zip((layer.u.weight, layer.v.weight), penalty_gradients(layer), strict=True)
+    ]
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    lrsurgery.FrobeniusDecay(model, STRENGTH, decoupled=decoupled).attach(optimizer)
+    optimizer.step()
+    assert close(layer.u.weight, wanted[0])
+    assert close(layer.v.weight, wanted[1])
+
+
+def test_adamw_decays_beside_its_moments() -> None:
+    """Decoupled: AdamW's own step, and the decay beside it, by each group's learning rate."""
+    steps = {}
+    for strength in (0.0, STRENGTH):
+        model, layer, x = build("linear")
+        before = layer.u.weight.clone(), layer.v.weight.clone()
+        moved = penalty_gradients(layer)
+        groups = [{"params": [layer.u.weight], "lr": 0.01}, {"params": [layer.v.weight], "lr": 0.002}]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        lrsurgery.FrobeniusDecay(model, strength).attach(optimizer)
+        model(x).square().sum().backward()
+        optimizer.step()
+        steps[strength] = [after - b for after, b in zip((layer.u.weight, layer.v.weight), before, strict=True)]
+    for plain, decayed, rate, gradient in zip(steps[0.0], steps[STRENGTH], (0.01, 0.002), moved, strict=True):
+        assert torch.allclose(decayed - plain, -rate * gradient, rtol=1e-9, atol=1e-15)
+
+
+def test_a_frozen_factor_rests() -> None:
+    model, layer, x = build("linear")
+    layer.u.weight.requires_grad_(False)
+    before = layer.u.weight.clone()
+    wanted = layer.v.weight - RATE * STRENGTH * (before.T @ before) @ layer.v.weight
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    lrsurgery.FrobeniusDecay(model, STRENGTH).attach(optimizer)
+    (model(x).sum() * 0).backward()
+    optimizer.step()
+    assert torch.equal(layer.u.weight, before)
+    assert close(layer.v.weight, wanted)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_grad_scaler(fused: bool, decoupled: bool) -> None:
+    """A scaled step is the plain step; one that the scaler skips for an Inf changes nothing."""
+    results = []
+    for scaled in (False, True):
+        model, layer, x = build("linear", torch.float32)
+        optimizer = torch.optim.SGD(model.parameters(), RATE, fused=fused)
+        lrsurgery.FrobeniusDecay(model, STRENGTH, decoupled=decoupled).attach(optimizer)
+        scaler = torch.amp.GradScaler("cpu", enabled=scaled, init_scale=1024.0)
+        for factor in (1.0, float("inf")) if scaled else (1.0,):
+            held = layer.u.weight.detach().clone()
+            optimizer.zero_grad()
+            scaler.scale((model(x) * factor).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            assert torch.equal(layer.u.weight, held) == (factor == float("inf"))
+        results.append([p.detach().clone() for p in model.parameters()])
+    for plain, scaled_too in zip(*results, strict=True):
+        assert torch.allclose(plain, scaled_too, rtol=1e-6, atol=1e-7)
+
+
+def test_detached_it_decays_no_more() -> None:
+    model, layer, x = build("linear")
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    decay = lrsurgery.FrobeniusDecay(model, STRENGTH).attach(optimizer)
+    decay.detach()
+    before = layer.u.weight.clone()
+    (model(x).sum() * 0).backward()
+    optimizer.step()
+    assert torch.equal(layer.u.weight, before)
+
+
+@pytest.mark.parametrize("strength", [-1.0, float("nan"), float("inf")])
+def test_refused_strength(strength: float) -> None:
+    with pytest.raises(SurgeryError, match="decay strength"):
+        lrsurgery.FrobeniusDecay(build("linear")[0], strength)
+
+
+def test_refused_models_and_optimizers() -> None:
+    dense: Any = nn.Linear(4, 4)
+    with pytest.raises(SurgeryError, match="no factorised layers"):
+        lrsurgery.FrobeniusDecay(dense, 0.1)
+    with pytest.raises(SurgeryError, match="holds no factor"):
+        lrsurgery.FrobeniusDecay(build("linear")[0], 0.1).attach(torch.optim.SGD(dense.parameters(), 0.1))
