@@ -23,12 +23,12 @@ def frobenius_gradients(u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     Source: Khodak et al. 2021 (arXiv 2105.01029); Kamalakara et al. 2022 (arXiv 2209.13569).
     """
     wide = working_dtype(u.dtype)
-    rows = u.detach().to(wide).movedim(1, -1)  # the rank last: (out, rank) stays, (out, rank, 1, kw) turns
+    # (positions, out, rank): FSDP2 shards `out` unevenly, so it is not flattened with anything
+    rows = (u.flatten(2) if u.ndim > 2 else u.unsqueeze(2)).detach().to(wide).permute(2, 0, 1)
     columns = v.detach().to(wide).flatten(1)
-    flat = rows.flatten(0, -2)
     of_u = rows @ (columns @ columns.T)
-    of_v = (flat.T @ flat) @ columns
-    return of_u.movedim(-1, 1), of_v.view_as(v)
+    of_v = (rows.mT @ rows).sum(0) @ columns
+    return of_u.permute(1, 2, 0).view_as(u), of_v.view_as(v)
 
 
 class FrobeniusDecay:
@@ -37,7 +37,8 @@ class FrobeniusDecay:
     Decoupled, as AdamW decays: before the step each factor moves by lr * strength * gradient, with the lr of its own
     parameter group. Coupled, as Khodak et al.: strength * gradient is added to the factor's `.grad`, and the optimizer
     does with it what it does with the loss's. A factor without a gradient rests, as in torch's own decay. A step that
-    GradScaler skips decays nothing. Give the factors `weight_decay=0` in the optimizer, or they decay twice.
+    GradScaler skips decays nothing. Under FSDP2 each rank decays its own shards. Give the factors `weight_decay=0` in
+    the optimizer, or they decay twice.
 
         decay = FrobeniusDecay(model, 0.01).attach(optimizer)
         ...

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -137,3 +140,53 @@ def test_refused_models_and_optimizers() -> None:
         lrsurgery.FrobeniusDecay(dense, 0.1)
     with pytest.raises(SurgeryError, match="holds no factor"):
         lrsurgery.FrobeniusDecay(build("linear")[0], 0.1).attach(torch.optim.SGD(dense.parameters(), 0.1))
+
+
+SHARDED = """
+import sys
+import torch, torch.distributed as dist
+import lrsurgery
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+x = torch.randn(4, 294, generator=torch.Generator().manual_seed(1))
+
+def train(model, x, decoupled):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.0)
+    lrsurgery.FrobeniusDecay(model, 0.3, decoupled=decoupled).attach(optimizer)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+
+def build(conv):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Unflatten(1, (6, 7, 7)), nn.Conv2d(6, 9, (3, 2)), nn.Flatten(), nn.Linear(270, 15))
+    lrsurgery.factorise_(model, rank=5, conv=conv, allow_larger=True)
+    return model
+
+for conv in ("channel", "spatial"):
+    for decoupled in (True, False):
+        wanted = train(build(conv), x, decoupled)
+        sharded = build(conv)
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
+        for model in (sharded, DistributedDataParallel(build(conv))):
+            found = train(model, x[2 * rank : 2 * rank + 2], decoupled)
+            for p, q in zip(found, wanted, strict=True):
+                assert (p - q).abs().max() < 1e-6, (type(model), conv, decoupled, p.shape)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_decay_once(tmp_path: Path) -> None:
+    """DDP and FSDP2 over two real processes, with factors that do not divide evenly, against one process."""
+    script = tmp_path / "train.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
