@@ -25,3 +25,15 @@ class OutputError(SurgeryError):
 
 class WeightError(SurgeryError, ValueError):
     """A tensor that cannot be factorised: not finite, of the wrong shape, or beyond LAPACK."""
+
+
+class RecipeError(SurgeryError, ValueError):
+    """A setting of a training run that cannot be used."""
+
+
+class DataError(SurgeryError):
+    """A dataset that cannot be read, or that does not fit the task."""
+
+
+class TrainingError(SurgeryError):
+    """A run that had to stop: what happened, at which step, what to try."""

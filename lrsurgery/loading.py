@@ -51,6 +51,42 @@ def load_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
+def load_with_head(
+    source: Source,
+    auto_class: str,
+    *,
+    id2label: dict[int, str] | None = None,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[nn.Module, list[str]]:
+    """The model under the head of another task or for other classes, and the modules that are new and untrained by it.
+
+    `auto_class` names one of transformers' `AutoModelFor...`. Raises SourceError.
+    """
+    import transformers
+
+    import lrsurgery.hf  # noqa: F401  (registers the format)
+
+    options: dict[str, Any] = {}
+    if id2label is not None:
+        options = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
+    try:
+        model, info = getattr(transformers, auto_class).from_pretrained(
+            source.folder,
+            dtype=dtype or "auto",
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # that is what makes the head a new one
+            **options,
+        )
+    except SurgeryError:
+        raise
+    except (RuntimeError, ValueError, OSError) as e:
+        raise SourceError(f"{source.reference}: {' '.join(str(e).split())[:300]}") from e
+    keys = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    return model.eval(), sorted({key.rpartition(".")[0] for key in keys})
+
+
 def load_timm(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
     """The timm module of a factorised or dense timm folder. Raises SourceError."""
     model = build_model(source, device="cpu")

@@ -1,0 +1,57 @@
+"""What training does to the factors: effective ranks and norms, layer by layer, read off the factors alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrsurgery.linalg import Factors, product_values
+from lrsurgery.ranks import entropy_rank, nuclear_rank, stable_rank
+from lrsurgery.surgery import factorised_layers
+
+
+@torch.no_grad()
+def layer_dynamics(model: nn.Module) -> dict[str, dict[str, float]]:
+    """Layer -> nuclear, entropy and stable rank of U V, its Frobenius and spectral norm, and the norms of U and V.
+
+    In O((m + n) r^2) a layer; the product is never formed. Shards (FSDP2) are gathered, so every process calls.
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, layer in factorised_layers(model).items():
+        u, v = (whole(factor) for factor in layer.factors)
+        values = product_values(Factors(u, v)).double().cpu()
+        found[name] = {
+            "nuclear_rank": nuclear_rank(values),
+            "entropy_rank": entropy_rank(values),
+            "stable_rank": stable_rank(values),
+            "frobenius_norm": float(values.norm()),
+            "spectral_norm": float(values[0]),
+            "u_norm": float(u.double().norm()),
+            "v_norm": float(v.double().norm()),
+        }
+    return found
+
+
+@torch.no_grad()
+def steepest_decay(model: nn.Module) -> tuple[str, float]:
+    """(layer, largest squared singular value of any factor): Frobenius decay scales a factor by 1 - lr strength that.
+
+    Above 1 / (lr strength) a step of decoupled decay overshoots zero, above twice that it diverges.
+    """
+    worst, square = "", 0.0
+    for name, layer in factorised_layers(model).items():
+        for factor in layer.factors:
+            short = whole(factor).float()
+            gram = short @ short.T if short.shape[0] < short.shape[1] else short.T @ short
+            top = float(torch.linalg.eigvalsh(gram)[-1])
+            if top > square:
+                worst, square = name, top
+    return worst, square
+
+
+def whole(tensor: Any) -> Tensor:
+    """A parameter as one tensor, gathered where FSDP2 has sharded it."""
+    full: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return full.detach()

@@ -1,0 +1,349 @@
+"""transformers' Trainer for low-rank models: decay on factors, a teacher, exact evaluation, strict checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers import TrainingArguments as Arguments
+
+from lrsurgery.decay import FrobeniusDecay
+from lrsurgery.dynamics import layer_dynamics
+from lrsurgery.errors import RecipeError, TrainingError
+from lrsurgery.options import pick_device
+from lrsurgery.preparation import Examples
+from lrsurgery.recipes import OPTIMIZERS, Recipe
+from lrsurgery.surgery import factorised_layers
+from lrsurgery.tasks import Subject, distillation, measure, summarise
+
+WEIGHTS = "model.safetensors"
+COMPLETE = "complete"  # a file that is written into a checkpoint last
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run."""
+
+    kind: str  # "step", "evaluated", "evaluating", "stage" or "note"
+    step: int = 0
+    total: int = 0
+    stage: str = ""  # "dense" or "factorised"
+    values: dict[str, float] = field(default_factory=dict)
+    text: str = ""
+
+
+Watch = Callable[[Event], None]
+
+
+def parameter_groups(model: nn.Module, recipe: Recipe, decayed: set[str]) -> list[tuple[list[str], dict[str, float]]]:
+    """Names and weight decay of each of the optimizer's groups: factors, other weights, biases and norms.
+
+    `decayed` names what ordinary AdamW decay is for. Frozen parameters are in none; empty groups are left out.
+    """
+    layers = factorised_layers(model)
+    factors = {f"{name}.{part}.weight" for name in layers for part in ("u", "v")}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    of_factors = recipe.decay_strength if recipe.decay == "l2" else 0.0
+    groups = [
+        ([n for n in trained if n in factors], {"weight_decay": of_factors}),
+        ([n for n in trained if n not in factors and n in decayed], {"weight_decay": recipe.weight_decay}),
+        ([n for n in trained if n not in factors and n not in decayed], {"weight_decay": 0.0}),
+    ]
+    return [(names, settings) for names, settings in groups if names]
+
+
+def training_arguments(recipe: Recipe, folder: Path, *, evaluates: bool, total: int | None = None) -> Arguments:
+    """transformers' TrainingArguments for a recipe. Raises RecipeError that names the setting at fault."""
+    device = pick_device(recipe.device)
+    bf16, fp16 = _precision(recipe.precision, device)
+    own: dict[str, Any] = {
+        "output_dir": str(folder),
+        "learning_rate": recipe.lr, "lr_scheduler_type": recipe.schedule, "warmup_steps": recipe.warmup_steps,
+        "optim": OPTIMIZERS[recipe.optimizer], "weight_decay": recipe.weight_decay,
+        "per_device_train_batch_size": recipe.batch_size,
+        "per_device_eval_batch_size": recipe.eval_batch_size or recipe.batch_size,
+        "gradient_accumulation_steps": recipe.accumulate, "seed": recipe.seed, "bf16": bf16, "fp16": fp16,
+        "gradient_checkpointing": recipe.gradient_checkpointing,
+        "use_cpu": device.type == "cpu", "report_to": list(recipe.report_to) or "none",
+        "dataloader_pin_memory": device.type == "cuda",
+        "disable_tqdm": True, "logging_nan_inf_filter": False, "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "save_total_limit": 2, "save_strategy": "steps", "eval_strategy": "steps" if evaluates else "no",
+    }  # fmt: skip
+    if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        own["ddp_backend"] = "gloo"
+    if recipe.steps is not None:
+        own["max_steps"] = recipe.steps
+    else:
+        own["num_train_epochs"] = recipe.epochs if recipe.epochs is not None else 1.0
+    if total is not None:
+        every = max(1, math.ceil(total / 10))
+        own["eval_steps"] = recipe.eval_steps or recipe.save_steps or every
+        own["save_steps"] = recipe.save_steps or own["eval_steps"]
+        own["logging_steps"] = recipe.log_steps or max(1, min(50, total // 20))
+        if recipe.best or recipe.early_stopping:
+            if own["save_steps"] % own["eval_steps"]:
+                raise RecipeError(
+                    f"save_steps {own['save_steps']}: keeping the best needs a multiple of eval_steps {own['eval_steps']}"
+                )
+            own |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+    for name in recipe.set:
+        if name not in Arguments.__dataclass_fields__:
+            raise RecipeError(f"set {name}: transformers' TrainingArguments has no such field")
+        if name in ("output_dir", "remove_unused_columns", "label_names", "resume_from_checkpoint"):
+            raise RecipeError(f"set {name}: is lrsurgery's own")
+    try:
+        return Arguments(**{**own, **recipe.set})
+    except (ValueError, TypeError, ImportError, RuntimeError) as e:
+        raise RecipeError(f"the settings do not go together: {' '.join(str(e).split())[:300]}") from e
+
+
+def _precision(name: str, device: torch.device) -> tuple[bool, bool]:
+    """(bf16, fp16) autocast on this device. Raises RecipeError where it cannot."""
+    if name == "auto":
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(), False
+    if name == "fp16" and device.type == "cpu":
+        raise RecipeError("precision fp16: this machine trains on the CPU, which has bf16 and fp32")
+    return name == "bf16", name == "fp16"
+
+
+class LowRankTrainer(Trainer):  # type: ignore[misc]
+    """The Trainer with what low-rank models ask for; the loop, the devices and the data loading are transformers'."""
+
+    def __init__(
+        self, subject: Subject, recipe: Recipe, args: Arguments, train: Examples | None, evaluation: Examples | None,
+        teacher: nn.Module | None = None, callbacks: tuple[TrainerCallback, ...] = (),
+    ) -> None:  # fmt: skip
+        self.subject, self.recipe, self.teacher = subject, recipe, teacher
+        self._collate_evaluation = evaluation.collate if evaluation else None
+        super().__init__(
+            model=subject.model, args=args, train_dataset=train.dataset if train else None,
+            eval_dataset=evaluation.dataset if evaluation else None,
+            data_collator=train.collate if train else None,
+            compute_metrics=lambda found: summarise(subject.task, torch.as_tensor(found.predictions)),
+            callbacks=list(callbacks),
+        )  # fmt: skip
+        self.remove_callback(PrinterCallback)
+        if recipe.early_stopping and (not recipe.dense_steps or factorised_layers(subject.model)):
+            self.add_callback(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping))
+        if teacher is not None:
+            self.teacher = teacher.to(args.device).eval().requires_grad_(False)
+
+    # optimisation
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        built: torch.optim.Optimizer | None = self.optimizer
+        if built is not None:
+            return built
+        target = self.model if model is None else model
+        parameters = dict(target.named_parameters())
+        decayed = set(self.get_decay_parameter_names(target))
+        groups = [
+            {"params": [parameters[name] for name in names], **settings}
+            for names, settings in parameter_groups(target, self.recipe, decayed)
+        ]
+        cls, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+        if self.recipe.optimizer == "sgd" and cls is torch.optim.SGD:
+            options = {"momentum": self.recipe.momentum, **options}
+        optimizer: torch.optim.Optimizer = cls(groups, **options)
+        if self.recipe.decay == "frobenius" and self.recipe.decay_strength and factorised_layers(target):
+            decay = FrobeniusDecay(target, self.recipe.decay_strength, decoupled=not self.recipe.decay_coupled)
+            decay.attach(optimizer)
+        self.optimizer = optimizer
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not bool(torch.isfinite(loss)):
+            raise TrainingError(
+                f"the loss is {float(loss)} at step {self.state.global_step + 1}; the largest gradient is that of"
+                f" {_steepest(self.model)}; try a lower --lr, more --warmup-steps, or less decay"
+            )
+        return loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        labels = inputs.get("labels")
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            answers = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
+        assert labels is not None
+        total, count = distillation(
+            self.subject.task, outputs["logits"], answers["logits"], labels, self.recipe.temperature
+        )
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            # as transformers scales the loss itself: over all tokens of all processes, which DDP then averages
+            matched = total / num_items_in_batch * self.accelerator.num_processes
+        else:
+            matched = total / max(1, count)
+        weight = self.recipe.teacher_weight
+        loss = (1 - weight) * loss + weight * matched
+        return (loss, outputs) if return_outputs else loss
+
+    # evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        training: Any = self.data_collator
+        self.data_collator = self._collate_evaluation or training
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = training
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[None, Tensor, Tensor]:
+        """Sums of each example in place of logits: exact over the whole set, whatever the batches and the padding."""
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs["labels"]
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
+        sums = measure(self.subject.task, outputs["logits"], labels)
+        return None, sums, torch.zeros(len(sums), device=sums.device)
+
+    # checkpoints: one way for transformers' and timm's models, loaded strictly
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self.args.should_save:
+            folder = Path(output_dir or self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            if state_dict is None:
+                safetensors.torch.save_model(self.model, str(folder / WEIGHTS))
+            else:  # gathered from FSDP's shards
+                whole = {k: v.contiguous().clone() for k, v in state_dict.items()}
+                safetensors.torch.save_file(whole, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            safetensors.torch.load_model(model or self.model, os.path.join(resume_from_checkpoint, WEIGHTS))
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+def _steepest(model: nn.Module) -> str:
+    """The parameter with the largest gradient; one that is not finite beats every other."""
+    sizes = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            norm = float(parameter.grad.detach().float().norm())
+            sizes[name.removeprefix("body.")] = norm if math.isfinite(norm) else math.inf
+    worst = max(sizes, key=lambda name: sizes[name], default="no parameter")
+    return f"{worst} (norm {sizes[worst]:.3g})" if worst in sizes else worst
+
+
+class RunCallback(TrainerCallback):  # type: ignore[misc]
+    """What a run tells and keeps: metrics.jsonl, marks of complete checkpoints, the stop on a signal, the switch."""
+
+    def __init__(
+        self, folder: Path, stage: str, watch: Watch, interrupted: Callable[[], bool], stop_at: int | None = None
+    ) -> None:
+        self.folder, self.stage, self.watch, self.interrupted, self.stop_at = folder, stage, watch, interrupted, stop_at
+        self.stopped = False
+        self.trainer: LowRankTrainer | None = None
+        self._latest: dict[str, float] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.watch(Event("stage", state.global_step, state.max_steps, self.stage))
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        if logs is None or "loss" not in logs:
+            return  # evaluations are told below, with what the layers are like
+        self._latest = {k: v for k, v in logs.items() if isinstance(v, int | float)}
+        self._write(state, {"stage": self.stage, **self._latest})
+        self._tell("step", state)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._tell("step", state)
+        if self.stop_at is not None and state.global_step >= self.stop_at:
+            control.should_save = control.should_training_stop = True
+        if self._anyone_interrupted(args):
+            self.stopped = control.should_save = control.should_training_stop = True
+
+    def _anyone_interrupted(self, args: Any) -> bool:
+        mine = self.interrupted()
+        if args.world_size == 1:
+            return mine
+        # a signal reaches the processes at different moments; all of them have to stop after the same step
+        flag = torch.tensor(float(mine), device=args.device)
+        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
+        return bool(flag)
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._tell("evaluating", state)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
+        found = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+        values: dict[str, float] = {k: found[k] for k in ("loss", "perplexity", "top1", "top5", "scored") if k in found}
+        assert self.trainer is not None
+        layers = {k.removeprefix("body."): v for k, v in layer_dynamics(self.trainer.model).items()}
+        self._write(state, {"stage": self.stage, "eval": values, "layers": layers})
+        self.watch(Event("evaluated", state.global_step, state.max_steps, self.stage, values))
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process has written its random state
+        if state.is_world_process_zero:
+            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    def _tell(self, kind: str, state: Any) -> None:
+        self.watch(Event(kind, state.global_step, state.max_steps, self.stage, self._latest))
+
+    def _write(self, state: Any, record: dict[str, Any]) -> None:
+        if state.is_world_process_zero:
+            epoch = round(state.epoch, 4) if state.epoch is not None else 0
+            append_metrics(self.folder, {"step": state.global_step, "epoch": epoch, **record})
+
+
+def append_metrics(folder: Path, record: dict[str, Any]) -> None:
+    """One line more in the run's metrics.jsonl."""
+    with (folder / METRICS).open("a", encoding="utf-8") as handle:
+        handle.write(json.dumps(record) + "\n")
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    file = folder / METRICS
+    records = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def mark_complete(checkpoint: Path) -> None:
+    """Says that all of a checkpoint is on the disk; one without the mark is never resumed from."""
+    for file in (f for f in checkpoint.rglob("*") if f.is_file()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+    (checkpoint / COMPLETE).touch()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end."""
+    found = [c for c in folder.glob("checkpoint-*") if (c / COMPLETE).is_file()]
+    return max(found, key=step_of, default=None)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
