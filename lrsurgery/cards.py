@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from lrsurgery.report import Report
@@ -12,8 +13,8 @@ from lrsurgery.sources import Source
 TABLE_ROWS = 40
 
 
-def model_card(report: Report, source: Source, name: str) -> str:
-    """What was done, at what cost, and how to load the result."""
+def model_card(report: Report, source: Source, name: str, training: Sequence[str] = ()) -> str:
+    """What was done, at what cost, how to load the result; `training` are Markdown lines about a training run."""
     totals = report.to_dict()["totals"]
     share = totals["share"]
     kept = "" if share is None else f" ({share:.1%})"
@@ -21,20 +22,18 @@ def model_card(report: Report, source: Source, name: str) -> str:
         *_front_matter(source),
         f"# {name}",
         "",
-        f"`{source.hub_id or source.name}` with {totals['layers_factorised']} layers made low rank by"
-        " lrsurgery. Load it with lrsurgery installed (`pip install lrsurgery`):",
-        "",
-        "```python",
-        *_loading(source, name),
-        "```",
-        "",
+        *_introduction(report, source, name),
+        *([*training, ""] if training else []),
         f"Parameters: {totals['parameters_before']:,} before, {totals['parameters_after']:,} after{kept}.",
         f"Options: `{json.dumps(report.options)}`",
         "",
         *(f"Note: {note}.\n" for note in report.notes),
-        "| layer | rank | full rank | parameters | kept | energy kept | relative error |",
-        "|---|---|---|---|---|---|---|",
     ]
+    if report.factorised:
+        lines += [
+            "| layer | rank | full rank | parameters | kept | energy kept | relative error |",
+            "|---|---|---|---|---|---|---|",
+        ]
     for row in report.factorised[:TABLE_ROWS]:
         assert row.parameters_after is not None
         cells = (
@@ -46,6 +45,21 @@ def model_card(report: Report, source: Source, name: str) -> str:
     if len(report.factorised) > TABLE_ROWS:
         lines.append(f"\n{len(report.factorised) - TABLE_ROWS} more layers stand in `rank_report.json`.")
     return "\n".join(lines) + "\n"
+
+
+def _introduction(report: Report, source: Source, name: str) -> list[str]:
+    base = source.hub_id or source.name
+    if not report.factorised:
+        return [f"`{base}`, trained by lrsurgery. It loads with nothing but its own library.", ""]
+    return [
+        f"`{base}` with {len(report.factorised)} layers made low rank by lrsurgery."
+        " Load it with lrsurgery installed (`pip install lrsurgery`):",
+        "",
+        "```python",
+        *_loading(source, name),
+        "```",
+        "",
+    ]
 
 
 def dense_card(source: Source, name: str) -> str:

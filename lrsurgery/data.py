@@ -90,12 +90,17 @@ def _open(reference: str, subset: str | None, streaming: bool) -> Any:
 
 
 def digest_of(reference: str, split: str | None, subset: str | None) -> str:
-    """A fingerprint of the data, to tell on resuming whether it is still the same: names, sizes, ends of files."""
+    """A fingerprint of the data, to tell on resuming whether it is still the same."""
     path = Path(reference).expanduser()
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
     if not files and set("*?[") & set(reference):
         files = sorted(Path().glob(reference))
-    hasher = hashlib.blake2b(f"{'' if files else reference} {split} {subset}".encode(), digest_size=16)
+    return fingerprint(files, f"{'' if files else reference} {split} {subset}")
+
+
+def fingerprint(files: Sequence[Path], text: str = "") -> str:
+    """Of files: their names, sizes, first and last megabytes."""
+    hasher = hashlib.blake2b(text.encode(), digest_size=16)
     for file in files:
         size = file.stat().st_size
         hasher.update(f"{file.name} {size}".encode())

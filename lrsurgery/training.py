@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, Traine
 from transformers import TrainingArguments as Arguments
 
 from lrsurgery.decay import FrobeniusDecay
-from lrsurgery.dynamics import layer_dynamics
+from lrsurgery.dynamics import layer_dynamics, whole
 from lrsurgery.errors import RecipeError, TrainingError
 from lrsurgery.options import pick_device
 from lrsurgery.preparation import Examples
@@ -28,6 +28,7 @@ from lrsurgery.tasks import Subject, distillation, measure, summarise
 WEIGHTS = "model.safetensors"
 COMPLETE = "complete"  # a file that is written into a checkpoint last
 METRICS = "metrics.jsonl"
+REMEDY = "the last good checkpoint stays; try a lower --lr, more --warmup-steps or less decay"
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,17 @@ class Event:
     stage: str = ""  # "dense" or "factorised"
     values: dict[str, float] = field(default_factory=dict)
     text: str = ""
+    unit: str = ""  # what `per_step` counts: tokens, sentences or images
+    per_step: int = 0
 
 
 Watch = Callable[[Event], None]
+# fields of TrainingArguments that --set cannot have, with what to use instead
+OWN_ARGUMENTS = {
+    "output_dir": "; use --output", "remove_unused_columns": "", "label_names": "", "resume_from_checkpoint":
+    "; use --resume", "max_steps": "; use --steps", "num_train_epochs": "; use --epochs", "eval_on_start": "",
+    "load_best_model_at_end": "; use --best", "eval_strategy": "; use --eval-steps", "save_strategy": "; use --save-steps",
+}  # fmt: skip
 
 
 def parameter_groups(model: nn.Module, recipe: Recipe, decayed: set[str]) -> list[tuple[list[str], dict[str, float]]]:
@@ -62,9 +71,17 @@ def parameter_groups(model: nn.Module, recipe: Recipe, decayed: set[str]) -> lis
     return [(names, settings) for names, settings in groups if names]
 
 
-def training_arguments(recipe: Recipe, folder: Path, *, evaluates: bool, total: int | None = None) -> Arguments:
-    """transformers' TrainingArguments for a recipe. Raises RecipeError that names the setting at fault."""
+def training_arguments(
+    recipe: Recipe, folder: Path, *, evaluates: bool, total: int | None = None, judged: bool = False
+) -> Arguments:
+    """transformers' TrainingArguments for a recipe, of `total` optimizer steps where they are known by now.
+
+    `judged` says that the best model is to be kept. Raises RecipeError that names the setting at fault.
+    """
     device = pick_device(recipe.device)
+    if device.index:
+        raise RecipeError(f"device {recipe.device}: for training, choose a GPU with CUDA_VISIBLE_DEVICES={device.index}")
+    _check_trackers(recipe.report_to)
     bf16, fp16 = _precision(recipe.precision, device)
     own: dict[str, Any] = {
         "output_dir": str(folder),
@@ -82,30 +99,43 @@ def training_arguments(recipe: Recipe, folder: Path, *, evaluates: bool, total: 
     }  # fmt: skip
     if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         own["ddp_backend"] = "gloo"
-    if recipe.steps is not None:
-        own["max_steps"] = recipe.steps
-    else:
-        own["num_train_epochs"] = recipe.epochs if recipe.epochs is not None else 1.0
     if total is not None:
+        own["max_steps"] = total
         every = max(1, math.ceil(total / 10))
         own["eval_steps"] = recipe.eval_steps or recipe.save_steps or every
         own["save_steps"] = recipe.save_steps or own["eval_steps"]
         own["logging_steps"] = recipe.log_steps or max(1, min(50, total // 20))
-        if recipe.best or recipe.early_stopping:
+        if judged:
             if own["save_steps"] % own["eval_steps"]:
                 raise RecipeError(
-                    f"save_steps {own['save_steps']}: keeping the best needs a multiple of eval_steps {own['eval_steps']}"
+                    f"save_steps {own['save_steps']}: must be a multiple of eval_steps {own['eval_steps']}, to keep the"
+                    " best"
                 )
             own |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+            # one more: the one before the newest has to stay until the newest is whole
+            own["save_total_limit"] = 3
     for name in recipe.set:
         if name not in Arguments.__dataclass_fields__:
             raise RecipeError(f"set {name}: transformers' TrainingArguments has no such field")
-        if name in ("output_dir", "remove_unused_columns", "label_names", "resume_from_checkpoint"):
-            raise RecipeError(f"set {name}: is lrsurgery's own")
+        if name in OWN_ARGUMENTS:
+            raise RecipeError(f"set {name}: is decided by lrsurgery{OWN_ARGUMENTS[name]}")
     try:
-        return Arguments(**{**own, **recipe.set})
+        arguments = Arguments(**{**own, **recipe.set})
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # several GPUs are for torchrun; DataParallel in one process is slower than one GPU
+        return arguments
     except (ValueError, TypeError, ImportError, RuntimeError) as e:
         raise RecipeError(f"the settings do not go together: {' '.join(str(e).split())[:300]}") from e
+
+
+def _check_trackers(names: tuple[str, ...]) -> None:
+    from transformers.integrations import get_available_reporting_integrations
+
+    installed = get_available_reporting_integrations()
+    for name in names:
+        if name not in (*installed, "none"):
+            known = ", ".join(installed) or "none"
+            raise RecipeError(f"report_to {name}: is not installed here (installed: {known}); pip install it first")
 
 
 def _precision(name: str, device: torch.device) -> tuple[bool, bool]:
@@ -122,7 +152,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(
         self, subject: Subject, recipe: Recipe, args: Arguments, train: Examples | None, evaluation: Examples | None,
-        teacher: nn.Module | None = None, callbacks: tuple[TrainerCallback, ...] = (),
+        teacher: nn.Module | None = None, callback: EvaluationCallback | None = None,
     ) -> None:  # fmt: skip
         self.subject, self.recipe, self.teacher = subject, recipe, teacher
         self._collate_evaluation = evaluation.collate if evaluation else None
@@ -131,10 +161,12 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             eval_dataset=evaluation.dataset if evaluation else None,
             data_collator=train.collate if train else None,
             compute_metrics=lambda found: summarise(subject.task, torch.as_tensor(found.predictions)),
-            callbacks=list(callbacks),
+            callbacks=[callback] if callback else None,
         )  # fmt: skip
         self.remove_callback(PrinterCallback)
-        if recipe.early_stopping and (not recipe.dense_steps or factorised_layers(subject.model)):
+        if callback is not None:
+            callback.trainer = self
+        if recipe.early_stopping and args.load_best_model_at_end:
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping))
         if teacher is not None:
             self.teacher = teacher.to(args.device).eval().requires_grad_(False)
@@ -167,7 +199,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"the loss is {float(loss)} at step {self.state.global_step + 1}; the largest gradient is that of"
-                f" {_steepest(self.model)}; try a lower --lr, more --warmup-steps, or less decay"
+                f" {_steepest(self.model)}; {REMEDY}"
             )
         return loss
 
@@ -216,6 +248,16 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     # checkpoints: one way for transformers' and timm's models, loaded strictly
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # an overflow shows in the loss one step later; until then the last checkpoint has to stay the last good one
+        for name, parameter in self.model.named_parameters():
+            if not bool(torch.isfinite(whole(parameter)).all()):
+                raise TrainingError(
+                    f"{name.removeprefix('body.')} holds NaN or Inf after step {self.state.global_step}, whose largest"
+                    f" gradient is that of {_steepest(self.model)}; {REMEDY}"
+                )
+        super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
@@ -250,19 +292,35 @@ def _steepest(model: nn.Module) -> str:
     return f"{worst} (norm {sizes[worst]:.3g})" if worst in sizes else worst
 
 
-class RunCallback(TrainerCallback):  # type: ignore[misc]
+class EvaluationCallback(TrainerCallback):  # type: ignore[misc]
+    """Tells how far an evaluation is."""
+
+    def __init__(self, watch: Watch, stage: str = "") -> None:
+        self.watch, self.stage = watch, stage
+        self.trainer: LowRankTrainer | None = None
+        self._batch = 0
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **facts: Any) -> None:
+        self._batch += 1
+        self.watch(Event("evaluating", self._batch, len(facts["eval_dataloader"]), self.stage))
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._batch = 0
+
+
+class RunCallback(EvaluationCallback):
     """What a run tells and keeps: metrics.jsonl, marks of complete checkpoints, the stop on a signal, the switch."""
 
     def __init__(
         self, folder: Path, stage: str, watch: Watch, interrupted: Callable[[], bool], stop_at: int | None = None
     ) -> None:
-        self.folder, self.stage, self.watch, self.interrupted, self.stop_at = folder, stage, watch, interrupted, stop_at
+        super().__init__(watch, stage)
+        self.folder, self.interrupted, self.stop_at = folder, interrupted, stop_at
         self.stopped = False
-        self.trainer: LowRankTrainer | None = None
         self._latest: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.watch(Event("stage", state.global_step, state.max_steps, self.stage))
+        self._tell("stage", state)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
         if logs is None or "loss" not in logs:
@@ -275,6 +333,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         self._tell("step", state)
         if self.stop_at is not None and state.global_step >= self.stop_at:
             control.should_save = control.should_training_stop = True
+            control.should_evaluate = args.eval_strategy != "no"
         if self._anyone_interrupted(args):
             self.stopped = control.should_save = control.should_training_stop = True
 
@@ -287,11 +346,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc]
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
         return bool(flag)
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._tell("evaluating", state)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **_: Any) -> None:
-        found = {k.removeprefix("eval_"): v for k, v in metrics.items()}
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        super().on_evaluate(args, state, control)
+        found = {k.removeprefix("eval_"): v for k, v in (metrics or {}).items()}
         values: dict[str, float] = {k: found[k] for k in ("loss", "perplexity", "top1", "top5", "scored") if k in found}
         assert self.trainer is not None
         layers = {k.removeprefix("body."): v for k, v in layer_dynamics(self.trainer.model).items()}
@@ -317,6 +376,12 @@ def append_metrics(folder: Path, record: dict[str, Any]) -> None:
     """One line more in the run's metrics.jsonl."""
     with (folder / METRICS).open("a", encoding="utf-8") as handle:
         handle.write(json.dumps(record) + "\n")
+
+
+def cut_metrics(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Drops the lines of steps that a resumed run takes again."""
+    kept = [record for record in read_metrics(folder) if keep(record)]
+    (folder / METRICS).write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,90 @@
+"""A trained model into an output folder: the source's files, the weights in their own dtype, report and card."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrsurgery.cards import model_card
+from lrsurgery.checkpoints import Checkpoint, output_config
+from lrsurgery.errors import SourceError, TrainingError
+from lrsurgery.hf import attach_, with_tripwire
+from lrsurgery.report import FILE_NAME, Report, rank_report
+from lrsurgery.staging import copy_companions
+from lrsurgery.surgery import factorised_layers
+from lrsurgery.tasks import Subject
+from lrsurgery.tensors import DictSource, ShardWriter, in_write_order, parse_size, write_text
+
+SHARD_SIZE = "5GB"
+
+
+@torch.no_grad()
+def round_to_stored_(subject: Subject) -> None:
+    """Rounds the weights to the checkpoint's dtype, in which they will be written: what is measured is what is shipped.
+
+    Raises TrainingError for a weight that overflows it.
+    """
+    if subject.stored == torch.float32:
+        return
+    for name, tensor in subject.body.state_dict().items():
+        if tensor.is_floating_point():
+            rounded = tensor.to(subject.stored)
+            if not bool(torch.isfinite(rounded).all()):
+                raise TrainingError(f"{name}: overflows {subject.stored}, the checkpoint's dtype, after training")
+            tensor.copy_(rounded)
+
+
+def save_subject(subject: Subject, stage: Path, name: str, facts: dict[str, Any], training: Sequence[str]) -> Report:
+    """Writes the model into `stage` as a folder that transformers or timm loads, and tells what it is.
+
+    `facts` are fields of the report (source, command, options, versions, notes); `training` the card's lines about it.
+    """
+    source, body = subject.source, subject.body
+    copy_companions(source, stage)
+    body.to(subject.stored)
+    if source.library == "timm":
+        _save_timm(subject, stage)
+    else:
+        transformers_model: Any = body
+        if factorised_layers(body):
+            attach_(transformers_model)
+        transformers_model.save_pretrained(stage)
+    files = sorted(stage.glob("*.safetensors"))
+    report = replace(
+        _with_former(rank_report(body), source.folder), bytes_after=sum(file.stat().st_size for file in files), **facts
+    )
+    write_text(stage / FILE_NAME, report.to_json())
+    write_text(stage / "README.md", model_card(report, source, name, training))
+    return report
+
+
+def _save_timm(subject: Subject, stage: Path) -> None:
+    source, body = subject.source, subject.body
+    layers = {name: {"kind": layer.kind, "rank": layer.rank} for name, layer in factorised_layers(body).items()}
+    config = output_config(Checkpoint(source, body, DictSource({})), layers, None)
+    if source.config.get("pretrained_cfg"):  # with what training changed in it: classes, image size
+        config["pretrained_cfg"] = {**config.get("pretrained_cfg", {}), **source.config["pretrained_cfg"]}
+    state = with_tripwire(body, body.state_dict())
+    writer = ShardWriter(stage, shard_size=parse_size(SHARD_SIZE))
+    try:
+        for key in in_write_order([(tensor.dtype, key) for key, tensor in state.items()]):
+            writer.add(key, state[key].detach().cpu().contiguous())
+        writer.finish()
+    finally:
+        writer.close()
+    write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _with_former(report: Report, folder: Path | None) -> Report:
+    """With what the source's own report knows of the dense weights that its layers came from."""
+    try:
+        former = {row.name: row for row in Report.read(folder).factorised} if folder is not None else {}
+    except SourceError:
+        former = {}
+    rows = tuple(replace(row, before=former[row.name].before) if row.name in former else row for row in report.rows)
+    return replace(report, rows=rows)
