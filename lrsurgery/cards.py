@@ -25,8 +25,7 @@ def model_card(report: Report, source: Source, name: str, training: Sequence[str
         *_introduction(report, source, name),
         *([*training, ""] if training else []),
         f"Parameters: {totals['parameters_before']:,} before, {totals['parameters_after']:,} after{kept}.",
-        f"Options: `{json.dumps(report.options)}`",
-        "",
+        *([] if training else [f"Options: `{json.dumps(report.options)}`", ""]),
         *(f"Note: {note}.\n" for note in report.notes),
     ]
     if report.factorised:

@@ -11,8 +11,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrsurgery import __version__
-from lrsurgery.errors import SurgeryError
+from lrsurgery import __version__, training_cli
+from lrsurgery.arguments import (
+    DebugOption,
+    FolderArgument,
+    JsonOption,
+    ModelArgument,
+    OutputOption,
+    OverwriteOption,
+    QuietOption,
+    RankOption,
+    ShardOption,
+    TrustOption,
+    command_line,
+    make_screen,
+)
+from lrsurgery.errors import Interrupted, SurgeryError
 
 if TYPE_CHECKING:
     from lrsurgery.console import Screen
@@ -26,42 +40,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A transformers or timm folder, a hub id, timm:NAME, or a weight file with --architecture.",
-        show_default=False,
-    ),
-]
-FolderArgument = Annotated[
-    str, typer.Argument(metavar="DIR", help="A folder that lrsurgery wrote.", show_default=False)
-]
-RankOption = Annotated[
-    list[str],
-    typer.Option(
-        "--rank",
-        "-r",
-        metavar="RANK|GLOB=RANK",
-        help="0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers.",
-        show_default=False,
-    ),
-]
-OutputOption = Annotated[
-    Path | None,
-    typer.Option("--output", "-o", metavar="DIR", help="Output folder; named from model and rank if left out."),
-]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; words for people go to stderr.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-TrustOption = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint. Read it first.")
-]
-ShardOption = Annotated[
-    str, typer.Option("--shard-size", metavar="SIZE", help="Largest weight file, such as 5GB or 500MB.")
-]
 
 
 def _version(asked: bool) -> None:
@@ -82,9 +60,11 @@ def root(
 
       lrsurgery factorise gpt2 --rank 0.5
 
-      lrsurgery report gpt2-rank-0.5
+      lrsurgery finetune gpt2-rank-0.5 --data train.txt --eval-data valid.txt --output gpt2-healed
 
-      lrsurgery export gpt2-rank-0.5 --to dense --output gpt2-dense
+      lrsurgery evaluate gpt2-healed --data test.txt --against gpt2
+
+      lrsurgery report gpt2-healed
     """
 
 
@@ -135,13 +115,13 @@ def factorise(
 
       lrsurgery factorise gpt2 --from-scratch --init spectral-ones --rank 0.62
     """
-    screen = _screen(quiet, as_json)
+    screen = make_screen(quiet, as_json)
     from lrsurgery.options import Options
     from lrsurgery.stream import iter_factorise, plan_checkpoint
 
     options = Options(
         rank, init, conv, include or ("*",), exclude or (), allow_larger, multiple_of, seed, from_scratch, device,
-        dtype, shard_size, revision, architecture, trust_remote_code, overwrite, _command(),
+        dtype, shard_size, revision, architecture, trust_remote_code, overwrite, command_line(),
     )  # fmt: skip
     if dry_run:
         _show_report(screen, plan_checkpoint(model, options))
@@ -169,7 +149,7 @@ def report(
 
       lrsurgery report gpt2-rank-0.5 --json | jq .totals
     """
-    screen = _screen(quiet, as_json)
+    screen = make_screen(quiet, as_json)
     from lrsurgery.reading import read_report
 
     _show_report(screen, read_report(folder))
@@ -193,7 +173,7 @@ def export(
 
       lrsurgery export gpt2-rank-0.5 --to dense --output gpt2-dense
     """
-    screen = _screen(quiet, as_json)
+    screen = make_screen(quiet, as_json)
     from lrsurgery.export import iter_export
 
     steps = iter_export(folder, output, shard_size, to=to, overwrite=overwrite, trust_remote_code=trust_remote_code)
@@ -202,10 +182,8 @@ def export(
     screen.say(f"Written to {output}")
 
 
-def _screen(quiet: bool, as_json: bool) -> Screen:
-    from lrsurgery.console import Screen
-
-    return Screen(quiet=quiet, as_json=as_json)
+app.command()(training_cli.finetune)
+app.command()(training_cli.evaluate)
 
 
 def _show_report(screen: Screen, found: Report, **facts: Any) -> None:
@@ -224,10 +202,6 @@ def _default_name(model: str, rank: Any) -> str:
     stem = Path(model.removeprefix("timm:"))
     name = stem.stem if stem.suffix in (".safetensors", ".bin", ".pth", ".pt") else stem.resolve().name
     return f"{name}-rank-{spec}"
-
-
-def _command() -> str:
-    return shlex.join(["lrsurgery", *sys.argv[1:]])
 
 
 def main() -> None:
@@ -251,6 +225,8 @@ def main() -> None:
         code = e.exit_code
     except typer.Abort:
         _fail("aborted", 1, as_json)
+    except Interrupted as e:
+        _fail(str(e), 130, as_json)
     except SurgeryError as e:
         if debug:
             raise

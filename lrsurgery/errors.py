@@ -39,5 +39,5 @@ class TrainingError(SurgeryError):
     """A run that had to stop: what happened, at which step, what to try."""
 
 
-class Interrupted(Exception):  # noqa: N818 (nobody's error)
+class Interrupted(Exception):
     """A run that was asked to stop, and has saved itself; the text says how to go on. The CLI exits with code 130."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from transformers import Trainer, TrainingArguments
 
 from lrsurgery.data import EVAL_SPLITS, digest_of, fingerprint
 from lrsurgery.dynamics import steepest_decay, whole
@@ -46,7 +47,6 @@ from lrsurgery.tasks import Subject, check_teacher, load_subject, task_of
 from lrsurgery.training import (
     METRICS,
     WEIGHTS,
-    Arguments,
     Event,
     LowRankTrainer,
     RunCallback,
@@ -222,9 +222,7 @@ class _Run:
         )  # fmt: skip
         if not self._evaluates:
             return subject, train, None
-        held_out = open_rows(
-            recipe.eval_data or recipe.data, task, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS
-        )
+        held_out = open_rows(recipe.eval_data or recipe.data, task, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS)
         evaluation = evaluation_examples(subject, held_out, recipe, trust_remote_code=recipe.trust_remote_code)
         return subject, train, evaluation
 
@@ -242,7 +240,8 @@ class _Run:
         batches = math.ceil(len(train.dataset) / self.args.train_batch_size)
         batches = math.ceil(batches / self.args.world_size)
         epochs = 1.0 if self.recipe.epochs is None else self.recipe.epochs
-        return max(1, math.ceil(epochs * max(1, math.ceil(batches / self.args.gradient_accumulation_steps))))
+        a_pass: int = max(1, math.ceil(batches / self.args.gradient_accumulation_steps))
+        return max(1, math.ceil(epochs * a_pass))
 
     def _last_checkpoint(self) -> Path | None:
         if not self.resumed:
@@ -311,7 +310,9 @@ class _Run:
             partial.rename(target)
             mark_complete(target)
             if reset:
-                self._note(f"the optimizer's state of {len(reset)} factorised layers is not Adam's or SGD's; it was reset")
+                self._note(
+                    f"the optimizer's state of {len(reset)} factorised layers is not Adam's or SGD's; it was reset"
+                )
         self._together()
         return target
 
@@ -352,9 +353,7 @@ class _Run:
     def _cut_metrics(self, stage: str, checkpoint: Path | None) -> None:
         step = -1 if checkpoint is None else step_of(checkpoint)
         if self.leads and self.resumed:
-            cut_metrics(
-                self.folder, lambda r: r["step"] <= step if r["stage"] == stage else r["stage"] == "dense"
-            )
+            cut_metrics(self.folder, lambda r: r["step"] <= step if r["stage"] == stage else r["stage"] == "dense")
         self._together()
 
     def _warn_of_divergence(self, subject: Subject, lr: float) -> None:
@@ -370,7 +369,7 @@ class _Run:
                 f" {layer.removeprefix('body.')}, and must stay below 1; write at most {1 / (lr * square):.2g}"
             )
 
-    def _unit(self, train: Examples, args: Arguments) -> Watch:
+    def _unit(self, train: Examples, args: TrainingArguments) -> Watch:
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size * train.size
 
         def tell(event: Event) -> None:
@@ -514,8 +513,6 @@ def _is_over(checkpoint: Path, last: int) -> bool:
 
 def _decayed(subject: Subject) -> set[str]:
     """What the Trainer decays: all but biases and norms."""
-    from transformers import Trainer
-
     return set(Trainer.get_decay_parameter_names(None, subject.model))
 
 
@@ -528,11 +525,12 @@ def _unwrap(trainer: LowRankTrainer) -> None:
 def _card_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:
     measured = {name: values for name, values in stages.items() if values}
     decay = f"{recipe.decay} decay of strength {recipe.decay_strength:g}" if recipe.decay != "none" else "no decay"
+    teacher = f", teacher `{recipe.teacher}`" if recipe.teacher else ""
     lines = [
-        f"Trained for {steps} steps on `{Path(recipe.data or '').name}` with {recipe.optimizer}, learning rate {recipe.lr:g}"
-        f" ({recipe.schedule}), {decay} on the factors" + (f", teacher `{recipe.teacher}`" if recipe.teacher else "")
-        + "; `recipe.yaml` has every setting, `metrics.jsonl` the course of the run.",
-    ]  # fmt: skip
+        f"Trained for {steps} steps on `{Path(recipe.data or '').name}` with {recipe.optimizer}, learning rate"
+        f" {recipe.lr:g} ({recipe.schedule}), {decay} on the factors{teacher}; `recipe.yaml` has every setting,"
+        " `metrics.jsonl` the course of the run.",
+    ]
     if measured:
         columns = [c for c in ("loss", "perplexity", "top1", "top5") if all(c in v for v in measured.values())]
         lines += ["", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]

@@ -50,7 +50,8 @@ Watch = Callable[[Event], None]
 OWN_ARGUMENTS = {
     "output_dir": "; use --output", "remove_unused_columns": "", "label_names": "", "resume_from_checkpoint":
     "; use --resume", "max_steps": "; use --steps", "num_train_epochs": "; use --epochs", "eval_on_start": "",
-    "load_best_model_at_end": "; use --best", "eval_strategy": "; use --eval-steps", "save_strategy": "; use --save-steps",
+    "load_best_model_at_end": "; use --best", "eval_strategy": "; use --eval-steps",
+    "save_strategy": "; use --save-steps",
 }  # fmt: skip
 
 
@@ -80,7 +81,9 @@ def training_arguments(
     """
     device = pick_device(recipe.device)
     if device.index:
-        raise RecipeError(f"device {recipe.device}: for training, choose a GPU with CUDA_VISIBLE_DEVICES={device.index}")
+        raise RecipeError(
+            f"device {recipe.device}: for training, choose a GPU with CUDA_VISIBLE_DEVICES={device.index}"
+        )
     _check_trackers(recipe.report_to)
     bf16, fp16 = _precision(recipe.precision, device)
     own: dict[str, Any] = {
@@ -90,13 +93,15 @@ def training_arguments(
         "per_device_train_batch_size": recipe.batch_size,
         "per_device_eval_batch_size": recipe.eval_batch_size or recipe.batch_size,
         "gradient_accumulation_steps": recipe.accumulate, "seed": recipe.seed, "bf16": bf16, "fp16": fp16,
-        "gradient_checkpointing": recipe.gradient_checkpointing,
         "use_cpu": device.type == "cpu", "report_to": list(recipe.report_to) or "none",
         "dataloader_pin_memory": device.type == "cuda",
         "disable_tqdm": True, "logging_nan_inf_filter": False, "remove_unused_columns": False,
         "label_names": ["labels"],
         "save_total_limit": 2, "save_strategy": "steps", "eval_strategy": "steps" if evaluates else "no",
     }  # fmt: skip
+    if recipe.gradient_checkpointing:
+        known = Arguments.__dataclass_fields__  # the newer of the two names, where this transformers has it
+        own["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
     if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         own["ddp_backend"] = "gloo"
     if total is not None:
@@ -174,7 +179,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
     # optimisation
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        built: torch.optim.Optimizer | None = self.optimizer
+        built: torch.optim.Optimizer | None = vars(self)["optimizer"]  # the Trainer's own attribute, set in its init
         if built is not None:
             return built
         target = self.model if model is None else model
@@ -228,7 +233,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
     # evaluation
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        training: Any = self.data_collator
+        training = vars(self)["data_collator"]
         self.data_collator = self._collate_evaluation or training
         try:
             return super().get_eval_dataloader(eval_dataset)

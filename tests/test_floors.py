@@ -8,10 +8,28 @@ from pathlib import Path
 import lrsurgery
 
 FLOORS = {
-    4: {"cli", "console", "__main__"},
-    3: {"factorise", "stream", "options", "export", "report", "reading", "cards"},
+    4: {"cli", "training_cli", "arguments", "console", "__main__"},
+    3: {
+        "factorise",
+        "stream",
+        "options",
+        "export",
+        "report",
+        "reading",
+        "cards",
+        "finetune",
+        "evaluation",
+        "training",
+        "switching",
+        "saving",
+        "preparation",
+        "data",
+        "images",
+        "tasks",
+        "recipes",
+    },  # fmt: skip
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf"},
-    1: {"plan", "surgery", "layers", "decay"},
+    1: {"plan", "surgery", "layers", "decay", "dynamics"},
     0: {"linalg", "ranks", "inits", "errors"},
 }
 PACKAGE = Path(lrsurgery.__file__).parent

@@ -1,0 +1,59 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from lrsurgery.console import Screen
+
+ModelArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A transformers or timm folder, a hub id, timm:NAME, or a weight file with --architecture.",
+        show_default=False,
+    ),
+]
+FolderArgument = Annotated[
+    str, typer.Argument(metavar="DIR", help="A folder that lrsurgery wrote.", show_default=False)
+]
+RankOption = Annotated[
+    list[str],
+    typer.Option(
+        "--rank",
+        "-r",
+        metavar="RANK|GLOB=RANK",
+        help="0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers.",
+        show_default=False,
+    ),
+]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", metavar="DIR", help="Output folder; named from model and rank if left out."),
+]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace an existing model folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON object on stdout; words for people go to stderr.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+TrustOption = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python code that comes with the checkpoint. Read it first.")
+]
+ShardOption = Annotated[
+    str, typer.Option("--shard-size", metavar="SIZE", help="Largest weight file, such as 5GB or 500MB.")
+]
+
+
+def make_screen(quiet: bool, as_json: bool) -> Screen:
+    from lrsurgery.console import Screen
+
+    return Screen(quiet=quiet, as_json=as_json)
+
+
+def command_line() -> str:
+    return shlex.join(["lrsurgery", *sys.argv[1:]])
