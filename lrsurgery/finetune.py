@@ -64,6 +64,7 @@ from lrsurgery.training import (
 RECIPE = "recipe.yaml"
 FACTS = "run.json"  # fingerprints of the model and the data
 LAYERS = "layers.json"  # kind and rank of each layer that was factorised within the run
+NOTES = "notes.jsonl"  # told to the user in the run, and in its report
 MAY_DIFFER = ("device", "report_to")  # on resuming
 
 
@@ -152,7 +153,8 @@ class _Run:
         torch.manual_seed(recipe.seed)  # a new head is drawn by it
         with self.args.main_process_first(desc="reading data"):
             subject, train, evaluation = self._examples()
-        self.notes += subject.notes
+        for note in subject.notes:
+            self._note(note)
         teacher = self._teacher(subject)
         total = self._total_steps(train)
         if recipe.dense_steps >= total:
@@ -188,6 +190,7 @@ class _Run:
             "world_size": self.args.world_size,
         }
         if self.resumed:
+            self.notes += read_notes(self.folder)
             former = json.loads((self.folder / FACTS).read_text(encoding="utf-8"))
             for name in ("model", "data", "eval_data"):
                 if former[name] != facts[name]:
@@ -328,7 +331,8 @@ class _Run:
         switched = checkpoint is not None and stage == "factorised" and step_of(checkpoint) == recipe.dense_steps
         args.eval_on_start = self._evaluates and (checkpoint is None or switched)
         self._cut_metrics(stage, None if switched else checkpoint)
-        self._warn_of_divergence(subject, recipe.lr * (recipe.switch_lr if recipe.dense_steps else 1))
+        if checkpoint is None or switched:
+            self._warn_of_divergence(subject, recipe.lr * (recipe.switch_lr if switched else 1))
         with interrupts() as interrupted:
             callback = RunCallback(self.folder, stage, self._unit(train, args), interrupted, last)
             trainer = LowRankTrainer(
@@ -427,6 +431,9 @@ class _Run:
         if text not in self.notes:
             self.notes.append(text)
             self.watch(Event("note", text=text))
+            if self.leads and self.folder.is_dir():
+                with (self.folder / NOTES).open("a", encoding="utf-8") as handle:
+                    handle.write(json.dumps(text) + "\n")
 
     def _together(self) -> None:
         self.args.distributed_state.wait_for_everyone()
@@ -498,6 +505,12 @@ def _resumed_recipe(folder: Path, asked: Mapping[str, Any]) -> Recipe:
                 " or begin anew with --overwrite"
             )
     return replace(saved, **{name: getattr(wanted, name) for name in MAY_DIFFER if name in asked})
+
+
+def read_notes(folder: Path) -> list[str]:
+    """What a run has told its user."""
+    file = folder / NOTES
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
 
 def _give_structure_(subject: Subject, layers: Mapping[str, Any]) -> None:
