@@ -12,7 +12,7 @@ from lrsurgery.preparation import Examples, evaluation_examples, open_rows, prep
 from lrsurgery.recipes import DataOptions, Recipe
 from lrsurgery.sources import Source, resolve
 from lrsurgery.tasks import Subject, task_of
-from lrsurgery.training import EvaluationCallback, LowRankTrainer, Watch, training_arguments
+from lrsurgery.training import EvaluationCallback, LowRankTrainer, Watch, release_, training_arguments
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def quality(subject: Subject, recipe: Recipe, examples: Examples, watch: Watch) 
         args = training_arguments(recipe, Path(folder), evaluates=True, total=1)
         trainer = LowRankTrainer(subject, recipe, args, None, examples, callback=EvaluationCallback(watch))
         found = trainer.evaluate()
+        release_(trainer)
     names = ("loss", "perplexity", "top1", "top5", "scored")
     return {name: found[f"eval_{name}"] for name in names if f"eval_{name}" in found}
 

@@ -57,6 +57,7 @@ from lrsurgery.training import (
     mark_complete,
     parameter_groups,
     read_metrics,
+    release_,
     step_of,
     training_arguments,
 )
@@ -351,7 +352,7 @@ class _Run:
         if last == total:
             self.trainer: LowRankTrainer | None = trainer
         else:
-            _unwrap(trainer)
+            release_(trainer)
         return folder / f"checkpoint-{step}"
 
     def _cut_metrics(self, stage: str, checkpoint: Path | None) -> None:
@@ -417,7 +418,7 @@ class _Run:
     def _gathered(self, trainer: LowRankTrainer, subject: Subject) -> Subject:
         """The subject with whole weights on the CPU, where FSDP holds shards of them."""
         if not trainer.is_fsdp_enabled:
-            _unwrap(trainer)
+            release_(trainer)
             return subject
         state = {key: whole(value).cpu() for key, value in trainer.model.state_dict().items()}
         layers = {name: [layer.kind, layer.rank] for name, layer in factorised_layers(subject.body).items()}
@@ -527,12 +528,6 @@ def _is_over(checkpoint: Path, last: int) -> bool:
 def _decayed(subject: Subject) -> set[str]:
     """What the Trainer decays: all but biases and norms."""
     return set(Trainer.get_decay_parameter_names(None, subject.model))
-
-
-def _unwrap(trainer: LowRankTrainer) -> None:
-    """Takes mixed precision's wrapper off the model's forward, which the next stage's Trainer puts on again."""
-    trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
-    trainer.accelerator.free_memory()
 
 
 def _card_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:

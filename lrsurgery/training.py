@@ -286,6 +286,15 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+def release_(trainer: LowRankTrainer) -> None:
+    """Gives a model back as it was before its Trainer prepared it, so that another Trainer can prepare it anew."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
+    trainer.accelerator.free_memory()
+    # accelerate wraps nothing that bears its mark, be it only prepared for evaluation: no DDP, no autocast
+    for module in (model, trainer.model, trainer.subject.model):
+        vars(module).pop("_is_accelerate_prepared", None)
+
+
 def _steepest(model: nn.Module) -> str:
     """The parameter with the largest gradient; one that is not finite beats every other."""
     sizes = {}

@@ -165,13 +165,17 @@ def steps_of(folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("switched", [False, True])
 def test_two_processes_train_as_one(bench: Path, switched: bool) -> None:
-    """Data parallel over gloo: the same losses and weights as one process with the same global batch."""
+    """Data parallel over gloo: the same losses and weights as one process with the same global batch.
+
+    Within one epoch: at its end two processes fill their last batches up with examples from its beginning.
+    """
     more = ["--rank", 0.5, "--decay", "frobenius", "--decay-strength", 0.1, *(["--dense-steps", 8] if switched else [])]
 
     def command(output: Path, batch: int) -> list[object]:
         return [
             "finetune", bench / "calm", "--data", bench / "train.txt", "--eval-data", bench / "valid.txt", *more,
-            "--steps", 20, "--log-steps", 1, "--eval-steps", 10, "--batch-size", batch, "--output", output,
+            "--steps", 20, "--log-steps", 1, "--eval-steps", 10, "--batch-size", batch, "--stride", 16,
+            "--output", output,
         ]  # fmt: skip
 
     one, two = bench / f"one-{switched}", bench / f"two-{switched}"
