@@ -134,7 +134,8 @@ def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
         raise DataError(
             f"{source.reference}: no tokenizer that loads; a text task needs tokenizer.json or the like in the folder"
         ) from e
-    if not len(tokenizer):
+    # without its files some classes make an empty one that turns every text into nothing
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(f"{source.reference}: no tokenizer in the folder; a text task needs one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token

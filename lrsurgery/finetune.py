@@ -27,7 +27,6 @@ from lrsurgery.errors import Interrupted, OutputError, RecipeError
 from lrsurgery.evaluation import quality
 from lrsurgery.factorise import factorise_
 from lrsurgery.options import Options
-from lrsurgery.plan import Replaced
 from lrsurgery.preparation import (
     Examples,
     evaluation_examples,
@@ -163,8 +162,8 @@ class _Run:
         checkpoint = self._last_checkpoint()
         if checkpoint is not None:
             self.watch(Event("note", text=f"going on from {checkpoint}"))
-        if recipe.rank:
-            self._check_plan(subject)
+        if recipe.rank:  # refused now, and not after the dense steps
+            self._surgery().plan_for(subject.body, dict(getattr(subject.body, "all_tied_weights_keys", None) or {}))
         self._measure_dense(subject, evaluation, teacher)
         if recipe.dense_steps and (checkpoint is None or checkpoint.parent.name == "dense"):
             if checkpoint is None or step_of(checkpoint) < recipe.dense_steps:
@@ -234,7 +233,8 @@ class _Run:
         if self.recipe.teacher is None:
             return None
         trust = self.recipe.trust_remote_code
-        teacher = load_subject(resolve(self.recipe.teacher), subject.task, trust_remote_code=trust)
+        source = resolve(self.recipe.teacher)
+        teacher = load_subject(source, task_of(source), trust_remote_code=trust)
         check_teacher(subject, teacher)
         return teacher
 
@@ -260,14 +260,6 @@ class _Run:
                         shutil.rmtree(stale)
         self._together()
         return found
-
-    def _check_plan(self, subject: Subject) -> None:
-        plan = self._surgery().plan_for(subject.body, dict(getattr(subject.body, "all_tied_weights_keys", None) or {}))
-        if not any(isinstance(row, Replaced) for row in plan.rows):
-            raise RecipeError(
-                f"rank {', '.join(self.recipe.rank)}: no layer would become smaller, so there is nothing to factorise;"
-                " choose a lower --rank or pass --allow-larger"
-            )
 
     def _surgery(self) -> Options:
         r = self.recipe
