@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import os
 import shutil
 import signal
 import threading
@@ -131,6 +132,12 @@ class _Run:
         self.args = training_arguments(self.recipe, self.folder, evaluates=self._evaluates)
         self.leads: bool = self.args.process_index == 0
         self._check_places(resume)
+        if self._sharded and self.recipe.dense_steps:
+            raise RecipeError("dense_steps: the switch does not work under FSDP; use data parallelism, or two runs")
+
+    @property
+    def _sharded(self) -> bool:
+        return bool(self.args.fsdp) or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
     @property
     def _evaluates(self) -> bool:
@@ -215,10 +222,8 @@ class _Run:
         recipe, task = self.recipe, self.task
         assert recipe.data is not None
         rows = open_rows(recipe.data, task, recipe, split=recipe.split, streaming=recipe.streaming)
-        subject = prepare_subject(
-            self.source, recipe, rows, new_head=recipe.new_head,
-            from_scratch_seed=recipe.seed if recipe.from_scratch else None, trust_remote_code=recipe.trust_remote_code,
-        )  # fmt: skip
+        self._rows = rows
+        subject = self._build()
         train = training_examples(
             subject, rows, recipe, stride=recipe.stride, seed=recipe.seed, augment=recipe.augment,
             streaming=recipe.streaming, trust_remote_code=recipe.trust_remote_code,
@@ -228,6 +233,13 @@ class _Run:
         held_out = open_rows(recipe.eval_data or recipe.data, task, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS)
         evaluation = evaluation_examples(subject, held_out, recipe, trust_remote_code=recipe.trust_remote_code)
         return subject, train, evaluation
+
+    def _build(self) -> Subject:
+        recipe = self.recipe
+        return prepare_subject(
+            self.source, recipe, self._rows, new_head=recipe.new_head,
+            from_scratch_seed=recipe.seed if recipe.from_scratch else None, trust_remote_code=recipe.trust_remote_code,
+        )  # fmt: skip
 
     def _teacher(self, subject: Subject) -> Subject | None:
         if self.recipe.teacher is None:
@@ -272,6 +284,8 @@ class _Run:
         if self.recipe.against is not None:
             trust = self.recipe.trust_remote_code
             dense: Subject | None = load_subject(resolve(self.recipe.against), subject.task, trust_remote_code=trust)
+        elif self._sharded:  # FSDP shards a model in place, be it only to measure it
+            dense = None
         elif self.recipe.rank and not self.recipe.from_scratch:
             dense = subject
         else:
@@ -414,7 +428,7 @@ class _Run:
             return subject
         state = {key: whole(value).cpu() for key, value in trainer.model.state_dict().items()}
         layers = {name: [layer.kind, layer.rank] for name, layer in factorised_layers(subject.body).items()}
-        twin = load_subject(subject.source, subject.task, trust_remote_code=self.recipe.trust_remote_code)
+        twin = self._build()
         if not subject.is_factorised:
             _give_structure_(twin, layers)
         twin.model.load_state_dict(state)

@@ -194,3 +194,63 @@ def test_two_processes_train_as_one(bench: Path, switched: bool) -> None:
     left, right = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
     for key, tensor in left.items():
         torch.testing.assert_close(right[key], tensor, rtol=1e-3, atol=2e-5)
+
+
+# accelerate shards a model over accelerators only; this tells it that the two processes' CPUs are such
+SHARDING = """
+import os, signal, sys
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from lrsurgery import cli, training
+
+begin = PartialState.__init__
+def rigged(self, *arguments, **options):
+    begin(self, *arguments, **options)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self.distributed_type = DistributedType.MULTI_XPU
+PartialState.__init__ = rigged
+
+end = training.RunCallback.on_step_end
+def watched(self, args, state, control, **facts):
+    factor = next(p for n, p in self.trainer.model.named_parameters() if n.endswith("u.weight"))
+    assert type(factor).__name__ == "DTensor", type(factor)
+    if state.global_step == stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return end(self, args, state, control, **facts)
+training.RunCallback.on_step_end = watched
+stop = int(sys.argv[1])
+sys.argv = ["lrsurgery", *sys.argv[2:]]
+cli.main()
+"""
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "ACCELERATE_USE_CPU": "true",
+}  # fmt: skip
+
+
+def test_two_processes_with_sharded_weights_train_as_one(bench: Path, tmp_path: Path) -> None:
+    """FSDP2, stopped half-way and resumed: the same losses and weights as one process with the same global batch."""
+    script = tmp_path / "sharding.py"
+    script.write_text(SHARDING)
+
+    def command(output: Path, batch: int) -> list[object]:
+        return [
+            "finetune", bench / "calm", "--data", bench / "train.txt", "--eval-data", bench / "valid.txt",
+            "--rank", 0.5, "--decay", "frobenius", "--decay-strength", 0.1, "--steps", 12, "--log-steps", 1, "--eval-steps", 6,
+            "--batch-size", batch, "--stride", 16, "--output", output,
+        ]  # fmt: skip
+
+    one, two = bench / "whole-weights", bench / "sharded"
+    alone = program(*tiny.PROGRAM, *command(one, 8))
+    assert alone.returncode == 0, alone.stderr
+    stopped = program(*tiny.TORCHRUN, script, 7, *command(two, 4), **FSDP2)
+    assert "stopped after step 7 of 12" in stopped.stderr, stopped.stderr
+    resumed = program(*tiny.TORCHRUN, script, 99, "finetune", "--resume", "--output", two, **FSDP2)
+    assert resumed.returncode == 0, resumed.stderr
+    losses = torch.tensor(steps_of(one)), torch.tensor(steps_of(two))
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
+    left, right = load_file(one / "model.safetensors"), load_file(two / "model.safetensors")
+    assert left.keys() == right.keys()
+    for key, tensor in left.items():
+        torch.testing.assert_close(right[key], tensor, rtol=1e-3, atol=2e-5)
