@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from lrsurgery.recipes import Recipe
 from lrsurgery.report import Report
 from lrsurgery.sources import Source
 
@@ -119,3 +121,20 @@ def _licence(source: Source) -> str | None:
             return found.group(1)
     named = (source.config.get("pretrained_cfg") or {}).get("license")
     return named if isinstance(named, str) and re.fullmatch(r"[\w.-]+", named) else None
+
+
+def training_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The card's lines about a training run: its settings in one sentence, and what was measured at each stage."""
+    measured = {name: values for name, values in stages.items() if values}
+    decay = f"{recipe.decay} decay of strength {recipe.decay_strength:g}" if recipe.decay != "none" else "no decay"
+    teacher = f", teacher `{recipe.teacher}`" if recipe.teacher else ""
+    lines = [
+        f"Trained for {steps} steps on `{Path(recipe.data or '').name}` with {recipe.optimizer}, learning rate"
+        f" {recipe.lr:g} ({recipe.schedule}), {decay} on the factors{teacher}; `recipe.yaml` has every setting,"
+        " `metrics.jsonl` the course of the run.",
+    ]
+    if measured:
+        columns = [c for c in ("loss", "perplexity", "top1", "top5") if all(c in v for v in measured.values())]
+        lines += ["", f"| | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+        lines += [f"| {name} | {' | '.join(f'{v[c]:.4f}' for c in columns)} |" for name, v in measured.items()]
+    return lines

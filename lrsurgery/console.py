@@ -14,8 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from lrsurgery.callbacks import Event
     from lrsurgery.report import Report, Row
-    from lrsurgery.training import Event
 
 Result = TypeVar("Result")
 PIPED_WIDTH = 160  # lines of a pipe or a file need not fold at rich's 80

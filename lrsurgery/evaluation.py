@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lrsurgery.callbacks import EvaluationCallback, Watch
 from lrsurgery.data import EVAL_SPLITS
 from lrsurgery.preparation import Examples, evaluation_examples, open_rows, prepare_subject
 from lrsurgery.recipes import DataOptions, Recipe
 from lrsurgery.sources import Source, resolve
 from lrsurgery.tasks import Subject, task_of
-from lrsurgery.training import EvaluationCallback, LowRankTrainer, Watch, release_, training_arguments
+from lrsurgery.training import LowRankTrainer, release_, training_arguments
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any, get_type_hints
 from lrsurgery.errors import RecipeError
 from lrsurgery.inits import get_init
 from lrsurgery.ranks import parse_rank
+from lrsurgery.sources import Source
 
 TASKS = ("causal-lm", "masked-lm", "sequence-classification", "image-classification")
 DECAYS = ("frobenius", "l2", "none")
@@ -177,6 +178,23 @@ def write_recipe(recipe: Recipe, file: Path, versions: Mapping[str, str]) -> Non
 
     body = {**recipe.to_dict(), "made_with": dict(versions)}
     file.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
+
+
+def check_recipe_for(recipe: Recipe, source: Source) -> None:
+    """Raises RecipeError where a recipe asks of a model what cannot be done with it."""
+    model = source.reference
+    if (source.config.get("quantization_config") or {}).get("quant_method") == "lrsurgery":
+        if recipe.rank or recipe.dense_steps or recipe.dense:
+            raise RecipeError(f"{model}: is factorised already; leave --rank, --dense-steps and --dense out")
+        if recipe.from_scratch:
+            raise RecipeError(
+                f"{model}: is factorised; for training from scratch use `lrsurgery factorise DENSE --from-scratch`"
+            )
+    elif not (recipe.rank or recipe.dense or recipe.from_scratch):
+        raise RecipeError(
+            f"{model}: is dense; pass --rank R to factorise it first, --dense-steps N --rank R to factorise it after N"
+            " steps, or --dense to train it as it is"
+        )
 
 
 def _typed(key: str, hint: Any, value: Any) -> Any:

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lrsurgery.cards import model_card
+from lrsurgery.cards import model_card, training_lines
 from lrsurgery.checkpoints import Checkpoint, output_config
 from lrsurgery.errors import SourceError, TrainingError
 from lrsurgery.hf import attach_, with_tripwire
+from lrsurgery.recipes import Recipe, write_recipe
 from lrsurgery.report import FILE_NAME, Report, rank_report
-from lrsurgery.staging import copy_companions
+from lrsurgery.runs import METRICS, RECIPE
+from lrsurgery.staging import copy_companions, staged
+from lrsurgery.stream import versions
 from lrsurgery.surgery import factorised_layers
 from lrsurgery.tasks import Subject
 from lrsurgery.tensors import DictSource, ShardWriter, in_write_order, parse_size, write_text
@@ -37,6 +41,21 @@ def round_to_stored_(subject: Subject) -> None:
             if not bool(torch.isfinite(rounded).all()):
                 raise TrainingError(f"{name}: overflows {subject.stored}, the checkpoint's dtype, after training")
             tensor.copy_(rounded)
+
+
+def publish(
+    subject: Subject, output: Path, run: Path, recipe: Recipe, facts: dict[str, Any], steps: int,
+    stages: Mapping[str, Mapping[str, float]], overwrite: bool,
+) -> Report:  # fmt: skip
+    """The output folder of a run, whole or not at all: the model, its recipe, the run's metrics and trackers' logs."""
+    with staged(output, overwrite=overwrite) as stage:
+        report = save_subject(subject, stage, output.name, facts, training_lines(recipe, steps, stages))
+        write_recipe(recipe, stage / RECIPE, versions())
+        if (run / METRICS).is_file():
+            shutil.copyfile(run / METRICS, stage / METRICS)
+        for logs in run.glob("*/runs"):  # TensorBoard's
+            shutil.copytree(logs, stage / "runs" / logs.parent.name)
+    return report
 
 
 def save_subject(subject: Subject, stage: Path, name: str, facts: dict[str, Any], training: Sequence[str]) -> Report:

@@ -14,16 +14,73 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers import Trainer
 
+from lrsurgery.factorise import factorise_
 from lrsurgery.layers import KINDS, factor_weights
 from lrsurgery.linalg import Factors
-from lrsurgery.surgery import factorised_layers
-from lrsurgery.training import WEIGHTS
+from lrsurgery.options import Options
+from lrsurgery.recipes import Recipe
+from lrsurgery.runs import LAYERS, mark_complete, step_of
+from lrsurgery.surgery import factorised_layers, swap_
+from lrsurgery.tasks import Subject
+from lrsurgery.training import WEIGHTS, parameter_groups
 
 LINEAR = ("exp_avg", "momentum_buffer")  # running means of the gradient, which is linear in it
 SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # running means of its square
 
 Groups = list[tuple[list[str], dict[str, float]]]
+
+
+def surgery_of(recipe: Recipe) -> Options:
+    """What a recipe asks of `factorise`."""
+    return Options(
+        recipe.rank, recipe.init, recipe.conv, recipe.include, recipe.exclude, recipe.allow_larger, recipe.multiple_of,
+        recipe.seed,
+    )  # fmt: skip
+
+
+def factorise_subject_(subject: Subject, recipe: Recipe, folder: Path | None) -> None:
+    """Factorises a model within a run, and writes down in the run's `folder` which layers became what."""
+    options = surgery_of(recipe)
+    factorise_(
+        subject.body, rank=options.rank, init=options.init, conv=options.conv, include=options.include,
+        exclude=options.exclude, allow_larger=options.allow_larger, multiple_of=options.multiple_of, seed=options.seed,
+    )  # fmt: skip
+    layers = {name: [layer.kind, layer.rank] for name, layer in factorised_layers(subject.body).items()}
+    if folder is not None:
+        (folder / LAYERS).write_text(json.dumps(layers, indent=2) + "\n", encoding="utf-8")
+
+
+def give_structure_(subject: Subject, layers: Mapping[str, Any]) -> None:
+    """Factorised layers with room for weights that are loaded next."""
+    swap_(subject.body, {name: (kind, rank) for name, (kind, rank) in layers.items()})
+    for layer in factorised_layers(subject.body).values():
+        layer.to_empty(device="cpu")
+
+
+def switch_(subject: Subject, recipe: Recipe, dense: Path, run: Path, leads: bool) -> tuple[Path, list[str]]:
+    """Factorises the model in place, as each process does, and lets one write the checkpoint to go on from.
+
+    Returns that checkpoint, and the layers whose optimizer state was reset.
+    """
+    before = parameter_groups(subject.model, recipe, _decayed(subject))
+    factorise_subject_(subject, recipe, run if leads else None)
+    after = parameter_groups(subject.model, recipe, _decayed(subject))
+    target = run / "factorised" / dense.name
+    if not leads:
+        return target, []
+    partial = target.with_name(f"partial-{step_of(dense)}")
+    shutil.rmtree(partial, ignore_errors=True)
+    reset = write_switched(dense, partial, subject.model, before, after, recipe.switch_lr)
+    partial.rename(target)
+    mark_complete(target)
+    return target, reset
+
+
+def _decayed(subject: Subject) -> set[str]:
+    """What the Trainer decays: all but biases and norms."""
+    return set(Trainer.get_decay_parameter_names(None, subject.model))
 
 
 def write_switched(

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
 from transformers import TrainingArguments as Arguments
 
+from lrsurgery.callbacks import EvaluationCallback
 from lrsurgery.decay import FrobeniusDecay
-from lrsurgery.dynamics import layer_dynamics, whole
+from lrsurgery.dynamics import steepest_decay, whole
 from lrsurgery.errors import RecipeError, TrainingError
 from lrsurgery.options import pick_device
 from lrsurgery.preparation import Examples
@@ -26,26 +24,9 @@ from lrsurgery.surgery import factorised_layers
 from lrsurgery.tasks import Subject, distillation, measure, summarise
 
 WEIGHTS = "model.safetensors"
-COMPLETE = "complete"  # a file that is written into a checkpoint last
-METRICS = "metrics.jsonl"
-REMEDY = "the last good checkpoint stays; try a lower --lr, more --warmup-steps or less decay"
+REMEDY = "try a lower --lr, more --warmup-steps or less decay"
 
 
-@dataclass(frozen=True)
-class Event:
-    """Something that happened in a run."""
-
-    kind: str  # "step", "evaluated", "evaluating", "stage" or "note"
-    step: int = 0
-    total: int = 0
-    stage: str = ""  # "dense" or "factorised"
-    values: dict[str, float] = field(default_factory=dict)
-    text: str = ""
-    unit: str = ""  # what `per_step` counts: tokens, sentences or images
-    per_step: int = 0
-
-
-Watch = Callable[[Event], None]
 # fields of TrainingArguments that --set cannot have, with what to use instead
 OWN_ARGUMENTS = {
     "output_dir": "; use --output", "remove_unused_columns": "", "label_names": "", "resume_from_checkpoint":
@@ -131,6 +112,30 @@ def training_arguments(
         return arguments
     except (ValueError, TypeError, ImportError, RuntimeError) as e:
         raise RecipeError(f"the settings do not go together: {' '.join(str(e).split())[:300]}") from e
+
+
+def total_steps(recipe: Recipe, args: Arguments, train: Examples) -> int:
+    """Optimizer steps of a whole run, as the Trainer counts them."""
+    if recipe.steps is not None:
+        return recipe.steps
+    batches = math.ceil(math.ceil(len(train.dataset) / args.train_batch_size) / args.world_size)
+    a_pass: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return max(1, math.ceil((1.0 if recipe.epochs is None else recipe.epochs) * a_pass))
+
+
+def overshoot(model: nn.Module, recipe: Recipe, lr: float) -> str | None:
+    """A warning with the bound, where the first step of Frobenius decay alone would carry a factor past zero."""
+    drives = recipe.decay == "frobenius" and (not recipe.decay_coupled or recipe.optimizer == "sgd")
+    if not drives or not factorised_layers(model):
+        return None
+    layer, square = steepest_decay(model)
+    reach = lr * recipe.decay_strength * square
+    if reach <= 1:
+        return None
+    return (
+        f"decay_strength {recipe.decay_strength:g} overshoots: lr * strength * sigma_max^2 is {reach:.3g} at"
+        f" {layer.removeprefix('body.')}, and must stay below 1; write at most {1 / (lr * square):.2g}"
+    )
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:
@@ -304,125 +309,3 @@ def _steepest(model: nn.Module) -> str:
             sizes[name.removeprefix("body.")] = norm if math.isfinite(norm) else math.inf
     worst = max(sizes, key=lambda name: sizes[name], default="no parameter")
     return f"{worst} (norm {sizes[worst]:.3g})" if worst in sizes else worst
-
-
-class EvaluationCallback(TrainerCallback):  # type: ignore[misc]
-    """Tells how far an evaluation is."""
-
-    def __init__(self, watch: Watch, stage: str = "") -> None:
-        self.watch, self.stage = watch, stage
-        self.trainer: LowRankTrainer | None = None
-        self._batch = 0
-
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **facts: Any) -> None:
-        self._batch += 1
-        self.watch(Event("evaluating", self._batch, len(facts["eval_dataloader"]), self.stage))
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._batch = 0
-
-
-class RunCallback(EvaluationCallback):
-    """What a run tells and keeps: metrics.jsonl, marks of complete checkpoints, the stop on a signal, the switch."""
-
-    def __init__(
-        self, folder: Path, stage: str, watch: Watch, interrupted: Callable[[], bool], stop_at: int | None = None
-    ) -> None:
-        super().__init__(watch, stage)
-        self.folder, self.interrupted, self.stop_at = folder, interrupted, stop_at
-        self.stopped = False
-        self._latest: dict[str, float] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._tell("stage", state)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        if logs is None or "loss" not in logs:
-            return  # evaluations are told below, with what the layers are like
-        self._latest = {k: v for k, v in logs.items() if isinstance(v, int | float)}
-        self._write(state, {"stage": self.stage, **self._latest})
-        self._tell("step", state)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self._tell("step", state)
-        if self.stop_at is not None and state.global_step >= self.stop_at:
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = args.eval_strategy != "no"
-        if self._anyone_interrupted(args):
-            self.stopped = control.should_save = control.should_training_stop = True
-
-    def _anyone_interrupted(self, args: Any) -> bool:
-        mine = self.interrupted()
-        if args.world_size == 1:
-            return mine
-        # a signal reaches the processes at different moments; all of them have to stop after the same step
-        flag = torch.tensor(float(mine), device=args.device)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
-        return bool(flag)
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float] | None = None, **_: Any
-    ) -> None:
-        super().on_evaluate(args, state, control)
-        found = {k.removeprefix("eval_"): v for k, v in (metrics or {}).items()}
-        values: dict[str, float] = {k: found[k] for k in ("loss", "perplexity", "top1", "top5", "scored") if k in found}
-        assert self.trainer is not None
-        layers = {k.removeprefix("body."): v for k, v in layer_dynamics(self.trainer.model).items()}
-        self._write(state, {"stage": self.stage, "eval": values, "layers": layers})
-        self.watch(Event("evaluated", state.global_step, state.max_steps, self.stage, values))
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if args.world_size > 1:
-            torch.distributed.barrier()  # every process has written its random state
-        if state.is_world_process_zero:
-            mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def _tell(self, kind: str, state: Any) -> None:
-        self.watch(Event(kind, state.global_step, state.max_steps, self.stage, self._latest))
-
-    def _write(self, state: Any, record: dict[str, Any]) -> None:
-        if state.is_world_process_zero:
-            epoch = round(state.epoch, 4) if state.epoch is not None else 0
-            append_metrics(self.folder, {"step": state.global_step, "epoch": epoch, **record})
-
-
-def append_metrics(folder: Path, record: dict[str, Any]) -> None:
-    """One line more in the run's metrics.jsonl."""
-    with (folder / METRICS).open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(record) + "\n")
-
-
-def cut_metrics(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the lines of steps that a resumed run takes again."""
-    kept = [record for record in read_metrics(folder) if keep(record)]
-    (folder / METRICS).write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that a kill cut short is left out."""
-    file = folder / METRICS
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Says that all of a checkpoint is on the disk; one without the mark is never resumed from."""
-    for file in (f for f in checkpoint.rglob("*") if f.is_file()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    (checkpoint / COMPLETE).touch()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    found = [c for c in folder.glob("checkpoint-*") if (c / COMPLETE).is_file()]
-    return max(found, key=step_of, default=None)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

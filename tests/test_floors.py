@@ -11,7 +11,7 @@ FLOORS = {
     4: {"cli", "training_cli", "arguments", "console", "__main__"},
     3: {
         *("factorise", "stream", "options", "export", "report", "reading", "cards"),
-        *("finetune", "evaluation", "training", "switching", "saving", "preparation"),
+        *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
     },
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf"},

@@ -19,7 +19,7 @@ STEPS, DENSE, SAVE = 12, 5, 3
 # a process that kills itself, or sends itself a signal, at one moment of a run
 RIGGED = """
 import os, signal, sys
-from lrsurgery import cli, finetune, training
+from lrsurgery import callbacks, cli, runs, saving, switching
 moment, at, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 sys.argv = ["lrsurgery", *sys.argv[4:]]
 
@@ -28,23 +28,24 @@ def strike(step):
         os.kill(os.getpid(), number)
 
 if moment == "step":
-    original = training.RunCallback.on_step_end
+    original = callbacks.RunCallback.on_step_end
     def rigged(self, args, state, control, **facts):
         strike(state.global_step)
         return original(self, args, state, control, **facts)
-    training.RunCallback.on_step_end = rigged
+    callbacks.RunCallback.on_step_end = rigged
 elif moment == "mark":
-    original = training.mark_complete
+    original = runs.mark_complete
     def rigged(checkpoint):
-        strike(training.step_of(checkpoint))
+        strike(runs.step_of(checkpoint))
         original(checkpoint)
-    training.mark_complete = finetune.mark_complete = rigged
+    callbacks.mark_complete = switching.mark_complete = rigged
 elif moment == "publish":
-    original = finetune.save_subject
+    original = saving.save_subject
     def rigged(*args):
-        original(*args)
+        report = original(*args)
         strike(at)
-    finetune.save_subject = rigged
+        return report
+    saving.save_subject = rigged
 cli.main()
 """
 
@@ -201,7 +202,7 @@ SHARDING = """
 import os, signal, sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from lrsurgery import cli, training
+from lrsurgery import callbacks, cli
 
 begin = PartialState.__init__
 def rigged(self, *arguments, **options):
@@ -210,14 +211,14 @@ def rigged(self, *arguments, **options):
         self.distributed_type = DistributedType.MULTI_XPU
 PartialState.__init__ = rigged
 
-end = training.RunCallback.on_step_end
+end = callbacks.RunCallback.on_step_end
 def watched(self, args, state, control, **facts):
     factor = next(p for n, p in self.trainer.model.named_parameters() if n.endswith("u.weight"))
     assert type(factor).__name__ == "DTensor", type(factor)
     if state.global_step == stop:
         os.kill(os.getpid(), signal.SIGTERM)
     return end(self, args, state, control, **facts)
-training.RunCallback.on_step_end = watched
+callbacks.RunCallback.on_step_end = watched
 stop = int(sys.argv[1])
 sys.argv = ["lrsurgery", *sys.argv[2:]]
 cli.main()
@@ -237,8 +238,9 @@ def test_two_processes_with_sharded_weights_train_as_one(bench: Path, tmp_path: 
     def command(output: Path, batch: int) -> list[object]:
         return [
             "finetune", bench / "calm", "--data", bench / "train.txt", "--eval-data", bench / "valid.txt",
-            "--rank", 0.5, "--decay", "frobenius", "--decay-strength", 0.1, "--steps", 12, "--log-steps", 1, "--eval-steps", 6,
-            "--batch-size", batch, "--stride", 16, "--output", output,
+            "--rank", 0.5, "--decay", "frobenius", "--decay-strength", 0.1,
+            "--steps", 12, "--log-steps", 1, "--eval-steps", 6, "--batch-size", batch, "--stride", 16,
+            "--output", output,
         ]  # fmt: skip
 
     one, two = bench / "whole-weights", bench / "sharded"
