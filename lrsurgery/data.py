@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def _open(reference: str, subset: str | None, streaming: bool) -> Any:
         if not any(path.iterdir()):
             raise DataError(f"{reference}: is empty")
         return datasets.load_dataset(str(path), subset, streaming=streaming)
-    files = [path] if path.is_file() else sorted(Path().glob(reference)) if set("*?[") & set(reference) else []
+    files = [path] if path.is_file() else _matching(reference)
     if not files:
         if reference.startswith((".", "/", "~")) or path.suffix in FORMATS or reference.count("/") > 1:
             raise DataError(f"{reference}: no such file or folder")
@@ -89,12 +90,16 @@ def _open(reference: str, subset: str | None, streaming: bool) -> Any:
     return datasets.load_dataset(kind, data_files=names, split="train", streaming=streaming, **options)
 
 
+def _matching(pattern: str) -> list[Path]:
+    names = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    return sorted(Path(name) for name in names if Path(name).is_file())
+
+
 def digest_of(reference: str, split: str | None, subset: str | None) -> str:
     """A fingerprint of the data, to tell on resuming whether it is still the same."""
     path = Path(reference).expanduser()
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
-    if not files and set("*?[") & set(reference):
-        files = sorted(Path().glob(reference))
+    files = files or _matching(reference)
     return fingerprint(files, f"{'' if files else reference} {split} {subset}")
 
 

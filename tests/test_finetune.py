@@ -400,3 +400,25 @@ def test_an_unknown_setting_names_its_like(tmp_path: Path) -> None:
 def test_perplexity_is_the_exponential_of_the_loss(bench: Path, tmp_path: Path) -> None:
     outcome, _ = healed(text(bench, model=str(bench / "half"), steps=1), tmp_path / "out")
     assert outcome.stages["healed"]["perplexity"] == pytest.approx(math.exp(outcome.stages["healed"]["loss"]))
+
+
+def test_bf16_autocast_trains_after_the_model_was_measured(bench: Path, tmp_path: Path) -> None:
+    """The dense model is measured, trained, factorised and trained on, each time under autocast."""
+    given = text(bench, model=str(bench / "gpt2"), rank=["0.5"], dense_steps=10, steps=20, lr=2e-3, precision="bf16")
+    outcome, _ = healed(given, tmp_path / "out")
+    full, _ = healed({**given, "precision": "fp32"}, tmp_path / "full")
+    found, wanted = outcome.stages["healed"]["loss"], full.stages["healed"]["loss"]
+    assert found == pytest.approx(wanted, rel=0.02)
+    assert found != wanted  # it was bf16
+
+
+def test_tensorboard_logs_come_with_the_output(bench: Path, tmp_path: Path) -> None:
+    given = text(bench, model=str(bench / "half"), steps=2, log_steps=1, report_to=["tensorboard"])
+    outcome, _ = healed(given, tmp_path / "out")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (logs,) = (outcome.output / "runs" / "factorised").iterdir()
+    events = EventAccumulator(str(logs))
+    events.Reload()
+    logged = {e.step: e.value for e in events.Scalars("train/loss")}
+    assert logged == pytest.approx({r["step"]: r["loss"] for r in records(outcome.output) if "loss" in r})
