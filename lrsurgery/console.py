@@ -78,11 +78,13 @@ class TrainingScreen:
         self._begun, self._first = 0.0, 0
 
     def __enter__(self) -> Callable[[Event], None]:
-        self._bar.start()
+        if self._live:  # rich's bars, even disabled, leave an empty line
+            self._bar.start()
         return self.tell
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        if self._live:
+            self._bar.stop()
 
     def tell(self, event: Event) -> None:
         """One thing that happened."""
