@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -50,9 +51,11 @@ ShardOption = Annotated[
 
 
 def make_screen(quiet: bool, as_json: bool) -> Screen:
+    """Where a command's words go; of several processes under torchrun only the first one speaks."""
     from lrsurgery.console import Screen
 
-    return Screen(quiet=quiet, as_json=as_json)
+    speaks = os.environ.get("RANK", "0") == "0"
+    return Screen(quiet=quiet or not speaks, as_json=as_json and speaks)
 
 
 def command_line() -> str:

@@ -166,6 +166,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
     ) -> None:  # fmt: skip
         self.subject, self.recipe, self.teacher = subject, recipe, teacher
         self._collate_evaluation = evaluation.collate if evaluation else None
+        self.use_cache = getattr(getattr(subject.model, "config", None), "use_cache", None)
         super().__init__(
             model=subject.model, args=args, train_dataset=train.dataset if train else None,
             eval_dataset=evaluation.dataset if evaluation else None,
@@ -298,6 +299,8 @@ def release_(trainer: LowRankTrainer) -> None:
     # accelerate wraps nothing that bears its mark, be it only prepared for evaluation: no DDP, no autocast
     for module in (model, trainer.model, trainer.subject.model):
         vars(module).pop("_is_accelerate_prepared", None)
+    if trainer.use_cache is not None:  # training turns it off, generating from the saved model wants it
+        trainer.model.config.use_cache = trainer.use_cache
 
 
 def _steepest(model: nn.Module) -> str:

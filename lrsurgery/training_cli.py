@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -224,8 +223,7 @@ def finetune(
     given |= {key: False for key in ("augment",) if values[key] is False}
     if setting:
         given["set"] = dict(_key_value(text) for text in setting)
-    others = int(os.environ.get("RANK", "0")) > 0  # of several processes one speaks
-    screen = make_screen(quiet or others, as_json)
+    screen = make_screen(quiet, as_json)
     from lrsurgery import finetune as training
     from lrsurgery.console import TrainingScreen, quality_table
 
@@ -234,8 +232,6 @@ def finetune(
             given, output, recipe_file=recipe, resume=resume, overwrite=overwrite, keep_checkpoints=keep_checkpoints,
             command=command_line(), watch=watch,
         )  # fmt: skip
-    if others:
-        return
     screen.emit(outcome.to_dict())
     screen.show("", quality_table(_stage_rows(outcome)))
     for note in outcome.report.notes:

@@ -74,6 +74,8 @@ def test_a_factorised_language_model_heals(bench: Path, tmp_path: Path) -> None:
     } <= names
     assert f"{stages['healed']['perplexity']:.4f}" in (outcome.output / "README.md").read_text()
     assert not (tmp_path / "out.run").exists()
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (bench / "half", outcome.output)]
+    assert configs[0] == configs[1]
     # the folder is what was measured: plain transformers, an independent loss over the same windows
     model = tf.AutoModelForCausalLM.from_pretrained(outcome.output)
     assert plain_loss(model, bench / "valid.txt") == pytest.approx(stages["healed"]["loss"], rel=1e-5)
