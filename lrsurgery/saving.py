@@ -100,10 +100,18 @@ def _save_timm(subject: Subject, stage: Path) -> None:
 
 
 def _with_former(report: Report, folder: Path | None) -> Report:
-    """With what the source's own report knows of the dense weights that its layers came from."""
+    """With what the source's own report knows: dense weights' effective ranks and bytes, why layers stayed dense."""
     try:
-        former = {row.name: row for row in Report.read(folder).factorised} if folder is not None else {}
+        former = Report.read(folder) if folder is not None else None
     except SourceError:
-        former = {}
-    rows = tuple(replace(row, before=former[row.name].before) if row.name in former else row for row in report.rows)
-    return replace(report, rows=rows)
+        former = None
+    if former is None:
+        return report
+    known = {row.name: row for row in former.rows}
+    rows = [
+        replace(row, before=known[row.name].before, reason=known[row.name].reason)
+        if row.name in known and known[row.name].status == row.status
+        else row
+        for row in report.rows
+    ]
+    return replace(report, rows=tuple(rows), bytes_before=former.bytes_before)

@@ -79,7 +79,12 @@ def test_a_factorised_language_model_heals(bench: Path, tmp_path: Path) -> None:
     # the folder is what was measured: plain transformers, an independent loss over the same windows
     model = tf.AutoModelForCausalLM.from_pretrained(outcome.output)
     assert plain_loss(model, bench / "valid.txt") == pytest.approx(stages["healed"]["loss"], rel=1e-5)
-    after = {row.name: row.after for row in lrsurgery.Report.read(outcome.output).factorised}
+    told, former = lrsurgery.Report.read(outcome.output), lrsurgery.Report.read(bench / "half")
+    assert [(r.name, r.reason, r.rank, r.before) for r in told.rows] == [
+        (r.name, r.reason, r.rank, r.before) for r in former.rows
+    ]
+    assert (told.parameters_before, told.parameters_after) == (former.parameters_before, former.parameters_after)
+    after = {row.name: row.after for row in told.factorised}
     for row in lrsurgery.rank_report(model).factorised:
         assert row.after.stable == pytest.approx(after[row.name].stable, rel=1e-5)
 
