@@ -106,8 +106,19 @@ def load_subject(
 ) -> Subject:
     """The model in fp32, in eval mode; with `classes`, under a new head for them.
 
-    Raises SourceError; RecipeError for a task that the library has no head for.
+    Raises SourceError, also for weights that are not finite; RecipeError for a task that the library has no head for.
     """
+    _stored_dtype(source)  # reads the headers: a damaged file is named here, before any library's loader meets it
+    subject = _load(source, task, from_scratch_seed, classes, trust_remote_code)
+    for name, parameter in subject.body.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise SourceError(f"{source.reference}: {name} holds NaN or Inf; repair the checkpoint first")
+    return subject
+
+
+def _load(
+    source: Source, task: str, from_scratch_seed: int | None, classes: Sequence[str] | None, trust_remote_code: bool
+) -> Subject:
     if source.library == "timm":
         if task != "image-classification":
             raise RecipeError(f"task {task}: timm models are for image-classification")

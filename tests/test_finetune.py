@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -364,6 +365,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("teacher", {"teacher": "masked"}, "is for masked-lm, the model for causal-lm"),
     ("no tokenizer", {"model": "mute"}, "no tokenizer"),
     ("labels", {"model": "vit", "rank": ["0.5"], "data": "images4"}, "has 4 classes, the model's head 3; --new-head"),
+    ("truncated", {"model": "truncated"}, "truncated/model.safetensors"),
+    ("not finite", {"model": "nan"}, "holds NaN or Inf; repair the checkpoint first"),
     ("image", {"model": "vit", "rank": ["0.5"], "data": "broken"}, "image 0 does not decode"),
 ]  # fmt: skip
 
@@ -377,6 +380,11 @@ def spoiled(bench: Path) -> Path:
     tf.AutoModelForCausalLM.from_pretrained(bench / "half").save_pretrained(bench / "mute")
     tiny.write_images(bench / "images4", classes=4, count=1)
     broken_image(bench, bench / "broken")
+    weights = (bench / "half" / "model.safetensors").read_bytes()
+    for name in ("truncated", "nan"):
+        shutil.copytree(bench / "half", bench / name)
+    (bench / "truncated" / "model.safetensors").write_bytes(weights[:-100])
+    (bench / "nan" / "model.safetensors").write_bytes(weights[:-4] + b"\x00\x00\xc0\x7f")
     return bench
 
 
