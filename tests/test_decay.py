@@ -82,6 +82,63 @@ def test_adamw_decays_beside_its_moments() -> None:
         assert torch.allclose(decayed - plain, -rate * gradient, rtol=1e-9, atol=1e-15)
 
 
+@pytest.mark.parametrize("grouped", [0, 10**9], ids=["one by one", "in batches"])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_many_layers_of_one_shape(monkeypatch: pytest.MonkeyPatch, decoupled: bool, grouped: int) -> None:
+    """Each moves by its own product, rate and freedom, whether or not it is computed in one batch with the others."""
+    monkeypatch.setattr("lrsurgery.decay.GROUPED", grouped)
+    model = nn.ModuleList(build(kind)[0] for kind in KINDS for _ in range(4))
+    for number, p in enumerate(model.parameters()):  # factors that differ, some of them frozen
+        p.data.mul_(1 + number / 10)
+        p.requires_grad_(number % 5 != 0)
+    layers = list(factorised_layers(model).values())
+    factors = [f for layer in layers for f in (layer.u.weight, layer.v.weight)]
+    trained = [f for f in factors if f.requires_grad]
+    rates = {id(f): RATE * (1 + number % 2) for number, f in enumerate(trained)}
+    penalty = sum((STRENGTH / 2 * layer.weight.square().sum() for layer in layers), torch.zeros(()))
+    moved = dict(zip(map(id, trained), torch.autograd.grad(penalty, trained), strict=True))
+    wanted = [f - rates.get(id(f), 0.0) * moved.get(id(f), 0.0) for f in factors]
+    for f in trained:
+        f.grad = torch.zeros_like(f)
+    optimizer = torch.optim.SGD([{"params": trained[k::2], "lr": RATE * (1 + k)} for k in (0, 1)])
+    lrsurgery.FrobeniusDecay(model, STRENGTH, decoupled=decoupled).attach(optimizer)
+    optimizer.step()
+    for found, want in zip(factors, wanted, strict=True):
+        assert close(found, want)
+
+
+@pytest.mark.parametrize("many", [1, 3])
+def test_bf16_factors_are_rounded_once(many: int) -> None:
+    """A decay far below bf16's step size still moves the numbers that it should, as fp64 says."""
+    model = nn.ModuleList(build("linear", torch.bfloat16)[0] for _ in range(many))
+    layers = list(factorised_layers(model).values())
+    wanted = []
+    for layer in layers:
+        u, v = layer.u.weight.detach().double(), layer.v.weight.detach().double()
+        wanted += [u - RATE * STRENGTH * u @ v @ v.T, v - RATE * STRENGTH * u.T @ u @ v]
+        layer.u.weight.grad, layer.v.weight.grad = torch.zeros_like(layer.u.weight), torch.zeros_like(layer.v.weight)
+    optimizer = torch.optim.SGD(model.parameters(), RATE)
+    lrsurgery.FrobeniusDecay(model, STRENGTH).attach(optimizer)
+    optimizer.step()
+    found = [f for layer in layers for f in (layer.u.weight, layer.v.weight)]
+    for f, want in zip(found, wanted, strict=True):
+        assert torch.equal(f, want.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_a_rate_in_a_tensor(decoupled: bool) -> None:
+    """As capturable optimizers and torch.compile want it."""
+    results = []
+    for rate in (RATE, torch.tensor(RATE, dtype=torch.float64)):
+        model, _, x = build("linear")
+        optimizer = torch.optim.SGD(model.parameters(), rate)
+        lrsurgery.FrobeniusDecay(model, STRENGTH, decoupled=decoupled).attach(optimizer)
+        model(x).square().sum().backward()
+        optimizer.step()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert close(results[1], results[0])
+
+
 def test_a_frozen_factor_rests() -> None:
     model, layer, x = build("linear")
     layer.u.weight.requires_grad_(False)
