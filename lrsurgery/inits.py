@@ -5,7 +5,7 @@ To add one: a function of the same signature and an entry in `INITS`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,42 +17,52 @@ from lrsurgery.linalg import (
     RankChoice,
     balance,
     direction_factors,
+    singular_values,
     spectral_factors,
     working_dtype,
 )
 
 
 class Init(Protocol):
-    """weight (rows, columns); rank or a function of the singular values; fan_in of the dense layer; a CPU generator."""
+    """weight (rows, columns); rank or a function of the singular values; fan_in of the dense layer; a CPU generator.
 
-    def __call__(self, weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator) -> Decomposed: ...
+    `effort`: what `linalg.spectral_factors` takes by name (svd, known, keep).
+    """
+
+    def __call__(
+        self, weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any
+    ) -> Decomposed: ...
 
 
-def spectral(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator) -> Decomposed:
+def spectral(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any) -> Decomposed:
     """The truncated SVD, singular values split evenly (Khodak et al. 2021; Kamalakara et al. 2022)."""
-    return spectral_factors(weight, rank)
+    return spectral_factors(weight, rank, **effort)
 
 
-def spectral_ones(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator) -> Decomposed:
+def spectral_ones(
+    weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any
+) -> Decomposed:
     """The singular directions alone: every kept singular value replaced by 1 (Kamalakara et al. 2022)."""
-    return direction_factors(weight, rank)
+    return direction_factors(weight, rank, **effort)
 
 
-def he(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator) -> Decomposed:
+def he(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any) -> Decomposed:
     """Normal factors whose product has the variance 2 / fan_in of a dense He-initialised layer (He et al. 2015).
 
     An entry of the product is a sum of `rank` terms, so var(u) var(v) = 2 / (fan_in rank). Balanced afterwards, which
     leaves the product as it is.
     """
     rows, columns = weight.shape
-    values = spectral_factors(weight, 1).values
+    known = effort.get("known")
+    values = known.values if known is not None else singular_values(weight)
     rank = rank(values) if callable(rank) else rank
     std = (2 / (fan_in * rank)) ** 0.25
     # drawn on the CPU in fp32, so that a seed means the same factors on every device
     u = torch.randn(rows, rank, generator=generator) * std
     v = torch.randn(rank, columns, generator=generator) * std
     dtype = working_dtype(weight.dtype)
-    return Decomposed(balance(Factors(u.to(weight.device, dtype), v.to(weight.device, dtype))), values)
+    factors = balance(Factors(u.to(weight.device, dtype), v.to(weight.device, dtype)))
+    return Decomposed(factors, values, float(values.double().square().sum()))
 
 
 INITS: dict[str, Init] = {"spectral": spectral, "spectral-ones": spectral_ones, "he": he}

@@ -16,7 +16,7 @@ FLOORS = {
     },
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf"},
     1: {"plan", "surgery", "layers", "decay", "dynamics"},
-    0: {"linalg", "ranks", "inits", "errors"},
+    0: {"linalg", "krylov", "ranks", "inits", "errors"},
 }
 PACKAGE = Path(lrsurgery.__file__).parent
 

@@ -16,7 +16,7 @@ def weight() -> torch.Tensor:
 
 @pytest.mark.parametrize("name", INITS)
 def test_factors_are_balanced_and_of_the_rank(name: str, weight: torch.Tensor) -> None:
-    (u, v), values = INITS[name](weight, 20, fan_in=100, generator=layer_generator(0, "a"))
+    (u, v), values, *_ = INITS[name](weight, 20, fan_in=100, generator=layer_generator(0, "a"))
     assert (u.shape, v.shape) == ((60, 20), (20, 100))
     assert torch.allclose(u.T @ u, v @ v.T, atol=1e-4)
     assert torch.allclose(values, torch.linalg.svdvals(weight), rtol=1e-3)
@@ -24,19 +24,19 @@ def test_factors_are_balanced_and_of_the_rank(name: str, weight: torch.Tensor) -
 
 @pytest.mark.parametrize("name", INITS)
 def test_rank_may_wait_for_the_values(name: str, weight: torch.Tensor) -> None:
-    (u, _), _ = INITS[name](weight, lambda values: int((values > values[7]).sum()), fan_in=100,
+    (u, _), *_ = INITS[name](weight, lambda values: int((values > values[7]).sum()), fan_in=100,
                             generator=layer_generator(0, "a"))  # fmt: skip
     assert u.shape == (60, 7)
 
 
 def test_spectral_ones_keeps_directions_only(weight: torch.Tensor) -> None:
-    (u, v), _ = INITS["spectral-ones"](weight, 20, fan_in=100, generator=layer_generator(0, "a"))
+    (u, v), *_ = INITS["spectral-ones"](weight, 20, fan_in=100, generator=layer_generator(0, "a"))
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     assert torch.allclose(u @ v, left[:, :20] @ right[:20], atol=1e-4)
 
 
 def test_he_matches_the_variance_of_a_dense_layer() -> None:
-    (u, v), _ = INITS["he"](torch.zeros(600, 800), 200, fan_in=800, generator=layer_generator(0, "a"))
+    (u, v), *_ = INITS["he"](torch.zeros(600, 800), 200, fan_in=800, generator=layer_generator(0, "a"))
     assert float((u @ v).var()) == pytest.approx(2 / 800, rel=0.05)
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrsurgery.errors import RankError, WeightError
+from lrsurgery import linalg
+from lrsurgery.errors import RankError, SurgeryError, WeightError
 from lrsurgery.linalg import (
     Factors,
     balance,
     direction_factors,
     product_values,
     relative_error,
+    singular_values,
     spectral_factors,
     truncated_svd,
 )
@@ -110,7 +114,7 @@ def test_factors_are_balanced(shape: tuple[int, int]) -> None:
 def test_directions_are_orthonormal_and_the_singular_vectors(shape: tuple[int, int], spectrum: str) -> None:
     values = spectra(48)[spectrum]
     weight = matrix(*shape, values)
-    (u, v), found = direction_factors(weight.float(), 30)
+    (u, v), found, *_ = direction_factors(weight.float(), 30)
     eye = torch.eye(30)
     assert torch.allclose(u.T @ u, eye, atol=1e-5)
     assert torch.allclose(v @ v.T, eye, atol=1e-5)
@@ -173,3 +177,86 @@ def test_next_driver_takes_over_where_one_does_not_converge(monkeypatch: pytest.
     monkeypatch.setattr(torch.linalg, "svd", fails)
     with pytest.raises(WeightError, match="no LAPACK driver"):
         truncated_svd(weight, 10)
+
+
+def slow_decay(full: int, power: float = 0.6) -> Tensor:
+    """What trained weights look like: a power law on a floor of noise."""
+    return torch.arange(1, full + 1, dtype=torch.float64) ** -power + 0.02
+
+
+HARD = {
+    "power law": slow_decay(1100),
+    "flat": torch.ones(1100, dtype=torch.float64),
+    "steps": torch.arange(1100, 0, -1).div(100, rounding_mode="floor").double() + 1,
+    "cliff at the rank": torch.cat([torch.ones(60), torch.full((1040,), 0.3)]).double(),
+    "rank-deficient": torch.cat([slow_decay(300), torch.zeros(800)]).double(),
+    "over 4 decades": torch.logspace(0, -4, 1100, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("svd", ["auto", "fast", "full"])
+@pytest.mark.parametrize("spectrum", HARD)
+def test_leading_directions_keep_their_bound(spectrum: str, svd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the rank is far below full rank: 1e-5 of the Eckart-Young error, 1% for "fast"."""
+    values, rank = HARD[spectrum], 60
+    weight = matrix(1100, 1300, values).float()
+    monkeypatch.setattr(linalg, "LEADING_PAYS", dict.fromkeys(linalg.LEADING_PAYS, ((1, 1.0),)))
+    u, v = truncated_svd(weight, rank, svd=svd)
+    tail = values[rank:].norm()
+    error = (weight.double() - u.double() @ v.double()).norm()
+    slack = 1e-2 if svd == "fast" else 1e-5
+    assert error <= tail * (1 + slack) + 4 * torch.finfo(torch.float32).eps * values.norm()
+    assert torch.allclose(u.T @ u, v @ v.T, atol=1e-4 * float(values[0]))
+
+
+def test_leading_directions_are_used_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix(1100, 1100, slow_decay(1100)).float()
+    monkeypatch.setattr(torch.linalg, "eigh", counted := _counting(torch.linalg.eigh))
+    spectral_factors(weight, 60)
+    assert max(counted.sizes) < 1100
+    spectral_factors(weight, 600)
+    assert counted.sizes[-1] == 1100
+
+
+class _counting:
+    def __init__(self, real: Any) -> None:
+        self.real, self.sizes = real, []
+
+    def __call__(self, matrix: Tensor) -> Any:
+        self.sizes.append(len(matrix))
+        return self.real(matrix)
+
+
+def test_fast_says_what_it_did_not_look_at() -> None:
+    values = slow_decay(600)
+    found = spectral_factors(matrix(600, 700, values).float(), 60, svd="fast")
+    assert torch.allclose(found.values[:60].double(), values[:60], rtol=2e-2)
+    assert bool(found.values[60:].isnan().all())
+    assert found.energy == pytest.approx(float(values.square().sum()), rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-20, 1e20])
+def test_a_known_spectrum_saves_the_decomposition(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix(80, 60, slow_decay(60)).float() * scale
+    first = spectral_factors(weight, 40, keep=True)
+    assert first.spectrum is not None
+    fresh = spectral_factors(weight, 20)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    again = spectral_factors(weight, 20, known=first.spectrum)
+    assert torch.equal(again.factors.u, fresh.factors.u)
+    assert torch.equal(again.factors.v, fresh.factors.v)
+    assert torch.equal(spectral_factors(weight, lambda _: 20, known=first.spectrum).factors.u, fresh.factors.u)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_singular_values_match_lapack_without_vectors(dtype: torch.dtype) -> None:
+    weight = matrix(300, 200, slow_decay(200)).to(dtype)
+    found = singular_values(weight)
+    exact = torch.linalg.svdvals(weight.double())
+    assert torch.allclose(found.double(), exact, rtol=1e-4 if dtype != torch.float64 else 1e-9)
+
+
+def test_unknown_engine_lists_the_known() -> None:
+    with pytest.raises(SurgeryError, match="known: auto, fast, full"):
+        truncated_svd(torch.ones(3, 3), 1, svd="exact")
