@@ -85,6 +85,15 @@ def factorise(
     allow_larger: Annotated[
         bool, typer.Option("--allow-larger", help="Factorise layers at or over break-even too.")
     ] = False,
+    min_speedup: Annotated[
+        float | None,
+        typer.Option(
+            "--min-speedup",
+            metavar="X",
+            show_default=False,
+            help="Leave dense what would not run X times as fast, measured on --device and remembered; 1.0 is usual.",
+        ),
+    ] = None,
     from_scratch: Annotated[
         bool, typer.Option("--from-scratch", help="Initialise the model anew from its config first.")
     ] = False,
@@ -121,7 +130,7 @@ def factorise(
 
     options = Options(
         rank, init, conv, include or ("*",), exclude or (), allow_larger, multiple_of, seed, from_scratch, device,
-        dtype, shard_size, revision, architecture, trust_remote_code, overwrite, command_line(),
+        dtype, shard_size, revision, architecture, trust_remote_code, overwrite, command_line(), min_speedup,
     )  # fmt: skip
     if dry_run:
         _show_report(screen, plan_checkpoint(model, options))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.inits import get_init
 from lrsurgery.plan import Plan, find_heads, make_plan
 from lrsurgery.ranks import RankLike, parse_rank
+from lrsurgery.speed import SpeedTable, refusal
 from lrsurgery.tensors import parse_size
 
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -39,11 +41,16 @@ class Options:
     trust_remote_code: bool = False
     overwrite: bool = False
     command: str | None = field(default=None, compare=False)
+    min_speedup: float | None = None
 
     def plan_for(self, model: nn.Module, tied: dict[str, str] | None = None) -> Plan:
+        refuse = None
+        if self.min_speedup is not None:
+            device = pick_device(self.device)
+            refuse = refusal(model, self.conv, self.min_speedup, device, SpeedTable(device, DTYPES[self.dtype]))
         return make_plan(
             model, parse_rank(self.rank, self.multiple_of), conv=self.conv, include=self.include, exclude=self.exclude,
-            allow_larger=self.allow_larger, heads=find_heads(model), tied=tied,
+            allow_larger=self.allow_larger, heads=find_heads(model), tied=tied, refuse=refuse,
         )  # fmt: skip
 
     def check(self) -> None:
@@ -54,6 +61,8 @@ class Options:
         parse_size(self.shard_size)
         if self.dtype not in DTYPES:
             raise SurgeryError(f"unknown dtype '{self.dtype}'; known: {', '.join(DTYPES)}")
+        if self.min_speedup is not None and not 0 < self.min_speedup < math.inf:
+            raise SurgeryError(f"min speedup {self.min_speedup}: write a number above 0, such as 1.0")
         if self.seed < 0:
             raise SurgeryError(f"seed {self.seed}: write an integer of at least 0")
 
@@ -63,6 +72,7 @@ class Options:
             "rank": str(parse_rank(self.rank)), "init": self.init, "conv": self.conv, "include": list(self.include),
             "exclude": list(self.exclude), "allow_larger": self.allow_larger, "multiple_of": self.multiple_of,
             "seed": self.seed, "from_scratch": self.from_scratch, "dtype": self.dtype,
+            "min_speedup": self.min_speedup,
         }  # fmt: skip
 
 

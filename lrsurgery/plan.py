@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -55,6 +55,9 @@ class Kept:
     reason: str
 
 
+Refusal: TypeAlias = "Callable[[Replaced], str | None]"  # why a layer of known rank stays dense, or None
+
+
 @dataclass(frozen=True)
 class Plan:
     """Rows in the model's own order."""
@@ -62,6 +65,7 @@ class Plan:
     rows: tuple[Replaced | Kept, ...]
     spec: RankSpec
     allow_larger: bool
+    refuse: Refusal | None = field(default=None, compare=False, repr=False)
 
     @property
     def replaced(self) -> tuple[Replaced, ...]:
@@ -74,19 +78,24 @@ class Plan:
     def settle(self, row: Replaced, values: Tensor) -> Replaced | Kept:
         """The row once its singular values (full rank,) are known."""
         rank = self.spec.rank_of(row.name, row.rows, row.columns, values)
-        return _unless_larger(replace(row, rank=rank), self.allow_larger)
+        return _unless_refused(replace(row, rank=rank), self.allow_larger, self.refuse)
 
     def with_rows(self, settled: Mapping[str, Replaced | Kept]) -> Plan:
         """The same plan with these rows in place of those of the same name."""
         return replace(self, rows=tuple(settled.get(row.name, row) for row in self.rows))
 
 
-def _unless_larger(row: Replaced, allow_larger: bool) -> Replaced | Kept:
-    limit = break_even_rank(row.rows, row.columns)
-    if row.rank is None or row.rank <= limit or allow_larger:
+def _unless_refused(row: Replaced, allow_larger: bool, refuse: Refusal | None) -> Replaced | Kept:
+    """The row, or why it stays dense at its rank; a rank that is not known yet is not judged."""
+    if row.rank is None:
         return row
-    reason = f"rank {row.rank} is over break-even ({limit})" if limit else "no rank saves parameters"
-    return Kept(row.name, row.kind, row.shape, row.parameters, reason)
+    limit = break_even_rank(row.rows, row.columns)
+    reason = None
+    if row.rank > limit and not allow_larger:
+        reason = f"rank {row.rank} is over break-even ({limit})" if limit else "no rank saves parameters"
+    elif refuse is not None:
+        reason = refuse(row)
+    return row if reason is None else Kept(row.name, row.kind, row.shape, row.parameters, reason)
 
 
 def plan_rows(
@@ -99,11 +108,13 @@ def plan_rows(
     allow_larger: bool = False,
     heads: Mapping[str, str] | None = None,
     tied: Mapping[str, str] | None = None,
+    refuse: Refusal | None = None,
 ) -> list[Replaced | Kept]:
     """Decides for every layer of `model`, which may lie on the meta device.
 
     `heads` are layer names that stay dense with the reason given, unless a rank override spells the name out; `tied`
-    maps a parameter's name to what it is tied to (parameters shared in memory are found by themselves).
+    maps a parameter's name to what it is tied to (parameters shared in memory are found by themselves); `refuse` has
+    the last word on each layer whose rank is known.
 
     Raises PlanError for a glob that matches no layer; RankError for a rank above a layer's full rank.
     """
@@ -135,17 +146,19 @@ def plan_rows(
         assert policy is not None
         chosen = None if policy.needs_spectrum else rank.rank_of(name, *matrix)
         row = Replaced(name, kind, tuple(weight.shape), *matrix, chosen, own - weight.numel())
-        rows.append(_unless_larger(row, allow_larger))
+        rows.append(_unless_refused(row, allow_larger, refuse))
     return rows
 
 
-def make_plan(model: nn.Module, rank: RankSpec, *, allow_larger: bool = False, **options: Any) -> Plan:
+def make_plan(
+    model: nn.Module, rank: RankSpec, *, allow_larger: bool = False, refuse: Refusal | None = None, **options: Any
+) -> Plan:
     """The plan of `plan_rows`, which takes the same options.
 
     Raises PlanError and RankError as it does, and PlanError where nothing at all would be factorised.
     """
-    rows = plan_rows(model, rank, allow_larger=allow_larger, **options)
-    plan = Plan(tuple(rows), rank, allow_larger)
+    rows = plan_rows(model, rank, allow_larger=allow_larger, refuse=refuse, **options)
+    plan = Plan(tuple(rows), rank, allow_larger, refuse)
     if not plan.replaced:
         reasons = sorted({row.reason for row in rows if isinstance(row, Kept)})
         why = f" ({'; '.join(reasons[:4])}{'; ...' if len(reasons) > 4 else ''})" if reasons else ""

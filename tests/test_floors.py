@@ -15,8 +15,8 @@ FLOORS = {
         *("data", "images", "tasks", "recipes"),
     },
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf"},
-    1: {"plan", "surgery", "layers", "decay", "dynamics"},
-    0: {"linalg", "krylov", "ranks", "inits", "errors"},
+    1: {"plan", "surgery", "layers", "decay", "dynamics", "speed"},
+    0: {"linalg", "krylov", "ranks", "inits", "errors", "cache"},
 }
 PACKAGE = Path(lrsurgery.__file__).parent
 
