@@ -25,7 +25,8 @@ def krylov(gram: Tensor, rank: int, *, energy: float, best: float | None = None)
     fresh = torch.linalg.qr(start.to(gram)).Q.T
     captured: list[float] = []
     count = 0
-    next_look = rank + rank // 2 if best is not None else rank + rank // 4
+    # a look costs an eigendecomposition of what there is: few of them, most where the end is near (measured)
+    next_look, apart = (rank + 3 * rank // 4, rank // 4) if best is not None else (rank + rank // 4, rank // 8)
     while count + block <= limit:
         span[count : count + block] = fresh
         image = fresh @ gram
@@ -34,7 +35,7 @@ def krylov(gram: Tensor, rank: int, *, energy: float, best: float | None = None)
         projected[count - block : count, :count] = rows
         projected[:count, count - block : count] = rows.T
         if count >= next_look:
-            next_look = count + max(block, rank // 8 // block * block)
+            next_look = count + max(block, apart)
             ritz = torch.linalg.eigvalsh(projected[:count, :count])[-rank:]
             captured.append(float(ritz.double().sum()))
             if _good_enough(captured, energy, best):

@@ -274,8 +274,8 @@ def _accurate(values: Tensor, kept: int, problem: _Problem, precision: torch.dty
 # Measured (examples/benchmarks/ladder.py) where all singular values are computed besides, where they are known, and
 # where they are not asked for.
 LEADING_PAYS = {
-    "auto": ((2048, 1 / 8), (1024, 1 / 16)),
-    "known": ((4096, 1 / 4), (512, 1 / 8)),
+    "auto": ((4096, 1 / 8), (1024, 1 / 16)),
+    "known": ((512, 1 / 8),),
     "fast": ((4096, 1 / 4), (512, 1 / 8)),
 }
 
