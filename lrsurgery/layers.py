@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lrsurgery.linalg import Factors, working_dtype
 
@@ -46,13 +47,64 @@ class FactorisedLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        # Model code reads `layer.weight` in places (GPT-2's init, Mamba's dt_proj, nn.MultiheadAttention).
-        u, v = self.factors
-        return KINDS[self.kind].to_weight(u @ v, self)
+        # Model code reads `layer.weight` in places (GPT-2's init, Mamba's dt_proj, nn.MultiheadAttention), often for
+        # its dtype alone (T5, flash attention). Compilers drop a product that nothing uses; they, and factors that are
+        # not plain tensors (sharded, quantised), get it as it is.
+        plain = type(self.u.weight) is type(self.v.weight) is nn.Parameter
+        if not plain or torch.compiler.is_compiling() or torch._C._is_tracing():
+            return _multiplied(self)
+        return Product(self)
 
     @property
     def bias(self) -> Tensor | None:
         return self.u.bias
+
+
+def _multiplied(layer: FactorisedLayer) -> Tensor:
+    u, v = layer.factors
+    return KINDS[layer.kind].to_weight(u @ v, layer)
+
+
+class Product(Tensor):
+    """The dense weight of a layer, multiplied out by whatever computes with it; shape, dtype and device are free."""
+
+    layer: FactorisedLayer
+
+    @staticmethod
+    def __new__(cls, layer: FactorisedLayer) -> Product:
+        u, v = layer.factors
+        rows_columns = torch.empty(u.shape[0], v.shape[1], device="meta")
+        made: Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, KINDS[layer.kind].to_weight(rows_columns, layer).shape, dtype=u.dtype, device=u.device,
+            requires_grad=u.requires_grad or v.requires_grad,
+        )  # fmt: skip
+        made.layer = layer
+        return made
+
+    def __init__(self, layer: FactorisedLayer) -> None:
+        super().__init__()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in FREE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func in MATMULS and type(args[0]) is cls and args[0].layer.kind == "linear" and not kwargs:
+            u, v = args[0].layer.factors  # as Mamba applies its dt_proj
+            return u @ (v @ args[1])
+        args, kwargs = tree_map_only(cls, lambda product: _multiplied(product.layer), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        raise TypeError(f"{func} met the weight of a factorised layer as it is; take (layer.weight + 0)")
+
+
+FREE = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.is_floating_point),
+}
+MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 
 class FactorisedLinear(FactorisedLayer):
@@ -200,9 +252,13 @@ def kind_of(module: nn.Module, conv: str) -> str | None:
 
 
 def factor_weights(kind: str, weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """The tensors `u.weight`, `v.weight` that store `factors` for a dense `weight`, in its dtype and on its device."""
+    """The tensors `u.weight`, `v.weight` that store `factors` for a dense `weight`, in its dtype and on its device.
+
+    For a `weight` on the meta device they stay where the factors are.
+    """
     u, v = KINDS[kind].to_weights(factors, weight.shape)
-    return u.to(weight), v.to(weight)
+    device = factors.u.device if weight.is_meta else weight.device
+    return u.to(device, weight.dtype), v.to(device, weight.dtype)
 
 
 def dense_weight(layer: FactorisedLayer) -> Tensor:

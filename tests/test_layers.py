@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers.pytorch_utils import Conv1D
 
 import lrsurgery
 from lrsurgery.layers import KINDS, FactorisedConv2d, FactorisedLayer, FactorisedLinear
-from lrsurgery.surgery import factorised_layers
+from lrsurgery.surgery import factorised_layers, replace_module_
 
 GEOMETRIES = [
     {"kernel_size": k, "stride": s, "padding": p, "dilation": d}
@@ -138,3 +140,77 @@ def test_densify_gives_ordinary_layers_back(conv: str) -> None:
     lrsurgery.densify_(model)
     assert [type(m) for m in model] == before
     assert torch.allclose(model(x), wanted, atol=1e-5)
+
+
+LAYERS: dict[str, tuple[nn.Module, str]] = {
+    "linear": (nn.Linear(8, 12), "channel"),
+    "conv1d": (Conv1D(12, 8), "channel"),
+    "channel": (nn.Conv2d(4, 6, (3, 2)), "channel"),
+    "spatial": (nn.Conv2d(4, 6, (3, 2)), "spatial"),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_looking_at_the_weight_multiplies_nothing(name: str) -> None:
+    """T5 asks for its dtype in every forward pass, and code for flash attention too."""
+    dense, conv = LAYERS[name]
+    layer = factorised(dense, 3, conv=conv)
+    with FlopCounterMode(display=False) as counter:
+        weight = layer.weight
+        assert isinstance(weight, torch.Tensor)
+        assert (weight.shape, weight.dtype, weight.device) == (dense.weight.shape, torch.float32, torch.device("cpu"))
+        assert (weight.ndim, weight.dim(), weight.size(0)) == (dense.weight.ndim, dense.weight.ndim, len(dense.weight))
+        assert (weight.numel(), weight.requires_grad) == (dense.weight.numel(), True)
+    assert counter.get_total_flops() == 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_computing_with_the_weight_is_computing_with_the_product(name: str) -> None:
+    dense, conv = LAYERS[name]
+    layer = factorised(dense, 3, conv=conv).double()
+    with torch.no_grad():
+        layer.v.weight.mul_(3)  # it follows the factors
+    wanted = KINDS[layer.kind].to_weight(layer.factors.u @ layer.factors.v, layer)
+    assert torch.equal(layer.weight, wanted)
+    assert torch.equal(layer.weight.detach()[1:].mT, wanted.detach()[1:].mT)
+    assert (layer.weight + 0).tolist() == wanted.tolist()
+    assert repr(layer.weight) == repr(wanted)
+    penalties = layer.weight.square().sum(), wanted.square().sum()
+    found, expected = (torch.autograd.grad(p, (layer.u.weight, layer.v.weight)) for p in penalties)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_applying_the_weight_costs_no_product() -> None:
+    """As Mamba applies its dt_proj: weight @ x, with x (batch, in, tokens)."""
+    layer = factorised(nn.Linear(40, 60), 5).double()
+    x = torch.randn(2, 40, 3, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        found = layer.weight @ x
+    assert counter.get_total_flops() == 2 * 2 * 3 * 5 * (40 + 60)
+    assert torch.allclose(found, (layer.u.weight @ layer.v.weight) @ x, atol=1e-14)
+
+
+def test_a_compiler_sees_the_product_itself() -> None:
+    layer = factorised(nn.Linear(8, 12), 3)
+    compiled = torch.compile(lambda x: x.to(layer.weight.dtype) @ layer.weight.T, fullgraph=True, backend="eager")
+    x = torch.randn(2, 8)
+    assert torch.allclose(compiled(x), x @ (layer.weight + 0).T)
+
+
+def test_t5_computes_what_its_factors_do() -> None:
+    """Against the same model with bare pairs of layers, which have nothing to multiply out."""
+
+    def operations() -> int:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(**zoo.TRANSFORMERS["t5"].inputs)
+        return int(counter.get_total_flops())
+
+    model = zoo.build_transformers("t5")
+    lrsurgery.factorise_(model, rank=2, allow_larger=True)
+    found = operations()
+    for layer in factorised_layers(model).values():
+        bare: Any = nn.Sequential(layer.v, layer.u)
+        bare.weight = layer.u.weight  # of the right dtype, which is all that T5 asks for
+        replace_module_(model, layer, bare)
+    assert found == operations()
