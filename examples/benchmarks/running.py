@@ -1,0 +1,228 @@
+"""How much faster, and in how much less memory, a factorised model trains and runs.
+
+GPT-2-small-shaped (124 M) and ViT-base-shaped (86 M) models with random weights, at `params:0.5` and `params:0.25`
+against dense, in turn within one process. The ideal speedup is the ratio of operations that torch counts in both, so
+attention, embeddings and the head, which stay as they are, are in it. Peak memory is that of a training step, each
+model in a process of its own: model, gradients, AdamW's moments and activations, without what imports take.
+
+On a CPU in fp32: 1 and 8 sequences of 256 tokens (images for ViT), and one sequence token by token with a cache. On a
+GPU in bf16: batches of 1 to 256, with and without torch.compile.
+
+    python examples/benchmarks/running.py [--models gpt2 vit] [--work inference generation training memory] [--save]
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import harness
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import lrsurgery
+
+RANKS = ("dense", "params:0.5", "params:0.25")
+TOKENS, NEW_TOKENS, TRAINED = 256, 32, 8  # of a sequence; generated; sequences or images of a training step
+WORK = ("inference", "generation", "training", "memory")
+
+
+def build(model: str, rank: str, device: str) -> Any:
+    """Random weights: only shapes decide speed."""
+    torch.manual_seed(0)
+    if model == "gpt2":
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        made: Any = GPT2LMHeadModel(GPT2Config())
+    else:
+        import timm
+
+        made = timm.create_model("vit_base_patch16_224")
+    if rank != "dense":
+        lrsurgery.factorise_(made, rank=rank, init="he")
+    return made.to(device)
+
+
+def batch(model: str, count: int, device: str, dtype: torch.dtype) -> Tensor:
+    if model == "gpt2":
+        return torch.randint(0, 50257, (count, TOKENS), device=device)
+    return torch.randn(count, 3, 224, 224, device=device, dtype=dtype)
+
+
+@torch.inference_mode()
+def infer(model: Callable[[Tensor], Any], x: Tensor) -> None:
+    model(x)
+
+
+@torch.inference_mode()
+def generate(model: Any, x: Tensor) -> None:
+    """Greedy, one token at a time with a cache, begun with one token."""
+    from transformers import DynamicCache
+
+    cache, token = DynamicCache(config=model.config), x[:1, :1]
+    for _ in range(NEW_TOKENS):
+        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+
+def training_step(model: nn.Module, x: Tensor, bf16: bool) -> Callable[[], None]:
+    """Forward, backward and AdamW's step of `model` on the batch."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=bf16):
+            if x.is_floating_point():
+                loss = nn.functional.cross_entropy(model(x), labels)
+            else:
+                loss = model(x, labels=x, use_cache=False).loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    return step
+
+
+def operations(run: Callable[[], Any]) -> int:
+    """Floating point operations of the matrix products and convolutions in `run`."""
+    # fused attention has no count on every device; its plain form is made of counted products
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return int(counter.get_total_flops())
+
+
+def cases(model: str, work: str, device: str) -> Iterator[tuple[str, dict[str, Callable[[], Any]]]]:
+    """(name, what each model does), for every batch size and way of running."""
+    on_gpu = device == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    models = {rank: build(model, rank, device) for rank in RANKS}
+    if work == "training":
+        x = batch(model, TRAINED, device, torch.float32)
+        yield f"training, {TRAINED}", {r: training_step(m.train(), x, on_gpu) for r, m in models.items()}
+        return
+    for m in models.values():
+        m.to(dtype).eval()
+    if work == "generation":
+        x = batch(model, 1, device, dtype)
+        yield "token by token", {r: functools.partial(generate, m, x) for r, m in models.items()}
+        return
+    for count in (1, 8, 64, 256) if on_gpu else (1, 8):
+        x = batch(model, count, device, dtype)
+        # of GPT-2, what follows the last token: the usual use, and the logits of 256 sequences would fill any GPU
+        calls: dict[str, Any] = {
+            r: functools.partial(m, logits_to_keep=1) if model == "gpt2" else m for r, m in models.items()
+        }
+        yield f"inference, {count}", {r: functools.partial(infer, m, x) for r, m in calls.items()}
+        if on_gpu:
+            compiled = {r: torch.compile(m) for r, m in calls.items()}
+            yield f"inference, {count}, compiled", {r: functools.partial(infer, m, x) for r, m in compiled.items()}
+
+
+def throughput(model: str, work: str, device: str, repeats: int) -> list[dict[str, Any]]:
+    rows = []
+    for name, runs in cases(model, work, device):
+        seconds = harness.in_turn(runs, repeats, warm_up=2 if device == "cuda" else 1)
+        # a compiled graph hides its operations: they are those of the plain case before it
+        if not name.endswith("compiled"):
+            counted = {rank: operations(run) for rank, run in runs.items()}
+        for rank in RANKS[1:]:
+            speedup = harness.ratio(seconds["dense"], seconds[rank])
+            ideal = counted["dense"] / counted[rank]
+            rows.append(
+                {
+                    "model": model,
+                    "work": name,
+                    "rank": rank,
+                    "dense, ms": 1e3 * median(seconds["dense"]),
+                    "factorised, ms": 1e3 * median(seconds[rank]),
+                    "speedup": speedup["median"],
+                    "min": speedup["min"],
+                    "max": speedup["max"],
+                    "ideal": ideal,
+                    "achieved / ideal": speedup["median"] / ideal,
+                }
+            )
+    return rows
+
+
+def resident(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def training_peak(model: str, rank: str) -> dict[str, float]:
+    """Parameters, and peak bytes of two training steps; to be run in a process of its own."""
+    if torch.cuda.is_available():
+        made = build(model, rank, "cuda").train()
+        step = training_step(made, batch(model, TRAINED, "cuda", torch.float32), True)
+        torch.cuda.reset_peak_memory_stats()
+        step(), step()
+        peak = float(torch.cuda.max_memory_allocated())
+    else:
+        import timm  # noqa: F401  # both belong to the imports that are subtracted
+        import transformers.models.gpt2.modeling_gpt2  # noqa: F401
+
+        torch.mm(torch.randn(64, 64), torch.randn(64, 64))  # the threads and their buffers too
+        before = resident("VmRSS")
+        made = build(model, rank, "cpu").train()
+        step = training_step(made, batch(model, TRAINED, "cpu", torch.float32), False)
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew: set-up is not counted
+        step(), step()
+        peak = float(resident("VmHWM") - before)
+    return {"parameters": float(sum(p.numel() for p in made.parameters())), "peak_bytes": peak}
+
+
+def memory(model: str) -> list[dict[str, Any]]:
+    found = {}
+    for rank in RANKS:
+        command = [sys.executable, __file__, "--peak", model, rank]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        found[rank] = json.loads(done.stdout)
+    dense = found["dense"]
+    return [
+        {
+            "model": model,
+            "rank": rank,
+            "parameters, M": body["parameters"] / 1e6,
+            "share": body["parameters"] / dense["parameters"],
+            "peak of training, MB": body["peak_bytes"] / 1e6,
+            "of dense": body["peak_bytes"] / dense["peak_bytes"],
+        }
+        for rank, body in found.items()
+    ]
+
+
+def main() -> None:
+    parser = harness.parser(__doc__ or "")
+    parser.add_argument("--models", nargs="+", default=["gpt2", "vit"], choices=["gpt2", "vit"])
+    parser.add_argument("--work", nargs="+", default=list(WORK), choices=WORK)
+    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "RANK"), help="used by itself, for one process of each")
+    given = parser.parse_args()
+    if given.peak:
+        print(json.dumps(training_peak(*given.peak)))
+        return
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows: list[dict[str, Any]] = []
+    peaks: list[dict[str, Any]] = []
+    for model in given.models:
+        for work in given.work:
+            if work == "memory":
+                peaks += memory(model)
+            elif (model, work) != ("vit", "generation"):
+                rows += throughput(model, work, device, given.repeats)
+    if peaks and not given.json:
+        print(harness.table(peaks), end="\n\n")
+    if rows:
+        harness.finish("running", rows, given, memory=peaks)
+
+
+if __name__ == "__main__":
+    main()
