@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from lrsurgery.plan import Replaced
 from lrsurgery.skeletons import build_model, timm_tensors, without_wrappers
 from lrsurgery.sources import Source, check_index
 from lrsurgery.surgery import swap_
-from lrsurgery.tensors import DictSource, SafetensorsSource, TensorSource, open_tensors
+from lrsurgery.tensors import DictSource, SafetensorsSource, TensorSource, in_slices, open_tensors
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Entry:
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
+    slices: Callable[[], Iterator[Tensor]]  # its elements in order, flat, some at a time
 
 
 @dataclass
@@ -135,7 +136,7 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             wanted = tuple(keys.state[target].shape)
             if shape != wanted:
                 raise SourceError(f"{checkpoint.source.reference}: {key} has shape {shape}, the model wants {wanted}")
-        entries.append(Entry(key, target, dtype, shape, _reader(tensors, key)))
+        entries.append(Entry(key, target, dtype, shape, *_readers(tensors, key)))
     for target, members in groups.items():
         described = [tensors.describe(key) for key, _ in members]
         empties = [torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in described]
@@ -145,20 +146,25 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             # fused in the files and single layers in the model: written under the model's names from here on
             unfuse = _converted(keys, tensors, target, members)
             for name, value in made.items():
-                entries.append(Entry(name, name, described[0][0], tuple(value.shape), _picker(unfuse, name)))
+                entries.append(Entry(name, name, described[0][0], tuple(value.shape), *_pickers(unfuse, name)))
         else:
             for (key, _), (dtype, shape) in zip(members, described, strict=True):
-                entries.append(Entry(key, None, dtype, shape, _reader(tensors, key)))
+                entries.append(Entry(key, None, dtype, shape, *_readers(tensors, key)))
     _check_complete(checkpoint, keys.state, covered)
     return entries
 
 
-def _reader(tensors: TensorSource, key: str) -> Callable[[], Tensor]:
-    return lambda: tensors.read(key)
+def _readers(tensors: TensorSource, key: str) -> tuple[Callable[[], Tensor], Callable[[], Iterator[Tensor]]]:
+    return lambda: tensors.read(key), lambda: tensors.slices(key)
 
 
-def _picker(read_all: Callable[[], dict[str, Tensor]], name: str) -> Callable[[], Tensor]:
-    return lambda: torch.Tensor.contiguous(read_all()[name])
+def _pickers(
+    read_all: Callable[[], dict[str, Tensor]], name: str
+) -> tuple[Callable[[], Tensor], Callable[[], Iterator[Tensor]]]:
+    def read() -> Tensor:
+        return read_all()[name].contiguous()
+
+    return read, lambda: in_slices(read())
 
 
 def _converted(

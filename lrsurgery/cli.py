@@ -100,6 +100,17 @@ def factorise(
     seed: Annotated[int, typer.Option("--seed", help="For --from-scratch and --init he.")] = 0,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="keep, float32, bfloat16 or float16.")] = "keep",
+    svd: Annotated[
+        str,
+        typer.Option("--svd", help="auto: within 1e-5 of the best error; fast: within 1%, to explore; full: LAPACK's."),
+    ] = "auto",
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", metavar="N", help="Layers at once; as threads and memory allow.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep singular values.")] = False,
+    keep_vectors: Annotated[
+        bool, typer.Option("--keep-vectors", help="Keep singular vectors too: another rank costs one product a layer.")
+    ] = False,
     shard_size: ShardOption = "5GB",
     revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")] = None,
     architecture: Annotated[
@@ -107,6 +118,9 @@ def factorise(
     ] = None,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where this command was interrupted or killed.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan; write nothing.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -131,6 +145,7 @@ def factorise(
     options = Options(
         rank, init, conv, include or ("*",), exclude or (), allow_larger, multiple_of, seed, from_scratch, device,
         dtype, shard_size, revision, architecture, trust_remote_code, overwrite, command_line(), min_speedup,
+        svd, jobs, resume, not no_cache, keep_vectors,
     )  # fmt: skip
     if dry_run:
         _show_report(screen, plan_checkpoint(model, options))
@@ -189,6 +204,34 @@ def export(
     screen.follow(steps, "export")
     screen.emit({"output": str(output), "to": to})
     screen.say(f"Written to {output}")
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Remove every entry.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Show or clear the singular values that earlier runs kept, so that another rank or a plan need not compute them.
+
+    $LRSURGERY_CACHE names another folder, $LRSURGERY_CACHE_SIZE another limit than 10GB.
+
+    [bold]Examples[/bold]
+
+      lrsurgery cache
+
+      lrsurgery cache --clear
+    """
+    screen = make_screen(quiet, as_json)
+    from lrsurgery.spectra import SpectrumCache
+
+    kept = SpectrumCache()
+    if clear:
+        kept.clear()
+    entries, size = kept.size()
+    screen.emit({"folder": str(kept.folder), "entries": entries, "bytes": size})
+    screen.show(f"{kept.folder}: {entries} entries, {size / 1e6:.1f} MB")
 
 
 app.command()(training_cli.finetune)

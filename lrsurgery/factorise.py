@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrsurgery.errors import SurgeryError
 from lrsurgery.layers import KINDS
-from lrsurgery.linalg import spectral_factors
+from lrsurgery.linalg import singular_values
 from lrsurgery.options import Options
 from lrsurgery.plan import Replaced, settle_all
 from lrsurgery.ranks import RankLike
@@ -33,6 +33,7 @@ def factorise_(
     multiple_of: int = 1,
     seed: int = 0,
     device: str | torch.device | None = None,
+    svd: str = "auto",
 ) -> None:
     """Replaces the layers of any module in memory by factorised ones; a transformers model then saves as such.
 
@@ -41,7 +42,7 @@ def factorise_(
 
     Raises RankError, PlanError or WeightError that name the layer.
     """
-    options = Options(rank, init, conv, include, exclude, allow_larger, multiple_of, seed)
+    options = Options(rank, init, conv, include, exclude, allow_larger, multiple_of, seed, svd=svd)
     options.check()
     where = torch.device(device) if device is not None else None
     modules = dict(module.named_modules())
@@ -49,13 +50,13 @@ def factorise_(
     def values_of(row: Replaced) -> Tensor:
         weight = modules[row.name].weight.detach()
         try:
-            return spectral_factors(KINDS[row.kind].to_matrix(weight.to(where or weight.device)), 1).values
+            return singular_values(KINDS[row.kind].to_matrix(weight.to(where or weight.device)))
         except SurgeryError as e:
             raise type(e)(f"{row.name}: {e}") from e
 
     tied = dict(getattr(module, "all_tied_weights_keys", None) or {})
     plan = settle_all(options.plan_for(module, tied), values_of)
-    apply_plan_(module, plan, init=init, seed=seed, device=where)
+    apply_plan_(module, plan, init=init, seed=seed, device=where, svd=svd)
     if _is_transformers_model(module):
         from lrsurgery.hf import attach_
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from lrsurgery.errors import SurgeryError
 from lrsurgery.inits import get_init
+from lrsurgery.linalg import check_engine
 from lrsurgery.plan import Plan, find_heads, make_plan
 from lrsurgery.ranks import RankLike, parse_rank
 from lrsurgery.speed import SpeedTable, refusal
@@ -42,6 +43,11 @@ class Options:
     overwrite: bool = False
     command: str | None = field(default=None, compare=False)
     min_speedup: float | None = None
+    svd: str = "auto"
+    jobs: int | None = None  # layers at once; None: as threads and memory allow
+    resume: bool = False
+    cache: bool = True
+    keep_vectors: bool = False
 
     def plan_for(self, model: nn.Module, tied: dict[str, str] | None = None) -> Plan:
         refuse = None
@@ -57,12 +63,17 @@ class Options:
         """Raises SurgeryError for a value that no model could make right."""
         parse_rank(self.rank, self.multiple_of)
         get_init(self.init)
+        check_engine(self.svd)
         pick_device(self.device)
         parse_size(self.shard_size)
         if self.dtype not in DTYPES:
             raise SurgeryError(f"unknown dtype '{self.dtype}'; known: {', '.join(DTYPES)}")
         if self.min_speedup is not None and not 0 < self.min_speedup < math.inf:
             raise SurgeryError(f"min speedup {self.min_speedup}: write a number above 0, such as 1.0")
+        if self.jobs is not None and self.jobs < 1:
+            raise SurgeryError(f"jobs {self.jobs}: write an integer of at least 1")
+        if self.keep_vectors and not self.cache:
+            raise SurgeryError("--keep-vectors keeps them in the cache; leave --no-cache out")
         if self.seed < 0:
             raise SurgeryError(f"seed {self.seed}: write an integer of at least 0")
 
@@ -72,7 +83,7 @@ class Options:
             "rank": str(parse_rank(self.rank)), "init": self.init, "conv": self.conv, "include": list(self.include),
             "exclude": list(self.exclude), "allow_larger": self.allow_larger, "multiple_of": self.multiple_of,
             "seed": self.seed, "from_scratch": self.from_scratch, "dtype": self.dtype,
-            "min_speedup": self.min_speedup,
+            "min_speedup": self.min_speedup, "svd": self.svd,
         }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.layers import KINDS, FactorisedLayer
-from lrsurgery.linalg import Factors, product_values, relative_error
+from lrsurgery.linalg import Decomposed, Factors, product_values, relative_error
 from lrsurgery.plan import ALREADY, Kept, Plan, Replaced, find_heads, plan_rows
 from lrsurgery.ranks import FractionRank, RankSpec, entropy_rank, nuclear_rank, stable_rank
 from lrsurgery.surgery import factorised_layers
@@ -26,13 +27,15 @@ FILE_NAME = "rank_report.json"
 class EffectiveRanks:
     """Three measures of how many directions matter; "effective rank" alone names none of them."""
 
-    nuclear: float  # ||W||_* / ||W||_2
-    entropy: float  # exp(H(s / sum s)), Roy & Vetterli (2007)
+    nuclear: float | None  # ||W||_* / ||W||_2
+    entropy: float | None  # exp(H(s / sum s)), Roy & Vetterli (2007)
     stable: float  # ||W||_F^2 / ||W||_2^2
 
     @staticmethod
-    def of(values: Tensor) -> EffectiveRanks:
-        """From singular values (n,)."""
+    def of(values: Tensor, energy: float | None = None) -> EffectiveRanks:
+        """From singular values (n,); where the last are not known (NaN), `energy` is the sum of all their squares."""
+        if energy is not None and bool(values.isnan().any()):
+            return EffectiveRanks(None, None, energy / float(values[0]) ** 2)
         return EffectiveRanks(nuclear_rank(values), entropy_rank(values), stable_rank(values))
 
 
@@ -54,6 +57,12 @@ class Row:
     spectral_error: float | None = None  # largest singular value left out / largest of all
     before: EffectiveRanks | None = None
     after: EffectiveRanks | None = None
+
+    @staticmethod
+    def from_dict(body: Mapping[str, Any]) -> Row:
+        """From its JSON object. Raises TypeError or KeyError where it is none."""
+        ranks = {key: EffectiveRanks(**body[key]) if body.get(key) else None for key in ("before", "after")}
+        return Row(**{**body, "shape": tuple(body["shape"]), **ranks})
 
 
 @dataclass(frozen=True)
@@ -107,17 +116,7 @@ class Report:
             if body["format_version"] > FORMAT_VERSION:
                 raise SourceError(f"{file}: report format {body['format_version']} is newer than this lrsurgery reads")
             totals = body["totals"]
-            ranks = ("before", "after")
-            rows = tuple(
-                Row(
-                    **{
-                        **row,
-                        "shape": tuple(row["shape"]),
-                        **{key: EffectiveRanks(**row[key]) if row.get(key) else None for key in ranks},
-                    }
-                )
-                for row in body["layers"]
-            )
+            rows = tuple(Row.from_dict(row) for row in body["layers"])
             return Report(
                 rows,
                 totals["parameters_before"], totals["parameters_after"],
@@ -130,22 +129,28 @@ class Report:
             raise SourceError(f"{file}: not a rank report ({e!r})") from e
 
 
-def measured_row(row: Replaced, matrix: Tensor, factors: Factors, values: Tensor) -> Row:
-    """The row of a layer after surgery: matrix (rows, columns), the factors as stored, its singular values (full,)."""
+def measured_row(row: Replaced, matrix: Tensor, factors: Factors, found: Decomposed) -> Row:
+    """The row of a layer after surgery: matrix (rows, columns), factors as stored, what decomposing found."""
     assert row.rank is not None
-    squares = values.double().square()
-    total, top = float(squares.sum()), float(values[0])
+    values = found.values.double()
+    top = float(values[0])
+    left_out = float(values[row.rank]) if row.rank < row.full_rank else 0.0
     # every init gives factors in balanced form: the norms of u's columns times those of v's rows are its values
-    kept = factors.u.double().norm(dim=0) * factors.v.double().norm(dim=1)
+    kept = _norms(factors.u, 0) * _norms(factors.v, 1)
     return Row(
         row.name, row.kind, row.shape, "factorised", None, row.full_rank, row.rank,
         row.parameters, row.factorised_parameters,
-        energy_kept=float(squares[: row.rank].sum()) / total if total else 1.0,
+        energy_kept=float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0,
         relative_error=relative_error(matrix, factors),
-        spectral_error=(float(values[row.rank]) / top if top else 0.0) if row.rank < row.full_rank else 0.0,
-        before=EffectiveRanks.of(values),
+        spectral_error=None if math.isnan(left_out) else left_out / top if top else 0.0,
+        before=EffectiveRanks.of(values, found.energy),
         after=EffectiveRanks.of(kept),
     )  # fmt: skip
+
+
+def _norms(factor: Tensor, dim: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64)
+    return norms
 
 
 def planned_row(row: Replaced | Kept) -> Row:
@@ -203,9 +208,9 @@ def _row_of(name: str, layer: FactorisedLayer, dense: nn.Module | None, alone: b
     if not isinstance(weight, Tensor) or tuple(weight.shape) != row.shape:
         raise PlanError(f"{name}: the model to compare with has no such layer of shape {row.shape}")
     matrix = KINDS[layer.kind].to_matrix(weight.detach())
-    return replace(
-        measured_row(row, matrix, factors, torch.linalg.svdvals(matrix.double())), after=after, energy_kept=None
-    )
+    values = torch.linalg.svdvals(matrix.double())
+    found = Decomposed(factors, values, float(values.square().sum()))
+    return replace(measured_row(row, matrix, factors, found), after=after, energy_kept=None)
 
 
 def _dense_rows(module: nn.Module) -> list[Row]:

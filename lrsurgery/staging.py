@@ -49,14 +49,14 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
         check_output(output, None, overwrite)
         stage.mkdir()
     except OSError as e:
-        _remove_empty(made)
+        remove_empty(made)
         raise OutputError(f"{output}: cannot be written ({e.strerror})") from e
     try:
         yield stage
         _publish(stage, output, overwrite)
     except BaseException as e:
         shutil.rmtree(stage, ignore_errors=True)
-        _remove_empty(made)
+        remove_empty(made)
         if isinstance(e, OSError):
             raise OutputError(f"{output}: cannot be written ({e.strerror or e})") from e
         raise
@@ -65,7 +65,7 @@ def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
 def _clear_stale(output: Path, prefix: str) -> None:
     for stale in sorted(output.parent.glob(f"{glob.escape(prefix)}*")):
         pid, _, state = stale.name.removeprefix(prefix).partition(".")
-        if state not in ("partial", "replaced") or _alive(pid):
+        if state not in ("partial", "replaced") or alive(pid):
             continue
         if state == "replaced" and not output.exists():
             stale.rename(output)  # killed between the two renames of an overwrite
@@ -93,7 +93,7 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _alive(pid: str) -> bool:
+def alive(pid: str) -> bool:
     try:
         os.kill(int(pid), 0)
     except (ValueError, ProcessLookupError):
@@ -103,7 +103,7 @@ def _alive(pid: str) -> bool:
     return True
 
 
-def _remove_empty(folders: list[Path]) -> None:
+def remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()

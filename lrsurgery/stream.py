@@ -1,11 +1,21 @@
-"""From checkpoint to checkpoint, one tensor at a time: the one path for models of every size."""
+"""From checkpoint to checkpoint, one tensor at a time: the one path for models of every size.
+
+Layers are decomposed as jobs, several at once and in several processes, and leave their factors as pieces in a work
+folder. Meanwhile the first process goes through all tensors in the order of the output, lets those that stay as they
+are pass through, and puts each layer's factors in their place as soon as its piece is there. So reading, arithmetic and
+writing overlap, no tensor but a tied copy is read twice, a killed run goes on from its pieces, and the output's bytes
+do not depend on who did what.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Generator
+import time
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,17 +26,35 @@ from torch import Tensor, nn
 from lrsurgery import __version__
 from lrsurgery.cards import model_card
 from lrsurgery.checkpoints import Checkpoint, Entry, Names, choose_names, list_entries, open_checkpoint, output_config
-from lrsurgery.errors import OutputError, SurgeryError, WeightError
-from lrsurgery.layers import KINDS, factor_weights
-from lrsurgery.linalg import spectral_factors
+from lrsurgery.errors import Interrupted, OutputError, SurgeryError, WeightError
+from lrsurgery.jobs import (
+    Decomposer,
+    Job,
+    at_work,
+    check_finite,
+    check_overflow,
+    device_of,
+    first_error,
+    layers_at_once,
+    settled_row,
+    share_out,
+    still_to_do,
+    stored_dtype,
+    tensor_digest,
+    wait_some,
+)
+from lrsurgery.layers import KINDS
+from lrsurgery.linalg import singular_values
 from lrsurgery.options import DTYPES, Options, pick_device
-from lrsurgery.plan import Plan, Replaced, settle_all
-from lrsurgery.report import FILE_NAME, Report, Row, measured_row, plan_report
+from lrsurgery.pieces import Piece, WorkFolder, load_piece
+from lrsurgery.plan import Kept, Plan, Replaced, settle_all
+from lrsurgery.report import FILE_NAME, Report, Row, plan_report
 from lrsurgery.skeletons import check_not_converted
 from lrsurgery.sources import Source, resolve
+from lrsurgery.spectra import SpectrumCache
 from lrsurgery.staging import check_output, copy_companions, staged
-from lrsurgery.surgery import decompose
-from lrsurgery.tensors import ShardWriter, as_bytes, in_write_order, parse_size, write_text
+from lrsurgery.team import Team
+from lrsurgery.tensors import ShardWriter, in_write_order, parse_size, write_text
 
 
 @dataclass(frozen=True)
@@ -45,12 +73,21 @@ def plan_checkpoint(reference: str, options: Options) -> Report:
     if plan.needs_spectra:
         entries = _by_layer(list_entries(checkpoint, {row.name for row in plan.replaced}))
         device = pick_device(options.device)
+        cache = SpectrumCache() if options.cache else None
 
         def values_of(row: Replaced) -> Tensor:
+            tensor = entries[row.name].read()
+            digest = tensor_digest(tensor.dtype, tuple(tensor.shape), [tensor])
+            known = cache.get(digest, row.kind) if cache else None
+            if known is not None:
+                return known.values
             try:
-                return spectral_factors(KINDS[row.kind].to_matrix(entries[row.name].read().to(device)), 1).values
+                values = singular_values(KINDS[row.kind].to_matrix(tensor.to(device)))
             except WeightError as e:
                 raise WeightError(f"{row.name}: {e}") from e
+            if cache:
+                cache.put(digest, row.kind, values)
+            return values
 
         plan = settle_all(plan, values_of)
     return plan_report(plan, checkpoint.parameters, command=options.command, options=options.recorded())
@@ -79,9 +116,15 @@ def _by_layer(entries: list[Entry]) -> dict[str, Entry]:
 def iter_factorise(reference: str, output: Path, options: Options) -> Generator[Progress, None, Report]:
     """As `factorise_checkpoint`, one layer a step; the report is the generator's value.
 
-    Raises SurgeryError; an abandoned generator leaves nothing behind.
+    Under torchrun every process calls it; the first one writes the output. Raises SurgeryError, and Interrupted where
+    Ctrl-C or SIGTERM came after layers were finished, which are kept; an abandoned generator leaves nothing behind.
     """
     options.check()
+    team = Team.of_environment()
+    if not team.leads:
+        # Once the first process has looked at everything: what is wrong is said once, what it fetched or measured is
+        # at hand, and it has listed what is to be done.
+        team.meet("begin")
     source = resolve_source(reference, options)
     check_output(output, source, options.overwrite)
     checkpoint, plan = _open(source, options)
@@ -92,40 +135,97 @@ def iter_factorise(reference: str, output: Path, options: Options) -> Generator[
     buffers = {name for name, _ in checkpoint.model.named_buffers()}
     # last use of the dense skeleton: it is factorised here
     names = choose_names(checkpoint, entries, rows)
-    with staged(output, overwrite=options.overwrite) as stage:
-        stream = _Stream(checkpoint, plan, options, entries, aliases, buffers, names, stage)
-        _check_space(stage, stream)
-        yield from stream.run()
-        layers = {
-            row.name: {"kind": row.kind, "rank": row.rank}
-            for row in (stream.settled[name] for name in rows)
-            if isinstance(row, Replaced)
-        }
-        if not layers:
-            raise SurgeryError(f"nothing to factorise at rank {plan.spec}: every layer would be over break-even")
-        report = plan_report(
-            plan.with_rows(stream.settled),
-            parameters,
-            stream.measured,
-            bytes_before=stream.bytes_before,
-            bytes_after=stream.bytes_after,
-            source={
-                "reference": reference,
-                "hub_id": source.hub_id,
-                "revision": source.revision,
-                "digest": stream.digest,
-            },
-            command=options.command,
-            options=options.recorded(),
-            versions=versions(),
-            notes=_notes(options, checkpoint),
-        )
-        copy_companions(source, stage)
-        config = output_config(checkpoint, layers, DTYPES[options.dtype])
-        write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
-        write_text(stage / FILE_NAME, report.to_json())
-        write_text(stage / "README.md", model_card(report, source, output.name))
+    stream = _Stream(checkpoint, plan, options, entries, aliases, buffers, names)
+    work = WorkFolder(output)
+    if not team.leads:
+        _help(stream, work, team)
+        team.meet("end")  # when the output is there
+        return Report.read(output)
+    with _kept_when_interrupted(work, stream.jobs):
+        work.open(_task(source, options), resume=options.resume)
+        to_do = still_to_do(stream.jobs, work.file)
+        work.set_to_do([job.number for job in to_do])
+        team.meet("begin")
+        with staged(output, overwrite=options.overwrite) as stage:
+            _check_space(stage, stream)
+            yield from stream.run(stage, work, team)
+            layers = {
+                row.name: {"kind": row.kind, "rank": row.rank}
+                for row in (stream.settled[name] for name in rows)
+                if isinstance(row, Replaced)
+            }
+            if not layers:
+                raise SurgeryError(f"nothing to factorise at rank {plan.spec}: every layer would be over break-even")
+            report = plan_report(
+                plan.with_rows(stream.settled),
+                parameters,
+                stream.measured,
+                bytes_before=stream.bytes_before,
+                bytes_after=stream.bytes_after,
+                source={
+                    "reference": reference,
+                    "hub_id": source.hub_id,
+                    "revision": source.revision,
+                    "digest": stream.digest,
+                },
+                command=options.command,
+                options=options.recorded(),
+                versions=versions(),
+                notes=_notes(options, checkpoint),
+            )
+            copy_companions(source, stage)
+            config = output_config(checkpoint, layers, DTYPES[options.dtype])
+            write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
+            write_text(stage / FILE_NAME, report.to_json())
+            write_text(stage / "README.md", model_card(report, source, output.name))
+    if options.cache:
+        SpectrumCache().trim()
+    team.meet("end")
     return report
+
+
+def _help(stream: _Stream, work: WorkFolder, team: Team) -> None:
+    """What the other processes do: their share of the jobs."""
+    try:
+        with stream.at_work(work, team) as futures:
+            while True:
+                error = first_error(list(futures.values()))
+                if error is not None:
+                    raise error
+                if all(future.done() for future in futures.values()):
+                    return
+                wait_some(list(futures.values()), 0.5)
+    except SurgeryError as e:
+        work.fail(str(e))
+        raise
+
+
+@contextmanager
+def _kept_when_interrupted(work: WorkFolder, jobs: list[Job]) -> Iterator[None]:
+    """Removes the work folder in the end, but not when an interruption leaves finished layers in it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as e:
+        if work.count():
+            raise Interrupted(
+                f"interrupted; {work.count()} of {len(jobs)} layers are kept: the same command with --resume goes on"
+            ) from e
+        work.remove()
+        raise
+    except BaseException:
+        work.remove()
+        raise
+    work.remove()
+
+
+def _task(source: Source, options: Options) -> dict[str, Any]:
+    """What has to be the same for a piece to be of use; each is named where it differs."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    return {
+        **{name.replace("_", " "): value for name, value in options.recorded().items()},
+        "source": [source.name, *map(list, files)],
+        "version of lrsurgery or torch": [__version__, torch.__version__],
+    }
 
 
 def _aliases(model: nn.Module, rows: dict[str, Replaced]) -> dict[str, str]:
@@ -144,7 +244,7 @@ def _check_space(stage: Path, stream: _Stream) -> None:
 
 
 class _Stream:
-    """One pass over a checkpoint's tensors: read one, factorise or pass it through, write it, let it go."""
+    """One pass over a checkpoint's tensors, in the order of the output."""
 
     def __init__(
         self,
@@ -155,28 +255,33 @@ class _Stream:
         aliases: dict[str, str],
         buffers: set[str],
         names: dict[str, Names],
-        stage: Path,
     ) -> None:
-        self.settled: dict[str, Any] = {row.name: row for row in plan.replaced}
+        self.settled: dict[str, Replaced | Kept] = {row.name: row for row in plan.replaced}
         self.measured: dict[str, Row] = {}
         self.bytes_before = self.bytes_after = 0
         self._checkpoint, self._plan, self._options = checkpoint, plan, options
         self._aliases, self._buffers, self._names = aliases, buffers, names
-        self._device = pick_device(options.device)
-        self._dtype = DTYPES[options.dtype]
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._writer = ShardWriter(stage, shard_size=parse_size(options.shard_size))
+        self._digests: dict[str, str] = {}
         self._entries = {entry.key: entry for entry in entries}
-        self._order = list(in_write_order([(self._stored_dtype(e.dtype), e.key) for e in entries]))
+        self._order = list(in_write_order([(stored_dtype(e.dtype, options), e.key) for e in entries]))
         # a weight goes before its layer's bias of the same width: by then it is known whether the layer stays dense
         self._order.sort(key=lambda key: (-self._width(key), self._layer_of(key)[1] == "bias"))
         self._by_target = {entry.target: entry for entry in entries if entry.target}
+        weights: dict[str, Entry] = {}
+        for key in self._order:
+            layer, part = self._layer_of(key)
+            if layer is not None and part == "weight":
+                weights.setdefault(layer, self._entries[key])  # the same layer under a second name comes later
+        self.jobs = [Job(number, self._planned(layer), entry) for number, (layer, entry) in enumerate(weights.items())]
+        self._job_of = {job.row.name: job for job in self.jobs}
 
-    def _stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return self._dtype if self._dtype is not None and dtype.is_floating_point else dtype
+    def _planned(self, layer: str) -> Replaced:
+        row = self.settled[layer]
+        assert isinstance(row, Replaced)
+        return row
 
     def _width(self, key: str) -> int:
-        return self._stored_dtype(self._entries[key].dtype).itemsize
+        return stored_dtype(self._entries[key].dtype, self._options).itemsize
 
     def _layer_of(self, key: str) -> tuple[str | None, str]:
         """(planned layer, "weight" or "bias") that a key belongs to; None for what passes through."""
@@ -186,103 +291,138 @@ class _Stream:
     @property
     def digest(self) -> str:
         """Of every tensor as it was read, with its name."""
-        return self._hash.hexdigest()
+        found = hashlib.sha256()
+        for key in self._order:
+            if key in self._digests:
+                found.update(f"{key} {self._digests[key]}\n".encode())
+        return found.hexdigest()[:32]
 
     @property
     def expected_bytes(self) -> int:
+        """Of the output, and of the pieces, which stay until it is there."""
         total = 0
         for key, entry in self._entries.items():
             layer, part = self._layer_of(key)
             row = self.settled.get(layer) if layer else None
-            count = int(torch.Size(entry.shape).numel())
-            if row is not None and part == "weight":
-                count = row.rank * (row.rows + row.columns) if row.rank is not None else count
-            total += count * self._stored_dtype(entry.dtype).itemsize
+            count, times = int(torch.Size(entry.shape).numel()), 1
+            if isinstance(row, Replaced) and part == "weight":
+                count, times = row.rank * (row.rows + row.columns) if row.rank is not None else count, 2
+            total += times * count * stored_dtype(entry.dtype, self._options).itemsize
         return total
 
-    def run(self) -> Generator[Progress, None, None]:
-        total, done = len(self._plan.replaced), 0
+    @contextmanager
+    def at_work(self, work: WorkFolder, team: Team) -> Iterator[dict[int, Future[None]]]:
+        """Starts this process's share of the jobs in the background; job number -> when its piece is there."""
+        to_do = work.to_do()
+        jobs = share_out([job for job in self.jobs if job.number in to_do], team.size)[team.rank]
+        threads = torch.get_num_threads()
+        at_once = self._options.jobs or layers_at_once(jobs, threads)
+        do = Decomposer(
+            self._plan, self._options, self._checkpoint.source.reference, device_of(self._options, team.local_rank)
+        )
+        with at_work(jobs, do, work.file, at_once, max(1, threads // at_once)) as futures:
+            yield futures
+
+    def run(self, stage: Path, work: WorkFolder, team: Team) -> Generator[Progress, None, None]:
+        """Writes the output's shards into `stage`, a step for each layer."""
+        writer = ShardWriter(stage, shard_size=parse_size(self._options.shard_size))
         seen: set[tuple[str, str]] = set()
+        done = 0
         try:
-            for key in self._order:
-                layer, part = self._layer_of(key)
-                if layer is not None:
+            with self.at_work(work, team) as futures:
+                for key in self._order:
+                    entry, (layer, part) = self._entries[key], self._layer_of(key)
+                    if layer is None or (part == "bias" and isinstance(self._settle(layer, work, futures), Kept)):
+                        self._pass_through(writer, entry, key)
+                        continue
                     if (layer, part) in seen:
                         continue  # the same layer under its second name
                     seen.add((layer, part))
-                tensor = self._read(self._entries[key])
-                if layer is not None and part == "weight":
-                    self._replace(layer, key, tensor)
-                    done += 1
-                    yield Progress(layer, done, total)
-                elif layer is not None and part == "bias" and self._is_replaced(layer):
-                    self._write(self._names[layer].bias, tensor)
-                elif not self._is_copy(key, tensor):
-                    self._write(key, tensor)
-            self.bytes_after = self._writer.finish()
+                    if part == "weight":
+                        piece = self._await(self._job_of[layer], work, futures)
+                        self._place(writer, entry, piece, layer)
+                        done += 1
+                        yield Progress(layer, done, len(self.jobs))
+                    else:
+                        self._pass_through(writer, entry, self._names[layer].bias if part == "bias" else key)
+            self.bytes_after = writer.finish()
         finally:
-            self._writer.close()
+            writer.close()
 
-    def _is_replaced(self, layer: str) -> bool:
+    def _settle(self, layer: str, work: WorkFolder, futures: Mapping[int, Future[None]]) -> Replaced | Kept:
         row = self.settled[layer]
         if isinstance(row, Replaced) and row.rank is None:
             # a bias wider than its weight comes first, and its name hangs on what becomes of the layer
-            weight = next(e for k, e in self._entries.items() if self._layer_of(k) == (layer, "weight")).read()
-            values = spectral_factors(KINDS[row.kind].to_matrix(weight.to(self._device)), 1).values
-            self.settled[layer] = self._plan.settle(row, values)
-        return isinstance(self.settled[layer], Replaced)
+            return settled_row(row, self._await(self._job_of[layer], work, futures))[0]
+        return row
 
-    def _read(self, entry: Entry) -> Tensor:
-        tensor = entry.read()
-        self.bytes_before += tensor.numel() * tensor.element_size()
-        self._hash.update(entry.key.encode())
-        if tensor.numel():
-            self._hash.update(as_bytes(tensor))
-        is_weight = entry.target is not None and entry.target not in self._buffers and tensor.is_floating_point()
-        if is_weight and not bool(torch.isfinite(tensor).all()):
-            raise WeightError(
-                f"{self._checkpoint.source.reference}: {entry.key} holds NaN or Inf; repair the checkpoint first"
-            )
-        return tensor
+    def _await(self, job: Job, work: WorkFolder, futures: Mapping[int, Future[None]]) -> Piece:
+        """The piece of a job, once this process or another has made it."""
+        future = futures.get(job.number)
+        while True:
+            if future is not None:
+                error = first_error([f for number, f in futures.items() if number <= job.number])
+                if error is not None:
+                    raise error
+            failure = work.failure()
+            if failure is not None:
+                raise SurgeryError(failure)
+            if work.file(job.number).exists() and (future is None or future.done()):
+                piece = load_piece(work.file(job.number), verify=False)  # it was verified where it was not just made
+                assert piece is not None, job.row.name
+                return piece
+            if future is not None:
+                wait_some([future], 0.5)
+            else:
+                time.sleep(0.02)
 
-    def _is_copy(self, key: str, tensor: Tensor) -> bool:
-        """Whether this is a second copy of the tensor that it is tied to, which the loader restores by itself."""
-        stands_for = self._by_target.get(self._checkpoint.tied.get(self._entries[key].target or "", ""))
-        return stands_for is not None and torch.equal(stands_for.read(), tensor)
-
-    def _replace(self, layer: str, key: str, tensor: Tensor) -> None:
-        row = self.settled[layer]
-        if not isinstance(row, Replaced):
-            self._write(key, tensor)
+    def _place(self, writer: ShardWriter, entry: Entry, piece: Piece, layer: str) -> None:
+        """Writes a layer's factors, or its dense weight where the spectrum said so."""
+        row, measured = settled_row(self._job_of[layer].row, piece)
+        self.settled[layer] = row
+        if measured is None:
+            self._pass_through(writer, entry, entry.key)
             return
-        dense = tensor.to(self._device)
-
-        def choose(values: Tensor) -> int:
-            return self._plan.spec.rank_of(layer, row.rows, row.columns, values)
-
-        result = decompose(row, dense, self._options.init, self._options.seed, choose)
-        if row.rank is None:
-            self.settled[layer] = self._plan.settle(row, result.values)
-            if not isinstance(self.settled[layer], Replaced):
-                self._write(key, tensor)
-                return
-            row = self.settled[layer]
-        stored = dense.to(self._stored_dtype(dense.dtype))
-        u, v = factor_weights(row.kind, stored, result.factors)
-        kind = KINDS[row.kind]
-        self.measured[layer] = measured_row(row, kind.to_matrix(dense), kind.to_matrices(u, v), result.values)
+        self._digests[entry.key] = piece.facts["digest"]
+        self.bytes_before += piece.facts["bytes"]
         names = self._names[layer]
-        if len(self.measured) == 1:
+        if not self.measured:
             # the tripwire: a load that does not know this format fails on its shape, and not in silence
-            self._writer.add(names.dense, torch.empty(0, dtype=u.dtype))
-        self._write(names.u, u)
-        self._write(names.v, v)
+            writer.add(names.dense, torch.empty(0, dtype=piece.tensors["u"].dtype))
+        self.measured[layer] = measured
+        writer.add(names.u, piece.tensors["u"])
+        writer.add(names.v, piece.tensors["v"])
 
-    def _write(self, key: str, tensor: Tensor) -> None:
-        stored = tensor.to(self._stored_dtype(tensor.dtype))
-        if stored.dtype != tensor.dtype and not bool(torch.isfinite(stored).all()):
-            raise WeightError(f"{key}: overflows {stored.dtype}; choose another --dtype")
-        self._writer.add(key, stored)
+    def _pass_through(self, writer: ShardWriter, entry: Entry, key: str) -> None:
+        """Reads a tensor some at a time and writes it under this key, unless it is a copy of what it is tied to."""
+        if self._is_copy(entry):
+            self._digests[entry.key] = tensor_digest(entry.dtype, entry.shape, entry.slices())
+            self.bytes_before += int(torch.Size(entry.shape).numel()) * entry.dtype.itemsize
+            return
+        dtype = stored_dtype(entry.dtype, self._options)
+        is_weight = entry.target is not None and entry.target not in self._buffers
+        found = hashlib.sha256()
+
+        def slices() -> Iterator[Tensor]:
+            for part in entry.slices():
+                self.bytes_before += part.numel() * part.element_size()
+                if is_weight:
+                    check_finite(part, entry.key, self._checkpoint.source.reference)
+                found.update(tensor_digest(part.dtype, tuple(part.shape), [part]).encode())
+                stored = part.to(dtype)
+                if stored.dtype != part.dtype:
+                    check_overflow(stored, entry.key)
+                yield stored
+
+        writer.add_slices(key, dtype, entry.shape, slices())
+        self._digests[entry.key] = found.hexdigest()
+
+    def _is_copy(self, entry: Entry) -> bool:
+        """Whether this is a second copy of the tensor that it is tied to, which the loader restores by itself."""
+        other = self._by_target.get(self._checkpoint.tied.get(entry.target or "", ""))
+        if other is None or (other.dtype, other.shape) != (entry.dtype, entry.shape):
+            return False
+        return all(torch.equal(a, b) for a, b in zip(entry.slices(), other.slices(), strict=True))
 
 
 def _notes(options: Options, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,9 +56,11 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
 
 
 def decompose(
-    row: Replaced, weight: Tensor, init: str, seed: int, choose: Callable[[Tensor], int] | None
+    row: Replaced, weight: Tensor, init: str, seed: int, choose: Callable[[Tensor], int] | None, **effort: Any
 ) -> Decomposed:
     """Factors of one dense weight, in the working dtype; `choose` maps singular values to a rank not planned yet.
+
+    `effort`: what `linalg.spectral_factors` takes by name (svd, known, keep).
 
     Raises SurgeryError that names the layer.
     """
@@ -66,22 +69,24 @@ def decompose(
     assert rank is not None
     fan_in = weight.numel() // (row.shape[1] if row.kind == "conv1d" else row.shape[0])
     try:
-        return get_init(init)(matrix, rank, fan_in=fan_in, generator=layer_generator(seed, row.name))
+        return get_init(init)(matrix, rank, fan_in=fan_in, generator=layer_generator(seed, row.name), **effort)
     except SurgeryError as e:
         raise type(e)(f"{row.name}: {e}") from e
 
 
-def apply_plan_(model: nn.Module, plan: Plan, *, init: str, seed: int, device: torch.device | None = None) -> None:
+def apply_plan_(
+    model: nn.Module, plan: Plan, *, init: str, seed: int, device: torch.device | None = None, **effort: Any
+) -> None:
     """Replaces every planned layer of a model in memory, computing on `device` (the layer's own by default).
 
     Raises SurgeryError that names the layer; layers before it are replaced by then, so work on a copy if that matters.
     """
-    for _ in iter_apply_plan_(model, plan, init=init, seed=seed, device=device):
+    for _ in iter_apply_plan_(model, plan, init=init, seed=seed, device=device, **effort):
         pass
 
 
 def iter_apply_plan_(
-    model: nn.Module, plan: Plan, *, init: str, seed: int, device: torch.device | None = None
+    model: nn.Module, plan: Plan, *, init: str, seed: int, device: torch.device | None = None, **effort: Any
 ) -> Iterator[tuple[Replaced, Decomposed]]:
     """As `apply_plan_`, one layer a step. The plan's ranks must be settled."""
     modules = dict(model.named_modules())
@@ -90,7 +95,7 @@ def iter_apply_plan_(
         weight: Tensor = dense.weight.detach()
         if weight.is_meta:
             raise PlanError(f"{row.name}: its weight is on the meta device; load the model first")
-        result = decompose(row, weight.to(device or weight.device), init, seed, None)
+        result = decompose(row, weight.to(device or weight.device), init, seed, None, **effort)
         u, v = factor_weights(row.kind, weight, result.factors)
         assert row.rank is not None
         new = KINDS[row.kind].build(dense, row.kind, row.rank)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -23,6 +23,14 @@ SAFETENSORS_NAMES = {
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
 
+SLICE_BYTES = 1 << 26  # what passes through is held this much at a time; a multiple of every item size
+
+
+def in_slices(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements of a tensor in order, flat, `SLICE_BYTES` at a time."""
+    return iter(tensor.contiguous().reshape(-1).split(SLICE_BYTES // tensor.element_size()))  # type: ignore[no-untyped-call]
+
+
 class TensorSource(Protocol):
     """Named tensors that are read one at a time."""
 
@@ -36,45 +44,78 @@ class TensorSource(Protocol):
         """The tensor on the CPU. Raises SourceError that names it."""
         ...
 
+    def slices(self, key: str) -> Iterator[Tensor]:
+        """The tensor's elements in order, flat, some at a time."""
+        ...
+
 
 class SafetensorsSource:
-    """One or several .safetensors files. Raises SourceError for a file whose header and data do not agree."""
+    """One or several .safetensors files. Raises SourceError for a file whose header and data do not agree.
+
+    The library opens and checks them; tensors are then read into memory of their own, since a mapped file stays in the
+    process's resident memory, page by page, until it is closed.
+    """
 
     def __init__(self, files: list[Path]) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self._stack = ExitStack()
-        self._where: dict[str, tuple[Any, Path]] = {}
+        self._where: dict[str, tuple[Path, int, dict[str, Any]]] = {}  # file, where its data begins, the header's entry
         for file in files:
             try:
-                handle = self._stack.enter_context(safe_open(file, framework="pt"))
+                with safe_open(file, framework="pt"):
+                    pass
+                with file.open("rb") as opened:
+                    size = int.from_bytes(opened.read(8), "little")
+                    header = json.loads(opened.read(size))
             except FileNotFoundError as e:
                 raise SourceError(f"{file}: the shard is missing") from e
             except (SafetensorError, OSError) as e:
                 raise SourceError(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
-            for key in handle.keys():  # noqa: SIM118  (a safe_open handle is no mapping)
-                self._where[key] = (handle, file)
+            header.pop("__metadata__", None)
+            # in the order of the data
+            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                self._where[key] = (file, 8 + size, entry)
 
     def keys(self) -> list[str]:
         return list(self._where)
 
     def file_of(self, key: str) -> Path:
-        return self._where[key][1]
+        return self._where[key][0]
 
     def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
-        handle, file = self._where[key]
-        piece = handle.get_slice(key)
-        name = piece.get_dtype()
-        if name not in DTYPES:
-            raise SourceError(f"{file}: {key} has dtype {name}, which this tool does not read")
-        return DTYPES[name], tuple(piece.get_shape())
+        file, _, entry = self._where[key]
+        if entry["dtype"] not in DTYPES:
+            raise SourceError(f"{file}: {key} has dtype {entry['dtype']}, which this tool does not read")
+        return DTYPES[entry["dtype"]], tuple(entry["shape"])
 
     def read(self, key: str) -> Tensor:
-        handle, file = self._where[key]
+        dtype, shape = self.describe(key)
+        return self._bytes(key, 0, self._size(key)).view(dtype).reshape(shape)
+
+    def slices(self, key: str) -> Iterator[Tensor]:
+        dtype, _ = self.describe(key)
+        for begin in range(0, self._size(key), SLICE_BYTES):
+            yield self._bytes(key, begin, min(begin + SLICE_BYTES, self._size(key))).view(dtype)
+
+    def _size(self, key: str) -> int:
+        begin, end = self._where[key][2]["data_offsets"]
+        return int(end - begin)
+
+    def _bytes(self, key: str, begin: int, end: int) -> Tensor:
+        file, data, entry = self._where[key]
+        buffer = torch.empty(end - begin, dtype=torch.uint8)
         try:
-            return handle.get_tensor(key)  # type: ignore[no-any-return]
-        except Exception as e:  # safetensors raises several kinds for damaged data
+            with file.open("rb", buffering=0) as opened:  # a handle of its own: several threads read at once
+                opened.seek(data + entry["data_offsets"][0] + begin)
+                view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
+                while done < len(view):
+                    count = opened.readinto(view[done:])
+                    if not count:
+                        raise OSError("the file has become shorter")
+                    done += count
+        except OSError as e:
             raise SourceError(f"{file}: {key} cannot be read ({e})") from e
+        return buffer
 
 
 class DictSource:
@@ -92,6 +133,9 @@ class DictSource:
 
     def read(self, key: str) -> Tensor:
         return self._tensors[key].detach()
+
+    def slices(self, key: str) -> Iterator[Tensor]:
+        yield from in_slices(self.read(key))
 
 
 def read_pickle(files: list[Path]) -> DictSource:
@@ -158,15 +202,21 @@ class ShardWriter:
         self._file: IO[bytes] | None = None
         self._shards: list[tuple[Path, dict[str, Any], int]] = []
         self._item_size = 16
+        self._names: set[str] = set()
 
     HEADER_BYTES = 1 << 16  # grown by rewriting the shard where its names need more
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Appends a tensor under a name that is new to the checkpoint."""
-        assert all(name not in entries for _, entries, _ in self._shards), name
-        assert tensor.element_size() <= self._item_size, f"{name}: tensors must come in descending item size"
-        self._item_size = tensor.element_size()
-        size = tensor.numel() * tensor.element_size()
+        self.add_slices(name, tensor.dtype, tuple(tensor.shape), [tensor])
+
+    def add_slices(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], slices: Iterable[Tensor]) -> None:
+        """As `add`, the tensor's elements in order, some at a time; they must be of this dtype and fill this shape."""
+        assert name not in self._names, name
+        assert dtype.itemsize <= self._item_size, f"{name}: tensors must come in descending item size"
+        self._names.add(name)
+        self._item_size = dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if self._file is None or (self._shards[-1][2] and self._shards[-1][2] + size > self._limit):
             self._close_shard()
             path = self._folder / f"{self._stem}-{len(self._shards) + 1:05d}.partial"
@@ -174,11 +224,14 @@ class ShardWriter:
             self._file.seek(self.HEADER_BYTES)
             self._shards.append((path, {}, 0))
         path, entries, offset = self._shards[-1]
-        data = tensor.detach().cpu().contiguous()
-        if size:
-            self._file.write(as_bytes(data))
+        written = 0
+        for part in slices:
+            if part.numel():
+                assert part.dtype == dtype, name
+                written += self._file.write(as_bytes(part.detach().cpu()))
+        assert written == size, name
         entries[name] = {
-            "dtype": SAFETENSORS_NAMES[data.dtype], "shape": list(data.shape), "data_offsets": [offset, offset + size],
+            "dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size],
         }  # fmt: skip
         self._shards[-1] = (path, entries, offset + size)
 

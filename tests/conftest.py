@@ -9,6 +9,8 @@ import tempfile
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lrsurgery-datasets-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
+os.environ["LRSURGERY_CACHE"] = tempfile.mkdtemp(prefix="lrsurgery-cache-")
+atexit.register(shutil.rmtree, os.environ["LRSURGERY_CACHE"], ignore_errors=True)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -10,11 +10,11 @@ import lrsurgery
 FLOORS = {
     4: {"cli", "training_cli", "arguments", "console", "__main__"},
     3: {
-        *("factorise", "stream", "options", "export", "report", "reading", "cards"),
+        *("factorise", "stream", "jobs", "options", "export", "report", "reading", "cards"),
         *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
     },
-    2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf"},
+    2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf", "pieces", "spectra", "team"},
     1: {"plan", "surgery", "layers", "decay", "dynamics", "speed"},
     0: {"linalg", "krylov", "ranks", "inits", "errors", "cache"},
 }

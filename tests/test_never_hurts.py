@@ -344,6 +344,7 @@ rig({place})
 main()
 """
 MOMENTS = {
+    "before the first layer": ("lrsurgery.stream, 'choose_names'", 1),
     "first tensor": ("lrsurgery.tensors.ShardWriter, 'add'", 1),
     "halfway": ("lrsurgery.tensors.ShardWriter, 'add'", 12),
     "closing a shard": ("os, 'fsync'", 1),
@@ -395,16 +396,31 @@ def test_killed_at_any_moment(moment: str, pristine: Path, tmp_path: Path, capsy
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("moment", ["first tensor", "halfway", "writing the card"])
-def test_interrupted(moment: str, number: str, code: int, pristine: Path, tmp_path: Path) -> None:
+def test_interrupted(moment: str, number: str, pristine: Path, tmp_path: Path) -> None:
+    """What is finished is kept, hidden, and the same command with --resume goes on to the same bytes."""
+    command = f"factorise {pristine} --rank 0.5 --output {tmp_path / 'new' / 'out'}"
+    done = program(command, moment, f"os.kill(os.getpid(), signal.{number})")
+    assert done.returncode == 130
+    assert done.stdout == ""
+    assert re.fullmatch(
+        r"lrsurgery: interrupted; \d+ of \d+ layers are kept: the same command with --resume goes on\n", done.stderr
+    )
+    assert [p.name for p in (tmp_path / "new").iterdir()] == [".out.factorising"]
+    assert run(*command.split(), "--resume", "--quiet") == 0
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
+    whole(tmp_path / "new" / "out")
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_interrupted_before_anything_was_done(number: str, code: int, pristine: Path, tmp_path: Path) -> None:
     done = program(
         f"factorise {pristine} --rank 0.5 --output {tmp_path / 'new' / 'out'}",
-        moment,
+        "before the first layer",
         f"os.kill(os.getpid(), signal.{number})",
     )
     assert done.returncode == code
-    assert done.stdout == ""
     assert done.stderr == ("lrsurgery: interrupted; nothing was written\n" if number == "SIGINT" else "")
     assert not list(tmp_path.iterdir())
 

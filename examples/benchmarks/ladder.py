@@ -20,7 +20,8 @@ def gram_of(side: int) -> torch.Tensor:
     values = torch.arange(1, side + 1) ** -0.7
     weight = (torch.randn(side, side, generator=generator) * values) @ torch.randn(side, side, generator=generator)
     weight = weight / side + 0.02 * torch.randn(side, side, generator=generator) / side**0.5
-    return weight @ weight.T
+    gram: torch.Tensor = weight @ weight.T
+    return gram
 
 
 def main() -> None:

@@ -1,0 +1,198 @@
+"""The layers to be decomposed as jobs: shared out over processes, several at once in each, their results as pieces."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrsurgery.checkpoints import Entry
+from lrsurgery.errors import SurgeryError, WeightError
+from lrsurgery.layers import KINDS, factor_weights
+from lrsurgery.options import DTYPES, Options, pick_device
+from lrsurgery.pieces import Piece, load_piece, save_piece
+from lrsurgery.plan import Kept, Plan, Replaced
+from lrsurgery.report import Row, measured_row
+from lrsurgery.spectra import SpectrumCache
+from lrsurgery.surgery import decompose
+from lrsurgery.tensors import as_bytes
+
+MEMORY = 1 << 30  # bytes that the layers at work may take together, or two of the largest where they need more
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer to decompose; `number` names its piece."""
+
+    number: int
+    row: Replaced
+    entry: Entry
+
+    @property
+    def cost(self) -> float:
+        """Proportional to its time: products over the long side, and an eigensolver that costs about four of them."""
+        short, long = sorted((self.row.rows, self.row.columns))
+        return float(short) ** 2 * (long + 4 * short)
+
+    @property
+    def memory(self) -> int:
+        """Bytes at its peak: the tensor, its copy in fp32, the eigensolver's five squares, the factors twice."""
+        short, long = sorted((self.row.rows, self.row.columns))
+        rank = self.row.rank or short
+        wide = max(4, self.entry.dtype.itemsize)
+        stored = short * long * self.entry.dtype.itemsize
+        return stored + wide * (short * long + 5 * short**2 + 2 * rank * (short + long))
+
+
+def share_out(jobs: Sequence[Job], processes: int) -> list[list[Job]]:
+    """The jobs of each process: the dearest first, each to whoever has least (Graham 1969), then in their own order."""
+    loads = [(0.0, number) for number in range(processes)]
+    shares: list[list[Job]] = [[] for _ in range(processes)]
+    for job in sorted(jobs, key=lambda job: (-job.cost, job.number)):
+        load, owner = heapq.heappop(loads)
+        shares[owner].append(job)
+        heapq.heappush(loads, (load + job.cost, owner))
+    return [sorted(share, key=lambda job: job.number) for share in shares]
+
+
+def layers_at_once(jobs: Sequence[Job], threads: int) -> int:
+    """How many layers this many threads decompose at once.
+
+    As many as there are threads, since an eigensolver uses a second one badly (measured on two cores: two layers on one
+    thread each take 0.5 to 1.0 of the time of one after the other on two), and as fit into `MEMORY`.
+    """
+    largest = max((job.memory for job in jobs), default=1)
+    return max(1, min(threads, len(jobs), max(2, MEMORY // largest)))
+
+
+class Decomposer:
+    """Does one job: tensor in, piece in the work folder. Threads share it."""
+
+    def __init__(self, plan: Plan, options: Options, reference: str, device: torch.device) -> None:
+        self._plan, self._options, self._reference, self._device = plan, options, reference, device
+        self._cache = SpectrumCache(keep_vectors=options.keep_vectors) if options.cache else None
+
+    def __call__(self, job: Job) -> Piece:
+        """Raises WeightError or another SurgeryError that names the layer or its tensor."""
+        tensor = job.entry.read()
+        check_finite(tensor, job.entry.key, self._reference)
+        facts: dict[str, Any] = {
+            "digest": tensor_digest(tensor.dtype, tuple(tensor.shape), [tensor]),
+            "bytes": tensor.numel() * tensor.element_size(),
+        }
+        row, dense = job.row, tensor.to(self._device)
+        known = self._cache.get(facts["digest"], row.kind) if self._cache else None
+
+        def choose(values: Tensor) -> int:
+            return self._plan.spec.rank_of(row.name, row.rows, row.columns, values)
+
+        keep = self._cache is not None and self._cache.keep_vectors
+        effort = {"svd": self._options.svd, "known": known, "keep": keep}
+        result = decompose(row, dense, self._options.init, self._options.seed, choose, **effort)
+        if self._cache and (known is None or result.spectrum is not None):
+            self._cache.put(facts["digest"], row.kind, result)
+        settled = row if row.rank is not None else self._plan.settle(row, result.values)
+        if isinstance(settled, Kept):
+            return Piece({**facts, "kept": settled.reason}, {})
+        dtype = stored_dtype(dense.dtype, self._options)
+        u, v = factor_weights(settled.kind, torch.empty(dense.shape, dtype=dtype, device="meta"), result.factors)
+        for factor in (u, v):
+            check_overflow(factor, row.name)
+        kind = KINDS[settled.kind]
+        measured = measured_row(settled, kind.to_matrix(dense), kind.to_matrices(u, v), result)
+        return Piece({**facts, "rank": settled.rank, "row": asdict(measured)}, {"u": u.cpu(), "v": v.cpu()})
+
+
+def settled_row(row: Replaced, piece: Piece) -> tuple[Replaced | Kept, Row | None]:
+    """The plan's row and the report's once the piece is known."""
+    if "kept" in piece.facts:
+        return Kept(row.name, row.kind, row.shape, row.parameters, piece.facts["kept"]), None
+    return replace(row, rank=piece.facts["rank"]), Row.from_dict(piece.facts["row"])
+
+
+def stored_dtype(dtype: torch.dtype, options: Options) -> torch.dtype:
+    """The dtype in which a tensor of this dtype is written."""
+    wanted = DTYPES[options.dtype]
+    return wanted if wanted is not None and dtype.is_floating_point else dtype
+
+
+def tensor_digest(dtype: torch.dtype, shape: tuple[int, ...], slices: Sequence[Tensor] | Iterator[Tensor]) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes, which may come some at a time."""
+    found = hashlib.sha256(f"{dtype} {shape} ".encode())
+    for part in slices:
+        if part.numel():
+            found.update(as_bytes(part))
+    return found.hexdigest()
+
+
+def check_finite(tensor: Tensor, key: str, reference: str) -> None:
+    # the sum of magnitudes is finite only where all are, and needs no copy; where it overflows each one is looked at
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    total = torch.linalg.vector_norm(tensor, 1, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not math.isfinite(float(total)) and not bool(torch.isfinite(tensor).all()):
+        raise WeightError(f"{reference}: {key} holds NaN or Inf; repair the checkpoint first")
+
+
+def check_overflow(stored: Tensor, key: str) -> None:
+    if not bool(torch.isfinite(stored).all()):
+        raise WeightError(f"{key}: overflows {stored.dtype}; choose another --dtype")
+
+
+@contextmanager
+def at_work(
+    jobs: Sequence[Job], do: Callable[[Job], Piece], file_of: Callable[[int], Any], at_once: int, threads: int
+) -> Iterator[dict[int, Future[None]]]:
+    """Starts the jobs, `at_once` at a time with `threads` threads each; job number -> when its piece is there.
+
+    Leaving the block waits for the jobs at work, whose pieces are kept, and starts no other.
+    """
+    before = torch.get_num_threads()
+    pool = ThreadPoolExecutor(at_once, "layer", initializer=torch.set_num_threads, initargs=(threads,))
+
+    def run(job: Job) -> None:
+        save_piece(file_of(job.number), do(job))
+
+    try:
+        yield {job.number: pool.submit(run, job) for job in jobs}
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        torch.set_num_threads(before)
+
+
+def device_of(options: Options, local_rank: int) -> torch.device:
+    """The device of this process: with several, one each."""
+    device = pick_device(options.device)
+    if device.type == "cuda" and device.index is None and local_rank < torch.cuda.device_count():
+        return torch.device("cuda", local_rank)
+    return device
+
+
+def still_to_do(jobs: Sequence[Job], file_of: Callable[[int], Any]) -> list[Job]:
+    """The jobs whose pieces are not there yet, or are damaged."""
+    return [job for job in jobs if load_piece(file_of(job.number)) is None]
+
+
+def first_error(futures: Sequence[Future[None]]) -> SurgeryError | None:
+    """What stopped the first job that was stopped, of those that have ended."""
+    for future in futures:
+        if future.done() and not future.cancelled():
+            error = future.exception()
+            if isinstance(error, SurgeryError):
+                return error
+            if error is not None:
+                raise error
+    return None
+
+
+def wait_some(futures: Sequence[Future[None]], seconds: float) -> None:
+    """Waits until one more of these has ended, or some time has passed."""
+    wait([f for f in futures if not f.done()], timeout=seconds, return_when=FIRST_COMPLETED)
