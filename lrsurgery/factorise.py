@@ -32,19 +32,25 @@ def factorise_(
     allow_larger: bool = False,
     multiple_of: int = 1,
     seed: int = 0,
+    min_speedup: float | None = None,
     device: str | torch.device | None = None,
     svd: str = "auto",
 ) -> None:
     """Replaces the layers of any module in memory by factorised ones; a transformers model then saves as such.
 
     `rank` is the CLI's text, a number, a policy, or a list of texts. Factors are computed on `device` (each layer's own
-    by default) and stored in the dense layer's dtype, on its device.
+    by default) and stored in the dense layer's dtype, on its device. `min_speedup` leaves dense what would not run so
+    many times as fast on `device` (the GPU by default, where there is one).
 
     Raises RankError, PlanError or WeightError that name the layer.
     """
-    options = Options(rank, init, conv, include, exclude, allow_larger, multiple_of, seed, svd=svd)
-    options.check()
     where = torch.device(device) if device is not None else None
+    runs_on = "auto" if where is None or min_speedup is None else str(where)
+    options = Options(
+        rank, init, conv, include, exclude, allow_larger, multiple_of, seed, device=runs_on, min_speedup=min_speedup,
+        svd=svd,
+    )  # fmt: skip
+    options.check()
     modules = dict(module.named_modules())
 
     def values_of(row: Replaced) -> Tensor:

@@ -19,12 +19,14 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
+import lrsurgery
 from lrsurgery import speed
 from lrsurgery.cli import app
 from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.plan import Kept, Plan, Replaced, make_plan, settle_all
 from lrsurgery.ranks import parse_rank
 from lrsurgery.speed import SpeedTable, measured_speedup, refusal
+from lrsurgery.surgery import factorised_layers
 
 CPU = torch.device("cpu")
 LAYERS: dict[str, tuple[nn.Module, str]] = {
@@ -259,6 +261,13 @@ def test_the_run_and_the_dry_run_agree_on_late_ranks(model: Path, tmp_path: Path
     assert [(r["name"], r["rank"], r["reason"]) for r in planned] == [(r["name"], r["rank"], r["reason"]) for r in made]
     assert any((row["reason"] or "").startswith("2.00x slower at rank ") for row in made)
     assert any(row["status"] == "factorised" for row in made)
+
+
+def test_a_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "measured_speedup", lambda dense, kind, rank, device, dtype: dense.weight.numel() / 5000)
+    model = Few()
+    lrsurgery.factorise_(model, rank=4, min_speedup=1.0, device="cpu")
+    assert set(factorised_layers(model)) == {"tall"}  # 8192 numbers; the others have less than 5000
 
 
 def test_a_bar_that_nothing_reaches_says_so(model: Path, tmp_path: Path) -> None:
