@@ -17,7 +17,7 @@ def krylov(gram: Tensor, rank: int, *, energy: float, best: float | None = None)
     captured energy still grows. None where it is not so after three times the rank.
     """
     size = len(gram)
-    block = 32 if rank >= 32 else rank
+    block = min(32, max(rank, size // 8))
     limit = min(size, 3 * rank + 4 * block)
     span = gram.new_empty(limit, size)  # rows are the basis
     projected = gram.new_zeros(limit, limit)
@@ -57,7 +57,8 @@ def _good_enough(captured: list[float], energy: float, best: float | None) -> bo
     if len(captured) < 3:
         return False
     grown, before = captured[-1] - captured[-2], captured[-2] - captured[-3]
-    rate = min(max(grown / before, 0.0), 0.99) if before > 0 else 0.0
+    # as if it went on growing as it does, never trusting that it stops sooner than by halves
+    rate = min(max(grown / before, 0.5), 0.99) if before > 0 else 0.5
     return grown * rate / (1 - rate) <= FAST * (energy - captured[-1])
 
 

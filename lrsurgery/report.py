@@ -27,15 +27,13 @@ FILE_NAME = "rank_report.json"
 class EffectiveRanks:
     """Three measures of how many directions matter; "effective rank" alone names none of them."""
 
-    nuclear: float | None  # ||W||_* / ||W||_2
-    entropy: float | None  # exp(H(s / sum s)), Roy & Vetterli (2007)
+    nuclear: float  # ||W||_* / ||W||_2
+    entropy: float  # exp(H(s / sum s)), Roy & Vetterli (2007)
     stable: float  # ||W||_F^2 / ||W||_2^2
 
     @staticmethod
-    def of(values: Tensor, energy: float | None = None) -> EffectiveRanks:
-        """From singular values (n,); where the last are not known (NaN), `energy` is the sum of all their squares."""
-        if energy is not None and bool(values.isnan().any()):
-            return EffectiveRanks(None, None, energy / float(values[0]) ** 2)
+    def of(values: Tensor) -> EffectiveRanks:
+        """From singular values (n,)."""
         return EffectiveRanks(nuclear_rank(values), entropy_rank(values), stable_rank(values))
 
 
@@ -143,7 +141,7 @@ def measured_row(row: Replaced, matrix: Tensor, factors: Factors, found: Decompo
         energy_kept=float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0,
         relative_error=relative_error(matrix, factors),
         spectral_error=None if math.isnan(left_out) else left_out / top if top else 0.0,
-        before=EffectiveRanks.of(values, found.energy),
+        before=None if bool(values.isnan().any()) else EffectiveRanks.of(values),  # "fast" looks at some alone
         after=EffectiveRanks.of(kept),
     )  # fmt: skip
 

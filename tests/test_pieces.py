@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import lrsurgery
 from lrsurgery import jobs, linalg
+from lrsurgery.checkpoints import Entry
 from lrsurgery.errors import OutputError, SurgeryError, WeightError
 from lrsurgery.jobs import Job, layers_at_once, share_out
 from lrsurgery.pieces import Piece, WorkFolder, load_piece, save_piece
@@ -72,7 +72,7 @@ def program(*command: object, **environment: str) -> subprocess.CompletedProcess
 
 
 @pytest.fixture
-def decomposed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def decomposed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the layers that are decomposed in this process."""
     names: list[str] = []
     real = jobs.decompose
@@ -82,7 +82,7 @@ def decomposed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return real(row, *arguments, **options)
 
     monkeypatch.setattr(jobs, "decompose", counted)
-    yield names
+    return names
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +230,10 @@ def test_refusals_are_said_once(model: Path, reference: Path) -> None:
 
 
 def job(number: int, rows: int, columns: int) -> Job:
-    return Job(number, Replaced(str(number), "linear", (rows, columns), rows, columns, 1, 0), None)  # type: ignore[arg-type]
+    entry = Entry("", None, torch.float32, (rows, columns), torch.Tensor, lambda: iter(()))
+    return Job(
+        number, Replaced(str(number), "linear", (rows, columns), rows, columns, min(rows, columns) // 2, 0), entry
+    )
 
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(1, 500)), max_size=40), st.integers(1, 9))
@@ -319,13 +322,14 @@ def test_a_plan_by_energy_costs_no_second_decomposition(
 def test_damaged_entries_are_made_again(model: Path, reference: Path, own_cache: Path, tmp_path: Path) -> None:
     lrsurgery.factorise_checkpoint(model, tmp_path / "first", rank=0.4, keep_vectors=True)
     files = entries(own_cache)
+    kept = {name: tensor.clone() for name, tensor in load_file(files[1]).items()}
     whole = files[1].read_bytes()
     files[0].write_bytes(files[0].read_bytes()[:100])
     files[1].write_bytes(whole[:-4] + b"\x00\x00\x80\x7f")
     lrsurgery.factorise_checkpoint(model, tmp_path / "second", rank=0.4, keep_vectors=True)
     assert weights(tmp_path / "second") == weights(reference)
     assert entries(own_cache) == files
-    assert files[1].read_bytes() == whole
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in load_file(files[1]).items())
 
 
 def test_other_weights_have_other_entries(model: Path, own_cache: Path, tmp_path: Path) -> None:
@@ -374,19 +378,22 @@ def test_fast_leaves_unknown_what_it_did_not_look_at(
     again = lrsurgery.Report.read(tmp_path / "out")
     assert again.factorised == report.factorised
     for row in report.factorised:
-        assert row.before is not None
-        assert row.before.entropy is None
+        assert row.before is None
+        assert row.spectral_error is None
         exact = torch.linalg.svdvals(load_file(model / "model.safetensors")[f"{row.name}.weight"].double())
-        assert row.before.stable == pytest.approx(float(exact.square().sum() / exact[0] ** 2), rel=1e-3)
         assert row.relative_error == pytest.approx(float(exact[2:].norm() / exact.norm()), rel=1e-2)
     assert not entries(own_cache)  # half of a spectrum is not kept
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"svd": "best"}, "unknown svd 'best'"), ({"jobs": 0}, "jobs 0"), ({"keep_vectors": True, "cache": False}, "no-cache")],
+    [
+        ({"svd": "best"}, "unknown svd 'best'"),
+        ({"jobs": 0}, "jobs 0"),
+        ({"keep_vectors": True, "cache": False}, "no-cache"),
+    ],
     ids=["engine", "jobs", "vectors without a cache"],
-)  # fmt: skip
+)
 def test_bad_options_are_refused(options: dict[str, Any], message: str, model: Path, tmp_path: Path) -> None:
     with pytest.raises(SurgeryError, match=message):
         lrsurgery.factorise_checkpoint(model, tmp_path / "out", rank=0.4, **options)
