@@ -6,9 +6,10 @@ import hashlib
 import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ from lrsurgery.report import Row, measured_row
 from lrsurgery.spectra import SpectrumCache
 from lrsurgery.surgery import decompose
 from lrsurgery.tensors import as_bytes
-
-MEMORY = 1 << 30  # bytes that the layers at work may take together, or two of the largest where they need more
+from lrsurgery.threads import cost, layer_pool, layers_at_once, memory
 
 
 @dataclass(frozen=True)
@@ -36,41 +36,16 @@ class Job:
     row: Replaced
     entry: Entry
 
-    @property
-    def cost(self) -> float:
-        """Proportional to its time: products over the long side, and an eigensolver that costs about four of them."""
-        short, long = sorted((self.row.rows, self.row.columns))
-        return float(short) ** 2 * (long + 4 * short)
-
-    @property
-    def memory(self) -> int:
-        """Bytes at its peak: the tensor, its copy in fp32, the eigensolver's five squares, the factors twice."""
-        short, long = sorted((self.row.rows, self.row.columns))
-        rank = self.row.rank or short
-        wide = max(4, self.entry.dtype.itemsize)
-        stored = short * long * self.entry.dtype.itemsize
-        return stored + wide * (short * long + 5 * short**2 + 2 * rank * (short + long))
-
 
 def share_out(jobs: Sequence[Job], processes: int) -> list[list[Job]]:
     """The jobs of each process: the dearest first, each to whoever has least (Graham 1969), then in their own order."""
     loads = [(0.0, number) for number in range(processes)]
     shares: list[list[Job]] = [[] for _ in range(processes)]
-    for job in sorted(jobs, key=lambda job: (-job.cost, job.number)):
+    for job in sorted(jobs, key=lambda job: (-cost(job.row), job.number)):
         load, owner = heapq.heappop(loads)
         shares[owner].append(job)
-        heapq.heappush(loads, (load + job.cost, owner))
+        heapq.heappush(loads, (load + cost(job.row), owner))
     return [sorted(share, key=lambda job: job.number) for share in shares]
-
-
-def layers_at_once(jobs: Sequence[Job], threads: int) -> int:
-    """How many layers this many threads decompose at once.
-
-    As many as there are threads, since an eigensolver uses a second one badly (measured on two cores: two layers on one
-    thread each take 0.5 to 1.0 of the time of one after the other on two), and as fit into `MEMORY`.
-    """
-    largest = max((job.memory for job in jobs), default=1)
-    return max(1, min(threads, len(jobs), max(2, MEMORY // largest)))
 
 
 class Decomposer:
@@ -149,23 +124,17 @@ def check_overflow(stored: Tensor, key: str) -> None:
 
 @contextmanager
 def at_work(
-    jobs: Sequence[Job], do: Callable[[Job], Piece], file_of: Callable[[int], Any], at_once: int, threads: int
+    jobs: Sequence[Job], do: Callable[[Job], Piece], file_of: Callable[[int], Path], at_once: int | None
 ) -> Iterator[dict[int, Future[None]]]:
-    """Starts the jobs, `at_once` at a time with `threads` threads each; job number -> when its piece is there.
-
-    Leaving the block waits for the jobs at work, whose pieces are kept, and starts no other.
-    """
-    before = torch.get_num_threads()
-    pool = ThreadPoolExecutor(at_once, "layer", initializer=torch.set_num_threads, initargs=(threads,))
+    """Starts the jobs, some at once; job number -> when its piece is there. What is at work in the end is finished."""
+    threads = torch.get_num_threads()
+    needs = [memory(job.row, job.entry.dtype.itemsize) for job in jobs]
 
     def run(job: Job) -> None:
         save_piece(file_of(job.number), do(job))
 
-    try:
+    with layer_pool(at_once or layers_at_once(needs, threads), threads) as pool:
         yield {job.number: pool.submit(run, job) for job in jobs}
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        torch.set_num_threads(before)
 
 
 def device_of(options: Options, local_rank: int) -> torch.device:
@@ -176,7 +145,7 @@ def device_of(options: Options, local_rank: int) -> torch.device:
     return device
 
 
-def still_to_do(jobs: Sequence[Job], file_of: Callable[[int], Any]) -> list[Job]:
+def still_to_do(jobs: Sequence[Job], file_of: Callable[[int], Path]) -> list[Job]:
     """The jobs whose pieces are not there yet, or are damaged."""
     return [job for job in jobs if load_piece(file_of(job.number)) is None]
 

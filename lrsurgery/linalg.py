@@ -164,8 +164,9 @@ def _normalised(weight: Tensor) -> tuple[Tensor, float, bool]:
     if weight.ndim != 2 or not weight.numel():
         raise WeightError(f"a matrix is needed, this weight has shape {tuple(weight.shape)}")
     wide = weight.detach().to(working_dtype(weight.dtype))
-    largest = float(torch.linalg.vector_norm(wide, torch.inf))
-    if not largest < math.inf:  # NaN compares false as well
+    least, most = wide.aminmax()
+    largest = max(-float(least), float(most))
+    if not largest < math.inf:  # NaN, which both then are, compares false as well
         raise WeightError("the weight holds NaN or Inf; repair the checkpoint first")
     turned = wide.shape[0] > wide.shape[1]
     matrix = wide.T if turned else wide

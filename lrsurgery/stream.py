@@ -35,7 +35,6 @@ from lrsurgery.jobs import (
     check_overflow,
     device_of,
     first_error,
-    layers_at_once,
     settled_row,
     share_out,
     still_to_do,
@@ -315,12 +314,9 @@ class _Stream:
         """Starts this process's share of the jobs in the background; job number -> when its piece is there."""
         to_do = work.to_do()
         jobs = share_out([job for job in self.jobs if job.number in to_do], team.size)[team.rank]
-        threads = torch.get_num_threads()
-        at_once = self._options.jobs or layers_at_once(jobs, threads)
-        do = Decomposer(
-            self._plan, self._options, self._checkpoint.source.reference, device_of(self._options, team.local_rank)
-        )
-        with at_work(jobs, do, work.file, at_once, max(1, threads // at_once)) as futures:
+        where = device_of(self._options, team.local_rank)
+        do = Decomposer(self._plan, self._options, self._checkpoint.source.reference, where)
+        with at_work(jobs, do, work.file, self._options.jobs) as futures:
             yield futures
 
     def run(self, stage: Path, work: WorkFolder, team: Team) -> Generator[Progress, None, None]:

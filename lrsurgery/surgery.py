@@ -19,6 +19,7 @@ from lrsurgery.layers import (
 )
 from lrsurgery.linalg import Decomposed
 from lrsurgery.plan import Plan, Replaced
+from lrsurgery.threads import in_order, layers_at_once, memory
 
 
 def factorised_layers(model: nn.Module) -> dict[str, FactorisedLayer]:
@@ -90,13 +91,21 @@ def iter_apply_plan_(
 ) -> Iterator[tuple[Replaced, Decomposed]]:
     """As `apply_plan_`, one layer a step. The plan's ranks must be settled."""
     modules = dict(model.named_modules())
-    for row in plan.replaced:
-        dense = modules[row.name]
-        weight: Tensor = dense.weight.detach()
+
+    def factors_of(row: Replaced) -> tuple[Decomposed, Tensor, Tensor]:
+        weight: Tensor = modules[row.name].weight.detach()
         if weight.is_meta:
             raise PlanError(f"{row.name}: its weight is on the meta device; load the model first")
         result = decompose(row, weight.to(device or weight.device), init, seed, None, **effort)
-        u, v = factor_weights(row.kind, weight, result.factors)
+        return result, *factor_weights(row.kind, weight, result.factors)
+
+    threads = torch.get_num_threads()
+    weights: list[Tensor] = [modules[row.name].weight for row in plan.replaced]
+    on_cpu = all((device or weight.device).type == "cpu" for weight in weights)
+    needs = [memory(row, w.element_size()) for row, w in zip(plan.replaced, weights, strict=True)]
+    at_once = layers_at_once(needs, threads) if on_cpu else 1
+    for row, (result, u, v) in zip(plan.replaced, in_order(factors_of, plan.replaced, at_once, threads), strict=True):
+        dense = modules[row.name]
         assert row.rank is not None
         new = KINDS[row.kind].build(dense, row.kind, row.rank)
         new.u.weight = nn.Parameter(u, requires_grad=dense.weight.requires_grad)

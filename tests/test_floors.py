@@ -15,7 +15,7 @@ FLOORS = {
         *("data", "images", "tasks", "recipes"),
     },
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf", "pieces", "spectra", "team"},
-    1: {"plan", "surgery", "layers", "decay", "dynamics", "speed"},
+    1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed"},
     0: {"linalg", "krylov", "ranks", "inits", "errors", "cache"},
 }
 PACKAGE = Path(lrsurgery.__file__).parent

@@ -19,13 +19,14 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 import lrsurgery
-from lrsurgery import jobs, linalg
+from lrsurgery import jobs, linalg, threads
 from lrsurgery.checkpoints import Entry
 from lrsurgery.errors import OutputError, SurgeryError, WeightError
-from lrsurgery.jobs import Job, layers_at_once, share_out
+from lrsurgery.jobs import Job, share_out
 from lrsurgery.pieces import Piece, WorkFolder, load_piece, save_piece
 from lrsurgery.plan import Replaced
 from lrsurgery.spectra import SpectrumCache
+from lrsurgery.threads import layers_at_once
 
 # a process that does something to itself once, when it is about to keep its nth piece
 RIGGED = """
@@ -241,19 +242,29 @@ def test_shares_are_fair(shapes: list[tuple[int, int]], processes: int) -> None:
     all_jobs = [job(number, *shape) for number, shape in enumerate(shapes)]
     shares = share_out(all_jobs, processes)
     assert sorted(j.number for share in shares for j in share) == list(range(len(shapes)))
-    loads = [sum(j.cost for j in share) for share in shares]
+    loads = [sum(threads.cost(j.row) for j in share) for share in shares]
     # Graham's bound for any greedy schedule
-    largest = max((j.cost for j in all_jobs), default=0.0)
+    largest = max((threads.cost(j.row) for j in all_jobs), default=0.0)
     assert max(loads) <= sum(loads) / processes + largest * (1 - 1 / processes) + 1e-6
 
 
 def test_layers_at_once_fit_into_memory() -> None:
-    small, large = job(0, 768, 3072), job(1, 11008, 4096)
+    small, large = (threads.memory(job(0, *shape).row, 2) for shape in ((768, 3072), (11008, 4096)))
     assert layers_at_once([small] * 40, 2) == 2
     assert layers_at_once([small] * 40, 1) == 1
     assert layers_at_once([small], 8) == 1
     assert layers_at_once([small, large] * 20, 64) == 2
-    assert layers_at_once([small] * 99, 64) * small.memory <= jobs.MEMORY
+    assert layers_at_once([small] * 99, 64) * small <= threads.MEMORY
+    assert layers_at_once([], 4) == 1
+
+
+@given(st.lists(st.integers(), max_size=30), st.integers(1, 5))
+def test_results_come_in_order_and_not_too_many_at_once(items: list[int], at_once: int) -> None:
+    begun: list[int] = []
+    results = threads.in_order(lambda item: begun.append(item) or -item, items, at_once, 1)
+    for number, (item, result) in enumerate(zip(items, results, strict=True)):
+        assert result == -item
+        assert len(begun) <= number + 1 + at_once
 
 
 # pieces
