@@ -14,11 +14,11 @@ def krylov(gram: Tensor, rank: int, *, energy: float, best: float | None = None)
     Block Lanczos from a fixed random start with full orthogonalisation (Golub & Underwood 1977; Musco & Musco 2015 on
     why blocks smaller than the rank do). The span is good when the energy that it captures is: within `EXACT` of what
     is left out, given `best`, the largest that rank can capture; without it within `FAST`, as extrapolated from how the
-    captured energy still grows. None where it is not so after three times the rank.
+    captured energy still grows. None where it is not so after six times the rank.
     """
     size = len(gram)
     block = min(32, max(rank, size // 8))
-    limit = min(size, 3 * rank + 4 * block)
+    limit = min(size, 6 * rank + 4 * block)  # a bulk of noise takes four and a half ranks, and more is seldom cheap
     span = gram.new_empty(limit, size)  # rows are the basis
     projected = gram.new_zeros(limit, limit)
     start = torch.randn(size, block, generator=torch.Generator().manual_seed(0), dtype=torch.float32)

@@ -191,6 +191,8 @@ HARD = {
     "cliff at the rank": torch.cat([torch.ones(60), torch.full((1040,), 0.3)]).double(),
     "rank-deficient": torch.cat([slow_decay(300), torch.zeros(800)]).double(),
     "over 4 decades": torch.logspace(0, -4, 1100, dtype=torch.float64),
+    # what a random matrix has, here with 40 directions above it: the rank ends within the bulk
+    "bulk of noise": torch.cat([torch.linspace(8, 2.2, 40), torch.linspace(2, 0, 1061)[1:]]).double(),
 }
 
 
@@ -209,8 +211,9 @@ def test_leading_directions_keep_their_bound(spectrum: str, svd: str, monkeypatc
     assert torch.allclose(u.T @ u, v @ v.T, atol=1e-4 * float(values[0]))
 
 
-def test_leading_directions_are_used_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = matrix(1100, 1100, slow_decay(1100)).float()
+@pytest.mark.parametrize("spectrum", ["power law", "bulk of noise"])
+def test_leading_directions_are_used_where_they_pay(spectrum: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = matrix(1100, 1100, HARD[spectrum]).float()
     monkeypatch.setattr(torch.linalg, "eigh", counted := _counting(torch.linalg.eigh))
     spectral_factors(weight, 60)
     assert max(counted.sizes) < 1100
