@@ -58,7 +58,6 @@ class Decomposer:
     def __call__(self, job: Job) -> Piece:
         """Raises WeightError or another SurgeryError that names the layer or its tensor."""
         tensor = job.entry.read()
-        check_finite(tensor, job.entry.key, self._reference)
         facts: dict[str, Any] = {
             "digest": tensor_digest(tensor.dtype, tuple(tensor.shape), [tensor]),
             "bytes": tensor.numel() * tensor.element_size(),
@@ -71,7 +70,11 @@ class Decomposer:
 
         keep = self._cache is not None and self._cache.keep_vectors
         effort = {"svd": self._options.svd, "known": known, "keep": keep}
-        result = decompose(row, dense, self._options.init, self._options.seed, choose, **effort)
+        try:
+            result = decompose(row, dense, self._options.init, self._options.seed, choose, **effort)
+        except WeightError:
+            check_finite(tensor, job.entry.key, self._reference)  # says which file's tensor
+            raise
         if self._cache and (known is None or result.spectrum is not None):
             self._cache.put(facts["digest"], row.kind, result)
         settled = row if row.rank is not None else self._plan.settle(row, result.values)

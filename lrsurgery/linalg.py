@@ -164,16 +164,24 @@ def _normalised(weight: Tensor) -> tuple[Tensor, float, bool]:
     if weight.ndim != 2 or not weight.numel():
         raise WeightError(f"a matrix is needed, this weight has shape {tuple(weight.shape)}")
     wide = weight.detach().to(working_dtype(weight.dtype))
-    least, most = wide.aminmax()
-    largest = max(-float(least), float(most))
+    largest = _largest(wide)
     if not largest < math.inf:  # NaN, which both then are, compares false as well
         raise WeightError("the weight holds NaN or Inf; repair the checkpoint first")
     turned = wide.shape[0] > wide.shape[1]
     matrix = wide.T if turned else wide
-    # Squares of 1e-20 or 1e20 leave fp32's range; nothing need be copied where they are far from its ends. A power of
-    # two keeps every digit.
-    scale = 2.0 ** round(math.log2(largest)) if largest > 0 and not 1e-6 < largest < 1e6 else 1.0
+    scale = _scale(largest)
     return (matrix / scale if scale != 1.0 else matrix), scale, turned
+
+
+def _largest(matrix: Tensor) -> float:
+    """The largest magnitude; NaN where there is one."""
+    least, most = matrix.aminmax()
+    return max(-float(least), float(most))
+
+
+def _scale(largest: float) -> float:
+    """What to divide by so that squares stay in fp32's range; 1 where they do. A power of two keeps every digit."""
+    return 2.0 ** round(math.log2(largest)) if largest > 0 and not 1e-6 < largest < 1e6 else 1.0
 
 
 def _decompose(problem: _Problem) -> _Found:
@@ -357,14 +365,14 @@ def product_values(factors: Factors) -> Tensor:
 def relative_error(weight: Tensor, factors: Factors) -> float:
     """||W - u v||_F / ||W||_F in the working dtype; 0 for the zero matrix approximated by itself."""
     wide = working_dtype(weight.dtype)
-    largest = torch.linalg.vector_norm(weight.to(wide), torch.inf)
-    scale = largest if largest > 0 else torch.ones_like(largest)
-    v = factors.v.to(wide)
+    scale = _scale(_largest(weight))
+    u, v = factors.u.to(wide), factors.v.to(wide)
     lost = norm = 0.0
     rows = max(1, (1 << 22) // weight.shape[1])  # a slice of the product at a time: 16 MB in fp32
     for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows].to(wide) / scale
+        part, left = weight[start : start + rows].to(wide), u[start : start + rows]
+        if scale != 1.0:
+            part, left = part / scale, left / scale
         norm += float(torch.linalg.vector_norm(part)) ** 2
-        residual = torch.addmm(part, factors.u[start : start + rows].to(wide) / scale, v, alpha=-1)
-        lost += float(torch.linalg.vector_norm(residual)) ** 2
+        lost += float(torch.linalg.vector_norm(torch.addmm(part, left, v, alpha=-1))) ** 2
     return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
