@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
 import shlex
@@ -141,6 +143,7 @@ def factorise(
     screen = make_screen(quiet, as_json)
     from lrsurgery.options import Options
     from lrsurgery.stream import iter_factorise, plan_checkpoint
+    from lrsurgery.team import Team
 
     options = Options(
         rank, init, conv, include or ("*",), exclude or (), allow_larger, multiple_of, seed, from_scratch, device,
@@ -152,7 +155,7 @@ def factorise(
         screen.say("Nothing was written; leave --dry-run out to do it.")
         return
     target = output or Path(_default_name(model, options.rank))
-    report = screen.follow(iter_factorise(model, target, options), "factorise")
+    report = screen.follow(iter_factorise(model, target, options, Team.of_environment()), "factorise")
     _show_report(screen, report, output=str(target))
     screen.say(f"Written to {target}")
     screen.say(f"Next: lrsurgery report {shlex.quote(str(target))}")
@@ -260,6 +263,7 @@ def main() -> None:
     """The `lrsurgery` program: 0 for success, 2 for what the user can put right, 130 after Ctrl-C, 1 for our bugs."""
     import signal
 
+    atexit.register(gc.freeze)  # else the collector walks through all of torch and transformers as the process ends
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written output is removed
     arguments = sys.argv[1:]
     debug, as_json = "--debug" in arguments, "--json" in arguments

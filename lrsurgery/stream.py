@@ -112,14 +112,16 @@ def _by_layer(entries: list[Entry]) -> dict[str, Entry]:
     return {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
 
 
-def iter_factorise(reference: str, output: Path, options: Options) -> Generator[Progress, None, Report]:
+def iter_factorise(
+    reference: str, output: Path, options: Options, team: Team | None = None
+) -> Generator[Progress, None, Report]:
     """As `factorise_checkpoint`, one layer a step; the report is the generator's value.
 
-    Under torchrun every process calls it; the first one writes the output. Raises SurgeryError, and Interrupted where
+    Every process of a team calls it; the first one writes the output. Raises SurgeryError, and Interrupted where
     Ctrl-C or SIGTERM came after layers were finished, which are kept; an abandoned generator leaves nothing behind.
     """
     options.check()
-    team = Team.of_environment()
+    team = team or Team()
     if not team.leads:
         # Once the first process has looked at everything: what is wrong is said once, what it fetched or measured is
         # at hand, and it has listed what is to be done.

@@ -9,6 +9,8 @@ from datetime import timedelta
 from functools import cache
 from typing import Any
 
+from lrsurgery.errors import SurgeryError
+
 
 @dataclass(frozen=True)
 class Team:
@@ -20,8 +22,13 @@ class Team:
 
     @staticmethod
     def of_environment() -> Team:
-        """As torchrun and accelerate tell each process."""
-        return Team(*(int(os.environ.get(name) or default) for name, default in _VARIABLES))
+        """As torchrun and accelerate tell each process. Raises SurgeryError where they tell half of it."""
+        rank, size, local_rank = (int(os.environ.get(name) or default) for name, default in _VARIABLES)
+        if size == 1:
+            return Team()
+        if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT"):
+            raise SurgeryError(f"WORLD_SIZE is {size} and there is no MASTER_ADDR and MASTER_PORT; start with torchrun")
+        return Team(rank, size, local_rank)
 
     @property
     def leads(self) -> bool:

@@ -227,6 +227,22 @@ def test_refusals_are_said_once(model: Path, reference: Path) -> None:
     assert done.stderr.count("already exists") == 1
 
 
+def test_half_of_a_launch_is_refused(model: Path, tmp_path: Path) -> None:
+    command = (*tiny.PROGRAM, "factorise", model, "--rank", 0.4, "--output", tmp_path / "out")
+    done = program(*command, WORLD_SIZE="2", RANK="1")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "lrsurgery: WORLD_SIZE is 2 and there is no MASTER_ADDR and MASTER_PORT; start with torchrun\n"
+    )
+
+
+def test_the_library_is_a_team_of_one(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training script may call it in its first process alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    lrsurgery.factorise_checkpoint(model, tmp_path / "out", rank=0.4)
+
+
 # shares
 
 
