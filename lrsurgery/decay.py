@@ -15,9 +15,9 @@ from lrsurgery.linalg import working_dtype
 from lrsurgery.surgery import factorised_layers
 
 # Layers with at most this many numbers in both factors go through one batched product with those of their shape.
-# Measured in fp32 on two cores, 48 layers, against a loop: 2 to 5 times as fast from 128 to 18,000 numbers, 1.3
-# times at 33,000, 0.95 times at 74,000, where the products outweigh the calls and stacking only copies the factors.
-GROUPED = 32768
+# Measured in fp32 on two cores (examples/benchmarks/decay.py), 48 layers, against a loop: 3 to 9 times as fast at 500
+# and 2,000 numbers, between 0.8 and 1.7 times at 18,000, slower from there on, where stacking only copies the factors.
+GROUPED = 16384
 
 Pair: TypeAlias = "tuple[Tensor, Tensor]"
 
