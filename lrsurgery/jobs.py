@@ -82,8 +82,9 @@ class Decomposer:
             return Piece({**facts, "kept": settled.reason}, {})
         dtype = stored_dtype(dense.dtype, self._options)
         u, v = factor_weights(settled.kind, torch.empty(dense.shape, dtype=dtype, device="meta"), result.factors)
-        for factor in (u, v):
-            check_overflow(factor, row.name)
+        if dtype != result.factors.u.dtype:
+            for factor in (u, v):
+                check_overflow(factor, row.name)
         kind = KINDS[settled.kind]
         measured = measured_row(settled, kind.to_matrix(dense), kind.to_matrices(u, v), result)
         return Piece({**facts, "rank": settled.rank, "row": asdict(measured)}, {"u": u.cpu(), "v": v.cpu()})

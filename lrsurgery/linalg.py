@@ -364,8 +364,15 @@ def product_values(factors: Factors) -> Tensor:
 
 def relative_error(weight: Tensor, factors: Factors) -> float:
     """||W - u v||_F / ||W||_F in the working dtype; 0 for the zero matrix approximated by itself."""
+    lost, norm = _squares(weight, factors, 1.0)
+    if not 1e-20 < norm < 1e30 or not 1e-20 < lost:  # squares may have left fp32's range
+        lost, norm = _squares(weight, factors, _scale(_largest(weight)))
+    return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
+
+
+def _squares(weight: Tensor, factors: Factors, scale: float) -> tuple[float, float]:
+    """||W - u v||_F^2 and ||W||_F^2, both over scale^2, without the whole product in memory."""
     wide = working_dtype(weight.dtype)
-    scale = _scale(_largest(weight))
     u, v = factors.u.to(wide), factors.v.to(wide)
     lost = norm = 0.0
     rows = max(1, (1 << 22) // weight.shape[1])  # a slice of the product at a time: 16 MB in fp32
@@ -375,4 +382,4 @@ def relative_error(weight: Tensor, factors: Factors) -> float:
             part, left = part / scale, left / scale
         norm += float(torch.linalg.vector_norm(part)) ** 2
         lost += float(torch.linalg.vector_norm(torch.addmm(part, left, v, alpha=-1))) ** 2
-    return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
+    return lost, norm

@@ -51,7 +51,7 @@ def load_piece(file: Path, *, verify: bool = True) -> Piece | None:
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
-            tensors = {key: opened.get_tensor(key).clone() for key in opened.keys()}  # noqa: SIM118
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         if verify and metadata["sha256"] != _digest(metadata["facts"], tensors):
             return None
         return Piece(json.loads(metadata["facts"]), tensors)
