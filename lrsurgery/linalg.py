@@ -365,7 +365,7 @@ def product_values(factors: Factors) -> Tensor:
 def relative_error(weight: Tensor, factors: Factors) -> float:
     """||W - u v||_F / ||W||_F in the working dtype; 0 for the zero matrix approximated by itself."""
     lost, norm = _squares(weight, factors, 1.0)
-    if not 1e-20 < norm < 1e30 or not 1e-20 < lost:  # squares may have left fp32's range
+    if not 1e-20 < norm < 1e30 or not lost > 1e-20:  # squares may have left fp32's range
         lost, norm = _squares(weight, factors, _scale(_largest(weight)))
     return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
 
