@@ -1,12 +1,9 @@
 """How fast the program starts: `--help` beside a bare typer program's, and what a tiny model's `factorise` is spent on.
 
-The bare program has two commands of one option each. For `factorise`, three shares of the whole process's wall time:
-
-outside imports     all but the interpreter's start and module loading, measured around the outermost load of a module;
-                    it holds what torch, transformers and safetensors do on the way: an upper bound for the next
-own code            self time of lrsurgery's functions in a profile, and that of the built-in functions of Python that
-                    they call; module bodies are imports, what torch, transformers and others run is theirs
-imports             loading modules, lrsurgery's own included
+The bare program has two commands of one option each. `factorise` is split at the import system: "imports" is the time
+inside the outermost load of a module, "outside imports" all else between the first line and the last, whoever spends it
+and in whichever thread, so torch's, transformers' and safetensors' own work counts against us there. What is left of the
+whole process is the interpreter's start and end.
 
     python examples/benchmarks/startup.py --save
 """
@@ -67,31 +64,6 @@ finally:
     figures["packages"] = sorted({name.partition(".")[0] for name in sys.modules})
     open(place, "w").write(json.dumps(figures))
 """
-PROFILED = """
-import cProfile, json, os, pstats, sys
-
-place = sys.argv.pop(1)
-profile = cProfile.Profile()
-
-def run():
-    from lrsurgery.cli import main
-    main()
-
-try:
-    profile.runcall(run)
-finally:
-    import lrsurgery
-    home = os.path.dirname(lrsurgery.__file__)
-    stats = pstats.Stats(profile).stats
-    own = 0.0
-    for (file, _, name), (_, _, self_s, _, callers) in stats.items():
-        if file.startswith(home) and name != "<module>":
-            own += self_s
-        elif file == "~" and "torch" not in name and "safetensors" not in name and "import" not in name:
-            own += sum(c[2] for (f, _, n), c in callers.items() if f.startswith(home) and n != "<module>")
-    total = sum(entry[2] for entry in stats.values())
-    open(place, "w").write(json.dumps({"own_s": own, "total_s": total}))
-"""
 # Heavy packages that a factorisation has no use for.
 UNWANTED = ("accelerate", "datasets", "matplotlib", "pandas", "pyarrow", "scipy", "sklearn", "tensorboard")
 
@@ -118,7 +90,6 @@ def main() -> None:
         source, figures = tiny(place), place / "figures.json"
         walls: list[float] = []
         timed: list[dict[str, Any]] = []
-        profiled: list[dict[str, Any]] = []
         words = ["factorise", str(source), "--rank", "0.5", "--overwrite", "--output", str(place / "out"), "--quiet"]
 
         def python(*rest: str) -> float:
@@ -129,30 +100,23 @@ def main() -> None:
             walls.append(python("-c", TIMED, str(figures), *words))
             timed.append(json.loads(figures.read_text(encoding="utf-8")))
 
-        def profile_it() -> None:
-            python("-c", PROFILED, str(figures), *words)
-            profiled.append(json.loads(figures.read_text(encoding="utf-8")))
-
         candidates = {
             "--help of a bare typer program": lambda: python(str(place / "bare.py"), "--help"),
             "--help of lrsurgery": lambda: python("-m", "lrsurgery", "--help"),
             "factorise of a tiny model": time_it,
-            "the same, profiled": profile_it,
         }
         seconds = in_turn(candidates, arguments.repeats)
     bare, ours = seconds["--help of a bare typer program"], seconds["--help of lrsurgery"]
     rounds = slice(1, None)  # the first was the warm-up
     outside = [(t["main_s"] - t["imports_s"]) / w for t, w in zip(timed[rounds], walls[rounds], strict=True)]
     imports = [t["imports_s"] / w for t, w in zip(timed[rounds], walls[rounds], strict=True)]
-    own = [p["own_s"] / p["total_s"] for p in profiled[rounds]]
     whole = median(seconds["factorise of a tiny model"])
     rows = [
         _row("--help of a bare typer program", median(bare)),
         _row("--help of lrsurgery, over it", median(ours), ratio(ours, bare)["median"], 2.0),
         _row("factorise of a tiny model", whole),
         _row("of it imports", whole * median(imports), median(imports)),
-        _row("of it outside imports", whole * median(outside), median(outside)),
-        _row("of it in our own code", whole * median(own), median(own), 0.2),
+        _row("of it outside imports", whole * median(outside), median(outside), 0.2),
     ]
     loaded = [name for name in UNWANTED if name in timed[-1]["packages"]]
     finish("startup", rows, arguments, loaded_without_need=loaded)
