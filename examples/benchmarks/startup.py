@@ -1,9 +1,9 @@
 """How fast the program starts: `--help` beside a bare typer program's, and what a tiny model's `factorise` is spent on.
 
 The bare program has two commands of one option each. `factorise` is split at the import system: "imports" is the time
-inside the outermost load of a module, "outside imports" all else between the first line and the last, whoever spends it
-and in whichever thread, so torch's, transformers' and safetensors' own work counts against us there. What is left of the
-whole process is the interpreter's start and end.
+inside the outermost load of a module, "outside imports" all else between the first line and the last, in whichever
+thread, so what torch, transformers and safetensors do when called counts against us there. What is left of the whole
+process is the interpreter's start and end.
 
     python examples/benchmarks/startup.py --save
 """
