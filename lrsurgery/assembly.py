@@ -74,8 +74,7 @@ class Assembly:
         self._digests: dict[str, str] = {}
         self._entries = {entry.key: entry for entry in entries}
         self._order = list(in_write_order([(stored_dtype(e.dtype, options), e.key) for e in entries]))
-        # a weight goes before its layer's bias of the same width: by then it is known whether the layer stays dense
-        self._order.sort(key=lambda key: (-self._width(key), self._layer_of(key)[1] == "bias"))
+        self._order.sort(key=self._turn)
         self._by_target = {entry.target: entry for entry in entries if entry.target}
         weights: dict[str, Entry] = {}
         for key in self._order:
@@ -92,6 +91,12 @@ class Assembly:
 
     def _width(self, key: str) -> int:
         return stored_dtype(self._entries[key].dtype, self._options).itemsize
+
+    def _turn(self, key: str) -> tuple[int, bool, bool]:
+        """What passes through goes first, while layers are at work; a weight before its layer's bias, whose name hangs
+        on what becomes of the layer. But wide before narrow, as the writer needs it."""
+        layer, part = self._layer_of(key)
+        return -self._width(key), layer is not None, part == "bias"
 
     def _layer_of(self, key: str) -> tuple[str | None, str]:
         """(planned layer, "weight" or "bias") that a key belongs to; None for what passes through."""
