@@ -244,10 +244,10 @@ def main() -> None:
                 peaks += memory(model)
             elif (model, work) != ("vit", "generation"):
                 rows += throughput(model, work, device, given.repeats)
-    if peaks and not given.json:
-        print(harness.table(peaks), end="\n\n")
     if rows:
-        harness.finish("running", rows, given, memory=peaks)
+        harness.finish("running", rows, given)
+    if peaks:
+        harness.finish("training_memory", peaks, given)
 
 
 if __name__ == "__main__":
