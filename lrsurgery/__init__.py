@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lrsurgery.factorise import factorise_checkpoint as factorise_checkpoint
     from lrsurgery.loading import load_model as load_model
     from lrsurgery.report import Report as Report
-    from lrsurgery.report import rank_report as rank_report
+    from lrsurgery.rows import rank_report as rank_report
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _HOME = {
     "factorise_": "lrsurgery.factorise",
     "factorise_checkpoint": "lrsurgery.factorise",
     "load_model": "lrsurgery.loading",
-    "rank_report": "lrsurgery.report",
+    "rank_report": "lrsurgery.rows",
 }
 _MODULES = ("errors", "hf", "linalg", "ranks", "layers")
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrsurgery.linalg import Factors, product_values
+from lrsurgery.measures import Points
 from lrsurgery.ranks import entropy_rank, nuclear_rank, stable_rank
 from lrsurgery.surgery import factorised_layers
 
+POINTS = 16  # of a spectrum, at each evaluation
+
 
 @torch.no_grad()
-def layer_dynamics(model: nn.Module) -> dict[str, dict[str, float]]:
-    """Layer -> nuclear, entropy and stable rank of U V, its Frobenius and spectral norm, and the norms of U and V.
+def layer_dynamics(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Layer -> nuclear, entropy and stable rank of U V, its Frobenius and spectral norm, the norms of U and V.
+
+    And "spectrum": some points of the singular values of U V, as {"index": positions from 1, "value": values}.
 
     In O((m + n) r^2) a layer; the product is never formed. Shards (FSDP2) are gathered, so every process calls.
     """
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for name, layer in factorised_layers(model).items():
         u, v = (whole(factor) for factor in layer.factors)
         values = product_values(Factors(u, v)).double().cpu()
@@ -30,6 +36,7 @@ def layer_dynamics(model: nn.Module) -> dict[str, dict[str, float]]:
             "spectral_norm": float(values[0]),
             "u_norm": float(u.double().norm()),
             "v_norm": float(v.double().norm()),
+            "spectrum": asdict(Points.of(values, points=POINTS)),
         }
     return found
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,8 @@ from lrsurgery.layers import KINDS, factor_weights
 from lrsurgery.options import DTYPES, Options, pick_device
 from lrsurgery.pieces import Piece, load_piece, save_piece
 from lrsurgery.plan import Kept, Plan, Replaced
-from lrsurgery.report import Row, measured_row
+from lrsurgery.report import Row
+from lrsurgery.rows import measured_row
 from lrsurgery.spectra import SpectrumCache
 from lrsurgery.surgery import decompose
 from lrsurgery.tensors import as_bytes
@@ -87,7 +88,7 @@ class Decomposer:
                 check_overflow(factor, row.name)
         kind = KINDS[settled.kind]
         measured = measured_row(settled, kind.to_matrix(dense), kind.to_matrices(u, v), result)
-        return Piece({**facts, "rank": settled.rank, "row": asdict(measured)}, {"u": u.cpu(), "v": v.cpu()})
+        return Piece({**facts, "rank": settled.rank, "row": measured.to_dict()}, {"u": u.cpu(), "v": v.cpu()})
 
 
 def settled_row(row: Replaced, piece: Piece) -> tuple[Replaced | Kept, Row | None]:

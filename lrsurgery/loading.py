@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from lrsurgery.checkpoints import Checkpoint, key_map
 from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.layers import KINDS, FactorisedLayer
+from lrsurgery.linalg import Factors
 from lrsurgery.skeletons import build_model, timm_tensors
 from lrsurgery.sources import Source, resolve
-from lrsurgery.surgery import swap_
+from lrsurgery.surgery import factorised_layers, swap_
 from lrsurgery.tensors import open_tensors
 
 
@@ -49,6 +54,50 @@ def load_model(
     if info["missing_keys"]:
         raise SourceError(f"{path}: {min(info['missing_keys'])} is missing from the checkpoint")
     return model.eval()  # type: ignore[no-any-return]
+
+
+def is_factorised(source: Source) -> bool:
+    """Whether the config says that lrsurgery wrote this checkpoint with layers factorised."""
+    return (source.config.get("quantization_config") or {}).get("quant_method") == "lrsurgery"
+
+
+@dataclass(frozen=True)
+class FactorisedCheckpoint:
+    """A factorised checkpoint whose weights stay in their files until they are asked for."""
+
+    model: nn.Module  # on the meta device
+    layers: Mapping[str, FactorisedLayer]
+    factors: Mapping[str, Callable[[torch.device], Factors]]
+
+
+def open_factorised(source: Source, *, trust_remote_code: bool = False) -> FactorisedCheckpoint:
+    """The skeleton of a factorised checkpoint and what reads each layer's factors.
+
+    Raises SourceError for a missing or misshapen factor; what is wrong with the config.
+    """
+    from lrsurgery.hf import check_layers
+
+    layers = check_layers((source.config.get("quantization_config") or {}).get("layers"))
+    model = build_model(source, device="meta", trust_remote_code=trust_remote_code)
+    swap_(model, {name: (spec["kind"], spec["rank"]) for name, spec in layers.items()})
+    tensors = open_tensors(list(source.files))
+    keys, modules = key_map(Checkpoint(source, model, tensors)), factorised_layers(model)
+    places = {keys.target(key)[0]: key for key in tensors.keys()}  # noqa: SIM118
+
+    def reader(name: str, layer: FactorisedLayer) -> Callable[[torch.device], Factors]:
+        parts = []
+        for place, wanted in ((f"{name}.u.weight", layer.u.weight), (f"{name}.v.weight", layer.v.weight)):
+            key = places.get(place)
+            if key is None:
+                raise SourceError(f"{source.reference}: {place} is missing from the checkpoint")
+            shape = tensors.describe(key)[1]
+            if shape != tuple(wanted.shape):
+                raise SourceError(f"{source.reference}: {key} has shape {shape}, the model wants {tuple(wanted.shape)}")
+            parts.append(key)
+        u, v = parts
+        return lambda device: KINDS[layer.kind].to_matrices(tensors.read(u).to(device), tensors.read(v).to(device))
+
+    return FactorisedCheckpoint(model, modules, {name: reader(name, layer) for name, layer in modules.items()})
 
 
 def load_with_head(

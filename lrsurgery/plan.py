@@ -28,6 +28,7 @@ class Replaced:
     columns: int
     rank: int | None
     bias: int  # parameters that stay as they are
+    across: int = 1  # positions of v's output for each of u's: the horizontal stride of a conv2d-spatial layer
 
     reason = None
 
@@ -42,6 +43,15 @@ class Replaced:
     @property
     def factorised_parameters(self) -> int | None:
         return None if self.rank is None else self.rank * (self.rows + self.columns) + self.bias
+
+    @property
+    def flops(self) -> int:
+        """Of a token, or of a position of a conv's output: 2 a multiply-add."""
+        return 2 * self.rows * self.columns
+
+    @property
+    def factorised_flops(self) -> int | None:
+        return None if self.rank is None else 2 * self.rank * (self.rows + self.across * self.columns)
 
 
 @dataclass(frozen=True)
@@ -145,7 +155,8 @@ def plan_rows(
         policy = rank.policy_for(name)
         assert policy is not None
         chosen = None if policy.needs_spectrum else rank.rank_of(name, *matrix)
-        row = Replaced(name, kind, tuple(weight.shape), *matrix, chosen, own - weight.numel())
+        across = module.stride[1] if kind == "conv2d-spatial" else 1  # type: ignore[index]
+        row = Replaced(name, kind, tuple(weight.shape), *matrix, chosen, own - weight.numel(), int(across))
         rows.append(_unless_refused(row, allow_larger, refuse))
     return rows
 

@@ -1,40 +1,38 @@
-"""The rank report: one row a layer, one JSON that everything else is drawn from."""
+"""The rank report: one row a layer, one JSON that everything else is drawn from (design, section 7)."""
 
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from lrsurgery.errors import PlanError, SourceError
-from lrsurgery.layers import KINDS, FactorisedLayer
-from lrsurgery.linalg import Decomposed, Factors, product_values, relative_error
-from lrsurgery.plan import ALREADY, Kept, Plan, Replaced, find_heads, plan_rows
-from lrsurgery.ranks import FractionRank, RankSpec, entropy_rank, nuclear_rank, stable_rank
-from lrsurgery.surgery import factorised_layers
+from lrsurgery.angles import Angles, Overlap, Shared
+from lrsurgery.errors import SourceError
+from lrsurgery.layers import KINDS
+from lrsurgery.measures import EffectiveRanks, Points, predicted_damage
+from lrsurgery.ranks import break_even_rank
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1, which is read too, had no FLOPs, spectra, condition numbers, overlaps or ladders
 FILE_NAME = "rank_report.json"
+HIGH_DAMAGE = 2.0  # times the median of the model's layers
 
 
 @dataclass(frozen=True)
-class EffectiveRanks:
-    """Three measures of how many directions matter; "effective rank" alone names none of them."""
+class Rung:
+    """What one rank would keep, lose and save, of a layer or a whole model; from the spectrum alone, before surgery."""
 
-    nuclear: float  # ||W||_* / ||W||_2
-    entropy: float  # exp(H(s / sum s)), Roy & Vetterli (2007)
-    stable: float  # ||W||_F^2 / ||W||_2^2
-
-    @staticmethod
-    def of(values: Tensor) -> EffectiveRanks:
-        """From singular values (n,)."""
-        return EffectiveRanks(nuclear_rank(values), entropy_rank(values), stable_rank(values))
+    rank: str  # as --rank takes it
+    to: int | None  # the layer's rank, None where it stays dense; of a model, the number of layers factorised
+    parameters: int
+    energy_kept: float
+    relative_error: float  # ||W - W_r||_F / ||W||_F
+    damage: float  # see `predicted_damage`
 
 
 @dataclass(frozen=True)
@@ -50,17 +48,54 @@ class Row:
     rank: int | None
     parameters_before: int
     parameters_after: int | None  # None in a plan whose rank waits for the singular values
-    energy_kept: float | None = None  # sum of the kept squared singular values / sum of all
+    energy_kept: float | None = None  # share of the dense weight's squared norm in the factors' subspaces
     relative_error: float | None = None  # ||W - U V||_F / ||W||_F, from the factors as stored
     spectral_error: float | None = None  # largest singular value left out / largest of all
     before: EffectiveRanks | None = None
     after: EffectiveRanks | None = None
+    flops_before: int | None = None  # of a token, or of a position of a conv's output: 2 a multiply-add
+    flops_after: int | None = None
+    spectrum_before: Points | None = None
+    spectrum_after: Points | None = None
+    overlap: Overlap | None = None  # of the dense and the factorised leading directions
+    ladder: tuple[Rung, ...] | None = None
+
+    @property
+    def break_even(self) -> int | None:
+        """The largest rank that saves parameters; None for a layer that has no factorised form."""
+        return (
+            None if self.full_rank is None else break_even_rank(*KINDS[self.kind].matrix_shape(torch.Size(self.shape)))
+        )
+
+    @property
+    def damage(self) -> float | None:
+        """`predicted_damage` of what was done or is planned."""
+        if self.status == "dense" or self.parameters_after is None or self.before is None:
+            return None
+        return predicted_damage(self.parameters_before, self.parameters_after, self.before.stable)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The row's JSON object, with what follows from its fields."""
+        body = asdict(self)
+        if self.overlap is not None:  # named tuples would become bare lists
+            sides = {"output": self.overlap.output._asdict(), "input": self.overlap.input._asdict()}
+            body["overlap"] = {**sides, "leading": [share._asdict() for share in self.overlap.leading]}
+        return {**body, "break_even": self.break_even, "damage": self.damage}
 
     @staticmethod
     def from_dict(body: Mapping[str, Any]) -> Row:
         """From its JSON object. Raises TypeError or KeyError where it is none."""
-        ranks = {key: EffectiveRanks(**body[key]) if body.get(key) else None for key in ("before", "after")}
-        return Row(**{**body, "shape": tuple(body["shape"]), **ranks})
+        given = {f.name: body[f.name] for f in fields(Row) if f.name in body}
+        for key in ("before", "after"):
+            given[key] = EffectiveRanks(**body[key]) if body.get(key) else None
+        for key in ("spectrum_before", "spectrum_after"):
+            given[key] = Points(tuple(body[key]["index"]), tuple(body[key]["value"])) if body.get(key) else None
+        if body.get("ladder") is not None:
+            given["ladder"] = tuple(Rung(**rung) for rung in body["ladder"])
+        if body.get("overlap"):
+            sides = {side: Angles(**body["overlap"][side]) for side in ("output", "input")}
+            given["overlap"] = Overlap(**sides, leading=tuple(Shared(**s) for s in body["overlap"]["leading"]))
+        return Row(**{**given, "shape": tuple(body["shape"])})
 
 
 @dataclass(frozen=True)
@@ -77,6 +112,11 @@ class Report:
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    about: str = "factorised"  # or "plan": what would be done; "dense": nothing; "runs": only training is looked at
+    name: str | None = None  # the model's, or its folder's
+    ladder: tuple[Rung, ...] | None = None  # of the whole model
+    training: tuple[dict[str, Any], ...] = ()  # runs, as `history.read_run` gives them
+    bench: dict[str, Any] | None = None  # what `lrsurgery bench --save` wrote
 
     @property
     def factorised(self) -> tuple[Row, ...]:
@@ -88,22 +128,43 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object (design, section 7)."""
-        body = asdict(self)
-        rows = body.pop("rows")
-        before, after = body.pop("parameters_before"), body.pop("parameters_after")
-        totals = {
+        body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "ladder", *TOTALS)}
+        layers = [row.to_dict() for row in self.rows]
+        usual = median([row["damage"] for row in layers if row["damage"] is not None] or [0.0])
+        for row in layers:
+            row["damage_high"] = None if row["damage"] is None else row["damage"] > HIGH_DAMAGE * usual
+        ladder = None if self.ladder is None else [_model_rung(rung, self.parameters_before) for rung in self.ladder]
+        return {
+            "format_version": FORMAT_VERSION, "about": body.pop("about"), "name": body.pop("name"),
+            "totals": self._totals(), "ladder": ladder, **body, "layers": layers,
+        }  # fmt: skip
+
+    def _totals(self) -> dict[str, Any] | None:
+        if self.about == "runs":
+            return None
+        before, after = self.parameters_before, self.parameters_after
+        return {
             "layers_factorised": len(self.factorised),
             "layers_dense": len(self.dense),
             "parameters_before": before,
             "parameters_after": after,
             "share": None if after is None or not before else after / before,
-            "bytes_before": body.pop("bytes_before"),
-            "bytes_after": body.pop("bytes_after"),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            **self._flops(),
         }
-        return {"format_version": FORMAT_VERSION, "totals": totals, **body, "layers": rows}
+
+    def _flops(self) -> dict[str, int | None]:
+        """Sums over the layers, for models that apply each of them to every token."""
+        known = [row for row in self.rows if row.flops_before is not None]
+        if not known or any(row.kind.startswith("conv2d") for row in known):
+            return {"flops_before": None, "flops_after": None}
+        after = [row.flops_after for row in known]
+        whole = sum(row.flops_before or 0 for row in known)
+        return {"flops_before": whole, "flops_after": None if None in after else sum(n or 0 for n in after)}
 
     def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+        return to_json(self.to_dict())
 
     @staticmethod
     def read(folder: Path) -> Report:
@@ -113,118 +174,43 @@ class Report:
             body = json.loads(file.read_text(encoding="utf-8"))
             if body["format_version"] > FORMAT_VERSION:
                 raise SourceError(f"{file}: report format {body['format_version']} is newer than this lrsurgery reads")
-            totals = body["totals"]
-            rows = tuple(Row.from_dict(row) for row in body["layers"])
-            return Report(
-                rows,
-                totals["parameters_before"], totals["parameters_after"],
-                totals["bytes_before"], totals["bytes_after"],
-                body["source"], body["command"], body["options"], body["versions"], tuple(body["notes"]),
-            )  # fmt: skip
+            return Report.from_dict(body)
         except FileNotFoundError as e:
             raise SourceError(f"{folder}: no {FILE_NAME} in it") from e
         except (ValueError, KeyError, TypeError) as e:
             raise SourceError(f"{file}: not a rank report ({e!r})") from e
 
-
-def measured_row(row: Replaced, matrix: Tensor, factors: Factors, found: Decomposed) -> Row:
-    """The row of a layer after surgery: matrix (rows, columns), factors as stored, what decomposing found."""
-    assert row.rank is not None
-    values = found.values.double()
-    top = float(values[0])
-    left_out = float(values[row.rank]) if row.rank < row.full_rank else 0.0
-    # every init gives factors in balanced form: the norms of u's columns times those of v's rows are its values
-    kept = _norms(factors.u, 0) * _norms(factors.v, 1)
-    return Row(
-        row.name, row.kind, row.shape, "factorised", None, row.full_rank, row.rank,
-        row.parameters, row.factorised_parameters,
-        energy_kept=float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0,
-        relative_error=relative_error(matrix, factors),
-        spectral_error=None if math.isnan(left_out) else left_out / top if top else 0.0,
-        before=None if bool(values.isnan().any()) else EffectiveRanks.of(values),  # "fast" looks at some alone
-        after=EffectiveRanks.of(kept),
-    )  # fmt: skip
+    @staticmethod
+    def from_dict(body: Mapping[str, Any]) -> Report:
+        """From its JSON object of this version or an older one. Raises TypeError or KeyError where it is none."""
+        given = {f.name: body[f.name] for f in fields(Report) if f.name in body}
+        given |= {name: (body["totals"] or {}).get(name) for name in TOTALS}
+        if body.get("ladder") is not None:
+            names = [f.name for f in fields(Rung)]
+            given["ladder"] = tuple(
+                Rung(**{n: rung["layers" if n == "to" else n] for n in names}) for rung in body["ladder"]
+            )
+        rows = tuple(Row.from_dict(row) for row in body["layers"])
+        lists = {name: tuple(body.get(name, ())) for name in ("notes", "training")}
+        return Report(**{**given, **lists, "rows": rows, "parameters_before": given["parameters_before"] or 0})
 
 
-def _norms(factor: Tensor, dim: int) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64)
-    return norms
+TOTALS = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")  # fields of a report
 
 
-def planned_row(row: Replaced | Kept) -> Row:
-    """A row of a plan, before anything is measured."""
-    if isinstance(row, Kept):
-        return Row(row.name, row.kind, row.shape, "dense", row.reason, None, None, row.parameters, row.parameters)
-    return Row(
-        row.name,
-        row.kind,
-        row.shape,
-        "factorised",
-        None,
-        row.full_rank,
-        row.rank,
-        row.parameters,
-        row.factorised_parameters,
-    )
+def _model_rung(rung: Rung, before: int) -> dict[str, Any]:
+    body = asdict(rung)
+    return {"rank": body.pop("rank"), "layers": body.pop("to"), "share": rung.parameters / before, **body}
 
 
-def plan_report(plan: Plan, parameters: int, measured: Mapping[str, Row] | None = None, **facts: Any) -> Report:
-    """The report of a plan over a model of this many parameters, with measured rows where there are some."""
-    rows = tuple((measured or {}).get(row.name) or planned_row(row) for row in plan.rows)
-    known = all(row.parameters_after is not None for row in rows)
-    saved = sum(row.parameters_before - (row.parameters_after or 0) for row in rows)
-    return Report(rows, parameters, parameters - saved if known else None, **facts)
-
-
-def rank_report(module: nn.Module, against: nn.Module | None = None) -> Report:
-    """What is factorised in a model in memory; with `against`, the dense model, also the errors and the energy kept.
-
-    Raises PlanError where `against` lacks a layer.
-    """
-    others = dict(against.named_modules()) if against is not None else {}
-    rows = [
-        _row_of(name, layer, others.get(name), against is None) for name, layer in factorised_layers(module).items()
-    ]
-    order = {name: i for i, (name, _) in enumerate(module.named_modules())}
-    rows = sorted([*rows, *_dense_rows(module)], key=lambda row: order.get(row.name, len(order)))
-    after = sum(p.numel() for p in module.parameters())
-    before = after + sum(r.parameters_before - (r.parameters_after or 0) for r in rows)
-    return Report(tuple(rows), before, after)
-
-
-def _row_of(name: str, layer: FactorisedLayer, dense: nn.Module | None, alone: bool) -> Row:
-    factors = Factors(*(f.detach() for f in layer.factors))
-    bias = layer.bias.numel() if layer.bias is not None else 0
-    row = Replaced(
-        name, layer.kind, tuple(layer.weight.shape), factors.u.shape[0], factors.v.shape[1], layer.rank, bias
-    )
-    # trained factors are balanced no more, so their values come from the r x r core
-    after = EffectiveRanks.of(product_values(factors))
-    if alone:
-        return replace(planned_row(row), after=after)
-    weight = getattr(dense, "weight", None)
-    if not isinstance(weight, Tensor) or tuple(weight.shape) != row.shape:
-        raise PlanError(f"{name}: the model to compare with has no such layer of shape {row.shape}")
-    matrix = KINDS[layer.kind].to_matrix(weight.detach())
-    values = torch.linalg.svdvals(matrix.double())
-    found = Decomposed(factors, values, float(values.square().sum()))
-    return replace(measured_row(row, matrix, factors, found), after=after, energy_kept=None)
-
-
-def _dense_rows(module: nn.Module) -> list[Row]:
-    rows = plan_rows(module, RankSpec(FractionRank(1.0)), heads=find_heads(module), allow_larger=True)
-    return [
-        Row(
-            r.name,
-            r.kind,
-            r.shape,
-            "dense",
-            r.reason if isinstance(r, Kept) else "left dense",
-            None,
-            None,
-            r.parameters,
-            r.parameters,
+def to_json(body: Mapping[str, Any]) -> str:
+    """Indented, with a list of numbers on one line. (A string of JSON holds no line break that could be taken out.)"""
+    text = json.dumps(body, indent=2)
+    return (
+        re.sub(
+            r"\[\n[-+.\deE,\s]+\]",
+            lambda found: re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]"),
+            text,
         )
-        for r in rows
-        if r.reason != ALREADY
-    ]
+        + "\n"
+    )

@@ -16,7 +16,8 @@ from lrsurgery.checkpoints import Checkpoint, output_config
 from lrsurgery.errors import SourceError, TrainingError
 from lrsurgery.hf import attach_, with_tripwire
 from lrsurgery.recipes import Recipe, write_recipe
-from lrsurgery.report import FILE_NAME, Report, rank_report
+from lrsurgery.report import FILE_NAME, Report
+from lrsurgery.rows import rank_report
 from lrsurgery.runs import METRICS, RECIPE
 from lrsurgery.staging import copy_companions, staged
 from lrsurgery.stream import versions
@@ -100,7 +101,7 @@ def _save_timm(subject: Subject, stage: Path) -> None:
 
 
 def _with_former(report: Report, folder: Path | None) -> Report:
-    """With what the source's own report knows: dense weights' effective ranks and bytes, why layers stayed dense."""
+    """With what the source's own report knows: of the dense weights their spectra, why layers stayed dense."""
     try:
         former = Report.read(folder) if folder is not None else None
     except SourceError:
@@ -109,7 +110,12 @@ def _with_former(report: Report, folder: Path | None) -> Report:
         return report
     known = {row.name: row for row in former.rows}
     rows = [
-        replace(row, before=known[row.name].before, reason=known[row.name].reason)
+        replace(
+            row,
+            before=known[row.name].before,
+            spectrum_before=known[row.name].spectrum_before,
+            reason=known[row.name].reason,
+        )
         if row.name in known and known[row.name].status == row.status
         else row
         for row in report.rows

@@ -36,7 +36,8 @@ from lrsurgery.linalg import singular_values
 from lrsurgery.options import DTYPES, Options, pick_device
 from lrsurgery.pieces import WorkFolder
 from lrsurgery.plan import Kept, Plan, Replaced, settle_all
-from lrsurgery.report import FILE_NAME, Report, plan_report
+from lrsurgery.report import FILE_NAME, Report
+from lrsurgery.rows import plan_report
 from lrsurgery.skeletons import check_not_converted
 from lrsurgery.sources import Source, resolve
 from lrsurgery.spectra import SpectrumCache
@@ -51,7 +52,10 @@ def plan_checkpoint(reference: str, options: Options) -> Report:
     checkpoint, plan = _open(resolve_source(reference, options), options)
     if plan.needs_spectra:
         plan = _settled(plan, list_entries(checkpoint, {row.name for row in plan.replaced}), options)
-    return plan_report(plan, checkpoint.parameters, command=options.command, options=options.recorded())
+    return plan_report(
+        plan, checkpoint.parameters, command=options.command, options=options.recorded(), about="plan",
+        name=checkpoint.source.name,
+    )  # fmt: skip
 
 
 def _settled(plan: Plan, entries: list[Entry], options: Options) -> Plan:

@@ -10,13 +10,14 @@ import lrsurgery
 FLOORS = {
     4: {"cli", "training_cli", "arguments", "console", "__main__"},
     3: {
-        *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "reading", "cards"),
+        *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "rows", "cards"),
+        *("reading", "profiles", "history"),
         *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
     },
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf", "pieces", "spectra", "team"},
     1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed"},
-    0: {"linalg", "krylov", "ranks", "inits", "errors", "cache"},
+    0: {"linalg", "krylov", "angles", "measures", "ranks", "inits", "errors", "cache"},
 }
 PACKAGE = Path(lrsurgery.__file__).parent
 

@@ -1,0 +1,60 @@
+"""The course of training runs, read back from the folders that `finetune` writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lrsurgery.errors import SourceError
+from lrsurgery.recipes import Recipe, read_recipe
+from lrsurgery.runs import METRICS, RECIPE, read_metrics, stages_of
+
+SETTINGS = (
+    *("model", "data", "eval_data", "rank", "init", "dense_steps", "switch_lr", "decay", "decay_strength"),
+    *("weight_decay", "optimizer", "lr", "schedule", "batch_size", "accumulate", "seed", "teacher"),
+)
+MEASURES = (*("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm", "u_norm", "v_norm"),)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds the course of a run, finished or not."""
+    return (folder / METRICS).is_file()
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Settings, evaluations, losses and each layer's dynamics over the steps, as the report's JSON has them.
+
+    Raises SourceError where the folder holds no run, RecipeError for a damaged recipe.
+    """
+    if not is_run(folder):
+        raise SourceError(f"{folder}: no {METRICS} in it; give folders that lrsurgery finetune wrote")
+    records = read_metrics(folder)
+    recipe = Recipe().merged(read_recipe(folder / RECIPE)) if (folder / RECIPE).is_file() else Recipe()
+    evaluated = [record for record in records if "eval" in record]
+    steps = max((record["step"] for record in records), default=0)
+    settings: dict[str, Any] = {name: getattr(recipe, name) for name in SETTINGS}
+    return {
+        "name": folder.resolve().name,
+        "settings": {**settings, "rank": list(recipe.rank), "steps": steps},
+        "stages": stages_of(evaluated, evaluated[-1]["stage"]) if evaluated else {},
+        "evaluations": [{"step": r["step"], "stage": r["stage"], **r["eval"]} for r in evaluated],
+        "losses": [
+            {"step": r["step"], "loss": r["loss"], "lr": r.get("learning_rate")} for r in records if "loss" in r
+        ],
+        "layers": _layers(evaluated),
+    }
+
+
+def _layers(evaluated: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Layer -> one list a measure over the evaluations that have it (dense stages have none)."""
+    found: dict[str, dict[str, Any]] = {}
+    for record in evaluated:
+        for name, values in record.get("layers", {}).items():
+            course = found.setdefault(name, {"step": [], **{measure: [] for measure in MEASURES}})
+            course["step"].append(record["step"])
+            for measure in MEASURES:
+                course[measure].append(values.get(measure))
+            if "spectrum" in values:
+                spectrum = course.setdefault("spectrum", {"index": values["spectrum"]["index"], "values": []})
+                spectrum["values"].append(values["spectrum"]["value"])
+    return found
