@@ -9,11 +9,11 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from lrsurgery import __version__, training_cli
+from lrsurgery import __version__, report_cli, training_cli
 from lrsurgery.arguments import (
     DebugOption,
     FolderArgument,
@@ -29,10 +29,7 @@ from lrsurgery.arguments import (
     make_screen,
 )
 from lrsurgery.errors import Interrupted, SurgeryError
-
-if TYPE_CHECKING:
-    from lrsurgery.console import Screen
-    from lrsurgery.report import Report
+from lrsurgery.report_cli import show_report
 
 app = typer.Typer(
     name="lrsurgery",
@@ -70,7 +67,6 @@ def root(
     """
 
 
-@app.command()
 def factorise(
     model: ModelArgument,
     rank: RankOption,
@@ -151,38 +147,16 @@ def factorise(
         svd, jobs, resume, not no_cache, keep_vectors,
     )  # fmt: skip
     if dry_run:
-        _show_report(screen, plan_checkpoint(model, options))
+        show_report(screen, plan_checkpoint(model, options))
         screen.say("Nothing was written; leave --dry-run out to do it.")
         return
     target = output or Path(_default_name(model, options.rank))
     report = screen.follow(iter_factorise(model, target, options, Team.of_environment()), "factorise")
-    _show_report(screen, report, output=str(target))
+    show_report(screen, report, output=str(target))
     screen.say(f"Written to {target}")
     screen.say(f"Next: lrsurgery report {shlex.quote(str(target))}")
 
 
-@app.command()
-def report(
-    folder: FolderArgument,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Show what was done to each layer of a factorised model.
-
-    [bold]Examples[/bold]
-
-      lrsurgery report gpt2-rank-0.5
-
-      lrsurgery report gpt2-rank-0.5 --json | jq .totals
-    """
-    screen = make_screen(quiet, as_json)
-    from lrsurgery.reading import read_report
-
-    _show_report(screen, read_report(folder))
-
-
-@app.command()
 def export(
     folder: FolderArgument,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Output folder.", show_default=False)],
@@ -209,7 +183,6 @@ def export(
     screen.say(f"Written to {output}")
 
 
-@app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Remove every entry.")] = False,
     as_json: JsonOption = False,
@@ -237,17 +210,8 @@ def cache(
     screen.show(f"{kept.folder}: {entries} entries, {size / 1e6:.1f} MB")
 
 
-app.command()(training_cli.finetune)
-app.command()(training_cli.evaluate)
-
-
-def _show_report(screen: Screen, found: Report, **facts: Any) -> None:
-    from lrsurgery.console import kept_table, layer_table, totals_lines
-
-    screen.emit({**facts, **found.to_dict()})
-    screen.show(layer_table(found), "", *([kept_table(found), ""] if found.dense else []), *totals_lines(found))
-    for note in found.notes:
-        screen.say(f"Note: {note}")
+for command in (factorise, training_cli.finetune, training_cli.evaluate, report_cli.report, export, cache):
+    app.command()(command)
 
 
 def _default_name(model: str, rank: Any) -> str:

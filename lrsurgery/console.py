@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -15,7 +14,6 @@ from rich.table import Table
 
 if TYPE_CHECKING:
     from lrsurgery.callbacks import Event
-    from lrsurgery.report import Report, Row
 
 Result = TypeVar("Result")
 PIPED_WIDTH = 160  # lines of a pipe or a file need not fold at rich's 80
@@ -148,57 +146,3 @@ def _drain(steps: Generator[Any, None, Result], show: Callable[[Any], None]) -> 
             show(next(steps))
         except StopIteration as stop:
             return stop.value  # type: ignore[no-any-return]
-
-
-def layer_table(report: Report) -> Table:
-    """The factorised layers; rank, full rank and parameter share side by side, since tools differ in what 0.5 means."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layer", overflow="fold")
-    measured = any(row.relative_error is not None for row in report.factorised)
-    headers = ("shape", "rank", "full", "before", "after", "kept", *(("energy", "error") if measured else ()))
-    for header in headers:
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in report.factorised:
-        after = row.parameters_after
-        cells = [
-            row.name, "x".join(map(str, row.shape)), str(row.rank or "?"), str(row.full_rank),
-            f"{row.parameters_before:,}", "?" if after is None else f"{after:,}", _share(row),
-        ]  # fmt: skip
-        table.add_row(*cells, *((_percent(row.energy_kept), _percent(row.relative_error)) if measured else ()))
-    return table
-
-
-def kept_table(report: Report) -> Table:
-    """The layers that stay dense, by reason."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("layers", justify="right")
-    table.add_column("stay dense because", overflow="fold")
-    table.add_column("such as", overflow="fold")
-    counts = Counter(row.reason for row in report.dense)
-    for reason, count in counts.most_common():
-        first = next(row.name for row in report.dense if row.reason == reason)
-        table.add_row(str(count), reason or "", first)
-    return table
-
-
-def totals_lines(report: Report) -> list[str]:
-    """Parameters and bytes, before and after."""
-    totals = report.to_dict()["totals"]
-    lines = [f"{totals['layers_factorised']} layers factorised, {totals['layers_dense']} stay dense"]
-    after = totals["parameters_after"]
-    if after is None:
-        lines.append(f"parameters: {totals['parameters_before']:,} before")
-    else:
-        lines.append(f"parameters: {totals['parameters_before']:,} -> {after:,} ({totals['share']:.1%})")
-    if totals["bytes_before"] and totals["bytes_after"]:
-        share = totals["bytes_after"] / totals["bytes_before"]
-        lines.append(f"bytes:      {totals['bytes_before']:,} -> {totals['bytes_after']:,} ({share:.1%})")
-    return lines
-
-
-def _share(row: Row) -> str:
-    return "" if row.parameters_after is None else f"{row.parameters_after / row.parameters_before:.1%}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2%}"

@@ -123,3 +123,14 @@ def copy_companions(source: Source, stage: Path) -> list[str]:
             shutil.copyfile(inside(source.folder, file), stage / file.name)
             copied.append(file.name)
     return copied
+
+
+def replace_file(file: Path, content: str | bytes) -> None:
+    """Writes one file, whole or not at all. Raises OutputError where that cannot be done."""
+    partial = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        partial.replace(file)
+    except OSError as e:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{file}: cannot be written ({e.strerror or e})") from e
