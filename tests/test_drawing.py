@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -146,7 +147,7 @@ def test_a_sparkline_keeps_the_order(values: list[float]) -> None:
     heights = [BARS.index(bar) for bar in drawn]
     assert len(heights) == count
     pairs = list(zip(picked, heights, strict=True))
-    for (a, x), (b, y) in zip(pairs, pairs[1:], strict=False):
+    for (a, x), (b, y) in itertools.pairwise(pairs):
         assert (a - b) * (x - y) >= 0
     if max(picked) > min(picked):
         assert heights[picked.index(max(picked))] == len(BARS) - 1
