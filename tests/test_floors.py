@@ -11,7 +11,7 @@ FLOORS = {
     4: {"cli", "report_cli", "training_cli", "tables", "arguments", "console", "__main__"},
     3: {
         *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "rows", "cards"),
-        *("reading", "profiles", "history", "markdown", "plots"),
+        *("reading", "profiles", "history", "markdown", "plots", "page"),
         *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
     },

@@ -1,0 +1,129 @@
+// Tables whose every header sorts, and the downloads.
+
+const CHUNK = 100; // rows put in at once: the first ones are there before a thousand are
+const order = new Intl.Collator("en", { numeric: true }); // h.2 before h.10
+
+/**
+ * columns [{key, label, group, value(row) -> number | text | null, format, cell(row, value) -> node, title}]; those without any value
+ * are left out. Returns {box, table, rows(list), flush(), columns, row(one)}.
+ */
+function dataTable({ columns, rows, caption, name, onRow }) {
+  columns = columns.filter((column) => rows.some((row) => known(column.value(row))));
+  for (const column of columns) column.numeric = rows.every((row) => !known(column.value(row)) || typeof column.value(row) === "number");
+  const body = html("tbody");
+  const made = new Map();
+  let current = rows;
+  let shown = rows;
+  let sorting = { column: null, down: false };
+  let pending = 0;
+
+  const build = (row) => {
+    if (!made.has(row)) made.set(row, html("tr", onRow ? { class: "opens" } : {}, columns.map((column, i) => cellOf(column, row, i === 0))));
+    return made.get(row);
+  };
+  const put = (from, count) => body.append(...shown.slice(from, from + count).map(build));
+  const rest = (from) => {
+    if (from >= shown.length) { pending = 0; return; }
+    pending = setTimeout(() => { put(from, CHUNK); rest(from + CHUNK); }, 0);
+  };
+  const flush = () => {
+    clearTimeout(pending);
+    pending = 0;
+    if (shown.some((row) => !made.has(row) || !made.get(row).isConnected)) body.replaceChildren(...shown.map(build));
+  };
+  const draw = () => {
+    clearTimeout(pending);
+    shown = current;
+    const { column, down } = sorting;
+    if (column) {
+      const compare = column.numeric ? (a, b) => a - b : (a, b) => order.compare(String(a), String(b));
+      shown = [...current].sort((one, other) => {
+        const [a, b] = [column.value(one), column.value(other)];
+        if (!known(a) || !known(b)) return Number(known(b)) - Number(known(a)); // what is unknown comes last, either way
+        return down ? compare(b, a) : compare(a, b);
+      });
+    }
+    body.replaceChildren();
+    put(0, CHUNK);
+    rest(CHUNK);
+  };
+  const heads = columns.map((column) => {
+    const turn = () => {
+      const same = sorting.column === column;
+      sorting = same && sorting.down ? { column: null, down: false } : { column, down: same };
+      for (const [i, head] of heads.entries()) {
+        if (columns[i] === sorting.column) head.setAttribute("aria-sort", sorting.down ? "descending" : "ascending");
+        else head.removeAttribute("aria-sort");
+      }
+      draw();
+    };
+    const spoken = column.group ? `${column.group} ${column.label}` : column.label;
+    return html("th", { scope: "col", "data-key": column.key, class: column.numeric && !column.drawn ? "n" : null },
+      html("button", { type: "button", title: column.title, "aria-label": `${spoken}, sort`, on: { click: turn } }, column.label));
+  });
+  if (onRow) body.addEventListener("click", (event) => {
+    const tr = event.target.closest("tr.opens");
+    if (!tr || String(window.getSelection())) return; // selecting text to copy is no click
+    for (const [row, node] of made) if (node === tr) onRow(row, node);
+  });
+  const head = html("thead", {}, groupsOf(columns), html("tr", {}, heads));
+  const table = html("table", { id: name }, caption && html("caption", {}, caption), head, body);
+  draw();
+  return {
+    box: html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption || "table" }, table),
+    columns, flush, row: build,
+    shown: () => shown,
+    rows(list) { current = list; draw(); },
+    forget() { made.clear(); draw(); },
+  };
+}
+
+function groupsOf(columns) {
+  if (!columns.some((column) => column.group)) return null;
+  const cells = [];
+  for (let i = 0; i < columns.length;) {
+    let end = i + 1;
+    while (end < columns.length && columns[i].group && columns[end].group === columns[i].group) end += 1;
+    cells.push(columns[i].group ? html("th", { colspan: end - i, scope: "colgroup", class: "group" }, html("span", {}, columns[i].group)) : html("td"));
+    i = end;
+  }
+  return html("tr", { class: "groups" }, cells);
+}
+
+function cellOf(column, row, first) {
+  const value = column.value(row);
+  const number = typeof value === "number";
+  const content = column.cell ? column.cell(row, value) : known(value) ? (number ? (column.format || show.number)(value) : String(value)) : "";
+  return html(first ? "th" : "td", {
+    scope: first ? "row" : null, class: number || column.numeric ? "n" : null, "data-key": column.key, "data-value": known(value) && !column.drawn ? value : null,
+  }, content);
+}
+
+/** A plain list of facts: [[term, node or text], ...], empty ones left out. */
+function facts(pairs) {
+  const there = pairs.filter(([, value]) => known(value) && value !== "");
+  return there.length ? html("dl", { class: "facts" }, there.map(([term, value]) => html("div", {}, html("dt", {}, term), html("dd", {}, value)))) : null;
+}
+
+// ---- downloads -----------------------------------------------------------------------------------------------------
+
+function csvOf(columns, rows) {
+  const field = (value) => {
+    if (!known(value)) return "";
+    if (typeof value === "number") return String(value);
+    const text = /^[=+\-@\t\r]/.test(value) ? `'${value}` : value; // a spreadsheet would run it as a formula
+    return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
+  };
+  const plain = columns.filter((column) => !column.drawn);
+  const lines = [plain.map((column) => column.key), ...rows.map((row) => plain.map((column) => field(column.value(row))))];
+  return lines.map((line) => line.join(",")).join("\r\n") + "\r\n";
+}
+
+function save(text, type, name) {
+  const address = URL.createObjectURL(new Blob([text], { type }));
+  const link = html("a", { href: address, download: name });
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(address), 10000);
+}
+
+const fileName = (ending) => `${String(report.name || "report").replace(/[^\w.-]+/g, "_")}.${ending}`;
