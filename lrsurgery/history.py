@@ -36,13 +36,20 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {
         "name": folder.resolve().name,
         "settings": {**settings, "rank": list(recipe.rank), "steps": steps},
-        "stages": stages_of(evaluated, evaluated[-1]["stage"]) if evaluated else {},
-        "evaluations": [{"step": r["step"], "stage": r["stage"], **r["eval"]} for r in evaluated],
+        "stages": {stage: _quality(values) for stage, values in stages_of(evaluated, evaluated[-1]["stage"]).items()}
+        if evaluated
+        else {},
+        "evaluations": [{"step": r["step"], "stage": r["stage"], **_quality(r["eval"])} for r in evaluated],
         "losses": [
             {"step": r["step"], "loss": r["loss"], "lr": r.get("learning_rate")} for r in records if "loss" in r
         ],
         "layers": _layers(evaluated),
     }
+
+
+def _quality(values: dict[str, float]) -> dict[str, float]:
+    """The figures without the number of positions that they are of."""
+    return {name: value for name, value in values.items() if name != "scored"}
 
 
 def _layers(evaluated: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

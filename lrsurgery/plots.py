@@ -198,7 +198,11 @@ def _training(figure: Any, runs: Sequence[Mapping[str, Any]]) -> None:
             if layers:
                 means = [sum(v) / len(v) for v in zip(*(layer[measure] for layer in layers), strict=True)]
                 ax.plot(layers[0]["step"], means, style, color=colour, marker="o", markersize=2)
-    titles = ("Loss, evaluation", "Loss, training", *(f"{panel.replace('_', ' ').capitalize()}, mean" for panel in panels))
+    titles = (
+        "Loss, evaluation",
+        "Loss, training",
+        *(f"{panel.replace('_', ' ').capitalize()}, mean" for panel in panels),
+    )
     for ax, title in zip(flat, titles, strict=True):
         ax.set(title=title, xlabel="step")
     figure.legend(*flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

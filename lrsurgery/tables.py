@@ -109,10 +109,11 @@ def dense_table(rows: Sequence[Row], width: int = 160) -> Table:
     for row in rows:
         assert row.before is not None
         rung = next((rung for rung in row.ladder or () if rung.rank == SHOWN), None)
+        energy, error = _kept(row)
         ranks = [f"{number:.1f}" for number in (row.before.nuclear, row.before.entropy, row.before.stable)]
         table.add_row(
             row.name, *(("x".join(map(str, row.shape)),) if wide else ()), str(row.full_rank), str(row.break_even),
-            *ranks, *((_percent(rung.energy_kept), _percent(rung.relative_error)) if rung else ("", "")),
+            *ranks, _percent(energy), _percent(error),
             *((f"{rung.damage:.1f}" if rung else "",) if wide else ()), sparkline(_spectrum(row)),
         )  # fmt: skip
     table.caption = f"even: break-even rank; energy and error: at {SHOWN}"
@@ -122,18 +123,31 @@ def dense_table(rows: Sequence[Row], width: int = 160) -> Table:
 
 def block_table(rows: Sequence[Row], width: int = 160) -> Table:
     """Layers of one block in a line, ranges where they differ; a block is the name up to its first number."""
-    table = _table("layers", "rank", "kept", "energy", "error", first="block")
+    planned = any(row.status == "factorised" for row in rows)
+    table = _table("layers", *(("rank", "kept") if planned else ("full", "stable")), "energy", "error", first="block")
     for name, members in groupby(rows, key=lambda row: block_of(row.name)):
         group = list(members)
         before = sum(row.parameters_before for row in group)
         after = [row.parameters_after for row in group]
         share = "?" if None in after else f"{sum(n or 0 for n in after) / before:.1%}"
+        stable = _range([row.before.stable if row.before else None for row in group], "{:.1f}")
         table.add_row(
-            name, str(len(group)), _range([row.rank for row in group], "{:g}"), share,
-            _range([row.energy_kept for row in group], "{:.1%}"),
-            _range([row.relative_error for row in group], "{:.1%}"),
+            name, str(len(group)),
+            *((_range([row.rank for row in group], "{:g}"), share) if planned else
+              (_range([row.full_rank for row in group], "{:g}"), stable)),
+            _range([_kept(row)[0] for row in group], "{:.1%}"), _range([_kept(row)[1] for row in group], "{:.1%}"),
         )  # fmt: skip
+    if not planned:
+        table.caption, table.caption_justify = f"energy and error: at {SHOWN}", "left"
     return table
+
+
+def _kept(row: Row) -> tuple[float | None, float | None]:
+    """Energy kept and relative error, of a dense layer those of one rung."""
+    if row.status == "factorised":
+        return row.energy_kept, row.relative_error
+    rung = next((rung for rung in row.ladder or () if rung.rank == SHOWN), None)
+    return (rung.energy_kept, rung.relative_error) if rung else (None, None)
 
 
 def block_of(name: str) -> str:
