@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lrsurgery import __version__, report_cli, training_cli
+from lrsurgery import __version__, report_cli, study_cli, training_cli
 from lrsurgery.arguments import (
     DebugOption,
     FolderArgument,
@@ -210,7 +210,15 @@ def cache(
     screen.show(f"{kept.folder}: {entries} entries, {size / 1e6:.1f} MB")
 
 
-for command in (factorise, training_cli.finetune, training_cli.evaluate, report_cli.report, export, cache):
+for command in (
+    factorise,
+    training_cli.finetune,
+    training_cli.evaluate,
+    report_cli.report,
+    study_cli.study,
+    export,
+    cache,
+):
     app.command()(command)
 
 

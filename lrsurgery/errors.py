@@ -39,5 +39,9 @@ class TrainingError(SurgeryError):
     """A run that had to stop: what happened, at which step, what to try."""
 
 
+class StudyError(SurgeryError):
+    """A study whose folder or preparation cannot be used."""
+
+
 class Interrupted(Exception):
     """A run that was asked to stop, and has saved itself; the text says how to go on. The CLI exits with code 130."""

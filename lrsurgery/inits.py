@@ -46,6 +46,35 @@ def spectral_ones(
     return direction_factors(weight, rank, **effort)
 
 
+def spectral_shuffled(
+    weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any
+) -> Decomposed:
+    """A control: the leading singular directions with their own values in random order, so with the same norm."""
+    found = direction_factors(weight, rank, **effort)
+    u, v = found.factors
+    order = torch.randperm(u.shape[1], generator=generator).to(u.device)
+    root = found.values[: u.shape[1]].to(u.dtype)[order].sqrt()
+    return found._replace(factors=Factors(u * root, root[:, None] * v))
+
+
+def random_directions(
+    weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any
+) -> Decomposed:
+    """A control: the leading singular values of the weight with random orthonormal directions (Haar)."""
+    rows, columns = weight.shape
+    known = effort.get("known")
+    values = known.values if known is not None else singular_values(weight)
+    rank = rank(values) if callable(rank) else rank
+    # drawn on the CPU in fp32, as in `he`; the sign of R's diagonal makes QR's Q uniform (Mezzadri 2007)
+    bases = []
+    for size in (rows, columns):
+        q, r = torch.linalg.qr(torch.randn(size, rank, generator=generator))
+        bases.append((q * r.diagonal().sign()).to(weight.device, working_dtype(weight.dtype)))
+    root = values[:rank].to(bases[0]).sqrt()
+    factors = Factors(bases[0] * root, root[:, None] * bases[1].T)
+    return Decomposed(factors, values, float(values.double().square().sum()))
+
+
 def he(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any) -> Decomposed:
     """Normal factors whose product has the variance 2 / fan_in of a dense He-initialised layer (He et al. 2015).
 
@@ -65,7 +94,15 @@ def he(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Genera
     return Decomposed(factors, values, float(values.double().square().sum()))
 
 
-INITS: dict[str, Init] = {"spectral": spectral, "spectral-ones": spectral_ones, "he": he}
+INITS: dict[str, Init] = {
+    "spectral": spectral,
+    "spectral-ones": spectral_ones,
+    "spectral-shuffled": spectral_shuffled,
+    "random-directions": random_directions,
+    "he": he,
+}
+
+WITHOUT_DIRECTIONS = ("random-directions", "he")  # whose factors have nothing of the weight's own
 
 
 def get_init(name: str) -> Init:

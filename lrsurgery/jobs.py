@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lrsurgery.checkpoints import Entry
 from lrsurgery.errors import SurgeryError, WeightError
+from lrsurgery.inits import WITHOUT_DIRECTIONS
 from lrsurgery.layers import KINDS, factor_weights
 from lrsurgery.options import DTYPES, Options, pick_device
 from lrsurgery.pieces import Piece, load_piece, save_piece
@@ -88,6 +89,8 @@ class Decomposer:
                 check_overflow(factor, row.name)
         kind = KINDS[settled.kind]
         measured = measured_row(settled, kind.to_matrix(dense), kind.to_matrices(u, v), result)
+        if self._options.init in WITHOUT_DIRECTIONS:
+            measured = replace(measured, energy_kept=None, spectral_error=None)
         return Piece({**facts, "rank": settled.rank, "row": measured.to_dict()}, {"u": u.cpu(), "v": v.cpu()})
 
 

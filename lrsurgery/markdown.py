@@ -20,7 +20,7 @@ def markdown(report: Report) -> str:
     lines += ["", *(f"> {_text(note)}\n" for note in report.notes)]
     if body["ladder"]:
         lines += ["## What each rank would keep", ""]
-        lines += _table(
+        lines += table_lines(
             ("`--rank`", "layers", "parameters", "share", "energy kept", "relative error", "predicted damage"),
             (
                 (rung["rank"], rung["layers"], rung["parameters"], _percent(rung["share"]),
@@ -34,7 +34,7 @@ def markdown(report: Report) -> str:
     staying = [row for row in body["layers"] if row["status"] == "dense" and row["reason"]]
     if staying:
         lines += ["## Layers that stay dense", ""]
-        lines += _table(
+        lines += table_lines(
             ("layer", "kind", "shape", "parameters", "reason"),
             (
                 (row["name"], row["kind"], _shape(row["shape"]), row["parameters_before"], row["reason"])
@@ -83,7 +83,7 @@ def _layers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "predicted damage": lambda row: _number(row["damage"]) + (" (high)" if row["damage_high"] else ""),
     }
     used = {name: cell for name, cell in columns.items() if any(cell(row) not in (None, "") for row in rows)}
-    return _table(tuple(used), (tuple(cell(row) for cell in used.values()) for row in rows))
+    return table_lines(tuple(used), (tuple(cell(row) for cell in used.values()) for row in rows))
 
 
 def _rank_of(when: str, measure: str) -> Any:
@@ -92,7 +92,7 @@ def _rank_of(when: str, measure: str) -> Any:
 
 def _training(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     known = [q for q in QUALITIES if any(q in e for run in runs for e in run["evaluations"])]
-    return _table(
+    return table_lines(
         ("run", "decay", "strength", "learning rate", "step", "stage", *known),
         (
             (run["name"], run["settings"]["decay"], _number(run["settings"]["decay_strength"]),
@@ -107,7 +107,7 @@ def _bench(bench: Mapping[str, Any]) -> list[str]:
     return [
         f"{machine}.",
         "",
-        *_table(
+        *table_lines(
             ("work", "batch", "length", "median ms", "p95 ms", "per second", "speedup", "95% interval", "ideal"),
             (
                 (r["work"], r["batch"], r["length"], _number(r["median_ms"]), _number(r["p95_ms"]),
@@ -119,7 +119,8 @@ def _bench(bench: Mapping[str, Any]) -> list[str]:
     ]  # fmt: skip
 
 
-def _table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def table_lines(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """A Markdown table, and an empty line after it; cells are text, not Markdown."""
     lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
     for row in rows:
         cells = ("" if cell is None else f"{cell:,}" if isinstance(cell, int) else _text(str(cell)) for cell in row)

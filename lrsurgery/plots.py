@@ -31,19 +31,9 @@ def draw(report: Report, folder: Path, *, overwrite: bool = False) -> list[Path]
     Raises OutputError where there is nothing to draw, where a file exists and `overwrite` is False, or where the folder
     cannot be written. Nothing is written then.
     """
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     drawn: dict[Path, bytes] = {}
-    with mpl.rc_context(STYLE):
-        for name, fill, size in _figures(report):
-            figure = Figure(figsize=size, layout="constrained")
-            fill(figure)
-            for ending in ("svg", "png"):
-                data = BytesIO()
-                # no date, so that the same report gives the same file
-                figure.savefig(data, format=ending, dpi=DPI, metadata={"Date": None} if ending == "svg" else None)
-                drawn[folder / f"{name}.{ending}"] = data.getvalue()
+    for name, fill, size in _figures(report):
+        drawn |= {folder / file: content for file, content in rendered(name, fill, size).items()}
     if not drawn:
         raise OutputError(f"{report.name}: the report has nothing to draw: no spectra and no training")
     for file in drawn:
@@ -59,6 +49,22 @@ def draw(report: Report, folder: Path, *, overwrite: bool = False) -> list[Path]
 
 
 Fill = Callable[[Any], None]  # draws on a matplotlib Figure
+
+
+def rendered(name: str, fill: Fill, size: tuple[float, float]) -> dict[str, bytes]:
+    """A figure of this size in inches as NAME.svg and NAME.png; the same figure gives the same bytes."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    drawn = {}
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        fill(figure)
+        for ending in ("svg", "png"):
+            data = BytesIO()
+            figure.savefig(data, format=ending, dpi=DPI, metadata={"Date": None} if ending == "svg" else None)
+            drawn[f"{name}.{ending}"] = data.getvalue()
+    return drawn
 
 
 def _figures(report: Report) -> Iterator[tuple[str, Fill, tuple[float, float]]]:

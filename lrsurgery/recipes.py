@@ -154,6 +154,17 @@ class Recipe(DataOptions):
 
 def read_recipe(file: Path) -> dict[str, Any]:
     """The settings of a recipe file, checked by name. Raises RecipeError."""
+    body = read_yaml(file)
+    settings = {key.replace("-", "_"): value for key, value in body.items() if key != "made_with"}
+    try:
+        Recipe().merged(settings)
+    except RecipeError as e:
+        raise RecipeError(f"{file}: {e}") from e
+    return settings
+
+
+def read_yaml(file: Path) -> dict[str, Any]:
+    """A YAML file of named values. Raises RecipeError where it is missing or anything else."""
     import yaml
 
     try:
@@ -164,12 +175,7 @@ def read_recipe(file: Path) -> dict[str, Any]:
         raise RecipeError(f"{file}: not a recipe ({' '.join(str(e).split())})") from e
     if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
         raise RecipeError(f"{file}: not a recipe; write one 'setting: value' a line")
-    settings = {key.replace("-", "_"): value for key, value in body.items() if key != "made_with"}
-    try:
-        Recipe().merged(settings)
-    except RecipeError as e:
-        raise RecipeError(f"{file}: {e}") from e
-    return settings
+    return body
 
 
 def write_recipe(recipe: Recipe, file: Path, versions: Mapping[str, str]) -> None:

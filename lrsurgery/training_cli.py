@@ -208,18 +208,7 @@ def finetune(
       torchrun --nproc-per-node 8 -m lrsurgery finetune gpt2-rank-0.5 --data train.txt --output gpt2-healed
     """
     values = locals()
-    not_settings = (
-        "output",
-        "recipe",
-        "setting",
-        "resume",
-        "keep_checkpoints",
-        "overwrite",
-        "as_json",
-        "quiet",
-        "debug",
-    )
-    given = {key: value for key, value in values.items() if key not in not_settings and value not in (None, [], False)}
+    given = {key: value for key, value in values.items() if key not in NOT_SETTINGS and value not in (None, [], False)}
     given |= {key: False for key in ("augment",) if values[key] is False}
     if setting:
         given["set"] = dict(_key_value(text) for text in setting)

@@ -44,7 +44,8 @@ def test_factorise_report_export_in_real_processes(model: Path, tmp_path: Path) 
     assert "import lrsurgery.hf" in (folder / "README.md").read_text()
 
     shown = program("report", folder, "--json")
-    assert json.loads(shown.stdout) == json.loads((folder / "rank_report.json").read_text())
+    written = json.loads((folder / "rank_report.json").read_text())
+    assert json.loads(shown.stdout) == {**written, "name": folder.name}
 
     refused = program("factorise", model, "--rank", "0.5", cwd=tmp_path)
     assert refused.returncode == 2

@@ -8,10 +8,10 @@ from pathlib import Path
 import lrsurgery
 
 FLOORS = {
-    4: {"cli", "report_cli", "training_cli", "tables", "arguments", "console", "__main__"},
+    4: {"cli", "report_cli", "study_cli", "training_cli", "tables", "arguments", "console", "__main__"},
     3: {
         *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "rows", "cards"),
-        *("reading", "profiles", "history", "markdown", "plots", "page"),
+        *("reading", "profiles", "history", "markdown", "plots", "page", "studies", "findings"),
         *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
     },

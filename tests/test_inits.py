@@ -35,6 +35,22 @@ def test_spectral_ones_keeps_directions_only(weight: torch.Tensor) -> None:
     assert torch.allclose(u @ v, left[:, :20] @ right[:20], atol=1e-4)
 
 
+def test_the_controls_keep_values_or_directions_alone(weight: torch.Tensor) -> None:
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    products = {}
+    for name in ("spectral-shuffled", "random-directions"):
+        (u, v), *_ = INITS[name](weight, 20, fan_in=100, generator=layer_generator(0, "a"))
+        products[name] = u @ v
+        found = torch.linalg.svdvals(u @ v)
+        assert torch.allclose(found[:20], values[:20], rtol=1e-4)
+    core = left[:, :20].T @ products["spectral-shuffled"] @ right[:20].T
+    assert torch.allclose(core, torch.diag(core.diagonal()), atol=1e-4)  # the same directions
+    assert torch.allclose(core.diagonal().sort(descending=True).values, values[:20], rtol=1e-4)
+    assert not torch.allclose(core.diagonal(), values[:20], rtol=0.1)
+    shared = left[:, :20].T @ products["random-directions"] @ right[:20].T
+    assert float(shared.norm()) < 0.5 * float(values[:20].norm())  # what chance leaves of 20 of 60 and of 100
+
+
 def test_he_matches_the_variance_of_a_dense_layer() -> None:
     (u, v), *_ = INITS["he"](torch.zeros(600, 800), 200, fan_in=800, generator=layer_generator(0, "a"))
     assert float((u @ v).var()) == pytest.approx(2 / 800, rel=0.05)
@@ -50,5 +66,5 @@ def test_seed_and_name_decide_he_alone(weight: torch.Tensor) -> None:
 
 
 def test_unknown_init_lists_the_known() -> None:
-    with pytest.raises(SurgeryError, match="spectral, spectral-ones, he"):
+    with pytest.raises(SurgeryError, match="spectral, spectral-ones, spectral-shuffled, random-directions, he"):
         get_init("xavier")

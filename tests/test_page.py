@@ -20,7 +20,12 @@ def spectrum(full: int, slope: float, cut: int | None = None) -> dict[str, Any]:
 
 def effective(draw: random.Random, full: int) -> dict[str, Any]:
     share = draw.uniform(0.3, 0.6)
-    return {"nuclear": full * share, "entropy": full * (share + 0.2), "stable": full * share**3, "condition": 1e3 * share}
+    return {
+        "nuclear": full * share,
+        "entropy": full * (share + 0.2),
+        "stable": full * share**3,
+        "condition": 1e3 * share,
+    }
 
 
 def factorised(draw: random.Random, name: str, rows: int, columns: int) -> dict[str, Any]:
@@ -50,7 +55,15 @@ def dense(name: str, rows: int, columns: int, reason: str) -> dict[str, Any]:
     size = rows * columns
     layer = dict.fromkeys(factorised(random.Random(0), name, rows, columns))
     same = {"parameters_before": size, "parameters_after": size, "flops_before": 2 * size, "flops_after": 2 * size}
-    return {**layer, "name": name, "kind": "linear", "shape": [rows, columns], "status": "dense", "reason": reason, **same}
+    return {
+        **layer,
+        "name": name,
+        "kind": "linear",
+        "shape": [rows, columns],
+        "status": "dense",
+        "reason": reason,
+        **same,
+    }
 
 
 def training_run(name: str, decay: str, shift: float, names: list[str]) -> dict[str, Any]:
@@ -60,7 +73,9 @@ def training_run(name: str, decay: str, shift: float, names: list[str]) -> dict[
     def loss(step: int) -> float:
         return 3.6 + shift + (1.2 * math.exp(-(step - 100) / 90) if step >= 100 else -0.1)
 
-    stages = [(step, "dense") for step in steps if step <= 100] + [(step, "factorised") for step in steps if step >= 100]
+    stages = [(step, "dense") for step in steps if step <= 100] + [
+        (step, "factorised") for step in steps if step >= 100
+    ]
     evaluations = [
         {"step": step, "stage": stage, "loss": at, "perplexity": math.exp(at), "top1": 0.9 - at / 10}
         for step, stage in stages
@@ -118,7 +133,9 @@ def bench() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def surgery_body(blocks: int, name: str = "gpt2-half", first: str | None = None, trained: bool = True) -> dict[str, Any]:
+def surgery_body(
+    blocks: int, name: str = "gpt2-half", first: str | None = None, trained: bool = True
+) -> dict[str, Any]:
     """A model after surgery, healed and timed: four layers a block and two outside of them."""
     draw = random.Random(blocks)
     layers = [
@@ -158,7 +175,19 @@ def profile_body(blocks: int) -> dict[str, Any]:
     body = surgery_body(blocks, "gpt2", trained=False)
     shares = dict(zip(LADDER, (0.42, 0.66, 0.9, 0.5), strict=True))
     for layer in body["layers"]:
-        for key in ("rank", "parameters_after", "energy_kept", "relative_error", "spectral_error", "after", "spectrum_after", "overlap", "flops_after", "damage", "damage_high"):
+        for key in (
+            "rank",
+            "parameters_after",
+            "energy_kept",
+            "relative_error",
+            "spectral_error",
+            "after",
+            "spectrum_after",
+            "overlap",
+            "flops_after",
+            "damage",
+            "damage_high",
+        ):
             layer[key] = None
         if layer["full_rank"]:
             layer["status"] = "dense"
@@ -167,7 +196,14 @@ def profile_body(blocks: int) -> dict[str, Any]:
                  "energy_kept": 1 - (1 - share) ** 2, "relative_error": 1 - share, "damage": 100 * (1 - share)}
                 for rank, share in shares.items()
             ]  # fmt: skip
-    totals = {**body["totals"], "parameters_after": None, "share": None, "bytes_after": None, "flops_after": None, "energy_kept": None}
+    totals = {
+        **body["totals"],
+        "parameters_after": None,
+        "share": None,
+        "bytes_after": None,
+        "flops_after": None,
+        "energy_kept": None,
+    }
     ladder = [
         {"rank": rank, "layers": 40 - i, "parameters": round(1e8 * share), "share": share, "energy_kept": 1 - (1 - share) ** 2,
          "relative_error": 1 - share, "damage": 100 * (1 - share)}
@@ -181,4 +217,12 @@ def runs_body() -> dict[str, Any]:
     names = ["transformer.h.0.mlp.c_fc", "transformer.h.0.attn.c_attn"]
     decays = ("frobenius", "l2", "none")
     runs = [training_run(f"decay-{decay}", decay, 0.1 + 0.1 * i, names) for i, decay in enumerate(decays)]
-    return {"format_version": 2, "about": "runs", "name": "three decays", "totals": None, "layers": [], "training": runs, "bench": None}
+    return {
+        "format_version": 2,
+        "about": "runs",
+        "name": "three decays",
+        "totals": None,
+        "layers": [],
+        "training": runs,
+        "bench": None,
+    }
