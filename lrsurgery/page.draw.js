@@ -48,8 +48,10 @@ const show = {
     const size = Math.abs(value);
     if (size === 0) return "0";
     if (size < 1e-3 || size >= 1e7) return value.toExponential(1).replace(".0", "").replace(/e[+]?/, "\u2009e").replace("e-", "e\u2212");
-    return value.toLocaleString("en", size >= 1000 ? { maximumFractionDigits: 0 } : { maximumSignificantDigits: 3 });
+    if (size >= 1000) return value.toLocaleString("en", { maximumFractionDigits: 0 });
+    return value.toLocaleString("en", { maximumSignificantDigits: 3, minimumSignificantDigits: Number.isInteger(value) ? 1 : 3 });
   },
+  tick: (value) => (Math.abs(value) < 1e-3 || Math.abs(value) >= 1e3 ? show.number(value) : value.toLocaleString("en", { maximumSignificantDigits: 5 })),
   times: (value) => value.toFixed(2) + "\u00d7",
   degrees: (value) => value.toFixed(1) + "\u00b0",
 };
@@ -102,7 +104,7 @@ function ticksOf(low, high, log, wanted) {
   return found;
 }
 
-function axis(values, { log = false, min, max, format = show.number, pad = 0 }, from, to, wanted) {
+function axis(values, { log = false, min, max, format = show.tick, pad = 0 }, from, to, wanted) {
   let low = known(min) ? min : Math.min(...values);
   let high = known(max) ? max : Math.max(...values);
   if (low === high) { low = log ? low / 2 : low - (Math.abs(low) / 10 || 1); high = log ? high * 2 : high + (Math.abs(high) / 10 || 1); }

@@ -92,7 +92,7 @@ function layersSection() {
     tr.querySelector("button.layer").setAttribute("aria-expanded", "true");
     opened = { layer, tr, detail };
   };
-  const table = dataTable({ columns: layerColumns(open), rows: layers, caption: "Layers", name: "layers-table", onRow: open });
+  const table = dataTable({ columns: layerColumns(open), rows: layers, caption: "Layers", name: "layers-table", onRow: open, tall: true });
 
   const search = html("input", { type: "search", id: "layer-search", placeholder: "Filter by name", "aria-label": "Filter layers by name", autocomplete: "off", spellcheck: "false" });
   const statuses = ["factorised", "dense"].filter((status) => layers.some((layer) => layer.status === status));
@@ -111,7 +111,7 @@ function layersSection() {
   rank.addEventListener("change", () => { level = rank.value; close(); table.forget(); heat.draw(); });
   filter();
   window.addEventListener("beforeprint", table.flush);
-  table.box.addEventListener("click", (event) => { if (event.target.closest("thead")) close(); }, true);
+  table.table.tHead.addEventListener("click", close, true); // a detail stays with its row: before rows move, it goes
 
   const reveal = (layer) => {
     search.value = "";
@@ -125,7 +125,6 @@ function layersSection() {
   const heat = heatMap(layers, reveal);
   const tools = html("div", { class: "tools" }, search, statuses.length > 1 && status, offered.length > 1 && rank, count, html("span", { class: "gap" }),
     html("button", { type: "button", id: "download-csv", on: { click: () => save(csvOf(table.columns, table.shown()), "text/csv", fileName("csv")) } }, "Download CSV"));
-  table.box.classList.add("tall");
   return [
     section("layers", "Layers", html("p", { class: "lead" }, "One row a layer, in the model\u2019s order. Headers sort; a row opens its spectrum, energy curve and angles.",
       known(level) && html("span", { class: "muted" }, " Nothing has been changed yet: what depends on a rank is what the chosen one would give.")), tools, table.box),
@@ -269,7 +268,8 @@ function heatMap(layers, reveal) {
     };
     const at = new Map(placed.map(([layer, kind, block]) => [`${block} ${kind}`, layer]));
     const every = blocks.length > 40 ? 5 : 1;
-    const head = html("tr", {}, html("th", { scope: "col" }, "block"), blocks.map((block, i) => html("th", { scope: "col" }, i % every === 0 ? html("span", {}, String(block)) : null)));
+    const head = html("tr", {}, html("th", { scope: "col" }, "block"), blocks.filter((_, i) => i % every === 0).map((block, i) => (
+      html("th", { scope: "col", colspan: Math.min(every, blocks.length - every * i), class: every > 1 ? "start" : null }, String(block)))));
     const rows = kinds.map((kind) => html("tr", {}, html("th", { scope: "row" }, broken(kind)), blocks.map((block) => {
       const layer = at.get(`${block} ${kind}`);
       return layer ? cell(layer) : html("td", { class: "gone" });

@@ -26,7 +26,7 @@ function trainingSection() {
   const line = (i) => ({ paint: colour(i), line: dash(i) });
   const evaluated = metrics.map((key) => plot({
     title: capital(metricName(key)), note: `on the evaluation data; ${HIGHER_IS_BETTER.test(key) ? "higher" : "lower"} is better`,
-    marks: changes(runs, key), x: { label: "step", format: show.whole }, y: { format: HIGHER_IS_BETTER.test(key) ? (v) => `${Number((100 * v).toPrecision(3))}\u202f%` : show.number },
+    marks: changes(runs, key), x: { label: "step", format: show.whole }, y: HIGHER_IS_BETTER.test(key) ? { format: (v) => `${Number((100 * v).toPrecision(3))}\u202f%`, exact: show.share } : {},
     keyed: true, series: runs.map((run, i) => ({ name: run.name, ...line(i), dots: true, points: (run.evaluations || []).map((one) => [one.step, one[key]]) })),
   }));
   const losses = plot({
@@ -55,7 +55,7 @@ function runsTable(runs) {
   const plain = (value) => (known(value) && typeof value !== "number" && typeof value !== "string" ? JSON.stringify(value) : value ?? null);
   return dataTable({ rows: runs, caption: "Settings and results", name: "runs-table", columns: [
     { key: "name", label: "Run", value: (run) => run.name },
-    ...settings.map((key) => ({ key: `settings.${key}`, label: capital(words(key)), value: (run) => plain(run.settings && run.settings[key]) })),
+    ...settings.map((key) => ({ key: `settings.${key}`, label: capital(words(key)), format: show.tick, value: (run) => plain(run.settings && run.settings[key]) })),
     ...figures.flatMap((metric) => stages.map((stage) => ({
       key: `stages.${stage}.${metric}`, group: capital(metricName(metric)), label: stage, format: metricFormat(metric), value: (run) => run.stages?.[stage]?.[metric] ?? null }))),
   ] });
@@ -88,6 +88,9 @@ function dynamicsPlots(names, quantities) {
   return drawn.length ? [legend(lines), html("div", { class: "plots small" }, drawn)] : null;
 }
 
+/** Viridis without the end that the background would swallow. */
+const shade = (at) => `light-dark(${viridis(0.85 * at)}, ${viridis(0.25 + 0.75 * at)})`;
+
 /** A layer's singular values at up to six of the steps, one plot a run. */
 function spectraOver(name) {
   return report.training.map((run) => {
@@ -98,7 +101,7 @@ function spectraOver(name) {
     const picked = [...new Set(Array.from({ length: wanted }, (_, i) => Math.round((i * (values.length - 1)) / Math.max(1, wanted - 1))))];
     return plot({
       title: "Singular values over training", note: run.name, height: 200, x: { label: "position", format: show.whole }, y: { log: true }, keyed: true,
-      series: picked.map((at, i) => ({ name: `step ${show.whole(layer.step[at])}`, paint: viridis(0.85 * (i / Math.max(1, picked.length - 1))), points: index.map((place, k) => [place, values[at][k]]) })),
+      series: picked.map((at, i) => ({ name: `step ${show.whole(layer.step[at])}`, paint: shade(i / Math.max(1, picked.length - 1)), points: index.map((place, k) => [place, values[at][k]]) })),
     });
   });
 }
@@ -164,7 +167,7 @@ function benchLayers(layers) {
   return [html("h3", {}, "Layer by layer"),
     html("p", {}, slower.length ? [`${show.whole(shown.length)} ${shown.length === 1 ? "layer is" : "layers are"} slower factorised than dense on this machine: `,
       ...shown.slice(0, 8).flatMap((name, i) => [i ? ", " : "", html("code", {}, name)]), shown.length > 8 ? ` and ${shown.length - 8} more; the table has them all.` : "."] : "No layer was measured to be slower factorised than dense."),
-    dataTable({ rows: layers, caption: "Layers of one shape and rank are timed once", name: "bench-layers-table", columns: [
+    dataTable({ rows: layers, caption: "By shape and rank", name: "bench-layers-table", columns: [
       { key: "names", label: "Layers", value: (row) => row.names.join(" "), cell: (row) => listed(row.names) },
       { key: "kind", label: "Kind", value: (row) => row.kind ?? null },
       { key: "shape", label: "Shape", value: (row) => (row.shape || []).join(" \u00d7 ") || null },

@@ -1,13 +1,13 @@
 // Tables whose every header sorts, and the downloads.
 
-const CHUNK = 100; // rows put in at once: the first ones are there before a thousand are
+const CHUNK = 100; // rows of a tall table put in at once: all of a thousand would make each sort wait for their layout
 const order = new Intl.Collator("en", { numeric: true }); // h.2 before h.10
 
 /**
  * columns [{key, label, group, value(row) -> number | text | null, format, cell(row, value) -> node, title}]; those without any value
- * are left out. Returns {box, table, rows(list), flush(), columns, row(one)}.
+ * are left out. A tall table scrolls in its own box, and gets its rows as they are scrolled to. Returns {box, table, columns, row(one), shown(), rows(list), flush(), forget()}.
  */
-function dataTable({ columns, rows, caption, name, onRow }) {
+function dataTable({ columns, rows, caption, name, onRow, tall = false }) {
   columns = columns.filter((column) => rows.some((row) => known(column.value(row))));
   for (const column of columns) column.numeric = rows.every((row) => !known(column.value(row)) || typeof column.value(row) === "number");
   const body = html("tbody");
@@ -15,24 +15,17 @@ function dataTable({ columns, rows, caption, name, onRow }) {
   let current = rows;
   let shown = rows;
   let sorting = { column: null, down: false };
-  let pending = 0;
+  let next = 0; // the first row that is not in the table yet
 
   const build = (row) => {
     if (!made.has(row)) made.set(row, html("tr", onRow ? { class: "opens" } : {}, columns.map((column, i) => cellOf(column, row, i === 0))));
     return made.get(row);
   };
-  const put = (from, count) => body.append(...shown.slice(from, from + count).map(build));
-  const rest = (from) => {
-    if (from >= shown.length) { pending = 0; return; }
-    pending = setTimeout(() => { put(from, CHUNK); rest(from + CHUNK); }, 0);
-  };
-  const flush = () => {
-    clearTimeout(pending);
-    pending = 0;
-    if (shown.some((row) => !made.has(row) || !made.get(row).isConnected)) body.replaceChildren(...shown.map(build));
+  const put = (count) => {
+    body.append(...shown.slice(next, next + count).map(build));
+    next += count;
   };
   const draw = () => {
-    clearTimeout(pending);
     shown = current;
     const { column, down } = sorting;
     if (column) {
@@ -44,8 +37,9 @@ function dataTable({ columns, rows, caption, name, onRow }) {
       });
     }
     body.replaceChildren();
-    put(0, CHUNK);
-    rest(CHUNK);
+    next = 0;
+    put(tall ? CHUNK : shown.length);
+    box.scrollTop = 0;
   };
   const heads = columns.map((column) => {
     const turn = () => {
@@ -67,11 +61,13 @@ function dataTable({ columns, rows, caption, name, onRow }) {
     for (const [row, node] of made) if (node === tr) onRow(row, node);
   });
   const head = html("thead", {}, groupsOf(columns), html("tr", {}, heads));
-  const table = html("table", { id: name }, caption && html("caption", {}, caption), head, body);
+  const box = html("div", { class: tall ? "scroll tall" : "scroll", tabindex: "0", role: "region", "aria-label": caption });
+  const table = html("table", { id: name }, html("caption", {}, caption), head, body);
+  box.append(table);
+  if (tall) box.addEventListener("scroll", () => { if (next < shown.length && box.scrollTop + 2 * box.clientHeight > box.scrollHeight) put(CHUNK); });
   draw();
   return {
-    box: html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption || "table" }, table),
-    columns, flush, row: build,
+    box, table, columns, row: build, flush: () => put(shown.length),
     shown: () => shown,
     rows(list) { current = list; draw(); },
     forget() { made.clear(); draw(); },
