@@ -720,7 +720,9 @@ def test_paper_is_light_and_has_all_rows_and_no_controls(thousand: dict[str, Any
       const box = one("#layers .tall");
       const controls = all("button, input, nav").filter((node) => shown(node) && !node.closest("th"));
       return { rows: rows().length, controls: controls.length,
-        whole: box.scrollHeight <= box.clientHeight + 1, back: getComputedStyle(document.body).backgroundColor };
+        whole: box.scrollHeight <= box.clientHeight + 1, back: getComputedStyle(document.body).backgroundColor,
+        ink: getComputedStyle(document.body).color };
     """
     found = look(html_page(thousand), script, 1040, "print")
-    assert found == {"rows": len(thousand["layers"]), "controls": 0, "whole": True, "back": "rgb(255, 255, 255)"}
+    assert (found["rows"], found["controls"], found["whole"]) == (len(thousand["layers"]), 0, True)
+    assert (found["back"], found["ink"]) == ("rgb(255, 255, 255)", "rgb(28, 30, 33)")
