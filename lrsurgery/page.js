@@ -29,7 +29,7 @@ function header() {
   return html("header", {},
     html("div", { class: "top" }, html("p", { class: "what" }, ABOUT[report.about] || "Rank report"), html("span", { class: "gap" }), data, theme),
     html("h1", {}, report.name || "Rank report"),
-    report.command && html("pre", { class: "command", tabindex: "0" }, html("code", {}, report.command)),
+    report.command && html("pre", { class: "command" }, html("code", {}, report.command)),
     html("p", { class: "muted origin" }, [from && report.about !== "runs" && `from ${from}`, source.digest && `digest ${source.digest}`,
       ...Object.entries(report.versions || {}).map(([key, value]) => `${key} ${value}`)].filter(Boolean).flatMap((part, i) => [i ? " \u00b7 " : "", html("span", {}, part)])));
 }

@@ -27,17 +27,18 @@ function trainingSection() {
   const evaluated = metrics.map((key) => plot({
     title: capital(metricName(key)), note: `on the evaluation data; ${HIGHER_IS_BETTER.test(key) ? "higher" : "lower"} is better`,
     marks: changes(runs, key), x: { label: "step", format: show.whole }, y: HIGHER_IS_BETTER.test(key) ? { format: (v) => `${Number((100 * v).toPrecision(3))}\u202f%`, exact: show.share } : {},
-    keyed: true, series: runs.map((run, i) => ({ name: run.name, ...line(i), dots: true, points: (run.evaluations || []).map((one) => [one.step, one[key]]) })),
+    keyed: false, series: runs.map((run, i) => ({ name: run.name, ...line(i), dots: true, points: (run.evaluations || []).map((one) => [one.step, one[key]]) })),
   }));
   const losses = plot({
-    title: "Training loss", note: "as logged", x: { label: "step", format: show.whole }, y: {}, keyed: true,
+    title: "Training loss", note: "as logged", x: { label: "step", format: show.whole }, y: {}, keyed: false,
     series: runs.map((run, i) => ({ name: run.name, ...line(i), points: (run.losses || []).map((one) => [one.step, one.loss]) })),
   });
   const rates = plot({
-    title: "Learning rate", x: { label: "step", format: show.whole }, y: { min: 0 }, keyed: true,
+    title: "Learning rate", x: { label: "step", format: show.whole }, y: { min: 0 }, keyed: false,
     series: runs.map((run, i) => ({ name: run.name, ...line(i), points: (run.losses || []).map((one) => [one.step, one.lr]) })),
   });
-  return section("training", runs.length > 1 ? "Training runs" : "Training", runsTable(runs).box, html("div", { class: "plots" }, evaluated, losses, rates), dynamics(runs));
+  return section("training", runs.length > 1 ? "Training runs" : "Training", runsTable(runs).box,
+    runs.length > 1 && legend(runs.map((run, i) => ({ name: run.name, ...line(i) }))), html("div", { class: "plots" }, evaluated, losses, rates), dynamics(runs));
 }
 
 /** Where a run's evaluations pass from one stage to the next; one mark where all runs change at the same step. */
@@ -85,7 +86,7 @@ function dynamicsPlots(names, quantities) {
     title: DYNAMICS[key], note: names.length > 1 ? `mean over ${names.length} layers` : "over training", height: 200, x: { label: "step", format: show.whole }, y: {}, keyed: false,
     series: lines.map((line) => ({ ...line, points: meanOver(line.run, names, key) })),
   })).filter(Boolean);
-  return drawn.length ? [legend(lines), html("div", { class: "plots small" }, drawn)] : null;
+  return drawn.length ? [lines.length > 1 && legend(lines), html("div", { class: "plots small" }, drawn)] : null;
 }
 
 /** Viridis without the end that the background would swallow. */
