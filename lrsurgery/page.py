@@ -12,7 +12,8 @@ from string import Template
 from typing import Any
 
 # joined in this order: each may use what stands before it
-SCRIPTS = ("page.draw.js", "page.table.js", "page.layers.js", "page.runs.js", "page.js")
+PARTS = ("draw", "plots", "table", "layers", "detail", "blocks", "runs", "bench", "summary")
+SCRIPTS = (*(f"page.{part}.js" for part in PARTS), "page.js")
 
 
 def html_page(body: Mapping[str, Any]) -> str:

@@ -1,12 +1,23 @@
-// Training runs and the benchmark.
+// Training runs: settings, curves, ranks and norms over the steps.
 
-const METRICS = { loss: "loss", perplexity: "perplexity", top1: "top-1 accuracy", top5: "top-5 accuracy", accuracy: "accuracy" };
+const METRICS = {
+  loss: "loss",
+  perplexity: "perplexity",
+  top1: "top-1 accuracy",
+  top5: "top-5 accuracy",
+  accuracy: "accuracy",
+};
 const HIGHER_IS_BETTER = /top\d|acc/;
 const SETTINGS = ["decay", "decay_strength", "lr", "optimizer", "steps", "teacher", "data", "seed"];
 const STAGES = ["dense", "factorised", "healed"];
 const DYNAMICS = {
-  nuclear_rank: "Nuclear rank", entropy_rank: "Entropy rank", stable_rank: "Stable rank", frobenius_norm: "Frobenius norm",
-  spectral_norm: "Spectral norm", u_norm: "Norm of U", v_norm: "Norm of V",
+  nuclear_rank: "Nuclear rank",
+  entropy_rank: "Entropy rank",
+  stable_rank: "Stable rank",
+  frobenius_norm: "Frobenius norm",
+  spectral_norm: "Spectral norm",
+  u_norm: "Norm of U",
+  v_norm: "Norm of V",
 };
 
 const metricName = (key) => METRICS[key] || key.replaceAll("_", " ");
@@ -16,52 +27,127 @@ const words = (key) => (key === "lr" ? "learning rate" : key.replaceAll("_", " "
 /** The keys of some objects, wanted ones first, then the others as they come. */
 function keysOf(objects, wanted, without = []) {
   const found = new Set(objects.flatMap((one) => Object.keys(one || {})));
-  return [...wanted.filter((key) => found.has(key)), ...[...found].filter((key) => !wanted.includes(key))].filter((key) => !without.includes(key));
+  return [...wanted.filter((key) => found.has(key)), ...[...found].filter((key) => !wanted.includes(key))].filter(
+    (key) => !without.includes(key),
+  );
 }
 
 function trainingSection() {
   const runs = report.training;
   if (!runs.length) return null;
-  const metrics = keysOf(runs.flatMap((run) => run.evaluations || []), Object.keys(METRICS), ["step", "stage"]);
+  const metrics = keysOf(
+    runs.flatMap((run) => run.evaluations || []),
+    Object.keys(METRICS),
+    ["step", "stage"],
+  );
   const line = (i) => ({ paint: colour(i), line: dash(i) });
-  const evaluated = metrics.map((key) => plot({
-    title: capital(metricName(key)), note: `on the evaluation data; ${HIGHER_IS_BETTER.test(key) ? "higher" : "lower"} is better`,
-    marks: changes(runs, key), x: { label: "step", format: show.whole }, y: { format: HIGHER_IS_BETTER.test(key) ? (v) => `${Number((100 * v).toPrecision(3))}\u202f%` : show.number },
-    keyed: true, series: runs.map((run, i) => ({ name: run.name, ...line(i), dots: true, points: (run.evaluations || []).map((one) => [one.step, one[key]]) })),
-  }));
+  const evaluated = metrics.map((key) =>
+    plot({
+      title: capital(metricName(key)),
+      note: `on the evaluation data; ${HIGHER_IS_BETTER.test(key) ? "higher" : "lower"} is better`,
+      marks: changes(runs, key),
+      x: { label: "step", format: show.whole },
+      y: HIGHER_IS_BETTER.test(key)
+        ? { format: (v) => `${Number((100 * v).toPrecision(3))}\u202f%`, exact: show.share }
+        : {},
+      keyed: false,
+      series: runs.map((run, i) => ({
+        name: run.name,
+        ...line(i),
+        dots: true,
+        points: (run.evaluations || []).map((one) => [one.step, one[key]]),
+      })),
+    }),
+  );
   const losses = plot({
-    title: "Training loss", note: "as logged", x: { label: "step", format: show.whole }, y: {}, keyed: true,
-    series: runs.map((run, i) => ({ name: run.name, ...line(i), points: (run.losses || []).map((one) => [one.step, one.loss]) })),
+    title: "Training loss",
+    note: "as logged",
+    x: { label: "step", format: show.whole },
+    y: {},
+    keyed: false,
+    series: runs.map((run, i) => ({
+      name: run.name,
+      ...line(i),
+      points: (run.losses || []).map((one) => [one.step, one.loss]),
+    })),
   });
   const rates = plot({
-    title: "Learning rate", x: { label: "step", format: show.whole }, y: { min: 0 }, keyed: true,
-    series: runs.map((run, i) => ({ name: run.name, ...line(i), points: (run.losses || []).map((one) => [one.step, one.lr]) })),
+    title: "Learning rate",
+    x: { label: "step", format: show.whole },
+    y: { min: 0 },
+    keyed: false,
+    series: runs.map((run, i) => ({
+      name: run.name,
+      ...line(i),
+      points: (run.losses || []).map((one) => [one.step, one.lr]),
+    })),
   });
-  return section("training", runs.length > 1 ? "Training runs" : "Training", runsTable(runs).box, html("div", { class: "plots" }, evaluated, losses, rates), dynamics(runs));
+  return section(
+    "training",
+    runs.length > 1 ? "Training runs" : "Training",
+    runsTable(runs).box,
+    runs.length > 1 && legend(runs.map((run, i) => ({ name: run.name, ...line(i) }))),
+    html("div", { class: "plots" }, evaluated, losses, rates),
+    dynamics(runs),
+  );
 }
 
 /** Where a run's evaluations pass from one stage to the next; one mark where all runs change at the same step. */
 function changes(runs, key) {
-  const found = runs.flatMap((run, i) => (run.evaluations || []).filter((one) => known(one[key])).flatMap((one, at, all) =>
-    at && all[at - 1].stage !== one.stage && known(one.stage) ? [{ x: one.step, label: one.stage, paint: colour(i) }] : []));
+  const found = runs.flatMap((run, i) =>
+    (run.evaluations || [])
+      .filter((one) => known(one[key]))
+      .flatMap((one, at, all) =>
+        at && all[at - 1].stage !== one.stage && known(one.stage)
+          ? [{ x: one.step, label: one.stage, paint: colour(i) }]
+          : [],
+      ),
+  );
   const distinct = new Map(found.map((one) => [`${one.x} ${one.label}`, one]));
   return distinct.size === 1 ? [{ ...found[0], paint: "var(--muted)" }] : [...distinct.values()];
 }
 
 function runsTable(runs) {
-  const settings = keysOf(runs.map((run) => run.settings), SETTINGS);
-  const stages = keysOf(runs.map((run) => run.stages), STAGES);
-  const figures = keysOf(runs.flatMap((run) => Object.values(run.stages || {})), Object.keys(METRICS));
-  const plain = (value) => (known(value) && typeof value !== "number" && typeof value !== "string" ? JSON.stringify(value) : value ?? null);
-  return dataTable({ rows: runs, caption: "Settings and results", name: "runs-table", columns: [
-    { key: "name", label: "Run", value: (run) => run.name },
-    ...settings.map((key) => ({ key: `settings.${key}`, label: capital(words(key)), value: (run) => plain(run.settings && run.settings[key]) })),
-    ...figures.flatMap((metric) => stages.map((stage) => ({
-      key: `stages.${stage}.${metric}`, group: capital(metricName(metric)), label: stage, format: metricFormat(metric), value: (run) => run.stages?.[stage]?.[metric] ?? null }))),
-  ] });
+  const settings = keysOf(
+    runs.map((run) => run.settings),
+    SETTINGS,
+  );
+  const stages = keysOf(
+    runs.map((run) => run.stages),
+    STAGES,
+  );
+  const figures = keysOf(
+    runs.flatMap((run) => Object.values(run.stages || {})),
+    Object.keys(METRICS),
+  );
+  const plain = (value) =>
+    known(value) && typeof value !== "number" && typeof value !== "string" ? JSON.stringify(value) : (value ?? null);
+  return dataTable({
+    rows: runs,
+    caption: "Settings and results",
+    name: "runs-table",
+    columns: [
+      { key: "name", label: "Run", value: (run) => run.name },
+      ...settings.map((key) => ({
+        key: `settings.${key}`,
+        label: capital(words(key)),
+        format: show.tick,
+        value: (run) => plain(run.settings && run.settings[key]),
+      })),
+      ...figures.flatMap((metric) =>
+        stages.map((stage) => ({
+          key: `stages.${stage}.${metric}`,
+          group: capital(metricName(metric)),
+          label: stage,
+          format: metricFormat(metric),
+          value: (run) => run.stages?.[stage]?.[metric] ?? null,
+        })),
+      ),
+    ],
+  });
 }
 
-// ---- ranks and norms over the steps -----------------------------------------------------------------------------------
+// ---- ranks and norms over the steps -------------------------------------------------------------------------------
 
 /** [[step, mean over the named layers], ...] of a quantity, at the steps where any of them has it. */
 function meanOver(run, names, quantity) {
@@ -80,13 +166,27 @@ function meanOver(run, names, quantity) {
 }
 
 function dynamicsPlots(names, quantities) {
-  const lines = report.training.map((run, i) => ({ run, name: run.name, paint: colour(i), line: dash(i) })).filter(({ run }) => names.some((name) => run.layers && run.layers[name]));
-  const drawn = quantities.map((key) => plot({
-    title: DYNAMICS[key], note: names.length > 1 ? `mean over ${names.length} layers` : "over training", height: 200, x: { label: "step", format: show.whole }, y: {}, keyed: false,
-    series: lines.map((line) => ({ ...line, points: meanOver(line.run, names, key) })),
-  })).filter(Boolean);
-  return drawn.length ? [legend(lines), html("div", { class: "plots small" }, drawn)] : null;
+  const lines = report.training
+    .map((run, i) => ({ run, name: run.name, paint: colour(i), line: dash(i) }))
+    .filter(({ run }) => names.some((name) => run.layers && run.layers[name]));
+  const drawn = quantities
+    .map((key) =>
+      plot({
+        title: DYNAMICS[key],
+        note: names.length > 1 ? `mean over ${names.length} layers` : "over training",
+        height: 200,
+        x: { label: "step", format: show.whole },
+        y: {},
+        keyed: false,
+        series: lines.map((line) => ({ ...line, points: meanOver(line.run, names, key) })),
+      }),
+    )
+    .filter(Boolean);
+  return drawn.length ? [lines.length > 1 && legend(lines), html("div", { class: "plots small" }, drawn)] : null;
 }
+
+/** Viridis without the end that the background would swallow. */
+const shade = (at) => `light-dark(${viridis(0.85 * at)}, ${viridis(0.25 + 0.75 * at)})`;
 
 /** A layer's singular values at up to six of the steps, one plot a run. */
 function spectraOver(name) {
@@ -95,10 +195,23 @@ function spectraOver(name) {
     if (!layer || !layer.spectrum || !layer.spectrum.values.length) return null;
     const { index, values } = layer.spectrum;
     const wanted = Math.min(6, values.length);
-    const picked = [...new Set(Array.from({ length: wanted }, (_, i) => Math.round((i * (values.length - 1)) / Math.max(1, wanted - 1))))];
+    const picked = [
+      ...new Set(
+        Array.from({ length: wanted }, (_, i) => Math.round((i * (values.length - 1)) / Math.max(1, wanted - 1))),
+      ),
+    ];
     return plot({
-      title: "Singular values over training", note: run.name, height: 200, x: { label: "position", format: show.whole }, y: { log: true }, keyed: true,
-      series: picked.map((at, i) => ({ name: `step ${show.whole(layer.step[at])}`, paint: viridis(0.85 * (i / Math.max(1, picked.length - 1))), points: index.map((place, k) => [place, values[at][k]]) })),
+      title: "Singular values over training",
+      note: run.name,
+      height: 200,
+      x: { label: "position", format: show.whole },
+      y: { log: true },
+      keyed: true,
+      series: picked.map((at, i) => ({
+        name: `step ${show.whole(layer.step[at])}`,
+        paint: shade(i / Math.max(1, picked.length - 1)),
+        points: index.map((place, k) => [place, values[at][k]]),
+      })),
     });
   });
 }
@@ -106,80 +219,26 @@ function spectraOver(name) {
 function dynamics(runs) {
   const names = [...new Set(runs.flatMap((run) => Object.keys(run.layers || {})))];
   if (!names.length) return null;
-  const which = choice("dynamics-layer", "Layer", [["", `mean over ${names.length} layers`], ...names.map((name, i) => [String(i), name])]);
+  const which = choice("dynamics-layer", "Layer", [
+    ["", `mean over ${names.length} layers`],
+    ...names.map((name, i) => [String(i), name]),
+  ]);
   const place = html("div", {});
   const draw = () => {
     const one = which.value === "" ? null : names[Number(which.value)];
     place.replaceChildren();
-    dress(place, {}, [dynamicsPlots(one === null ? names : [one], Object.keys(DYNAMICS)), one !== null && html("div", { class: "plots" }, spectraOver(one))]);
+    dress(place, {}, [
+      dynamicsPlots(one === null ? names : [one], Object.keys(DYNAMICS)),
+      one !== null && html("div", { class: "plots" }, spectraOver(one)),
+    ]);
   };
   which.addEventListener("change", draw);
   draw();
-  return html("div", { id: "dynamics" }, html("h3", {}, "Ranks and norms while training"), html("div", { class: "tools" }, which), place);
-}
-
-// ---- benchmark -----------------------------------------------------------------------------------------------------
-
-const workOf = (run) => [run.work, `batch ${run.batch}`, known(run.length) && `${show.whole(run.length)} ${run.unit || ""}`.trim()].filter(Boolean).join(", ");
-const numberAt = (...path) => (row) => path.reduce((at, key) => (known(at) ? at[key] : null), row) ?? null;
-
-function benchSection() {
-  const bench = report.bench;
-  if (!bench) return null;
-  const runs = bench.runs || [];
-  const compared = runs.filter((run) => known(run.speedup));
-  const machine = Object.entries(bench.machine || {}).filter(([, value]) => known(value)).map(([key, value]) => [words(key), String(value)]);
-  const confidence = runs.length ? runs[0].confidence : null;
-  const rate = `${capital([...new Set(runs.map((run) => run.unit).filter(Boolean))].join(" or ") || "items")} a second`;
-  const times = (key, group, label, at) => ({ key, group, label, value: numberAt(...at), format: show.number });
-  const table = dataTable({ rows: runs, caption: "Runs", name: "bench-table", columns: [
-    { key: "work", label: "Work", value: (run) => run.work },
-    { key: "batch", label: "Batch", value: numberAt("batch"), format: show.whole },
-    { key: "length", label: "Length", value: numberAt("length"), format: show.whole },
-    times("median_ms", "Median, ms", "this", ["median_ms"]), times("against.median_ms", "Median, ms", "dense", ["against", "median_ms"]),
-    times("p95_ms", "95th percentile, ms", "this", ["p95_ms"]), times("against.p95_ms", "95th percentile, ms", "dense", ["against", "p95_ms"]),
-    times("throughput", rate, "this", ["throughput"]), times("against.throughput", rate, "dense", ["against", "throughput"]),
-    { key: "speedup", group: "Speedup", label: "measured", value: numberAt("speedup"), format: show.times },
-    { key: "interval.0", group: "Speedup", label: "from", value: numberAt("interval", 0), format: show.times },
-    { key: "interval.1", group: "Speedup", label: "to", value: numberAt("interval", 1), format: show.times },
-    { key: "ideal", group: "Speedup", label: "ideal", value: numberAt("ideal"), format: show.times, title: "What the arithmetic saved would give alone" },
-    { key: "rounds", label: "Rounds", value: numberAt("rounds"), format: show.whole },
-    { key: "reached", label: "Precision", value: (run) => (run.reached === false ? "not reached" : run.reached ? "reached" : null) },
-  ] });
-  const dots = compared.length ? intervals({
-    title: "Speedup over dense", note: `${known(confidence) ? `bars: ${show.share(confidence).replace(".0", "")} intervals; ` : ""}diamonds: what the arithmetic alone would allow`, label: "times as fast as dense",
-    rows: compared.map((run) => ({ label: workOf(run), value: run.speedup, low: run.interval && run.interval[0], high: run.interval && run.interval[1], ideal: run.ideal })),
-  }) : null;
-  const size = (model) => model && [
-    known(model.parameters) && [figure(model.parameters, show.words), " parameters"], known(model.bytes) && [", ", figure(model.bytes, show.bytes)],
-    known(model.peak_memory) && [", peak memory ", figure(model.peak_memory, show.bytes)]].filter(Boolean).flat();
-  return section("speed", "Speed", runs.length ? table.box : null, dots, benchLayers(bench.layers || []),
-    facts([["This model", size(bench.model)], ["Dense model", size(bench.against)], ...machine, ...optionPairs(bench.options)]));
-}
-
-function benchLayers(layers) {
-  if (!layers.length) return null;
-  const slower = layers.filter((layer) => layer.slower);
-  const shown = slower.flatMap((layer) => layer.names);
-  return [html("h3", {}, "Layer by layer"),
-    html("p", {}, slower.length ? [`${show.whole(shown.length)} ${shown.length === 1 ? "layer is" : "layers are"} slower factorised than dense on this machine: `,
-      ...shown.slice(0, 8).flatMap((name, i) => [i ? ", " : "", html("code", {}, name)]), shown.length > 8 ? ` and ${shown.length - 8} more; the table has them all.` : "."] : "No layer was measured to be slower factorised than dense."),
-    dataTable({ rows: layers, caption: "Layers of one shape and rank are timed once", name: "bench-layers-table", columns: [
-      { key: "names", label: "Layers", value: (row) => row.names.join(" "), cell: (row) => listed(row.names) },
-      { key: "kind", label: "Kind", value: (row) => row.kind ?? null },
-      { key: "shape", label: "Shape", value: (row) => (row.shape || []).join(" \u00d7 ") || null },
-      { key: "rank", label: "Rank", value: numberAt("rank"), format: show.whole },
-      { key: "input", label: "Input", value: (row) => (row.input || []).join(" \u00d7 ") || null },
-      { key: "dense_ms", group: "Median, ms", label: "dense", value: numberAt("dense_ms") },
-      { key: "factorised_ms", group: "Median, ms", label: "factorised", value: numberAt("factorised_ms") },
-      { key: "speedup", group: "Speedup", label: "measured", value: numberAt("speedup"), format: show.times },
-      { key: "interval.0", group: "Speedup", label: "from", value: numberAt("interval", 0), format: show.times },
-      { key: "interval.1", group: "Speedup", label: "to", value: numberAt("interval", 1), format: show.times },
-      { key: "slower", label: "Verdict", value: (row) => (row.slower ? "slower" : "not slower"), cell: (row) => (row.slower ? html("span", { class: "flag" }, "\u25bc slower") : "not slower") },
-    ] }).box];
-}
-
-function listed(names) {
-  const rest = names.length - 1;
-  return [html("code", {}, names[0]), rest > 0 ? html("details", {}, html("summary", {}, `and ${rest} more`), names.slice(1).map((name) => html("code", {}, name))) : ""];
+  return html(
+    "div",
+    { id: "dynamics" },
+    html("h3", {}, "Ranks and norms while training"),
+    html("div", { class: "tools" }, which),
+    place,
+  );
 }

@@ -1,51 +1,56 @@
 // Tables whose every header sorts, and the downloads.
 
-const CHUNK = 100; // rows put in at once: the first ones are there before a thousand are
+const CHUNK = 100; // rows of a tall table put in at once: all of a thousand would make each sort wait for their layout
 const order = new Intl.Collator("en", { numeric: true }); // h.2 before h.10
 
 /**
  * columns [{key, label, group, value(row) -> number | text | null, format, cell(row, value) -> node, title}]; those without any value
- * are left out. Returns {box, table, rows(list), flush(), columns, row(one)}.
+ * are left out. A tall table scrolls in its own box, and gets its rows as they are scrolled to. Returns
+ * {box, table, columns, row(one), shown(), rows(list), flush(), forget()}.
  */
-function dataTable({ columns, rows, caption, name, onRow }) {
+function dataTable({ columns, rows, caption, name, onRow, tall = false }) {
   columns = columns.filter((column) => rows.some((row) => known(column.value(row))));
-  for (const column of columns) column.numeric = rows.every((row) => !known(column.value(row)) || typeof column.value(row) === "number");
+  for (const column of columns)
+    column.numeric = rows.every((row) => !known(column.value(row)) || typeof column.value(row) === "number");
   const body = html("tbody");
   const made = new Map();
   let current = rows;
   let shown = rows;
   let sorting = { column: null, down: false };
-  let pending = 0;
+  let next = 0; // the first row that is not in the table yet
 
   const build = (row) => {
-    if (!made.has(row)) made.set(row, html("tr", onRow ? { class: "opens" } : {}, columns.map((column, i) => cellOf(column, row, i === 0))));
+    if (!made.has(row))
+      made.set(
+        row,
+        html(
+          "tr",
+          onRow ? { class: "opens" } : {},
+          columns.map((column, i) => cellOf(column, row, i === 0)),
+        ),
+      );
     return made.get(row);
   };
-  const put = (from, count) => body.append(...shown.slice(from, from + count).map(build));
-  const rest = (from) => {
-    if (from >= shown.length) { pending = 0; return; }
-    pending = setTimeout(() => { put(from, CHUNK); rest(from + CHUNK); }, 0);
-  };
-  const flush = () => {
-    clearTimeout(pending);
-    pending = 0;
-    if (shown.some((row) => !made.has(row) || !made.get(row).isConnected)) body.replaceChildren(...shown.map(build));
+  const put = (count) => {
+    body.append(...shown.slice(next, next + count).map(build));
+    next += count;
   };
   const draw = () => {
-    clearTimeout(pending);
     shown = current;
     const { column, down } = sorting;
     if (column) {
       const compare = column.numeric ? (a, b) => a - b : (a, b) => order.compare(String(a), String(b));
       shown = [...current].sort((one, other) => {
         const [a, b] = [column.value(one), column.value(other)];
-        if (!known(a) || !known(b)) return Number(known(b)) - Number(known(a)); // what is unknown comes last, either way
+        // what is unknown comes last, either way
+        if (!known(a) || !known(b)) return Number(known(b)) - Number(known(a));
         return down ? compare(b, a) : compare(a, b);
       });
     }
     body.replaceChildren();
-    put(0, CHUNK);
-    rest(CHUNK);
+    next = 0;
+    put(tall ? CHUNK : shown.length);
+    box.scrollTop = 0;
   };
   const heads = columns.map((column) => {
     const turn = () => {
@@ -58,23 +63,51 @@ function dataTable({ columns, rows, caption, name, onRow }) {
       draw();
     };
     const spoken = column.group ? `${column.group} ${column.label}` : column.label;
-    return html("th", { scope: "col", "data-key": column.key, class: column.numeric && !column.drawn ? "n" : null },
-      html("button", { type: "button", title: column.title, "aria-label": `${spoken}, sort`, on: { click: turn } }, column.label));
+    return html(
+      "th",
+      { scope: "col", "data-key": column.key, class: column.numeric && !column.drawn ? "n" : null },
+      html(
+        "button",
+        { type: "button", title: column.title, "aria-label": `${spoken}, sort`, on: { click: turn } },
+        column.label,
+      ),
+    );
   });
-  if (onRow) body.addEventListener("click", (event) => {
-    const tr = event.target.closest("tr.opens");
-    if (!tr || String(window.getSelection())) return; // selecting text to copy is no click
-    for (const [row, node] of made) if (node === tr) onRow(row, node);
-  });
+  if (onRow)
+    body.addEventListener("click", (event) => {
+      const tr = event.target.closest("tr.opens");
+      if (!tr || String(window.getSelection())) return; // selecting text to copy is no click
+      for (const [row, node] of made) if (node === tr) onRow(row, node);
+    });
   const head = html("thead", {}, groupsOf(columns), html("tr", {}, heads));
-  const table = html("table", { id: name }, caption && html("caption", {}, caption), head, body);
+  const box = html("div", {
+    class: tall ? "scroll tall" : "scroll",
+    tabindex: "0",
+    role: "region",
+    "aria-label": caption,
+  });
+  const table = html("table", { id: name }, html("caption", {}, caption), head, body);
+  box.append(table);
+  if (tall)
+    box.addEventListener("scroll", () => {
+      if (next < shown.length && box.scrollTop + 2 * box.clientHeight > box.scrollHeight) put(CHUNK);
+    });
   draw();
   return {
-    box: html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": caption || "table" }, table),
-    columns, flush, row: build,
+    box,
+    table,
+    columns,
+    row: build,
+    flush: () => put(shown.length),
     shown: () => shown,
-    rows(list) { current = list; draw(); },
-    forget() { made.clear(); draw(); },
+    rows(list) {
+      current = list;
+      draw();
+    },
+    forget() {
+      made.clear();
+      draw();
+    },
   };
 }
 
@@ -84,7 +117,11 @@ function groupsOf(columns) {
   for (let i = 0; i < columns.length;) {
     let end = i + 1;
     while (end < columns.length && columns[i].group && columns[end].group === columns[i].group) end += 1;
-    cells.push(columns[i].group ? html("th", { colspan: end - i, scope: "colgroup", class: "group" }, html("span", {}, columns[i].group)) : html("td"));
+    cells.push(
+      columns[i].group
+        ? html("th", { colspan: end - i, scope: "colgroup", class: "group" }, html("span", {}, columns[i].group))
+        : html("td"),
+    );
     i = end;
   }
   return html("tr", { class: "groups" }, cells);
@@ -93,19 +130,38 @@ function groupsOf(columns) {
 function cellOf(column, row, first) {
   const value = column.value(row);
   const number = typeof value === "number";
-  const content = column.cell ? column.cell(row, value) : known(value) ? (number ? (column.format || show.number)(value) : String(value)) : "";
-  return html(first ? "th" : "td", {
-    scope: first ? "row" : null, class: number || column.numeric ? "n" : null, "data-key": column.key, "data-value": known(value) && !column.drawn ? value : null,
-  }, content);
+  const content = column.cell
+    ? column.cell(row, value)
+    : known(value)
+      ? number
+        ? (column.format || show.number)(value)
+        : String(value)
+      : "";
+  return html(
+    first ? "th" : "td",
+    {
+      scope: first ? "row" : null,
+      class: number || column.numeric ? "n" : null,
+      "data-key": column.key,
+      "data-value": known(value) && !column.drawn ? value : null,
+    },
+    content,
+  );
 }
 
 /** A plain list of facts: [[term, node or text], ...], empty ones left out. */
 function facts(pairs) {
   const there = pairs.filter(([, value]) => known(value) && value !== "");
-  return there.length ? html("dl", { class: "facts" }, there.map(([term, value]) => html("div", {}, html("dt", {}, term), html("dd", {}, value)))) : null;
+  return there.length
+    ? html(
+        "dl",
+        { class: "facts" },
+        there.map(([term, value]) => html("div", {}, html("dt", {}, term), html("dd", {}, value))),
+      )
+    : null;
 }
 
-// ---- downloads -----------------------------------------------------------------------------------------------------
+// ---- downloads ----------------------------------------------------------------------------------------------------
 
 function csvOf(columns, rows) {
   const field = (value) => {
@@ -115,7 +171,10 @@ function csvOf(columns, rows) {
     return /[",\n\r]/.test(text) ? `"${text.replaceAll('"', '""')}"` : text;
   };
   const plain = columns.filter((column) => !column.drawn);
-  const lines = [plain.map((column) => column.key), ...rows.map((row) => plain.map((column) => field(column.value(row))))];
+  const lines = [
+    plain.map((column) => column.key),
+    ...rows.map((row) => plain.map((column) => field(column.value(row)))),
+  ];
   return lines.map((line) => line.join(",")).join("\r\n") + "\r\n";
 }
 
