@@ -10,7 +10,7 @@ import lrsurgery
 FLOORS = {
     4: {"cli", "training_cli", "arguments", "console", "__main__"},
     3: {
-        *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "reading", "cards"),
+        *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "reading", "cards", "metadata"),
         *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
     },
