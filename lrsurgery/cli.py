@@ -177,7 +177,10 @@ def export(
     screen = make_screen(quiet, as_json)
     from lrsurgery.export import iter_export
 
-    steps = iter_export(folder, output, shard_size, to=to, overwrite=overwrite, trust_remote_code=trust_remote_code)
+    steps = iter_export(
+        folder, output, shard_size, to=to, overwrite=overwrite, trust_remote_code=trust_remote_code,
+        command=command_line(),
+    )  # fmt: skip
     screen.follow(steps, "export")
     screen.emit({"output": str(output), "to": to})
     screen.say(f"Written to {output}")

@@ -49,6 +49,7 @@ def iter_export(
     to: str = "dense",
     overwrite: bool = False,
     trust_remote_code: bool = False,
+    command: str | None = None,
 ) -> Generator[Progress, None, None]:
     """As `export_dense`, one layer a step."""
     if to not in TARGETS:
@@ -114,8 +115,9 @@ def iter_export(
         finally:
             writer.close()
         copy_companions(source, stage)
-        write_text(stage / "config.json", json.dumps(output_config(checkpoint, {}, None), indent=2) + "\n")
-        write_text(stage / "README.md", dense_card(source, output.name))
+        config = output_config(checkpoint, {}, None)
+        write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
+        write_text(stage / "README.md", dense_card(source, output.name, config, command))
 
 
 def _split(place: str, modules: dict[str, FactorisedLayer]) -> tuple[str | None, str]:

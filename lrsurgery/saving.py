@@ -79,7 +79,8 @@ def save_subject(subject: Subject, stage: Path, name: str, facts: dict[str, Any]
         _with_former(rank_report(body), source.folder), bytes_after=sum(file.stat().st_size for file in files), **facts
     )
     write_text(stage / FILE_NAME, report.to_json())
-    write_text(stage / "README.md", model_card(report, source, name, training))
+    config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
+    write_text(stage / "README.md", model_card(report, source, name, config, training))
     return report
 
 

@@ -170,7 +170,7 @@ def iter_factorise(
             config = output_config(checkpoint, layers, DTYPES[options.dtype])
             write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
             write_text(stage / FILE_NAME, report.to_json())
-            write_text(stage / "README.md", model_card(report, source, output.name))
+            write_text(stage / "README.md", model_card(report, source, output.name, config))
     if options.cache:
         SpectrumCache().trim()
     team.meet("end")

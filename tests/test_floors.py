@@ -10,7 +10,7 @@ import lrsurgery
 FLOORS = {
     4: {"cli", "report_cli", "study_cli", "training_cli", "tables", "arguments", "console", "__main__"},
     3: {
-        *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "rows", "cards"),
+        *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "rows", "cards", "metadata"),
         *("reading", "profiles", "history", "markdown", "plots", "page", "studies", "findings"),
         *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
