@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrsurgery import __version__, training_cli
+from lrsurgery import __version__, bench_cli, training_cli
 from lrsurgery.arguments import (
     DebugOption,
     FolderArgument,
@@ -239,6 +239,7 @@ def cache(
 
 app.command()(training_cli.finetune)
 app.command()(training_cli.evaluate)
+app.command()(bench_cli.bench)
 
 
 def _show_report(screen: Screen, found: Report, **facts: Any) -> None:

@@ -8,14 +8,15 @@ from pathlib import Path
 import lrsurgery
 
 FLOORS = {
-    4: {"cli", "training_cli", "arguments", "console", "__main__"},
+    4: {"cli", "training_cli", "bench_cli", "arguments", "console", "__main__"},
     3: {
         *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "reading", "cards"),
         *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
+        *("bench", "passes", "peak"),
     },
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf", "pieces", "spectra", "team"},
-    1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed"},
+    1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed", "timing"},
     0: {"linalg", "krylov", "ranks", "inits", "errors", "cache"},
 }
 PACKAGE = Path(lrsurgery.__file__).parent
