@@ -10,7 +10,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -223,7 +223,7 @@ def _certainty(found: Timings) -> dict[str, Any]:
 def _compile(timed: Timed, reference: str) -> None:
     """Makes the first call, which compiles. Raises SurgeryError; that the model runs as it is, is known by now."""
     try:
-        timed.run(timed.prepare())
+        timed.once()
     except Exception as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise SurgeryError(f"{reference}: torch.compile fails: {lines[0][:200]}; leave --compile out") from e
@@ -240,7 +240,8 @@ class LayerGroup:
 
 def _groups(model: nn.Module, x: Tensor, notes: list[str]) -> list[LayerGroup]:
     """By what each factorised layer is given in a forward pass on `x`."""
-    layers, seen = factorised_layers(model), {}
+    layers = factorised_layers(model)
+    seen: dict[str, tuple[int, ...]] = {}
 
     def watch(name: str) -> Any:
         def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -296,9 +297,10 @@ def _layer_row(group: LayerGroup, options: BenchOptions, device: torch.device) -
 
 def _repeated(module: Any, x: Tensor, calls: int) -> Timed:
     @torch.inference_mode()
-    def run(_: None) -> None:
+    def run(given: None) -> Iterator[None]:
         for _ in range(calls):
             module(x)
+        yield
 
     return Timed(run, per=calls)
 

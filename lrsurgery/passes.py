@@ -69,7 +69,8 @@ class Contender:
             model, _ = load_with_head(source, name, trust_remote_code=self.trust_remote_code, dtype=dtype)
         if self.task == "sequence-classification" and model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = 0  # else a decoder takes no more than one sentence
-        return model.to(device)  # type: ignore[no-any-return]
+        # torch's counter of operations looks for gradients that a pass here never has
+        return model.to(device).requires_grad_(False)  # type: ignore[no-any-return]
 
     def _own_task(self) -> bool:
         try:
@@ -106,7 +107,7 @@ def _image_size(source: Source, model: Any) -> tuple[int, ...]:
     from lrsurgery.images import Preprocessing
 
     try:
-        pixels = Preprocessing.of(source, model, None).size
+        pixels: Any = Preprocessing.of(source, model, None).size
     except DataError:
         config = getattr(model, "config", None)
         pixels = getattr(config, "image_size", None)
@@ -125,14 +126,15 @@ def make_pass(
     """
     forward = model if wrap is None else wrap(model)
     if work == FORWARD:
-        return Timed(lambda _: _inferred(forward, x))
+        return Timed(functools.partial(_pass, forward, x, {}))
     # of a long text only the last logits are asked for, as transformers' generate does
     taken = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
     if work == PREFILL:
-        return Timed(lambda _: _inferred(forward, x, use_cache=True, **last))
+        return Timed(functools.partial(_pass, forward, x, {"use_cache": True, **last}))
     prompt = max(1, x.shape[1] - new_tokens)
-    first = _inferred(model, x[:, :prompt], use_cache=True, **last)
+    with torch.inference_mode():
+        first = model(x[:, :prompt], use_cache=True, **last)
     name = next((name for name in CACHES if name in taken and getattr(first, name, None) is not None), None)
     if name is None:
         return None
@@ -141,13 +143,14 @@ def make_pass(
     begin = first.logits[:, -1:].argmax(-1)
 
     @torch.inference_mode()
-    def generate(cache: Any) -> None:
+    def generate(cache: Any) -> Iterator[None]:
         token = begin
         for _ in range(x.shape[1] - prompt):
             found = forward(token, use_cache=True, **{name: cache})
             token, cache = found.logits[:, -1:].argmax(-1), getattr(found, name)
+            yield
 
-    return Timed(generate, prepare, per=x.shape[1] - prompt)
+    return Timed(generate, prepare)
 
 
 @contextmanager
@@ -165,17 +168,20 @@ def explained(reference: str, what: str) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def _inferred(forward: Any, x: Tensor, **options: Any) -> Any:
-    return forward(x, **options)
+def _pass(forward: Any, x: Tensor, options: dict[str, Any], given: None) -> Iterator[None]:
+    forward(x, **options)
+    yield
 
 
 def count_flops(timed: Timed) -> int:
-    """Floating point operations of the products and convolutions in a pass; a multiplication and an addition are 2."""
+    """Floating point operations of the products and convolutions in a pass; a multiplication and an addition are 2.
+
+    Of token by token, the mean of a token.
+    """
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    given = timed.prepare()
     # fused attention has no count on every device; its plain form is made of counted products
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        timed.run(given)
-    return round(counter.get_total_flops() / timed.per)
+        times = timed.once()
+    return round(int(counter.get_total_flops()) / times)

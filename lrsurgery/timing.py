@@ -2,17 +2,17 @@
 
 Machines drift and have other work. So two candidates run interleaved, in rounds of A B B A, which cancels any drift
 that is even over a round and gives neither the better place; each round gives one ratio; rounds go on until the
-interval of the ratios' median is narrow enough. A round that something else disturbed is one value far out, which
-neither the median nor its interval minds.
+interval of the ratios' median is narrow enough. Of each turn the median call counts, and of the rounds the median
+ratio: what something else disturbed is a value far out, which neither a median nor its interval minds.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -30,18 +30,22 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Timed:
-    """A candidate: `run` is timed, with what `prepare` gave it just before; it does its work `per` times a call."""
+    """A candidate: `run` takes what `prepare` gave it, which is not timed, and yields after each `per` times its work."""
 
-    run: Callable[[Any], object]
+    run: Callable[[Any], Iterator[None]]
     prepare: Callable[[], Any] = _nothing
     per: int = 1
+
+    def once(self) -> int:
+        """Runs to the end, and says how many times it did its work."""
+        return self.per * sum(1 for _ in self.run(self.prepare()))
 
 
 @dataclass(frozen=True)
 class Timings:
     """What was found of one or two candidates, seconds each time the work is done."""
 
-    seconds: tuple[list[float], ...]  # of every call of each candidate
+    seconds: tuple[list[float], ...]  # of each candidate, one value a yield
     rounds: int
     reached: bool  # whether the interval (of the ratio; of one candidate alone, of its seconds) got narrow enough
     ratio: float | None = None  # the second's seconds over the first's: median over the rounds
@@ -80,7 +84,8 @@ def compare(
     calls = []
     for candidate in candidates:
         _sample(candidate, 2, device, clock)  # the first calls load kernels
-        calls.append(math.ceil(SAMPLE / max(1e-7, candidate.per * min(_sample(candidate, 2, device, clock)))))
+        whole = min(candidate.per * sum(_sample(candidate, 1, device, clock)) for _ in range(2))
+        calls.append(math.ceil(SAMPLE / max(1e-7, whole)))
     found: tuple[list[float], ...] = tuple([] for _ in candidates)
     values: list[float] = []
     begun, look = clock(), LEAST_ROUNDS
@@ -89,7 +94,7 @@ def compare(
         for turn in (0, 1, 1, 0) if len(candidates) == 2 else (0,):
             sample = _sample(candidates[turn], calls[turn], device, clock)
             found[turn].extend(sample)
-            sums[turn] += fmean(sample)
+            sums[turn] += median(sample)
         values.append(sums[1] / sums[0] if len(candidates) == 2 else sums[0])
         late = clock() - begun >= seconds
         if len(values) < look and not (late and len(values) >= LEAST_ROUNDS):
@@ -105,15 +110,17 @@ def compare(
 
 
 def _sample(candidate: Timed, calls: int, device: torch.device, clock: Callable[[], float]) -> list[float]:
-    """Seconds of each of some calls in a row, as if the work were done once a call."""
+    """Seconds of the work, each time that it was done in some runs in a row; with `per`, the mean of so many times."""
     found = []
     for _ in range(calls):
-        given = candidate.prepare()
+        steps = candidate.run(candidate.prepare())
         _wait(device)
         begun = clock()
-        candidate.run(given)
-        _wait(device)
-        found.append((clock() - begun) / candidate.per)
+        for _ in steps:
+            _wait(device)
+            now = clock()
+            found.append((now - begun) / candidate.per)
+            begun = now
     return found
 
 

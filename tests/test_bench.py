@@ -7,7 +7,7 @@ import math
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_gpt2(folder / "gpt2")
     lrsurgery.factorise_checkpoint(folder / "gpt2", folder / "quarter", rank=0.25)
     tiny.save_timm(folder / "resnet")
-    lrsurgery.factorise_checkpoint(folder / "resnet", folder / "small", rank=0.25)
+    lrsurgery.factorise_checkpoint(folder / "resnet", folder / "small", rank=0.25, include=["layer3*", "layer4*"])
     zoo.save_transformers("t5", folder / "t5")
     return folder
 
@@ -64,9 +64,10 @@ class Machine:
         self.now, self.calls = 0.0, 0
 
     def work(self, seconds: Callable[[int], float]) -> Timed:
-        def run(_: object) -> None:
+        def run(_: object) -> Iterator[None]:
             self.now += seconds(self.calls)
             self.calls += 1
+            yield
 
         return Timed(run)
 
@@ -139,7 +140,7 @@ def test_operations_are_two_for_each_weight_and_row() -> None:
 @pytest.fixture(scope="module")
 def benched(models: Path) -> dict[str, Any]:
     """The program's JSON on a factorised GPT-2 against the dense one."""
-    words = "--batch 1,2 --length 16 --new-tokens 4 --seconds 0.3 --threads 1 --device cpu --layers --save --json"
+    words = "--batch 1,64 --length 16 --new-tokens 4 --seconds 0.3 --threads 1 --device cpu --layers --save --json"
     command = [*tiny.PROGRAM, "bench", str(models / "quarter"), "--against", str(models / "gpt2"), *words.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -150,7 +151,7 @@ def test_the_program_measures_and_saves_what_it_prints(models: Path, benched: di
     assert read_bench(models / "quarter") == benched
     assert read_bench(models / "gpt2") is None
     settings = [(run["work"], run["batch"], run["length"]) for run in benched["runs"]]
-    assert settings == [(work, b, 16) for b in (1, 2) for work in ("prefill", "token by token")]
+    assert settings == [(work, b, 16) for b in (1, 64) for work in ("prefill", "token by token")]
     for run in benched["runs"]:
         ours, others = run, run["against"]
         low, high = run["interval"]
@@ -166,7 +167,8 @@ def test_the_program_measures_and_saves_what_it_prints(models: Path, benched: di
         assert body["name"] == str(models / name)
         assert body["bytes"] == (models / name / "model.safetensors").stat().st_size
         if sys.platform == "linux":
-            assert body["peak_memory"] > body["bytes"]
+            widest = 64 * 16 * 128 * 4  # bytes of what the activation takes in and gives out
+            assert body["bytes"] + 2 * widest < body["peak_memory"] < 50e6
     dense = lrsurgery.load_model(models / "gpt2")
     assert benched["against"]["parameters"] == sum(p.numel() for p in dense.parameters())
 
