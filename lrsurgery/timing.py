@@ -30,7 +30,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Timed:
-    """A candidate: `run` takes what `prepare` gave it, which is not timed, and yields after each `per` times its work."""
+    """A candidate: `run` takes what `prepare` gave it (not timed) and yields after each `per` times of its work."""
 
     run: Callable[[Any], Iterator[None]]
     prepare: Callable[[], Any] = _nothing
