@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lrsurgery import __version__, report_cli, study_cli, training_cli
+from lrsurgery import __version__, bench_cli, report_cli, study_cli, training_cli
 from lrsurgery.arguments import (
     DebugOption,
     FolderArgument,
@@ -213,15 +213,11 @@ def cache(
     screen.show(f"{kept.folder}: {entries} entries, {size / 1e6:.1f} MB")
 
 
-for command in (
-    factorise,
-    training_cli.finetune,
-    training_cli.evaluate,
-    report_cli.report,
-    study_cli.study,
-    export,
-    cache,
-):
+COMMANDS = (
+    factorise, training_cli.finetune, training_cli.evaluate, report_cli.report, bench_cli.bench, study_cli.study,
+    export, cache,
+)  # fmt: skip
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -140,17 +140,21 @@ def _text(subject: Subject, options: DataOptions, trust_remote_code: bool) -> tu
     return tokenizer, _block_size(subject, tokenizer, options.block_size), masking
 
 
+def position_limit(config: Any) -> tuple[int | None, bool]:
+    """The most tokens that a text model's config names, and whether its positions are relative, so that more work."""
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if limit is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
+        limit -= 2  # their positions begin after the padding token's
+    return limit, limit is None or getattr(config, "rope_parameters", None) is not None
+
+
 def _block_size(subject: Subject, tokenizer: Any, asked: int | None) -> int:
     config: Any = subject.body.config
-    text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
-    if limit is not None and text.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
-        limit -= 2  # their positions begin after the padding token's
+    limit, relative = position_limit(config.get_text_config())
     if asked is None:
         if limit is None:
             raise RecipeError("the model's config names no maximum length; say how long a block is with --block-size")
         return min(int(limit), 1 << 20)
-    relative = limit is None or getattr(text, "rope_parameters", None) is not None
     if limit is not None and asked > limit and not relative:
         raise RecipeError(f"block_size {asked}: longer than the {limit} positions that the model has")
     return asked

@@ -15,7 +15,7 @@ from lrsurgery.sources import Source, inside
 
 COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".py", ".spm", ".vocab", ".tiktoken")
 COMPANION_NAMES = ("vocab.txt", "merges.txt", "added_tokens.txt")
-NOT_COMPANIONS = ("config.json", "rank_report.json")
+NOT_COMPANIONS = ("config.json", "rank_report.json", "bench.json")  # what is true of the source alone
 
 
 def check_output(output: Path, source: Source | None, overwrite: bool) -> None:

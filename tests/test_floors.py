@@ -8,15 +8,16 @@ from pathlib import Path
 import lrsurgery
 
 FLOORS = {
-    4: {"cli", "report_cli", "study_cli", "training_cli", "tables", "arguments", "console", "__main__"},
+    4: {"cli", "report_cli", "study_cli", "bench_cli", "training_cli", "tables", "arguments", "console", "__main__"},
     3: {
         *("factorise", "stream", "assembly", "jobs", "options", "export", "report", "rows", "cards", "metadata"),
         *("reading", "profiles", "history", "markdown", "plots", "page", "studies", "findings"),
         *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
+        *("bench", "passes", "peak"),
     },
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf", "pieces", "spectra", "team"},
-    1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed"},
+    1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed", "timing"},
     0: {"linalg", "krylov", "angles", "measures", "ranks", "inits", "errors", "cache"},
 }
 PACKAGE = Path(lrsurgery.__file__).parent
