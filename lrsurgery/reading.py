@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lrsurgery.assembly import Progress
+from lrsurgery.bench import read_bench
 from lrsurgery.checkpoints import list_entries, open_checkpoint
 from lrsurgery.errors import PlanError, SourceError, SurgeryError, WeightError
 from lrsurgery.history import is_run, read_run
@@ -63,8 +64,10 @@ def iter_report(
         raise SurgeryError(f"{references[0]}: is a dense model; --against compares a factorised one with it")
     else:
         report = yield from iter_profile(source, options, planned=planned)
-    training = (read_run(source.folder),) if source.folder is not None and is_run(source.folder) else ()
-    return replace(report, name=source.name, training=training)
+    if source.folder is None:
+        return replace(report, name=source.name)
+    training = (read_run(source.folder),) if is_run(source.folder) else ()
+    return replace(report, name=source.name, training=training, bench=read_bench(source.folder))
 
 
 def _factorised(source: Source, options: Options, against: str | None) -> Generator[Progress, None, Report]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from lrsurgery.bench_cli import slower_lines, speed_table
 from lrsurgery.console import HEADINGS, QUALITY
 from lrsurgery.errors import SurgeryError
 from lrsurgery.report import Report, Row
@@ -54,9 +55,10 @@ def report_parts(report: Report, width: int, *, sort: str = "model", every: bool
     staying = [row for row in report.dense if row.reason]
     if staying:
         parts += [kept_table(staying), ""]
-    for part in (runs_table(report.training, width), bench_table(report.bench)):
-        if part is not None:
-            parts += [part, ""]
+    if report.training:
+        parts += [runs_table(report.training, width), ""]
+    if report.bench:
+        parts += [speed_table(report.bench), *slower_lines(report.bench), ""]
     return [*parts, *totals_lines(report)]
 
 
@@ -188,10 +190,8 @@ def kept_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def runs_table(runs: Sequence[Mapping[str, Any]], width: int = 160) -> Table | None:
+def runs_table(runs: Sequence[Mapping[str, Any]], width: int = 160) -> Table:
     """Training runs side by side: their decay, how good they began and ended, what became of the effective ranks."""
-    if not runs:
-        return None
     known = [name for name in QUALITY if any(name in e for run in runs for e in run["evaluations"])]
     wide = width >= NARROW
     if not wide:
@@ -232,21 +232,6 @@ def mean_course(run: Mapping[str, Any], measure: str) -> list[float]:
 
 def _course(texts: Sequence[str]) -> str:
     return "" if not texts else texts[0] if texts[0] == texts[-1] else f"{texts[0]} → {texts[-1]}"
-
-
-def bench_table(bench: Mapping[str, Any] | None) -> Table | None:
-    """What `lrsurgery bench --save` measured, in short."""
-    if not bench:
-        return None
-    table = _table("batch", "length", "median ms", "per second", "speedup", "95%", "ideal", first="work")
-    for run in bench["runs"]:
-        speedup, interval, ideal = run.get("speedup"), run.get("interval"), run.get("ideal")
-        table.add_row(
-            run["work"], str(run["batch"]), str(run["length"] or ""), f"{run['median_ms']:.2f}",
-            f"{run['throughput']:,.1f}", "" if speedup is None else f"{speedup:.2f}x",
-            "" if not interval else f"{interval[0]:.2f} to {interval[1]:.2f}", "" if ideal is None else f"{ideal:.2f}x",
-        )  # fmt: skip
-    return table
 
 
 def totals_lines(report: Report) -> list[str]:
