@@ -29,7 +29,7 @@ function dress(node, properties, children) {
     else if (key === "style") for (const [name, text] of Object.entries(value)) node.style.setProperty(name, text);
     else node.setAttribute(key, value === true ? "" : value);
   }
-  node.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  node.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
   return node;
 }
 

@@ -523,6 +523,7 @@ def test_nothing_is_cut_off_or_wider_than_the_window(which: str, width: int, loo
       buttons.forEach((button) => button.click());
       await frames();
       return { width: innerWidth, page: document.documentElement.scrollWidth, overflowing: overflowing(),
+        objects: document.body.innerText.match(/\\[object|undefined|NaN/),
         plots: all(".frame svg").length, images: all("img").length, title: document.title,
         names: buttons.map((button) => button.textContent), head: one("h1").textContent };
     """
@@ -532,6 +533,7 @@ def test_nothing_is_cut_off_or_wider_than_the_window(which: str, width: int, loo
     assert found["page"] <= width
     assert found["overflowing"] == []
     assert found["images"] == 0
+    assert found["objects"] is None
     assert found["head"] == body["name"]
     assert found["title"] == f"{body['name']}: rank report"
     assert found["names"] == [layer["name"] for layer in body["layers"][:1]]
