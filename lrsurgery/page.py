@@ -12,8 +12,7 @@ from string import Template
 from typing import Any
 
 # joined in this order: each may use what stands before it
-PARTS = ("draw", "plots", "table", "layers", "detail", "blocks", "runs", "bench", "summary")
-SCRIPTS = (*(f"page.{part}.js" for part in PARTS), "page.js")
+PARTS = ("draw", "plots", "table", "layers", "detail", "blocks", "runs", "bench", "summary", "page")
 
 
 def html_page(body: Mapping[str, Any]) -> str:
@@ -21,9 +20,9 @@ def html_page(body: Mapping[str, Any]) -> str:
 
     Raises ValueError where a number is not finite: JSON has no such numbers, and a browser would read none of it.
     """
-    folder = files("lrsurgery")
+    folder = files("lrsurgery") / "web"
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
-    script = "\n".join(folder.joinpath(name).read_text(encoding="utf-8") for name in SCRIPTS)
+    script = "\n".join(folder.joinpath(f"{part}.js").read_text(encoding="utf-8") for part in PARTS)
     title = f"{body.get('name') or 'lrsurgery'}: rank report"
     return Template(folder.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title.encode("utf-8", "replace").decode()),  # a file's name may hold half a character
