@@ -132,14 +132,15 @@ def speed_table(found: dict[str, Any]) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for run in found["runs"]:
         name = "by token" if run["work"] == "token by token" else run["work"]
+        mark = "" if run["reached"] else "?"
         cells = [f"{run['batch']}x{run['length']}", _short(run["median_ms"]), _short(run["p95_ms"])]
         cells.append(_short(run["throughput"]))
         if both:
-            mark = "" if run["reached"] else "?"
             cells += [_short(run["against"]["median_ms"]), f"{run['speedup']:.2f}x{mark}", _interval(run)]
             cells.append("" if run["ideal"] is None else f"{run['ideal']:.2f}")
         else:
             cells.append(_short(run["flops"] / 1e9))
+            cells[1] += mark
         table.add_row(name, *cells)
     return table
 
@@ -154,7 +155,7 @@ def bench_layer_table(found: dict[str, Any]) -> Table:
         table.add_row(
             f"{row['names'][0]}{more}", "x".join(map(str, row["shape"])), str(row["rank"]),
             "x".join(map(str, row["input"])), _short(row["factorised_ms"]), _short(row["dense_ms"]),
-            f"{row['speedup']:.2f}x", _interval(row),
+            f"{row['speedup']:.2f}x{'' if row['reached'] else '?'}", _interval(row),
         )  # fmt: skip
     return table
 
@@ -170,9 +171,8 @@ def _unsure(found: dict[str, Any]) -> list[str]:
     if not missed:
         return []
     total, asked = len(found["runs"]) + len(found["layers"]), found["options"]["precision"]
-    what = "marked ?, " if found["against"] else ""
     return [
-        f"{len(missed)} of {total} measurements, {what}did not get within {asked:g} in their time;"
+        f"{len(missed)} of {total} measurements, marked ?, did not get within {asked:g} in their time;"
         " raise --seconds, or leave the machine to it"
     ]
 

@@ -194,7 +194,13 @@ def test_tables_fit_a_terminal_of_80_columns(benched: dict[str, Any]) -> None:
         run |= {"batch": 256, "length": 32768, "median_ms": 12345.6, "p95_ms": 12345.6, "throughput": 1234567.8}
         run["against"]["median_ms"], run["reached"] = 98765.4, False
     for row in body["layers"]:
-        row |= {"shape": [16384, 53248], "rank": 13107, "input": [256, 4096, 16384], "dense_ms": 12345.6}
+        row |= {
+            "shape": [16384, 53248],
+            "rank": 13107,
+            "input": [256, 4096, 16384],
+            "dense_ms": 12345.6,
+            "reached": False,
+        }
     console.print(size_table(body), speed_table(body), bench_layer_table(body))
     text = console.export_text()
     assert "…" not in text
