@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from lrsurgery.options import DTYPES, pick_device
 from lrsurgery.passes import BY_TOKEN, Contender, count_flops, explained, make_pass
 from lrsurgery.peak import Request, peak_memory
 from lrsurgery.speed import processor
+from lrsurgery.staging import replace_file
 from lrsurgery.stream import versions
 from lrsurgery.surgery import factorised_layers
 from lrsurgery.timing import CONFIDENCE, Timed, Timings, compare, percentile
@@ -96,7 +96,7 @@ def iter_bench(
     finally:
         torch.set_num_threads(threads)
     if folder is not None:
-        _write(folder / FILE_NAME, body)
+        replace_file(folder / FILE_NAME, json.dumps(body, indent=2) + "\n")
     return body
 
 
@@ -323,17 +323,6 @@ def _folder_to_save_in(model: str) -> Path:
     if not (folder / "config.json").is_file():
         raise OutputError(f"{model}: --save writes into a model's local folder, and this is none; leave --save out")
     return folder
-
-
-def _write(file: Path, body: dict[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
-        partial.replace(file)
-    except OSError as e:
-        raise OutputError(f"{file}: cannot be written ({e.strerror or e})") from e
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_bench(folder: Path) -> dict[str, Any] | None:
