@@ -55,7 +55,8 @@ def main() -> None:
         settings = {
             "model": str(model), "from_scratch": True, "rank": [args.rank], "init": "spectral", "steps": args.steps,
             "data": str(args.output / "train.txt"), "eval_data": str(args.output / "valid.txt"), "lr": 1e-2,
-            "warmup_steps": args.steps // 10, "eval_steps": args.steps, "decay": decay, "decay_strength": STRENGTH, "set": {"adam_beta2": 0.95},
+            "warmup_steps": args.steps // 10, "eval_steps": args.steps, "decay": decay, "decay_strength": STRENGTH,
+            "set": {"adam_beta2": 0.95},
         }  # fmt: skip
         # also in the folder: the weights, a recipe that runs this again, and metrics.jsonl with each layer's ranks
         rows[decay] = finetune(settings, args.output / decay, overwrite=True)
