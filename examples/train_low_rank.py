@@ -54,8 +54,9 @@ def main() -> None:
     for decay in DECAYS:
         settings = {
             "model": str(model), "from_scratch": True, "rank": [args.rank], "init": "spectral", "steps": args.steps,
-            "data": str(args.output / "train.txt"), "eval_data": str(args.output / "valid.txt"), "lr": 5e-3,
+            "data": str(args.output / "train.txt"), "eval_data": str(args.output / "valid.txt"), "lr": 1e-2,
             "warmup_steps": args.steps // 10, "eval_steps": args.steps, "decay": decay, "decay_strength": STRENGTH,
+            "set": {"adam_beta2": 0.95},
         }  # fmt: skip
         # also in the folder: the weights, a recipe that runs this again, and metrics.jsonl with each layer's ranks
         rows[decay] = finetune(settings, args.output / decay, overwrite=True)

@@ -63,7 +63,8 @@ def test_train_low_rank(tmp_path: Path) -> None:
     for loss, nuclear, entropy, stable in rows.values():
         assert 3 < loss < 7.4  # a guess among the 2048 tokens costs 7.62
         assert 1 <= stable <= nuclear <= entropy <= 48  # half of the width
-    assert rows["l2"][1:] < rows["frobenius"][1:]  # decay of the factors is a nuclear norm's, and so lowers rank
+    # decay of the factors is decay of the product's nuclear norm, and so lowers each rank further
+    assert all(of_l2 < other for of_l2, other in zip(rows["l2"][1:], rows["frobenius"][1:], strict=True))
     assert (tmp_path / "out" / "l2" / "metrics.jsonl").is_file()
 
 
