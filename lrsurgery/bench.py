@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass

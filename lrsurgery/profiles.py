@@ -69,7 +69,7 @@ def iter_profile(source: Source, options: Options, *, planned: bool) -> Generato
         SpectrumCache().trim()
     ladders = [(row.ladder or (), energies[row.name], row) for row in rows.values()]
     return Report(
-        every, checkpoint.parameters, parameters_after(every, checkpoint.parameters),
+        every, checkpoint.parameters, parameters_after(every, checkpoint.parameters) if planned else None,
         bytes_before=sum(file.stat().st_size for file in source.files),
         source={"reference": source.reference, "hub_id": source.hub_id, "revision": source.revision},
         command=options.command, options=options.recorded() if planned else {},

@@ -113,6 +113,8 @@ function ladderSection() {
   if (!steps.length) return null;
   const drawn = steps.filter((step) => known(step.share) && known(step.energy_kept)).sort((a, b) => a.share - b.share);
   const percent = (value) => `${Number((100 * value).toPrecision(4))}\u202f%`;
+  const kindOf = (step) => (step.rank.includes(":") ? `${step.rank.split(":")[0]}:` : "of full rank");
+  const kinds = [...new Set(steps.filter((step) => drawn.includes(step)).map(kindOf))];
   return section(
     "ladder",
     "What each rank would give",
@@ -132,19 +134,16 @@ function ladderSection() {
           height: 260,
           x: { label: "share of parameters", format: percent },
           y: { pad: 0.16, format: percent, exact: show.share },
-          series: [
-            {
-              name: "energy kept",
-              paint: "var(--before)",
-              points: drawn.map((step) => [step.share, step.energy_kept]),
-            },
-          ],
-          spots: drawn.map((step) => ({
-            x: step.share,
-            y: step.energy_kept,
-            label: step.rank,
-            paint: "var(--before)",
+          series: kinds.map((name, i) => ({
+            name,
+            paint: colour(i),
+            line: dash(i),
+            dots: true,
+            points: drawn.filter((step) => kindOf(step) === name).map((step) => [step.share, step.energy_kept]),
           })),
+          spots: drawn
+            .filter((step) => kindOf(step) === kinds[0]) // labels of the others would lie on top of each other
+            .map((step) => ({ x: step.share, y: step.energy_kept, label: step.rank, paint: colour(0) })),
         }),
     ),
   );

@@ -35,7 +35,12 @@ function axis(values, { log = false, min, max, format = show.tick, pad = 0 }, fr
   }
   const turn = log ? Math.log10 : (value) => value;
   const map = (value) => from + ((turn(value) - turn(low)) / (turn(high) - turn(low))) * (to - from);
-  return { map, ticks: ticksOf(low, high, log, wanted), format };
+  const ticks = ticksOf(low, high, log, wanted);
+  const step = ticks[1] - ticks[0];
+  // ticks that lie close together need the digits that tell them apart
+  if (format === show.tick && !log && step < 1 && step >= 1e-4)
+    return { map, ticks, format: (value) => value.toFixed(Math.ceil(-Math.log10(step) - 1e-9)) };
+  return { map, ticks, format };
 }
 
 function textWidth(text, weight = 400) {

@@ -78,7 +78,7 @@ function sizeWords() {
     );
   if (known(totals.flops_before) && known(totals.flops_after))
     said.push(
-      " The arithmetic of one pass goes from ",
+      " The arithmetic of a token in the layers goes from ",
       figure(totals.flops_before, show.count),
       " to ",
       figure(totals.flops_after, show.count),
