@@ -2,7 +2,7 @@
 
     python examples/heal_timm_cnn.py --output letters
 
-The images are drawn here, in Pillow's own font, turned, shifted and noisy: no download is needed. The network learns
+The images are drawn by examples/letters.py: no download is needed. The network learns
 them first, dense; then it is factorised, and healed under Frobenius decay.
 """
 
@@ -10,40 +10,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from random import Random
 
 import timm
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features
-from datasets import Image as ImageFeature
-from PIL import Image, ImageDraw, ImageFont
+from letters import LETTERS, SIZE, write
 from timm.models import save_for_hf
 
 import lrsurgery
 from lrsurgery.finetune import finetune
 
-LETTERS = "ABEFGHKRSZ"
-SIZE = 32  # pixels
 STRENGTH = 0.01  # of the decay
-
-
-def draw(letter: str, random: Random) -> Image.Image:
-    """A letter on a dark ground: its angle, place, brightness and noise are drawn by `random`."""
-    image = Image.new("L", (SIZE, SIZE), random.randrange(60))
-    font = ImageFont.load_default(size=random.randrange(16, 24))
-    place = (SIZE // 2 + random.randrange(-3, 4), SIZE // 2 + random.randrange(-3, 4))
-    ImageDraw.Draw(image).text(place, letter, random.randrange(140, 256), font, anchor="mm")
-    noise = Image.frombytes("L", (SIZE, SIZE), random.randbytes(SIZE * SIZE))
-    return Image.blend(image.rotate(random.uniform(-15, 15)), noise, 0.2).convert("RGB")
-
-
-def images(count: int, seed: int) -> Dataset:
-    """So many images of each letter, with the letters as their classes."""
-    random = Random(seed)
-    labels = [label for label in range(len(LETTERS)) for _ in range(count)]
-    columns = {"image": [draw(LETTERS[label], random) for label in labels], "label": labels}
-    features = Features({"image": ImageFeature(), "label": ClassLabel(names=[*LETTERS])})
-    return Dataset.from_dict(columns, features=features)
 
 
 def main() -> None:
@@ -55,8 +31,8 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50, help="of a letter, to learn from (default: %(default)s)")
     args = parser.parse_args()
 
-    data = args.output / "images"  # a folder of images, FOLDER/SPLIT/CLASS/FILE.png, would do as well
-    DatasetDict(train=images(args.images, seed=0), test=images(25, seed=1)).save_to_disk(data)
+    data = args.output / "images"
+    write(data, args.images)
 
     # a ResNet of 10 layers, narrow and untrained, as a folder that timm and lrsurgery both read
     torch.manual_seed(0)

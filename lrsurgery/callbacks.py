@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,8 @@ class RunCallback(EvaluationCallback):
         super().__init__(watch, stage)
         self.folder, self.interrupted, self.train, self.stop_at = folder, interrupted, train, stop_at
         self.stopped = False
+        self.seconds = 0.0  # in training steps
+        self._begun = 0.0
         self._latest: dict[str, float] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -72,7 +75,11 @@ class RunCallback(EvaluationCallback):
         self._write(state, {"stage": self.stage, **self._latest})
         self._tell("step", args, state)
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._begun = time.perf_counter()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.seconds += time.perf_counter() - self._begun
         self._tell("step", args, state)
         if state.global_step >= self.stop_at:
             control.should_save = control.should_training_stop = True

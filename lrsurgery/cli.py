@@ -52,6 +52,15 @@ def root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    imports: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--import",
+            metavar="FILE.py",
+            show_default=False,
+            help="Run this Python file first, such as one that registers a model with timm. Read it before.",
+        ),
+    ] = None,
 ) -> None:
     """Make the layers of a pretrained transformers or timm model low rank, see what it cost, ship the result.
 
@@ -65,6 +74,11 @@ def root(
 
       lrsurgery report gpt2-healed
     """
+    if imports:
+        from lrsurgery.imports import import_file
+
+        for file in imports:
+            import_file(file)
 
 
 def factorise(

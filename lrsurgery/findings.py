@@ -15,11 +15,10 @@ from lrsurgery.markdown import table_lines
 from lrsurgery.plots import COLOURS, rendered
 from lrsurgery.runs import METRICS
 from lrsurgery.staging import replace_file
-from lrsurgery.studies import RUNS, Study
+from lrsurgery.studies import DYNAMICS, MEASURES, RUNS, Study
 
 SEED = "seed"  # the axis that means and spreads are over
 DEFAULT_MEASURES = ("perplexity", "top1")
-DYNAMICS = ("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm")
 
 
 def findings(study: Study, results: Sequence[Mapping[str, Any]], output: Path) -> dict[str, Any]:
@@ -59,7 +58,7 @@ def measures_of(result: Mapping[str, Any], output: Path) -> dict[str, float]:
         return {}
     last = list(result["stages"].values())[-1] if result["stages"] else {}
     found: dict[str, float] = {name: value for name, value in last.items() if name != "scored"}
-    found |= {"parameters": result["parameters"], "steps": result["steps"], "seconds": result["command_seconds"]}
+    found |= {name: result[name] for name in ("parameters", "steps", "seconds") if result[name] is not None}
     folder = output / RUNS / result["name"]
     if not (folder / METRICS).is_file():
         return found
@@ -152,22 +151,26 @@ def _plot(figure: Any, study: Study, found: Mapping[str, Any]) -> None:
     ax = figure.subplots()
     groups: dict[str, list[Mapping[str, Any]]] = {}
     for row in found["table"]:
-        if y in row["measures"] and (x is None or x in row["axes"]):
+        if y in row["measures"] and (x in row["axes"] or x in row["measures"]):
             groups.setdefault(row["axes"].get(lines, "") if lines else "", []).append(row)
     names = list(dict.fromkeys(row["axes"].get(x, "") for rows in groups.values() for row in rows))
     position = _positions(names)
+
+    def place(row: Mapping[str, Any]) -> float:
+        return float(row["measures"][x]["mean"]) if x in MEASURES else position(row["axes"][x])
+
     for i, (name, rows) in enumerate(groups.items()):
-        points = sorted((position(row["axes"].get(x, "")), row["measures"][y]) for row in rows)
+        points = sorted((place(row), row["measures"][y]["mean"], row["measures"][y]["std"] or 0.0) for row in rows)
+        places, means, spreads = zip(*points, strict=True)
         ax.errorbar(
-            [place for place, _ in points], [spread["mean"] for _, spread in points],
-            yerr=[spread["std"] or 0.0 for _, spread in points], fmt="o-", markersize=3, capsize=2,
-            color=COLOURS[i % len(COLOURS)], label=name or None,
+            places, means, yerr=spreads, fmt="o-", markersize=3, capsize=2, color=COLOURS[i % len(COLOURS)],
+            label=name or None,
         )  # fmt: skip
-    if any(_number(name) is None for name in names):
+    if x not in MEASURES and any(_number(name) is None for name in names):
         ax.set_xticks(range(len(names)), names)
     for scale in study.plot.get("log") or ():
         (ax.set_xscale if scale == "x" else ax.set_yscale)("log")
-    ax.set(xlabel=x or "", ylabel=y.replace("_", " "))
+    ax.set(xlabel=(x or "").replace("_", " "), ylabel=y.replace("_", " "))
     if lines:
         ax.legend(title=lines)
 

@@ -23,13 +23,7 @@ from lrsurgery.data import EVAL_SPLITS, digest_of, fingerprint
 from lrsurgery.dynamics import whole
 from lrsurgery.errors import Interrupted, OutputError, RecipeError, TrainingError
 from lrsurgery.evaluation import quality
-from lrsurgery.preparation import (
-    Examples,
-    evaluation_examples,
-    open_rows,
-    prepare_subject,
-    training_examples,
-)
+from lrsurgery.preparation import Examples, evaluation_examples, open_rows, prepare_subject, training_examples
 from lrsurgery.recipes import Recipe, check_recipe_for, read_recipe, write_recipe
 from lrsurgery.report import Report
 from lrsurgery.runs import (
@@ -65,9 +59,11 @@ class Outcome:
     report: Report
     stages: dict[str, dict[str, float]]  # "dense", "factorised", "healed" (or "trained"): what was measured at each
     steps: int
+    seconds: float = 0.0  # that this process spent on training steps, without evaluations, saving and imports
 
     def to_dict(self) -> dict[str, Any]:
-        return {"output": str(self.output), "steps": self.steps, "stages": self.stages, "report": self.report.to_dict()}
+        told = {"output": str(self.output), "steps": self.steps, "seconds": self.seconds, "stages": self.stages}
+        return {**told, "report": self.report.to_dict()}
 
 
 def finetune(
@@ -113,6 +109,7 @@ class _Run:
     ) -> None:  # fmt: skip
         self.overwrite, self.command, self.watch = overwrite, command, watch
         self.notes: list[str] = []
+        self.seconds = 0.0
         self.opened = False  # the run's folder, by this process
         if output is None:
             if not asked.get("model"):
@@ -323,6 +320,7 @@ class _Run:
             else:
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
+        self.seconds += callback.seconds
         if callback.stopped and step < last:
             again = f"lrsurgery finetune --resume --output {shlex.quote(str(self.output))}"
             again += " --overwrite" if self.overwrite else ""
@@ -362,7 +360,7 @@ class _Run:
                 "notes": tuple(self.notes),
             }  # fmt: skip
             report = publish(final, self.output, self.folder, self.recipe, facts, step, stages, self.overwrite)
-            outcome = Outcome(self.output, report, stages, step)
+            outcome = Outcome(self.output, report, stages, step, self.seconds)
         self._together()
         return outcome or Outcome(self.output, Report((), 0, 0), {}, step)
 

@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -26,9 +25,11 @@ from lrsurgery.staging import replace_file
 RESULT = "result.json"
 RUNS = "runs"
 PATHS = ("model", "data", "eval_data", "teacher", "against")  # settings that may be files beside the recipe
-KEYS = ("name", "about", "prepare", "settings", "grid", "table", "plot")
+KEYS = ("name", "about", "imports", "prepare", "settings", "grid", "table", "plot")
 TABLE_KEYS = ("rows", "columns", "measures")
 PLOT_KEYS = ("x", "lines", "y", "log")
+DYNAMICS = ("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm")  # means over the layers
+MEASURES = ("loss", "perplexity", "top1", "top5", "parameters", "steps", "seconds", *DYNAMICS, "effective_lr")
 CONFIG = "config"  # a setting of a study alone: what is changed in the model's config.json, for runs from scratch
 
 
@@ -55,6 +56,7 @@ class Study:
     about: str
     prepare: tuple[Mapping[str, Any], ...]
     runs: tuple[Run, ...]
+    imports: tuple[Path, ...] = ()  # Python files that register models
     table: Mapping[str, Any] = field(default_factory=dict)
     plot: Mapping[str, Any] = field(default_factory=dict)
 
@@ -85,11 +87,18 @@ def read_study(file: Path) -> Study:
         _known(file, key, TABLE_KEYS, "table's")
     for key in plot:
         _known(file, key, PLOT_KEYS, "plot's")
+    imports = tuple(file.parent / str(name) for name in _list(body.get("imports")))
+    for script in imports:
+        if not script.is_file():
+            raise RecipeError(f"{file}: imports: {script}: no such file")
     study = Study(
         file, str(body.get("name") or file.stem), str(body.get("about") or ""), tuple(_steps(file, body)),
-        tuple(runs.values()), table, plot,
+        tuple(runs.values()), imports, table, plot,
     )  # fmt: skip
-    named = [*_list(table.get("rows")), table.get("columns"), plot.get("x"), plot.get("lines")]
+    for measure in [*_list(table.get("measures")), *_list(plot.get("y"))]:
+        _known(file, measure, MEASURES, "measure")
+    x = plot.get("x") if plot.get("x") not in MEASURES else None
+    named = [*_list(table.get("rows")), table.get("columns"), x, plot.get("lines")]
     for axis in (name for name in named if name is not None):
         if axis not in study.axes:
             raise RecipeError(f"{file}: '{axis}' is no axis of the grid; its axes: {', '.join(study.axes)}")
@@ -270,7 +279,8 @@ def _take(
     folder.mkdir(parents=True, exist_ok=True)
     _write_recipe(study, run, output, recipe)
     replace_file(folder / "fingerprint", run.fingerprint)
-    command = [sys.executable, "-m", "lrsurgery", "finetune", "--output", str(model), "--json"]
+    imports = [word for script in study.imports for word in ("--import", str(script))]
+    command = [sys.executable, "-m", "lrsurgery", *imports, "finetune", "--output", str(model), "--json"]
     # only a run that has a checkpoint goes on from it
     resumes = same and any(begun.glob("*/checkpoint-*/complete"))
     command += ["--resume"] if resumes else ["--recipe", str(recipe), "--overwrite"]
@@ -279,7 +289,6 @@ def _take(
     env = {**os.environ}
     if jobs > 1:
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    since = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     running.add(process)
     told, said = process.communicate()
@@ -288,7 +297,6 @@ def _take(
         return  # interrupted: it is saved and goes on with --resume
     result: dict[str, Any] = {
         "name": run.name, "axes": dict(run.axes), "fingerprint": run.fingerprint, "settings": dict(run.settings),
-        "command_seconds": time.monotonic() - since,
     }  # fmt: skip
     if process.returncode:
         last = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
@@ -297,6 +305,8 @@ def _take(
         outcome = json.loads(told)
         result |= {
             "status": "finished", "steps": outcome["steps"], "stages": outcome["stages"],
+            # a resumed run knows only of its last part
+            "seconds": None if resumes else outcome["seconds"],
             "parameters": outcome["report"]["totals"]["parameters_after"],
         }  # fmt: skip
         for name in (METRICS, RECIPE, FILE_NAME):
