@@ -31,6 +31,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     records = read_metrics(folder)
     recipe = Recipe().merged(read_recipe(folder / RECIPE)) if (folder / RECIPE).is_file() else Recipe()
     evaluated = [record for record in records if "eval" in record]
+    # the dense model that a run was measured against at its start is a stage of it, and not on its course
+    begun_low_rank = any(r["stage"] == "factorised" and r["step"] == 0 for r in evaluated)
+    course = [r for r in evaluated if not (begun_low_rank and r["stage"] == "dense")]
     steps = max((record["step"] for record in records), default=0)
     settings: dict[str, Any] = {name: getattr(recipe, name) for name in SETTINGS}
     return {
@@ -39,7 +42,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         "stages": {stage: _quality(values) for stage, values in stages_of(evaluated, evaluated[-1]["stage"]).items()}
         if evaluated
         else {},
-        "evaluations": [{"step": r["step"], "stage": r["stage"], **_quality(r["eval"])} for r in evaluated],
+        "evaluations": [{"step": r["step"], "stage": r["stage"], **_quality(r["eval"])} for r in course],
         "losses": [
             {"step": r["step"], "loss": r["loss"], "lr": r.get("learning_rate")} for r in records if "loss" in r
         ],

@@ -50,7 +50,15 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_text(root)
     lrsurgery.factorise_checkpoint(DENSE, root / "half", rank="params:0.5")
     settings = {"model": str(root / "half"), "data": str(root / "train.txt"), "eval_data": str(root / "valid.txt")}
-    settings |= {"block_size": 32, "batch_size": 2, "steps": 6, "eval_steps": 3, "log_steps": 2, "lr": 1e-2}
+    settings |= {
+        "against": str(DENSE),
+        "block_size": 32,
+        "batch_size": 2,
+        "steps": 6,
+        "eval_steps": 3,
+        "log_steps": 2,
+        "lr": 1e-2,
+    }
     for decay in ("none", "frobenius"):
         finetune({**settings, "decay": decay, "decay_strength": 0.1}, root / decay)
     return root
@@ -199,7 +207,8 @@ def test_runs_tell_their_course(folders: Path) -> None:
     assert (found.about, [run["name"] for run in found.training]) == ("runs", ["none", "frobenius"])
     for run in found.training:
         records = [json.loads(line) for line in (folders / run["name"] / "metrics.jsonl").read_text().splitlines()]
-        evaluated = [record for record in records if "eval" in record]
+        evaluated = [record for record in records if "eval" in record and record["stage"] != "dense"]
+        assert set(run["stages"]) == {"dense", "factorised", "healed"}
         assert [e["step"] for e in run["evaluations"]] == [0, 3, 6] == [r["step"] for r in evaluated]
         assert [e["loss"] for e in run["evaluations"]] == [r["eval"]["loss"] for r in evaluated]
         assert [e["step"] for e in run["losses"]] == [2, 4, 6]
