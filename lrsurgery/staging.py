@@ -132,5 +132,6 @@ def replace_file(file: Path, content: str | bytes) -> None:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
         partial.replace(file)
     except OSError as e:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{file}: cannot be written ({e.strerror or e})") from e
+    finally:
+        partial.unlink(missing_ok=True)

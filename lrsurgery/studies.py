@@ -20,7 +20,8 @@ from lrsurgery.errors import RecipeError, StudyError
 from lrsurgery.recipes import Recipe, read_yaml
 from lrsurgery.report import FILE_NAME
 from lrsurgery.runs import METRICS, RECIPE
-from lrsurgery.staging import replace_file
+from lrsurgery.sources import resolve
+from lrsurgery.staging import copy_companions, replace_file
 
 RESULT = "result.json"
 RUNS = "runs"
@@ -334,18 +335,16 @@ def _write_recipe(study: Study, run: Run, output: Path, file: Path) -> None:
                 settings[key] = str(folder / value)
                 break
     if run.settings.get(CONFIG):
-        settings["model"] = str(_reshaped(Path(settings["model"]), run.settings[CONFIG], file.parent / "config"))
+        settings["model"] = str(_reshaped(settings["model"], run.settings[CONFIG], file.parent / "config"))
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
-def _reshaped(model: Path, changes: Mapping[str, Any], folder: Path) -> Path:
-    """A copy of a model folder without its weights, whose config.json has these changes."""
-    if not (model / "config.json").is_file():
-        raise RecipeError(f"{model}: no config.json in it, so there is no config to change")
+def _reshaped(model: str, changes: Mapping[str, Any], folder: Path) -> Path:
+    """A copy of a model's small files, whose config.json has these changes."""
+    source = resolve(model, weights=False)
+    if source.folder is None:
+        raise RecipeError(f"{model}: has no config.json, so there is no config to change")
     folder.mkdir(exist_ok=True)
-    for source in model.iterdir():
-        if source.is_file() and source.suffix in (".json", ".txt", ".model"):
-            shutil.copyfile(source, folder / source.name)
-    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps({**config, **changes}, indent=2) + "\n", encoding="utf-8")
+    copy_companions(source, folder)
+    (folder / "config.json").write_text(json.dumps({**source.config, **changes}, indent=2) + "\n", encoding="utf-8")
     return folder

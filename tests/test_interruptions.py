@@ -98,7 +98,6 @@ def records(folder: Path) -> list[dict[str, Any]]:
         ("step", 4, signal.SIGKILL),  # dense; the checkpoint of step 3 is there
         ("mark", 5, signal.SIGKILL),  # the switch's checkpoint is written and not marked
         ("step", 8, signal.SIGKILL),  # factorised
-        ("mark", 9, signal.SIGKILL),
         ("publish", 0, signal.SIGKILL),  # trained to the end, the output half-written
         ("step", 2, signal.SIGINT),  # before the first checkpoint
         ("step", 7, signal.SIGTERM),
@@ -147,8 +146,7 @@ def test_resume_refuses_another_run(bench: Path, tmp_path: Path) -> None:
 
     assert "an unfinished run; pass --resume" in refused(*arguments(bench, "other"))
     other = ["--lr" if a == "--warmup-steps" else a for a in arguments(bench, "other", "--resume")]
-    assert f"{run}: was begun with warmup_steps 2" not in refused(*other)
-    assert "was begun with lr 0.001, now it is 2.0" in refused(*other)
+    assert f"{run}: was begun with lr 0.001, now it is 2.0" in refused(*other)
     model = [str(bench / "calm") if a == str(bench / "model") else a for a in arguments(bench, "other", "--resume")]
     assert "was begun with model" in refused(*model)
     text = bench / "train.txt"

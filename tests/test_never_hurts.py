@@ -292,7 +292,7 @@ def test_output_that_is_in_the_way(model: Path, tmp_path: Path, capsys: pytest.C
 def test_second_surgery_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("factorise", model, "--rank", "0.5", "--output", tmp_path / "out") == 0
     assert "already factorised" in refusal(capsys, "factorise", tmp_path / "out", "--rank", "0.5")
-    assert "not a factorised" in refusal(capsys, "report", model)
+    assert "is a dense model" in refusal(capsys, "report", model, "--against", tmp_path / "out")
     assert "not a factorised" in refusal(capsys, "export", model, "--output", tmp_path / "dense")
     assert "onnx" in refusal(capsys, "export", tmp_path / "out", "--to", "onnx", "--output", tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
