@@ -66,6 +66,10 @@ class WideResNet(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.fc
 
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.fc.in_features, num_classes)
+
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.fc(self.norm(self.blocks(self.conv1(x))).relu().mean((2, 3)))
         return found

@@ -115,7 +115,8 @@ def cells(study: Study, found: Mapping[str, Any]) -> tuple[list[str], list[list[
     rows = study.table.get("rows") or [axis for axis in study.axes if axis not in (SEED, across)]
     names = measures_shown(study, found)
     columns = list(dict.fromkeys(row["axes"].get(across, "") for row in found["table"])) if across else [""]
-    headers = [*rows, *(f"{name}{f', {across} {column}' if column else ''}" for name in names for column in columns)]
+    named = [(name, f", {across} {column or '-'}" if across else "") for name in names for column in columns]
+    headers = [*rows, *(name + place for name, place in named)]
     lines: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
     for row in found["table"]:
         place = tuple(row["axes"].get(axis, "") for axis in rows)
