@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lrsurgery.assembly import Progress
 from lrsurgery.errors import OutputError, SourceError, SurgeryError
+from lrsurgery.imports import imported
 from lrsurgery.layers import FactorisedLayer, build_dense, dense_weight
 from lrsurgery.options import DTYPES, pick_device
 from lrsurgery.passes import BY_TOKEN, Contender, count_flops, explained, make_pass
@@ -121,7 +122,8 @@ def _measure(model: str, against: str | None, options: BenchOptions) -> Generato
     for reference in references:
         yield Progress(f"memory of {reference}", done, total)
         asked = (options.device, options.dtype, torch.get_num_threads(), max(options.batch), max(lengths), options.seed)
-        peaks[reference], note = peak_memory(Request(reference, pair[0].task, options.trust_remote_code, *asked))
+        request = Request(reference, pair[0].task, options.trust_remote_code, *asked, imports=tuple(imported))
+        peaks[reference], note = peak_memory(request)
         notes += [note] if note else []
         done += 1
     models = [contender.load(device, DTYPES[options.dtype]) for contender in pair]

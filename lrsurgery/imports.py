@@ -8,6 +8,8 @@ from pathlib import Path
 
 from lrsurgery.errors import SourceError
 
+imported: list[str] = []  # for processes that this one starts
+
 
 def import_file(file: Path) -> None:
     """Runs a Python file as the module of its name. Raises SourceError where it is missing or fails."""
@@ -21,3 +23,4 @@ def import_file(file: Path) -> None:
     except Exception as e:  # whatever it is, that file is at fault
         del sys.modules[file.stem]
         raise SourceError(f"{file}: {type(e).__name__}: {' '.join(str(e).split())}") from e
+    imported.append(str(file.resolve()))

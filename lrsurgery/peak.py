@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lrsurgery.errors import SurgeryError
+from lrsurgery.imports import import_file
 
 SMALL = 1 << 30  # bytes of weights; beside larger ones the 10 MB of code that a first run brings in are nothing
 
@@ -36,6 +37,7 @@ class Request:
     batch: int
     length: int
     seed: int
+    imports: tuple[str, ...] = ()  # files that register models
 
 
 def peak_memory(request: Request) -> tuple[int | None, str | None]:
@@ -115,7 +117,10 @@ def _forget_peak() -> bool:
 def main() -> None:
     """Answers on stdout with one line of JSON."""
     try:
-        answer: dict[str, object] = {"peak": measured(Request(**json.loads(sys.argv[1])))}
+        request = Request(**json.loads(sys.argv[1]))
+        for file in request.imports:
+            import_file(Path(file))
+        answer: dict[str, object] = {"peak": measured(request)}
     except SurgeryError as e:
         answer = {"error": " ".join(str(e).split())}
     print(f"\n{json.dumps(answer)}", flush=True)

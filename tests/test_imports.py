@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,9 @@ def test_a_model_of_ones_own_is_factorised_by_the_program(tmp_path: Path) -> Non
     assert len(report.factorised) == 16
     with torch.inference_mode():
         assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+    timed = program("--import", FILE, "bench", tmp_path / "low", "--batch", 1, "--seconds", 0.1, "--json")
+    assert timed.returncode == 0, timed.stderr
+    assert json.loads(timed.stdout)["model"]["parameters"] == sum(p.numel() for p in model.parameters())
     without = program("factorise", tmp_path / "wrn", "--from-scratch", "--rank", "0.25", "--output", tmp_path / "other")
     assert without.returncode == 2
     assert without.stderr.count("\n") == 1
