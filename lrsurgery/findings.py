@@ -146,7 +146,10 @@ def markdown_table(study: Study, found: Mapping[str, Any]) -> list[str]:
 
 
 def _plot(figure: Any, study: Study, found: Mapping[str, Any]) -> None:
-    """A measure against an axis or another measure, a line for each value of the `lines` axis, bars for the spread."""
+    """A measure against an axis or another measure, a line for each value of the `lines` axis, bars for the spread.
+
+    Runs that have no place on the x axis are lines across.
+    """
     x, lines = study.plot.get("x"), study.plot.get("lines")
     y = study.plot.get("y") or measures_shown(study, found)[0]
     ax = figure.subplots()
@@ -167,13 +170,17 @@ def _plot(figure: Any, study: Study, found: Mapping[str, Any]) -> None:
             places, means, yerr=spreads, fmt="o-", markersize=3, capsize=2, color=COLOURS[i % len(COLOURS)],
             label=name or None,
         )  # fmt: skip
+    without = [row for row in found["table"] if y in row["measures"] and x not in row["axes"] and x not in MEASURES]
+    for i, row in enumerate(without, len(groups)):  # such as the dense model beside ranks
+        label = row["axes"].get(lines) or " ".join(row["axes"].values())
+        ax.axhline(row["measures"][y]["mean"], linestyle="--", color=COLOURS[i % len(COLOURS)], label=label)
     if x not in MEASURES and any(_number(name) is None for name in names):
         ax.set_xticks(range(len(names)), names)
     for scale in study.plot.get("log") or ():
         (ax.set_xscale if scale == "x" else ax.set_yscale)("log")
     ax.set(xlabel=(x or "").replace("_", " "), ylabel=y.replace("_", " "))
     if lines:
-        ax.legend(title=lines)
+        figure.legend(title=lines, loc="outside right upper")
 
 
 def _number(text: str) -> float | None:
