@@ -133,15 +133,15 @@ def test_two_interrupts_end_a_run_at_once(bench: Path) -> None:
     assert not (bench / "twice").exists()
 
 
-def test_resume_refuses_another_run(bench: Path, tmp_path: Path) -> None:
+def test_resume_refuses_another_run(bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stopped = program(sys.executable, "-c", RIGGED, "step", 4, int(signal.SIGINT), *arguments(bench, "other"))
     assert stopped.returncode == 130, stopped.stderr
     run = bench / "other.run"
 
     def refused(*more: object) -> str:
-        done = program(*tiny.PROGRAM, *more)
-        assert done.returncode == 2, done.stderr
-        (line,) = done.stderr.strip().splitlines()
+        capsys.readouterr()
+        assert tiny.run(*more) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
         return line
 
     assert "an unfinished run; pass --resume" in refused(*arguments(bench, "other"))

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 
 import lrsurgery.hf
-from lrsurgery import cli
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -207,24 +207,10 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): b"" if p.is_dir() else p.read_bytes() for p in folder.rglob("*") if p.exists()}
 
 
-def run(*arguments: object) -> int:
-    """The program in this process; its exit code."""
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["lrsurgery", *map(str, arguments)])
-            cli.main()
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    raise AssertionError("main() returned")
-
-
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Runs the program and returns its one line of error."""
     capsys.readouterr()
-    code = run(*arguments)
+    code = tiny.run(*arguments)
     out, err = capsys.readouterr()
     assert code == 2, err
     assert out == ""
@@ -253,7 +239,7 @@ def test_refused_argument(case: str, model: Path, tmp_path: Path, capsys: pytest
 
 
 def test_json_error_is_one_object(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("factorise", model, "--rank", "2.5", "--json") == 2
+    assert tiny.run("factorise", model, "--rank", "2.5", "--json") == 2
     out, err = capsys.readouterr()
     assert f"lrsurgery: {json.loads(out)['error']}\n" == err
 
@@ -284,13 +270,13 @@ def test_output_that_is_in_the_way(model: Path, tmp_path: Path, capsys: pytest.C
     assert "cannot be written" in refusal(capsys, *command, "--output", places["file"] / "below")
     assert tree(tmp_path) == before
 
-    assert run(*command, "--overwrite", "--output", places["model"]) == 0
+    assert tiny.run(*command, "--overwrite", "--output", places["model"]) == 0
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
     whole(places["model"])
 
 
 def test_second_surgery_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("factorise", model, "--rank", "0.5", "--output", tmp_path / "out") == 0
+    assert tiny.run("factorise", model, "--rank", "0.5", "--output", tmp_path / "out") == 0
     assert "already factorised" in refusal(capsys, "factorise", tmp_path / "out", "--rank", "0.5")
     assert "is a dense model" in refusal(capsys, "report", model, "--against", tmp_path / "out")
     assert "not a factorised" in refusal(capsys, "export", model, "--output", tmp_path / "dense")
@@ -301,7 +287,7 @@ def test_second_surgery_is_refused(model: Path, tmp_path: Path, capsys: pytest.C
 def test_damaged_output_is_noticed(model: Path, tmp_path: Path) -> None:
     """By the layer's name, for a tensor that is gone and for a rank that the config contradicts."""
     out = tmp_path / "out"
-    assert run("factorise", model, "--rank", "0.5", "--output", out) == 0
+    assert tiny.run("factorise", model, "--rank", "0.5", "--output", out) == 0
     tensors = load_file(out / "model.safetensors")
     key = UP.replace(".weight", ".u.weight")
     save_file({k: v for k, v in tensors.items() if k != key}, out / "model.safetensors", metadata={"format": "pt"})
@@ -315,7 +301,7 @@ def test_damaged_output_is_noticed(model: Path, tmp_path: Path) -> None:
 def test_transformers_alone_refuses_the_output(model: Path, tmp_path: Path) -> None:
     """In a process that knows nothing of this package."""
     out = tmp_path / "out"
-    assert run("factorise", model, "--rank", "0.5", "--output", out) == 0
+    assert tiny.run("factorise", model, "--rank", "0.5", "--output", out) == 0
     transformers.AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
     for folder in (out, tmp_path / "again"):
         code = f"from transformers import AutoModelForCausalLM as A; A.from_pretrained({str(folder)!r})"
@@ -376,7 +362,7 @@ def test_killed_at_any_moment(moment: str, pristine: Path, tmp_path: Path, capsy
     """Over an older model: afterwards there is the old one, the new one or none, and the next run clears up."""
     out = tmp_path / "out"
     command = ("factorise", pristine, "--output", out, "--rank")
-    assert run(*command, 8) == 0
+    assert tiny.run(*command, 8) == 0
     old = tree(out)
     killed = program(
         " ".join(map(str, (*command, "0.5", "--overwrite"))), moment, "os.kill(os.getpid(), signal.SIGKILL)"
@@ -390,7 +376,7 @@ def test_killed_at_any_moment(moment: str, pristine: Path, tmp_path: Path, capsy
         assert tree(out) == old
     else:
         assert tree(out) == old
-    assert run(*command, "0.5", "--overwrite") == 0
+    assert tiny.run(*command, "0.5", "--overwrite") == 0
     whole(out)
     assert tree(out) != old
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
@@ -408,7 +394,7 @@ def test_interrupted(moment: str, number: str, pristine: Path, tmp_path: Path) -
         r"lrsurgery: interrupted; \d+ of \d+ layers are kept: the same command with --resume goes on\n", done.stderr
     )
     assert [p.name for p in (tmp_path / "new").iterdir()] == [".out.factorising"]
-    assert run(*command.split(), "--resume", "--quiet") == 0
+    assert tiny.run(*command.split(), "--resume", "--quiet") == 0
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["out"]
     whole(tmp_path / "new" / "out")
 
@@ -430,7 +416,7 @@ def test_full_disk(command: str, pristine: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: writing fails in the middle of a tensor."""
     arguments = f"factorise {pristine} --rank 0.5"
     if command == "export":
-        assert run(*arguments.split(), "--output", tmp_path / "half") == 0
+        assert tiny.run(*arguments.split(), "--output", tmp_path / "half") == 0
         arguments = f"export {tmp_path / 'half'}"
     before = tree(tmp_path)
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))"

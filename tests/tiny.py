@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import pytest
 import torch
 import transformers as tf
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+from lrsurgery.cli import main
 
 SPECIAL = ["<|endoftext|>", "[PAD]", "[CLS]", "[SEP]", "[MASK]", "[UNK]"]
 VOCABULARY = 320
 BLOCK = 32
 PROGRAM = [sys.executable, "-m", "lrsurgery"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(*arguments: object) -> int:
+    """The program in this process; its exit code."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["lrsurgery", *map(str, arguments)])
+            main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    raise AssertionError("main() returned")
 
 
 def documents() -> list[str]:
