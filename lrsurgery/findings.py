@@ -135,7 +135,8 @@ def spread_text(spread: Mapping[str, Any]) -> str:
     """`12.34 ± 0.05 (3)`: mean, sample standard deviation to two digits, and of how many."""
     middle, std, count = spread["mean"], spread["std"], spread["n"]
     if not std:
-        return f"{middle:.5g}" + (f" ({count})" if count > 1 else "")
+        counted = middle == round(middle) and abs(middle) >= 1000  # parameters, steps
+        return f"{middle:{',.0f' if counted else '.5g'}}" + (f" ({count})" if count > 1 else "")
     digits = max(0, 1 - math.floor(math.log10(std)))
     return f"{middle:.{digits}f} ± {std:.{digits}f} ({count})" if digits < 10 else f"{middle:.5g} ({count})"
 

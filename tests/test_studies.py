@@ -100,6 +100,7 @@ def test_spreads_are_means_and_sample_deviations() -> None:
     spread = {"mean": statistics.mean(values), "std": statistics.stdev(values), "n": 3}
     assert spread_text(spread) == "10.58 ± 0.63 (3)"
     assert spread_text({"mean": 12.3456789, "std": None, "n": 1}) == "12.346"
+    assert spread_text({"mean": 691674.0, "std": 0.0, "n": 3}) == "691,674 (3)"
 
 
 # real runs
