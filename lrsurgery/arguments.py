@@ -49,6 +49,20 @@ ShardOption = Annotated[
     str, typer.Option("--shard-size", metavar="SIZE", help="Largest weight file, such as 5GB or 500MB.")
 ]
 
+IncludeOption = Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these layers.")]
+ExcludeOption = Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these layers.")]
+MultipleOption = Annotated[int, typer.Option("--multiple-of", metavar="N", help="Round ranks to multiples of N.")]
+ConvOption = Annotated[str, typer.Option("--conv", help="channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+JobsOption = Annotated[
+    int | None, typer.Option("--jobs", "-j", metavar="N", help="Layers at once; as threads and memory allow.")
+]
+NoCacheOption = Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep singular values.")]
+RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")]
+ArchitectureOption = Annotated[
+    str | None, typer.Option("--architecture", metavar="NAME", help="timm model name of a bare weight file.")
+]
+
 
 def make_screen(quiet: bool, as_json: bool) -> Screen:
     """Where a command's words go; of several processes under torchrun only the first one speaks."""

@@ -8,6 +8,7 @@ import typer
 
 from lrsurgery.arguments import (
     DebugOption,
+    DeviceOption,
     JsonOption,
     ModelArgument,
     QuietOption,
@@ -47,7 +48,7 @@ def bench(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", help="But no longer than this for each setting.")
     ] = 20.0,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="keep, float32, bfloat16 or float16.")] = "keep",
     threads: Annotated[
         int | None, typer.Option("--threads", metavar="N", help="Of the CPU; as torch has them.", show_default=False)

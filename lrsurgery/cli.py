@@ -15,14 +15,23 @@ import typer
 
 from lrsurgery import __version__, bench_cli, report_cli, study_cli, training_cli
 from lrsurgery.arguments import (
+    ArchitectureOption,
+    ConvOption,
     DebugOption,
+    DeviceOption,
+    ExcludeOption,
     FolderArgument,
+    IncludeOption,
+    JobsOption,
     JsonOption,
     ModelArgument,
+    MultipleOption,
+    NoCacheOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
     RankOption,
+    RevisionOption,
     ShardOption,
     TrustOption,
     command_line,
@@ -88,12 +97,10 @@ def factorise(
     init: Annotated[
         str, typer.Option("--init", help="spectral (keeps the model), or spectral-ones, he (to be trained again).")
     ] = "spectral",
-    conv: Annotated[
-        str, typer.Option("--conv", help="channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw.")
-    ] = "channel",
-    include: Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these layers.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these layers.")] = None,
-    multiple_of: Annotated[int, typer.Option("--multiple-of", metavar="N", help="Round ranks to multiples of N.")] = 1,
+    conv: ConvOption = "channel",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    multiple_of: MultipleOption = 1,
     allow_larger: Annotated[
         bool, typer.Option("--allow-larger", help="Factorise layers at or over break-even too.")
     ] = False,
@@ -110,24 +117,20 @@ def factorise(
         bool, typer.Option("--from-scratch", help="Initialise the model anew from its config first.")
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="For --from-scratch and --init he.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    device: DeviceOption = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="keep, float32, bfloat16 or float16.")] = "keep",
     svd: Annotated[
         str,
         typer.Option("--svd", help="auto: within 1e-5 of the best error; fast: within 1%, to explore; full: LAPACK's."),
     ] = "auto",
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", metavar="N", help="Layers at once; as threads and memory allow.")
-    ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep singular values.")] = False,
+    jobs: JobsOption = None,
+    no_cache: NoCacheOption = False,
     keep_vectors: Annotated[
         bool, typer.Option("--keep-vectors", help="Keep singular vectors too: another rank costs one product a layer.")
     ] = False,
     shard_size: ShardOption = "5GB",
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")] = None,
-    architecture: Annotated[
-        str | None, typer.Option("--architecture", metavar="NAME", help="timm model name of a bare weight file.")
-    ] = None,
+    revision: RevisionOption = None,
+    architecture: ArchitectureOption = None,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     resume: Annotated[

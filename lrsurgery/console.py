@@ -6,16 +6,17 @@ import json
 import sys
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from lrsurgery.steps import Result, result_of
+
 if TYPE_CHECKING:
     from lrsurgery.callbacks import Event
 
-Result = TypeVar("Result")
 PIPED_WIDTH = 160  # lines of a pipe or a file need not fold at rich's 80
 
 
@@ -48,14 +49,14 @@ class Screen:
     def follow(self, steps: Generator[Any, None, Result], verb: str) -> Result:
         """Runs a job under a live bar (layer, done/total, time left), shown on a terminal only."""
         if self.quiet or not self.err.is_terminal:
-            return _drain(steps, lambda event: None)
+            return result_of(steps)
         columns = (
             TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[layer]}"),
         )  # fmt: skip
         with Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(verb, total=None, layer="reading")
-            return _drain(
+            return result_of(
                 steps, lambda event: bar.update(task, completed=event.done, total=event.total, layer=event.name)
             )
 
@@ -138,11 +139,3 @@ def quality_table(rows: Sequence[tuple[str, int | None, int | None, Mapping[str,
         figures = [QUALITY[key].format(values[key]) if key in values else "" for key in known]
         table.add_row(name, *("" if number is None else f"{number:,}" for number in numbers), *figures)
     return table
-
-
-def _drain(steps: Generator[Any, None, Result], show: Callable[[Any], None]) -> Result:
-    while True:
-        try:
-            show(next(steps))
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from lrsurgery.options import Options
 from lrsurgery.plan import Replaced, settle_all
 from lrsurgery.ranks import RankLike
 from lrsurgery.report import Report
+from lrsurgery.steps import result_of
 from lrsurgery.stream import iter_factorise
 from lrsurgery.surgery import apply_plan_, densify_layers_
 
@@ -89,9 +90,4 @@ def factorise_checkpoint(source: str | Path, output: str | Path, *, rank: RankLi
     Raises SurgeryError: which file or layer, what is wrong, what to do. Nothing is written then.
     """
     steps = iter_factorise(str(source), Path(output), Options(rank, **options))
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            report: Report = stop.value
-            return report
+    return result_of(steps)

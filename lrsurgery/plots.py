@@ -115,7 +115,7 @@ def _spectra(figure: Any, rows: Sequence[Row]) -> None:
 def _effective_ranks(figure: Any, rows: Sequence[Row]) -> None:
     """Each measure over the layers in the model's order, before and after."""
     axes = figure.subplots(1, 3)
-    for ax, (measure, label), colour in zip(axes, LABELS.items(), COLOURS, strict=False):
+    for ax, (measure, label), colour in zip(axes, LABELS.items(), COLOURS[: len(LABELS)], strict=True):
         for when, style in (("before", ":"), ("after", "-")):
             places = [(i, getattr(row, when)) for i, row in enumerate(rows, 1) if getattr(row, when)]
             if places:
@@ -133,7 +133,8 @@ def _ladder(figure: Any, report: Report) -> None:
     for rung in report.ladder or ():
         kind = rung.rank.partition(":")[0] if ":" in rung.rank else "fraction of full rank"
         groups.setdefault(kind, []).append(rung)
-    for (kind, rungs), colour in zip(groups.items(), COLOURS, strict=False):
+    for i, (kind, rungs) in enumerate(groups.items()):
+        colour = COLOURS[i % len(COLOURS)]
         shares = [rung.parameters / report.parameters_before for rung in rungs]
         for ax, field in zip(axes, ("energy_kept", "relative_error"), strict=True):
             ax.plot(shares, [getattr(rung, field) for rung in rungs], "o-", color=colour, markersize=3, label=kind)

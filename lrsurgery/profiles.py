@@ -18,7 +18,7 @@ from lrsurgery.linalg import singular_values
 from lrsurgery.measures import RESOLVED, EffectiveRanks, Points, predicted_damage
 from lrsurgery.options import Options, pick_device
 from lrsurgery.plan import Kept, Replaced, find_heads, plan_rows
-from lrsurgery.ranks import FractionRank, RankSpec, parse_policy
+from lrsurgery.ranks import FractionRank, RankSpec, parse_policy, parse_rank
 from lrsurgery.report import Report, Row, Rung
 from lrsurgery.rows import parameters_after, planned_row
 from lrsurgery.skeletons import check_not_converted
@@ -42,8 +42,11 @@ def iter_profile(source: Source, options: Options, *, planned: bool) -> Generato
     options.check()
     check_not_converted(source)
     checkpoint = open_checkpoint(source, trust_remote_code=options.trust_remote_code)
+    # a layer that an override spells out is looked at though it is a head
+    named = parse_rank(options.rank).overrides if planned else ()
+    whole = RankSpec(FractionRank(1.0), tuple((pattern, FractionRank(1.0)) for pattern, _ in named))
     candidates = plan_rows(
-        checkpoint.model, RankSpec(FractionRank(1.0)), conv=options.conv, include=options.include,
+        checkpoint.model, whole, conv=options.conv, include=options.include,
         exclude=options.exclude, allow_larger=True, heads=find_heads(checkpoint.model), tied=checkpoint.tied,
     )  # fmt: skip
     plan = options.plan_for(checkpoint.model, checkpoint.tied) if planned else None
@@ -63,8 +66,7 @@ def iter_profile(source: Source, options: Options, *, planned: bool) -> Generato
         )  # fmt: skip
         energies[row.name] = float(values.double().square().sum())
         yield Progress(row.name, done, len(layers))
-    # an override may name a head, which then is in the plan and not among the candidates
-    every = tuple(rows.get(row.name) or planned_row(wanted.get(row.name, row)) for row in candidates)
+    every = tuple(rows.get(row.name) or planned_row(row) for row in candidates)
     if options.cache:
         SpectrumCache().trim()
     ladders = [(row.ladder or (), energies[row.name], row) for row in rows.values()]

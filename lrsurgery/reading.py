@@ -21,6 +21,7 @@ from lrsurgery.profiles import iter_profile
 from lrsurgery.report import FILE_NAME, Report, Row
 from lrsurgery.rows import compared_row, rank_report, replaced_of, trained_row
 from lrsurgery.sources import Source, resolve
+from lrsurgery.steps import result_of
 from lrsurgery.threads import in_order, layers_at_once, memory
 
 
@@ -29,13 +30,7 @@ def read_report(reference: str) -> Report:
     source = resolve(reference)
     if not is_factorised(source):
         raise SourceError(f"{reference}: not a factorised checkpoint; make one with lrsurgery factorise")
-    steps = iter_report([reference], Options(rank="0.5"))
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            found: Report = stop.value
-            return found
+    return result_of(iter_report([reference], Options(rank="0.5")))
 
 
 def iter_report(

@@ -8,10 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrsurgery.arguments import (
+    ArchitectureOption,
+    ConvOption,
     DebugOption,
+    DeviceOption,
+    ExcludeOption,
+    IncludeOption,
+    JobsOption,
     JsonOption,
+    MultipleOption,
+    NoCacheOption,
     OverwriteOption,
     QuietOption,
+    RevisionOption,
     TrustOption,
     command_line,
     make_screen,
@@ -71,19 +80,15 @@ def report(
     ] = None,
     sort: Annotated[str, typer.Option("--sort", help="model, name, params or error: order of the layers.")] = "model",
     every: Annotated[bool, typer.Option("--all", help="Each layer of a large model, not a line a block.")] = False,
-    conv: Annotated[str, typer.Option("--conv", help="channel or spatial, as for factorise.")] = "channel",
-    include: Annotated[list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these layers.")] = None,
-    exclude: Annotated[list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these layers.")] = None,
-    multiple_of: Annotated[int, typer.Option("--multiple-of", metavar="N", help="Round ranks to multiples of N.")] = 1,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
-    jobs: Annotated[
-        int | None, typer.Option("--jobs", "-j", metavar="N", help="Layers at once; as threads and memory allow.")
-    ] = None,
-    no_cache: Annotated[bool, typer.Option("--no-cache", help="Neither use nor keep singular values.")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.")] = None,
-    architecture: Annotated[
-        str | None, typer.Option("--architecture", metavar="NAME", help="timm model name of a bare weight file.")
-    ] = None,
+    conv: ConvOption = "channel",
+    include: IncludeOption = None,
+    exclude: ExcludeOption = None,
+    multiple_of: MultipleOption = 1,
+    device: DeviceOption = "auto",
+    jobs: JobsOption = None,
+    no_cache: NoCacheOption = False,
+    revision: RevisionOption = None,
+    architecture: ArchitectureOption = None,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,

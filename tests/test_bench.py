@@ -27,19 +27,12 @@ from lrsurgery.cli import main
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.passes import FORWARD, count_flops, make_pass
 from lrsurgery.staging import replace_file
+from lrsurgery.steps import result_of
 from lrsurgery.surgery import factorised_layers
 from lrsurgery.timing import Timed, compare, median_interval, percentile
 
 CPU = torch.device("cpu")
 QUICK = BenchOptions(batch=(2,), length=(16,), new_tokens=4, seconds=0.3, device="cpu", threads=1)
-
-
-def finish(steps: Any) -> dict[str, Any]:
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +207,7 @@ def test_a_model_against_itself_is_as_fast(models: Path) -> None:
     reference = str(models / "gpt2")
     missed = {"prefill": 0, "token by token": 0}
     for _ in range(4):
-        for run in finish(iter_bench(reference, reference, QUICK))["runs"]:
+        for run in result_of(iter_bench(reference, reference, QUICK))["runs"]:
             assert run["ideal"] == 1
             missed[run["work"]] += not run["interval"][0] <= 1 <= run["interval"][1]
     assert max(missed.values()) < 4
@@ -223,7 +216,7 @@ def test_a_model_against_itself_is_as_fast(models: Path) -> None:
 @pytest.mark.usefixtures("in_one_process")
 def test_an_image_model_gets_images_of_its_size(models: Path) -> None:
     options = BenchOptions(batch=(3,), seconds=0.3, device="cpu", threads=1, layers=True)
-    body = finish(iter_bench(str(models / "small"), None, options))
+    body = result_of(iter_bench(str(models / "small"), None, options))
     (run,) = body["runs"]
     pixels = timm.get_pretrained_cfg("test_resnet").input_size[-1]
     assert (run["work"], run["batch"], run["length"], run["unit"]) == ("forward", 3, pixels, "images")
@@ -246,7 +239,7 @@ def test_a_model_that_does_not_compile_is_named(models: Path, monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", broken)
     options = BenchOptions(batch=(1,), seconds=0.3, device="cpu", compile=True)
     with pytest.raises(SurgeryError, match=r"small: torch\.compile fails: no compiler here; leave --compile out$"):
-        finish(iter_bench(str(models / "small"), None, options))
+        result_of(iter_bench(str(models / "small"), None, options))
 
 
 BAD = {

@@ -84,7 +84,7 @@ def test_markdown_holds_the_numbers_of_the_json() -> None:
     assert f"parameters: {found.parameters_before:,} → {found.parameters_after:,}" in text
     shown = cells(text, "Layers")
     assert len(shown) == 20
-    for line, row in zip(shown, body["layers"], strict=False):
+    for line, row in zip(shown, body["layers"][:-1], strict=True):  # the last one stays dense
         assert line["layer"] == row["name"].replace("_", "\\_")
         assert (line["rank"], line["break-even"]) == (str(row["rank"]), str(row["break_even"]))
         assert line["after"] == f"{row['parameters_after']:,}"

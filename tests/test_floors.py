@@ -18,7 +18,7 @@ FLOORS = {
     },
     2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf", "pieces", "spectra", "team"},
     1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed", "timing"},
-    0: {"linalg", "krylov", "angles", "measures", "ranks", "inits", "errors", "cache", "imports"},
+    0: {"linalg", "krylov", "angles", "measures", "ranks", "inits", "errors", "cache", "imports", "steps"},
 }
 PACKAGE = Path(lrsurgery.__file__).parent
 

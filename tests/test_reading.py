@@ -27,6 +27,7 @@ from lrsurgery.profiles import LADDER
 from lrsurgery.ranks import RankSpec, parse_policy
 from lrsurgery.reading import iter_report
 from lrsurgery.report import Report, Row
+from lrsurgery.steps import result_of
 
 DENSE = Path(__file__).parents[1] / "examples" / "pydocs-gpt2"
 
@@ -36,12 +37,7 @@ def report(*references: Path, planned: bool = False, against: Path | None = None
         [str(reference) for reference in references], Options(**{"rank": "0.5", **options}), planned=planned,
         against=str(against) if against else None,
     )  # fmt: skip
-    while True:
-        try:
-            next(steps)
-        except StopIteration as stop:
-            found: Report = stop.value
-            return found
+    return result_of(steps)
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +151,17 @@ def test_layers_that_stay_out_of_a_plan_are_looked_at_all_the_same() -> None:
     left = row_of(found, "transformer.h.0.attn.c_attn")
     assert (left.status, left.reason) == ("dense", "no rank given for it")
     assert left.before is not None
+
+
+def test_a_head_that_the_rank_spells_out_is_looked_at(tmp_path: Path) -> None:
+    tiny.save_timm(tmp_path / "timm")
+    kept = row_of(report(tmp_path / "timm", planned=True, rank="0.25"), "fc")
+    assert (kept.status, kept.reason, kept.before) == ("dense", "output head", None)
+    row = row_of(report(tmp_path / "timm", planned=True, rank=["0.25", "fc=energy:0.6"]), "fc")
+    values = np.linalg.svd(load_file(tmp_path / "timm" / "model.safetensors")["fc.weight"].numpy(), compute_uv=False)
+    squares = np.cumsum(values**2) / (values**2).sum()
+    assert row.rank == int((squares < 0.6).sum()) + 1
+    assert row.energy_kept == pytest.approx(squares[row.rank - 1], rel=1e-4)
 
 
 # healed models
