@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lrsurgery.errors import SourceError
+from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.recipes import Recipe, read_recipe
 from lrsurgery.runs import METRICS, RECIPE, read_metrics, stages_of
 
@@ -24,11 +24,19 @@ def is_run(folder: Path) -> bool:
 def read_run(folder: Path) -> dict[str, Any]:
     """Settings, evaluations, losses and each layer's dynamics over the steps, as the report's JSON has them.
 
-    Raises SourceError where the folder holds no run, RecipeError for a damaged recipe.
+    Raises SourceError where the folder holds no run or damaged metrics, RecipeError for a damaged recipe.
     """
     if not is_run(folder):
         raise SourceError(f"{folder}: no {METRICS} in it; give folders that lrsurgery finetune wrote")
-    records = read_metrics(folder)
+    try:
+        return _course_of(folder, read_metrics(folder))
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        if isinstance(e, SurgeryError):
+            raise
+        raise SourceError(f"{folder / METRICS}: not the metrics of a run ({e!r})") from e
+
+
+def _course_of(folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
     recipe = Recipe().merged(read_recipe(folder / RECIPE)) if (folder / RECIPE).is_file() else Recipe()
     evaluated = [record for record in records if "eval" in record]
     # the dense model that a run was measured against at its start is a stage of it, and not on its course

@@ -34,6 +34,7 @@ def load_model(
         return load_timm(source, dtype)
     import lrsurgery.hf  # noqa: F401  (registers the format)
 
+    _check_whole(source)
     skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
     cls: Any = type(skeleton)
     try:
@@ -54,6 +55,12 @@ def load_model(
     if info["missing_keys"]:
         raise SourceError(f"{path}: {min(info['missing_keys'])} is missing from the checkpoint")
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _check_whole(source: Source) -> None:
+    """Says which file is cut short, where transformers would not; pickles would have to be read for that."""
+    if all(file.suffix == ".safetensors" for file in source.files):
+        open_tensors(list(source.files))
 
 
 def is_factorised(source: Source) -> bool:
@@ -116,6 +123,7 @@ def load_with_head(
 
     import lrsurgery.hf  # noqa: F401  (registers the format)
 
+    _check_whole(source)
     options: dict[str, Any] = {}
     if id2label is not None:
         options = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}

@@ -87,7 +87,7 @@ def _factorised(source: Source, options: Options, against: str | None) -> Genera
                 return trained_row(row, factors)
             return compared_row(row, KINDS[row.kind].to_matrix(dense[name]().to(device)), factors)
         except WeightError as e:
-            raise WeightError(f"{name}: {e}") from e
+            raise WeightError(f"{against or source.reference}: {name}: {e}") from e
 
     threads = torch.get_num_threads()
     needs = [memory(replaced_of(name, layers[name]), 8) for name in names]

@@ -275,6 +275,20 @@ def test_what_makes_no_sense_is_refused(
         report(*(folders / reference for reference in references), **options)
 
 
+@pytest.mark.parametrize("text", ['{"step": 1}\n[3]\n"x"\n', '{"loss": 1.0}\n', '{"step": 0, "eval": {"loss": 1}}\n'])
+def test_metrics_that_are_damaged_are_named(folders: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text(text)
+    with pytest.raises(SourceError, match=r"metrics\.jsonl: not the metrics of a run"):
+        report(tmp_path)
+
+
+def test_a_model_that_is_cut_short_is_named_before_it_is_loaded(tmp_path: Path) -> None:
+    file = tiny.save_gpt2(tmp_path / "cut") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(SourceError, match=r"model\.safetensors: not a whole safetensors file"):
+        lrsurgery.load_model(tmp_path / "cut")
+
+
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
