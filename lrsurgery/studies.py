@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -16,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from lrsurgery.assembly import Progress
-from lrsurgery.errors import RecipeError, StudyError
+from lrsurgery.errors import Interrupted, RecipeError, StudyError
 from lrsurgery.recipes import Recipe, read_yaml
 from lrsurgery.report import FILE_NAME
 from lrsurgery.runs import METRICS, RECIPE
 from lrsurgery.sources import resolve
-from lrsurgery.staging import copy_companions, replace_file
+from lrsurgery.staging import alive, copy_companions, replace_file
 
 RESULT = "result.json"
 RUNS = "runs"
+PROCESS = "process"  # host and number of the one that a run is at work in
 PATHS = ("model", "data", "eval_data", "teacher", "against")  # settings that may be files beside the recipe
 KEYS = ("name", "about", "imports", "prepare", "settings", "grid", "table", "plot")
 TABLE_KEYS = ("rows", "columns", "measures")
@@ -188,7 +190,8 @@ def iter_study(
 
     A run that fails is told in its result and stops no other one; `resume` tries it again.
 
-    Raises StudyError where the output holds another study, or is there and `resume` is False; RecipeError for `jobs`.
+    Raises StudyError where the output holds another study, or is there and `resume` is False; RecipeError for `jobs`;
+    Interrupted after Ctrl-C or SIGTERM, once the runs at work have saved themselves.
     """
     if jobs < 1:
         raise RecipeError(f"jobs {jobs}: write an integer of at least 1")
@@ -198,6 +201,8 @@ def iter_study(
     which, count = shard
     mine = [run for i, run in enumerate(study.runs) if i % count == which - 1]
     to_do = [run for run in mine if not _finished(run, output)]
+    for run in to_do:
+        _check_idle(folder_of(run, output))
     total, done = len(mine), len(mine) - len(to_do)
     running: set[subprocess.Popen[str]] = set()
     with ThreadPoolExecutor(jobs, "run") as pool:
@@ -212,10 +217,16 @@ def iter_study(
                     future.result()
                     done += 1
                     yield Progress(futures[future].name, done, total)
-        except BaseException:
-            for process in list(running):  # they finish their step, save and stop; Ctrl-C has told them already
+        except BaseException as e:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running):  # they finish their step, save and stop
                 process.terminate()
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True)
+            if isinstance(e, KeyboardInterrupt | SystemExit):
+                raise Interrupted(
+                    f"interrupted; {done} of {total} runs are finished, what others have saved is kept:"
+                    " the same command with --resume goes on"
+                ) from e
             raise
     return [result for run in study.runs if (result := read_result(run, output)) is not None]
 
@@ -274,12 +285,12 @@ def _take(
     folder = folder_of(run, output)
     model, recipe = folder / "model", folder / "asked.yaml"
     begun = folder / "model.run"
-    same = recipe.is_file() and _fingerprint_in(folder) == run.fingerprint
-    if not same:
+    same = recipe.is_file() and _text_in(folder / "fingerprint") == run.fingerprint
+    if not same:  # what a run was begun with stays as it is: to `finetune --resume` a model written anew is another one
         shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_recipe(study, run, output, recipe)
-    replace_file(folder / "fingerprint", run.fingerprint)
+        folder.mkdir(parents=True)
+        _write_recipe(study, run, output, recipe)
+        replace_file(folder / "fingerprint", run.fingerprint)
     imports = [word for script in study.imports for word in ("--import", str(script))]
     command = [sys.executable, "-m", "lrsurgery", *imports, "finetune", "--output", str(model), "--json"]
     # only a run that has a checkpoint goes on from it
@@ -290,10 +301,15 @@ def _take(
     env = {**os.environ}
     if jobs > 1:
         env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    # in a session of its own, so that Ctrl-C reaches it once, through the study, and not as a second one at once
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
+    )
+    replace_file(folder / PROCESS, f"{socket.gethostname()} {process.pid}")
     running.add(process)
     told, said = process.communicate()
     running.discard(process)
+    (folder / PROCESS).unlink(missing_ok=True)
     if process.returncode == 130:
         return  # interrupted: it is saved and goes on with --resume
     result: dict[str, Any] = {
@@ -318,9 +334,14 @@ def _take(
     replace_file(folder / RESULT, json.dumps(result, indent=2) + "\n")
 
 
-def _fingerprint_in(folder: Path) -> str | None:
-    file = folder / "fingerprint"
-    return file.read_text(encoding="utf-8") if file.is_file() else None
+def _check_idle(folder: Path) -> None:
+    host, _, pid = _text_in(folder / PROCESS).partition(" ")
+    if host == socket.gethostname() and alive(pid):  # the study was killed, and this run with it not
+        raise StudyError(f"{folder}: is still at work in process {pid}; wait for it, or end it")
+
+
+def _text_in(file: Path) -> str:
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def _write_recipe(study: Study, run: Run, output: Path, file: Path) -> None:

@@ -193,15 +193,23 @@ def test_a_killed_study_goes_on_with_the_shard_that_is_left(
     file = write(root / "again", settings={**SETTINGS, **paths}, grid={"decay": ["none"], "seed": [0, 1]})
     out = root / "killed"
     process = subprocess.Popen(
-        [*tiny.PROGRAM, "study", str(file), "--output", str(out)], start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [*tiny.PROGRAM, "study", str(file), "--output", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     first = out / "runs" / "decay-none_seed-0"
     deadline = time.monotonic() + 120
     while not (first / "result.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGKILL)  # as a batch system does: the study and the run that it is at
+    second = out / "runs" / "decay-none_seed-1" / "process"
+    while not second.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = int(second.read_text().split()[1])
+    os.kill(left, signal.SIGSTOP)
+    process.kill()
     process.wait()
+    refused = program(file, "--output", out, "--resume")  # not two at one run
+    assert refused.returncode == 2, refused.stderr
+    assert f"decay-none_seed-1: is still at work in process {left}" in refused.stderr
+    os.kill(left, signal.SIGKILL)
     assert (first / "result.json").exists()
     kept = (first / "result.json").stat().st_mtime_ns
     whole = program(file, "--output", out, "--shard", "2/2", "--json")
@@ -212,3 +220,41 @@ def test_a_killed_study_goes_on_with_the_shard_that_is_left(
     mine = {run["name"]: run["measures"]["loss"] for run in found["runs"]}
     theirs = {run["name"]: run["measures"]["loss"] for run in told["runs"] if run["measures"]}
     assert mine == pytest.approx({name: theirs[name] for name in mine}, rel=1e-6)  # threads differ
+
+
+def test_an_interrupted_study_keeps_what_its_run_has_saved(root: Path) -> None:
+    """With a model that the study reshapes, and Ctrl-C in the middle of a run."""
+    settings = {key: str(root / str(SETTINGS[key])) for key in ("model", "data", "eval_data")}
+    settings = {**SETTINGS, **settings, "config": {"n_embd": 16}, "steps": 4000, "save_steps": 2, "eval_steps": 4000}
+    file = write(root / "stopped", settings=settings, grid={"seed": [0]})
+    out = root / "stopped" / "out"
+    process = subprocess.Popen(
+        [*tiny.PROGRAM, "study", str(file), "--output", str(out)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    run = out / "runs" / "seed-0" / "model.run"
+    while not list(run.glob("*/checkpoint-*/complete")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said.count("\n")) == (130, 1)
+    assert "0 of 1 runs are finished" in said
+    assert "--resume goes on" in said
+    begun = max(int(checkpoint.parent.name.rpartition("-")[2]) for checkpoint in run.glob("*/checkpoint-*/complete"))
+    study = read_study(file)
+    again = subprocess.Popen([*tiny.PROGRAM, "study", str(file), "--output", str(out), "--resume"], text=True)
+    while not (
+        later := [c for c in run.glob("*/checkpoint-*/complete") if int(c.parent.name.rpartition("-")[2]) > begun]
+    ):
+        assert time.monotonic() < deadline
+        assert again.poll() is None
+        time.sleep(0.1)
+    steps = [
+        json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines() if '"grad_norm"' in line
+    ]
+    assert steps == sorted(set(steps))  # each step once: it went on and did not begin anew
+    assert steps[0] == 1
+    again.send_signal(signal.SIGTERM)
+    assert again.wait(timeout=60) in (130, 143)
+    assert later
+    assert study.runs[0].settings["config"] == {"n_embd": 16}
