@@ -95,8 +95,10 @@ def _matching(pattern: str) -> list[Path]:
     return sorted(Path(name) for name in names if Path(name).is_file())
 
 
-def digest_of(reference: str, split: str | None, subset: str | None) -> str:
-    """A fingerprint of the data, to tell on resuming whether it is still the same."""
+def digest_of(reference: str | None, split: str | None, subset: str | None) -> str:
+    """A fingerprint of the data, to tell on resuming whether it is still the same; None for data that is not given."""
+    if reference is None:
+        return fingerprint([], f"none {split} {subset}")
     path = Path(reference).expanduser()
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
     files = files or _matching(reference)

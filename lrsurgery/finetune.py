@@ -188,8 +188,8 @@ class _Run:
         files = [*self.source.files, *([self.source.folder / "config.json"] if self.source.folder else [])]
         facts = {
             "model": fingerprint(files, self.source.reference if not files else ""),
-            "data": digest_of(recipe.data or "", recipe.split, recipe.subset),
-            "eval_data": digest_of(recipe.eval_data or "", recipe.eval_split, recipe.subset),
+            "data": digest_of(recipe.data, recipe.split, recipe.subset),
+            "eval_data": digest_of(recipe.eval_data, recipe.eval_split, recipe.subset),
             "world_size": self.args.world_size,
         }
         if self.resumed:

@@ -286,7 +286,7 @@ def _take(
     model, recipe = folder / "model", folder / "asked.yaml"
     begun = folder / "model.run"
     same = recipe.is_file() and _text_in(folder / "fingerprint") == run.fingerprint
-    if not same:  # what a run was begun with stays as it is: to `finetune --resume` a model written anew is another one
+    if not same:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         _write_recipe(study, run, output, recipe)

@@ -154,12 +154,16 @@ def test_labels_go_by_name_where_the_head_knows_them() -> None:
         match_labels(names, labels, ["0"], "pets")
 
 
-def test_a_fingerprint_notices_a_change(tmp_path: Path) -> None:
+def test_a_fingerprint_notices_a_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "t.txt"
     file.write_text("abc")
     before = digest_of(str(file), None, None)
     assert digest_of(str(file), None, None) == before
     assert digest_of(str(file), "train", None) != before
+    monkeypatch.chdir(tmp_path)
+    none = digest_of(None, None, None)
+    (tmp_path / "other.txt").write_text("a file beside it")
+    assert digest_of(None, None, None) == none  # what lies in the current folder is no data
     file.write_text("abd")
     assert digest_of(str(file), None, None) != before
 
