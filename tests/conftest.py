@@ -1,10 +1,11 @@
-"""No test reaches a hub, and every test process keeps to its share of the cores."""
+"""No test reaches a hub; every test process keeps to its share of the cores, and can be interrupted."""
 
 from __future__ import annotations
 
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lrsurgery-datasets-")
@@ -14,6 +15,9 @@ atexit.register(shutil.rmtree, os.environ["LRSURGERY_CACHE"], ignore_errors=True
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+# a job in a shell's background ignores Ctrl-C, and so would the programs that tests interrupt
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import torch  # noqa: E402
 
