@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrsurgery import errors as errors
     from lrsurgery import linalg as linalg
+    from lrsurgery.calibration import collect_statistics as collect_statistics
     from lrsurgery.decay import FrobeniusDecay as FrobeniusDecay
     from lrsurgery.errors import SurgeryError as SurgeryError
     from lrsurgery.export import export_dense as export_dense
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from lrsurgery.factorise import factorise_ as factorise_
     from lrsurgery.factorise import factorise_checkpoint as factorise_checkpoint
     from lrsurgery.loading import load_model as load_model
+    from lrsurgery.moments import Statistics as Statistics
     from lrsurgery.report import Report as Report
     from lrsurgery.rows import rank_report as rank_report
 
@@ -27,6 +29,8 @@ _HOME = {
     "FrobeniusDecay": "lrsurgery.decay",
     "SurgeryError": "lrsurgery.errors",
     "Report": "lrsurgery.report",
+    "Statistics": "lrsurgery.moments",
+    "collect_statistics": "lrsurgery.calibration",
     "densify_": "lrsurgery.factorise",
     "export_dense": "lrsurgery.export",
     "factorise_": "lrsurgery.factorise",

@@ -34,6 +34,16 @@ RankOption = Annotated[
         show_default=False,
     ),
 ]
+MaybeRankOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rank",
+        "-r",
+        metavar="RANK|GLOB=RANK",
+        help="0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers.",
+        show_default=False,
+    ),
+]
 OutputOption = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="DIR", help="Output folder; named from model and rank if left out."),

@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,21 +28,14 @@ from lrsurgery.jobs import (
     tensor_digest,
     wait_some,
 )
+from lrsurgery.moments import Statistics
 from lrsurgery.options import Options
 from lrsurgery.pieces import Piece, WorkFolder, load_piece
 from lrsurgery.plan import Kept, Plan, Replaced
 from lrsurgery.report import Row
+from lrsurgery.steps import Progress
 from lrsurgery.team import Team
 from lrsurgery.tensors import ShardWriter, in_write_order, parse_size
-
-
-@dataclass(frozen=True)
-class Progress:
-    """A layer was dealt with."""
-
-    name: str
-    done: int
-    total: int
 
 
 def aliases_of(model: nn.Module, rows: dict[str, Replaced]) -> dict[str, str]:
@@ -65,11 +57,12 @@ class Assembly:
         aliases: dict[str, str],
         buffers: set[str],
         names: dict[str, Names],
+        statistics: Statistics | None = None,
     ) -> None:
         self.settled: dict[str, Replaced | Kept] = {row.name: row for row in plan.replaced}
         self.measured: dict[str, Row] = {}
         self.bytes_before = self.bytes_after = 0
-        self._checkpoint, self._plan, self._options = checkpoint, plan, options
+        self._checkpoint, self._plan, self._options, self._statistics = checkpoint, plan, options, statistics
         self._aliases, self._buffers, self._names = aliases, buffers, names
         self._digests: dict[str, str] = {}
         self._entries = {entry.key: entry for entry in entries}
@@ -131,8 +124,9 @@ class Assembly:
         to_do = work.to_do()
         jobs = share_out([job for job in self.jobs if job.number in to_do], team.size)[team.rank]
         where = device_of(self._options, team.local_rank)
-        do = Decomposer(self._plan, self._options, self._checkpoint.source.reference, where)
-        with at_work(jobs, do, work.file, self._options.jobs) as futures:
+        do = Decomposer(self._plan, self._options, self._checkpoint.source.reference, where, self._statistics)
+        weighted = self._statistics is not None
+        with at_work(jobs, do, work.file, self._options.jobs, weighted=weighted) as futures:
             yield futures
 
     def run(self, stage: Path, work: WorkFolder, team: Team) -> Generator[Progress, None, None]:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.assembly import Progress
 from lrsurgery.errors import OutputError, SourceError, SurgeryError
 from lrsurgery.imports import imported
 from lrsurgery.layers import FactorisedLayer, build_dense, dense_weight
@@ -28,6 +27,7 @@ from lrsurgery.passes import BY_TOKEN, Contender, count_flops, explained, make_p
 from lrsurgery.peak import Request, peak_memory
 from lrsurgery.speed import processor
 from lrsurgery.staging import replace_file
+from lrsurgery.steps import Progress
 from lrsurgery.stream import versions
 from lrsurgery.surgery import factorised_layers
 from lrsurgery.timing import CONFIDENCE, Timed, Timings, compare, percentile

@@ -43,6 +43,7 @@ COLUMNS: dict[str, Callable[[Row], str | None]] = {
     "kept": lambda row: _percent((row.parameters_after or 0) / row.parameters_before),
     "energy kept": lambda row: _percent(row.energy_kept),
     "relative error": lambda row: _percent(row.relative_error),
+    "predicted loss": lambda row: None if row.predicted_loss is None else f"{row.predicted_loss:.3g}",
 }
 
 

@@ -9,7 +9,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,13 +24,13 @@ from lrsurgery.arguments import (
     IncludeOption,
     JobsOption,
     JsonOption,
+    MaybeRankOption,
     ModelArgument,
     MultipleOption,
     NoCacheOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
-    RankOption,
     RevisionOption,
     ShardOption,
     TrustOption,
@@ -40,6 +40,9 @@ from lrsurgery.arguments import (
 from lrsurgery.errors import Interrupted, SurgeryError
 from lrsurgery.report_cli import show_report
 
+if TYPE_CHECKING:
+    from lrsurgery.options import Options
+
 app = typer.Typer(
     name="lrsurgery",
     help="Make the layers of a pretrained transformers or timm model low rank, see what it cost, ship the result.",
@@ -48,6 +51,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="rich",
 )
+
+
+def _calibration(*names: str, text: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel="Calibration", metavar=metavar, show_default=False)
 
 
 def _version(asked: bool) -> None:
@@ -92,8 +99,52 @@ def root(
 
 def factorise(
     model: ModelArgument,
-    rank: RankOption,
+    rank: MaybeRankOption = None,
     output: OutputOption = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            metavar="SHARE",
+            show_default=False,
+            help="In place of --rank: 0.5 of the parameters, flops:0.5 or bytes:500MB, where they lose least.",
+        ),
+    ] = None,
+    budget_of: Annotated[
+        str, typer.Option("--budget-of", help="layers: those that may be factorised; model: all of it.")
+    ] = "layers",
+    calibration: Annotated[
+        str | None,
+        _calibration("--calibration", metavar="DATA", text="Weigh errors by this data; what finetune --data takes."),
+    ] = None,
+    metric: Annotated[
+        str, _calibration("--metric", text="fisher (inputs and gradients), activations (inputs), or none.")
+    ] = "fisher",
+    samples: Annotated[
+        int, _calibration("--samples", metavar="N", text="Blocks of text, sentences or images of it.")
+    ] = 128,
+    block_size: Annotated[
+        int | None, _calibration("--block-size", metavar="N", text="Tokens of a block; 512, or the model's maximum.")
+    ] = None,
+    sequential: Annotated[
+        bool, _calibration("--sequential", text="Look at each block once those before it are replaced.")
+    ] = False,
+    statistics: Annotated[
+        Path | None, _calibration("--statistics", metavar="DIR", text="What --save-statistics kept, in place of data.")
+    ] = None,
+    save_statistics: Annotated[
+        Path | None, _calibration("--save-statistics", metavar="DIR", text="Keep them for other ranks and budgets.")
+    ] = None,
+    task: Annotated[
+        str | None, _calibration("--task", text="What the model is for, where its config does not say.")
+    ] = None,
+    subset: Annotated[str | None, _calibration("--subset", text="Configuration of a hub dataset.")] = None,
+    split: Annotated[str | None, _calibration("--split", text="Split of the data; train if it is there.")] = None,
+    text_column: Annotated[str | None, _calibration("--text-column", text="Column of the text.")] = None,
+    image_column: Annotated[str | None, _calibration("--image-column", text="Column of the image.")] = None,
+    image_size: Annotated[
+        int | None, _calibration("--image-size", text="Pixels; the checkpoint's own size if left out.")
+    ] = None,
     init: Annotated[
         str, typer.Option("--init", help="spectral (keeps the model), or spectral-ones, he (to be trained again).")
     ] = "spectral",
@@ -151,23 +202,30 @@ def factorise(
 
       lrsurgery factorise timm/resnet50.a1_in1k --rank energy:0.9 --conv spatial --output resnet50-small
 
+      lrsurgery factorise gpt2 --budget 0.5 --calibration text.txt
+
       lrsurgery factorise gpt2 --from-scratch --init spectral-ones --rank 0.62
     """
     screen = make_screen(quiet, as_json)
+    from lrsurgery.calibrate import Calibration
     from lrsurgery.options import Options
-    from lrsurgery.stream import iter_factorise, plan_checkpoint
+    from lrsurgery.recipes import DataOptions
+    from lrsurgery.stream import iter_factorise, iter_plan
     from lrsurgery.team import Team
 
+    how = DataOptions(task, subset, text_column, None, image_column, block_size, image_size)
     options = Options(
         rank, init, conv, include or ("*",), exclude or (), allow_larger, multiple_of, seed, from_scratch, device,
         dtype, shard_size, revision, architecture, trust_remote_code, overwrite, command_line(), min_speedup,
-        svd, jobs, resume, not no_cache, keep_vectors,
+        svd, jobs, resume, not no_cache, keep_vectors, budget, budget_of,
+        Calibration(calibration, metric, samples, sequential, statistics, save_statistics, split, how),
     )  # fmt: skip
     if dry_run:
-        show_report(screen, plan_checkpoint(model, options))
+        show_report(screen, screen.follow(iter_plan(model, options), "calibrate"))
         screen.say("Nothing was written; leave --dry-run out to do it.")
         return
-    target = output or Path(_default_name(model, options.rank))
+    options.check()
+    target = output or Path(_default_name(model, options))
     report = screen.follow(iter_factorise(model, target, options, Team.of_environment()), "factorise")
     show_report(screen, report, output=str(target))
     screen.say(f"Written to {target}")
@@ -238,13 +296,12 @@ for command in COMMANDS:
     app.command()(command)
 
 
-def _default_name(model: str, rank: Any) -> str:
-    from lrsurgery.ranks import parse_rank
-
-    spec = str(parse_rank(rank).default or "mixed").replace(":", "-")
+def _default_name(model: str, options: Options) -> str:
+    kind = "rank" if options.budget is None else "budget"
+    spec = str(options.spec.default or "mixed").replace(":", "-").replace(" ", "-")
     stem = Path(model.removeprefix("timm:"))
     name = stem.stem if stem.suffix in (".safetensors", ".bin", ".pth", ".pt") else stem.resolve().name
-    return f"{name}-rank-{spec}"
+    return f"{name}-{kind}-{spec}"
 
 
 def main() -> None:

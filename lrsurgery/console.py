@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lrsurgery.steps import Result, result_of
+from lrsurgery.steps import Note, Result, result_of
 
 if TYPE_CHECKING:
     from lrsurgery.callbacks import Event
@@ -49,16 +49,24 @@ class Screen:
     def follow(self, steps: Generator[Any, None, Result], verb: str) -> Result:
         """Runs a job under a live bar (layer, done/total, time left), shown on a terminal only."""
         if self.quiet or not self.err.is_terminal:
-            return result_of(steps)
+            return result_of(steps, self._note)
         columns = (
             TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
             TextColumn("{task.fields[layer]}"),
         )  # fmt: skip
         with Progress(*columns, console=self.err, transient=True) as bar:
             task = bar.add_task(verb, total=None, layer="reading")
-            return result_of(
-                steps, lambda event: bar.update(task, completed=event.done, total=event.total, layer=event.name)
-            )
+
+            def show(event: Any) -> None:
+                self._note(event)
+                if not isinstance(event, Note):
+                    bar.update(task, completed=event.done, total=event.total, layer=event.name)
+
+            return result_of(steps, show)
+
+    def _note(self, event: Any) -> None:
+        if isinstance(event, Note):
+            self.say(f"Note: {event.text}")
 
 
 class TrainingScreen:

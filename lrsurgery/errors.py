@@ -11,6 +11,10 @@ class RankError(SurgeryError, ValueError):
     """A rank that cannot be read, or that the matrix cannot have."""
 
 
+class BudgetError(SurgeryError, ValueError):
+    """A budget that cannot be read, or that no choice of ranks meets."""
+
+
 class PlanError(SurgeryError, ValueError):
     """A plan that does not fit the model: an unknown layer name, a glob that matches nothing."""
 
@@ -37,6 +41,10 @@ class DataError(SurgeryError):
 
 class TrainingError(SurgeryError):
     """A run that had to stop: what happened, at which step, what to try."""
+
+
+class CalibrationError(SurgeryError, ValueError):
+    """Calibration data or statistics that cannot be used: not finite, of another model, a budget out of reach."""
 
 
 class StudyError(SurgeryError):

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrsurgery.assembly import Progress
 from lrsurgery.cards import dense_card
 from lrsurgery.checkpoints import Checkpoint, key_map, output_config
 from lrsurgery.errors import SourceError, SurgeryError
@@ -17,6 +16,7 @@ from lrsurgery.layers import FactorisedLayer, dense_weight
 from lrsurgery.skeletons import build_model
 from lrsurgery.sources import resolve
 from lrsurgery.staging import check_output, copy_companions, staged
+from lrsurgery.steps import Progress
 from lrsurgery.surgery import factorised_layers, swap_
 from lrsurgery.tensors import ShardWriter, in_write_order, open_tensors, parse_size, write_text
 

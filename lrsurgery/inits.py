@@ -21,36 +21,84 @@ from lrsurgery.linalg import (
     spectral_factors,
     working_dtype,
 )
+from lrsurgery.metric import Metric, weighted_factors
 
 
 class Init(Protocol):
     """weight (rows, columns); rank or a function of the singular values; fan_in of the dense layer; a CPU generator.
 
-    `effort`: what `linalg.spectral_factors` takes by name (svd, known, keep).
+    `metric`: what weighs the weight's errors, where data was looked at; a rank is a function of the singular values in
+    it then. `effort`: what `linalg.spectral_factors` takes by name (svd, known, keep).
     """
 
     def __call__(
-        self, weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any
+        self,
+        weight: Tensor,
+        rank: RankChoice,
+        *,
+        fan_in: int,
+        generator: torch.Generator,
+        metric: Metric | None = None,
+        **effort: Any,
     ) -> Decomposed: ...
 
 
-def spectral(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any) -> Decomposed:
-    """The truncated SVD, singular values split evenly (Khodak et al. 2021; Kamalakara et al. 2022)."""
-    return spectral_factors(weight, rank, **effort)
+def spectral(
+    weight: Tensor,
+    rank: RankChoice,
+    *,
+    fan_in: int,
+    generator: torch.Generator,
+    metric: Metric | None = None,
+    **effort: Any,
+) -> Decomposed:
+    """The truncated SVD, singular values split evenly (Khodak et al. 2021; Kamalakara et al. 2022), or the best factors
+    in the metric."""
+    if metric is None:
+        return spectral_factors(weight, rank, **effort)
+    factors, weighted = weighted_factors(weight, rank, metric)
+    known = effort.get("known")
+    values = known.values if known is not None else singular_values(weight)
+    return Decomposed(factors, values, float(values.double().square().sum()), None, weighted)
+
+
+def _directions(weight: Tensor, rank: RankChoice, metric: Metric | None, effort: dict[str, Any]) -> Decomposed:
+    """Orthonormal factors: the leading singular directions of the weight, or of its best approximation in a metric."""
+    if metric is None:
+        return direction_factors(weight, rank, **effort)
+    generator = torch.Generator()  # drawn from by none
+    found = spectral(weight, rank, fan_in=1, generator=generator, metric=metric, **effort)
+    u, v = found.factors  # balanced, so that u's columns and v's rows are orthogonal already
+    tiny = torch.finfo(u.dtype).tiny
+    return found._replace(
+        factors=Factors(u / u.norm(dim=0).clamp(min=tiny), v / v.norm(dim=1).clamp(min=tiny)[:, None])
+    )
 
 
 def spectral_ones(
-    weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any
+    weight: Tensor,
+    rank: RankChoice,
+    *,
+    fan_in: int,
+    generator: torch.Generator,
+    metric: Metric | None = None,
+    **effort: Any,
 ) -> Decomposed:
     """The singular directions alone: every kept singular value replaced by 1 (Kamalakara et al. 2022)."""
-    return direction_factors(weight, rank, **effort)
+    return _directions(weight, rank, metric, effort)
 
 
 def spectral_shuffled(
-    weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any
+    weight: Tensor,
+    rank: RankChoice,
+    *,
+    fan_in: int,
+    generator: torch.Generator,
+    metric: Metric | None = None,
+    **effort: Any,
 ) -> Decomposed:
     """A control: the leading singular directions with their own values in random order, so with the same norm."""
-    found = direction_factors(weight, rank, **effort)
+    found = _directions(weight, rank, metric, effort)
     u, v = found.factors
     order = torch.randperm(u.shape[1], generator=generator).to(u.device)
     root = found.values[: u.shape[1]].to(u.dtype)[order].sqrt()
@@ -58,7 +106,13 @@ def spectral_shuffled(
 
 
 def random_directions(
-    weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any
+    weight: Tensor,
+    rank: RankChoice,
+    *,
+    fan_in: int,
+    generator: torch.Generator,
+    metric: Metric | None = None,
+    **effort: Any,
 ) -> Decomposed:
     """A control: the leading singular values of the weight with random orthonormal directions (Haar)."""
     rows, columns = weight.shape
@@ -75,7 +129,15 @@ def random_directions(
     return Decomposed(factors, values, float(values.double().square().sum()))
 
 
-def he(weight: Tensor, rank: RankChoice, *, fan_in: int, generator: torch.Generator, **effort: Any) -> Decomposed:
+def he(
+    weight: Tensor,
+    rank: RankChoice,
+    *,
+    fan_in: int,
+    generator: torch.Generator,
+    metric: Metric | None = None,
+    **effort: Any,
+) -> Decomposed:
     """Normal factors whose product has the variance 2 / fan_in of a dense He-initialised layer (He et al. 2015).
 
     An entry of the product is a sum of `rank` terms, so var(u) var(v) = 2 / (fan_in rank). Balanced afterwards, which

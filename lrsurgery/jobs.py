@@ -19,6 +19,7 @@ from lrsurgery.checkpoints import Entry
 from lrsurgery.errors import SurgeryError, WeightError
 from lrsurgery.inits import WITHOUT_DIRECTIONS
 from lrsurgery.layers import KINDS, factor_weights
+from lrsurgery.moments import Statistics
 from lrsurgery.options import DTYPES, Options, pick_device
 from lrsurgery.pieces import Piece, load_piece, save_piece
 from lrsurgery.plan import Kept, Plan, Replaced
@@ -53,8 +54,11 @@ def share_out(jobs: Sequence[Job], processes: int) -> list[list[Job]]:
 class Decomposer:
     """Does one job: tensor in, piece in the work folder. Threads share it."""
 
-    def __init__(self, plan: Plan, options: Options, reference: str, device: torch.device) -> None:
+    def __init__(
+        self, plan: Plan, options: Options, reference: str, device: torch.device, statistics: Statistics | None = None
+    ) -> None:
         self._plan, self._options, self._reference, self._device = plan, options, reference, device
+        self._statistics = statistics
         self._cache = SpectrumCache(keep_vectors=options.keep_vectors) if options.cache else None
 
     def __call__(self, job: Job) -> Piece:
@@ -71,7 +75,8 @@ class Decomposer:
             return self._plan.spec.rank_of(row.name, row.rows, row.columns, values)
 
         keep = self._cache is not None and self._cache.keep_vectors
-        effort = {"svd": self._options.svd, "known": known, "keep": keep}
+        metric = self._statistics.metric(row.name) if self._statistics is not None else None
+        effort = {"svd": self._options.svd, "known": known, "keep": keep, "metric": metric}
         try:
             result = decompose(row, dense, self._options.init, self._options.seed, choose, **effort)
         except WeightError:
@@ -79,7 +84,8 @@ class Decomposer:
             raise
         if self._cache and (known is None or result.spectrum is not None):
             self._cache.put(facts["digest"], row.kind, result)
-        settled = row if row.rank is not None else self._plan.settle(row, result.values)
+        chooses = result.values if result.weighted is None else result.weighted
+        settled = row if row.rank is not None else self._plan.settle(row, chooses)
         if isinstance(settled, Kept):
             return Piece({**facts, "kept": settled.reason}, {})
         dtype = stored_dtype(dense.dtype, self._options)
@@ -88,7 +94,8 @@ class Decomposer:
             for factor in (u, v):
                 check_overflow(factor, row.name)
         kind = KINDS[settled.kind]
-        measured = measured_row(settled, kind.to_matrix(dense), kind.to_matrices(u, v), result)
+        has_gradients = self._statistics is not None and self._statistics.has_gradients
+        measured = measured_row(settled, kind.to_matrix(dense), kind.to_matrices(u, v), result, in_loss=has_gradients)
         if self._options.init in WITHOUT_DIRECTIONS:
             measured = replace(measured, energy_kept=None, spectral_error=None)
         return Piece({**facts, "rank": settled.rank, "row": measured.to_dict()}, {"u": u.cpu(), "v": v.cpu()})
@@ -132,11 +139,12 @@ def check_overflow(stored: Tensor, key: str) -> None:
 
 @contextmanager
 def at_work(
-    jobs: Sequence[Job], do: Callable[[Job], Piece], file_of: Callable[[int], Path], at_once: int | None
-) -> Iterator[dict[int, Future[None]]]:
+    jobs: Sequence[Job], do: Callable[[Job], Piece], file_of: Callable[[int], Path], at_once: int | None,
+    *, weighted: bool = False,
+) -> Iterator[dict[int, Future[None]]]:  # fmt: skip
     """Starts the jobs, some at once; job number -> when its piece is there. What is at work in the end is finished."""
     threads = torch.get_num_threads()
-    needs = [memory(job.row, job.entry.dtype.itemsize) for job in jobs]
+    needs = [memory(job.row, job.entry.dtype.itemsize, weighted=weighted) for job in jobs]
 
     def run(job: Job) -> None:
         save_piece(file_of(job.number), do(job))

@@ -56,6 +56,7 @@ class Decomposed(NamedTuple):
     values: Tensor  # (full rank,) singular values of W, descending; NaN past the rank where "fast" did not look
     energy: float  # sum of all squared singular values
     spectrum: Spectrum | None = None  # to be kept, where that was asked for and there is more than the values
+    weighted: Tensor | None = None  # (full rank,) singular values in a metric, where the factors are the best in one
 
 
 RankChoice: TypeAlias = "int | Callable[[Tensor], int]"  # a rank, or a function of the singular values (full rank,)
@@ -351,6 +352,15 @@ def balance(factors: Factors) -> Factors:
     left, values, right = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
     root = values.sqrt()
     return Factors(q_u @ (left * root), (root[:, None] * right) @ q_v.T)
+
+
+def balance_of(factors: Factors) -> float:
+    """||u^T u - v v^T||_F / ||u^T u||_F: 0 for balanced factors, which is how surgery leaves them."""
+    wide = working_dtype(factors.u.dtype)
+    u, v = factors.u.detach().to(wide), factors.v.detach().to(wide)
+    left = u.T @ u
+    norm = float(left.norm())
+    return float((left - v @ v.T).norm()) / norm if norm else 0.0
 
 
 def product_values(factors: Factors) -> Tensor:

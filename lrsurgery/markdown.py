@@ -80,6 +80,9 @@ def _layers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         },
         "largest angle, output": lambda row: row["overlap"] and _number(row["overlap"]["output"]["largest"]),
         "largest angle, input": lambda row: row["overlap"] and _number(row["overlap"]["input"]["largest"]),
+        "error in the metric": lambda row: _percent(row["weighted_error"]),
+        "predicted loss": lambda row: _number(row["predicted_loss"]),
+        "unbalanced": lambda row: _percent(row["balance"]) if (row["balance"] or 0) >= 0.01 else None,
         "predicted damage": lambda row: _number(row["damage"]) + (" (high)" if row["damage_high"] else ""),
     }
     used = {name: cell for name, cell in columns.items() if any(cell(row) not in (None, "") for row in rows)}

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrsurgery.errors import SurgeryError
-from lrsurgery.inits import get_init
+from lrsurgery.budget import parse_budget
+from lrsurgery.calibrate import Calibration
+from lrsurgery.errors import RankError, SurgeryError
+from lrsurgery.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg import check_engine
 from lrsurgery.plan import Plan, find_heads, make_plan
-from lrsurgery.ranks import RankLike, parse_rank
+from lrsurgery.ranks import READABLE, RankLike, RankSpec, parse_rank
 from lrsurgery.speed import SpeedTable, refusal
 from lrsurgery.tensors import parse_size
 
@@ -25,7 +27,7 @@ DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "f
 class Options:
     """What `factorise` can be asked for; the CLI's options of the same names say more."""
 
-    rank: RankLike
+    rank: RankLike | None = None  # or a budget
     init: str = "spectral"
     conv: str = "channel"
     include: Sequence[str] = ("*",)
@@ -48,6 +50,20 @@ class Options:
     resume: bool = False
     cache: bool = True
     keep_vectors: bool = False
+    budget: str | float | None = None
+    budget_of: str = "layers"
+    calibration: Calibration = field(default_factory=Calibration)
+
+    @property
+    def spec(self) -> RankSpec:
+        """The ranks that are asked for. Raises RankError, BudgetError."""
+        if self.budget is None:
+            if self.rank is None:
+                raise RankError(f"no rank and no budget is given; write --rank with {READABLE}, or --budget 0.5")
+            return parse_rank(self.rank, self.multiple_of)
+        if self.rank is not None:
+            raise RankError("rank and budget are both given; a budget chooses every rank, so leave one out")
+        return RankSpec(parse_budget(str(self.budget), self.budget_of), (), self.multiple_of)
 
     def plan_for(self, model: nn.Module, tied: dict[str, str] | None = None) -> Plan:
         refuse = None
@@ -55,14 +71,30 @@ class Options:
             device = pick_device(self.device)
             refuse = refusal(model, self.conv, self.min_speedup, device, SpeedTable(device, DTYPES[self.dtype]))
         return make_plan(
-            model, parse_rank(self.rank, self.multiple_of), conv=self.conv, include=self.include, exclude=self.exclude,
+            model, self.spec, conv=self.conv, include=self.include, exclude=self.exclude,
             allow_larger=self.allow_larger, heads=find_heads(model), tied=tied, refuse=refuse,
         )  # fmt: skip
 
     def check(self) -> None:
         """Raises SurgeryError for a value that no model could make right."""
-        parse_rank(self.rank, self.multiple_of)
+        spec = self.spec
         get_init(self.init)
+        self.calibration.check()
+        if self.calibration.wanted and self.init in WITHOUT_DIRECTIONS:
+            raise SurgeryError(f"init {self.init} keeps nothing of the weights, so --calibration would change nothing")
+        if self.calibration.wanted and self.from_scratch:
+            raise SurgeryError("--from-scratch has no pretrained weights to calibrate; leave --calibration out")
+        if self.calibration.wanted and self.svd == "fast":
+            raise SurgeryError("--svd fast looks at weights alone; leave it out with --calibration")
+        if self.budget is not None:
+            for name, given in (("--min-speedup", self.min_speedup), ("--allow-larger", self.allow_larger or None)):
+                if given is not None:
+                    raise SurgeryError(
+                        f"{name} and --budget are both given: a budget shares out ranks that save parameters"
+                    )
+        elif self.budget_of != "layers":
+            raise RankError(f"--budget-of {self.budget_of}: say with --budget how much of it is kept")
+        assert spec is not None
         check_engine(self.svd)
         pick_device(self.device)
         parse_size(self.shard_size)
@@ -80,10 +112,10 @@ class Options:
     def recorded(self) -> dict[str, Any]:
         """The options that decide the result, as JSON."""
         return {
-            "rank": str(parse_rank(self.rank)), "init": self.init, "conv": self.conv, "include": list(self.include),
+            "rank": str(self.spec), "init": self.init, "conv": self.conv, "include": list(self.include),
             "exclude": list(self.exclude), "allow_larger": self.allow_larger, "multiple_of": self.multiple_of,
             "seed": self.seed, "from_scratch": self.from_scratch, "dtype": self.dtype,
-            "min_speedup": self.min_speedup, "svd": self.svd,
+            "min_speedup": self.min_speedup, "svd": self.svd, "calibration": self.calibration.recorded(),
         }  # fmt: skip
 
 

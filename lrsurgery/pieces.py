@@ -37,7 +37,7 @@ def save_piece(file: Path, piece: Piece) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     half = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.half")
     try:
-        half.write_bytes(save(tensors, {"format": "pt", "facts": facts, "sha256": _digest(facts, tensors)}))
+        half.write_bytes(save(tensors, {"format": "pt", "facts": facts, "sha256": digest(facts, tensors)}))
         half.replace(file)
     except BaseException:
         half.unlink(missing_ok=True)
@@ -52,14 +52,15 @@ def load_piece(file: Path, *, verify: bool = True) -> Piece | None:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        if verify and metadata["sha256"] != _digest(metadata["facts"], tensors):
+        if verify and metadata["sha256"] != digest(metadata["facts"], tensors):
             return None
         return Piece(json.loads(metadata["facts"]), tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 
 
-def _digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+def digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """A fingerprint of some tensors and what goes with them."""
     found = hashlib.sha256(facts.encode())
     for key in sorted(tensors):
         found.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
@@ -126,6 +127,14 @@ class WorkFolder:
         """Tells the other processes which pieces are still to be made."""
         (self.path / "to_do.json").write_text(json.dumps(list(numbers)), encoding="utf-8")
         (self.path / "failed").unlink(missing_ok=True)
+
+    def set_ranks(self, ranks: Mapping[str, int | str | None]) -> None:
+        """Tells the other processes what was settled: a rank, why a layer stays dense, or None for not known yet."""
+        (self.path / "ranks.json").write_text(json.dumps(dict(ranks)), encoding="utf-8")
+
+    def ranks(self) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.path / "ranks.json").read_text(encoding="utf-8"))
+        return found
 
     def to_do(self) -> set[int]:
         return set(json.loads((self.path / "to_do.json").read_text(encoding="utf-8")))

@@ -29,6 +29,7 @@ class Replaced:
     rank: int | None
     bias: int  # parameters that stay as they are
     across: int = 1  # positions of v's output for each of u's: the horizontal stride of a conv2d-spatial layer
+    predicted_loss: float | None = None  # what it adds to the model's loss, where calibration told
 
     reason = None
 

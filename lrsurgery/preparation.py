@@ -17,6 +17,7 @@ from lrsurgery.recipes import DataOptions
 from lrsurgery.sources import Source
 from lrsurgery.tasks import CLASSIFICATION, IGNORED, LANGUAGE, Subject, class_names, head_size, load_subject, task_of
 
+CALIBRATED = 512  # tokens of a block, unless the model takes fewer
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
 
 
@@ -40,16 +41,16 @@ class Examples:
     size: int  # units in one example
 
 
-def open_rows(reference: str, task: str, options: DataOptions, **where: Any) -> Rows:
-    """Opens a dataset and reads its labels. Raises DataError."""
+def open_rows(reference: str, task: str, options: DataOptions, *, labels: bool = True, **where: Any) -> Rows:
+    """Opens a dataset and reads its labels, unless they are not asked for. Raises DataError."""
     rows = sets.open_data(reference, subset=options.subset, **where)
-    if task not in CLASSIFICATION:
+    if task not in CLASSIFICATION or not labels:
         return Rows(rows, reference)
     if where.get("streaming"):
         raise DataError(f"{reference}: streaming is for text; labels have to be known beforehand")
     column = sets.pick_column(rows, options.label_column, sets.LABEL_COLUMNS, "label", reference)
-    names, labels = sets.read_labels(rows, column, reference)
-    return Rows(rows, reference, tuple(names), tuple(labels))
+    names, classes = sets.read_labels(rows, column, reference)
+    return Rows(rows, reference, tuple(names), tuple(classes))
 
 
 def prepare_subject(
@@ -125,6 +126,24 @@ def evaluation_examples(
     return Examples(windows, _pad(tokenizer.pad_token_id or 0), "tokens", size)
 
 
+def calibration_examples(
+    subject: Subject, rows: Rows, options: DataOptions, samples: int, seed: int, *, trust_remote_code: bool = False
+) -> tuple[Examples, list[int]]:
+    """What a model is calibrated on, and which of it: `samples` blocks, sentences or images, drawn by `seed`.
+
+    Labels are neither needed nor looked at. Raises DataError.
+    """
+    if subject.task in LANGUAGE and options.block_size is None:
+        tokenizer = sets.load_tokenizer(subject.source, trust_remote_code)
+        options = dataclasses.replace(options, block_size=min(CALIBRATED, _block_size(subject, tokenizer, None)))
+    if subject.task in LANGUAGE:
+        examples = training_examples(subject, rows, options, seed=seed, trust_remote_code=trust_remote_code)
+    else:
+        examples = _classified(subject, rows, options, trust_remote_code, None, labels=[0] * len(rows.rows))
+    order = torch.randperm(len(examples.dataset), generator=torch.Generator().manual_seed(seed))
+    return examples, sorted(order[:samples].tolist())
+
+
 def _stream(encoded: Any, tokenizer: Any, subject: Subject, reference: str) -> sets.TokenStream:
     stream = sets.TokenStream(encoded, tokenizer.eos_token_id)
     config: Any = subject.body.config
@@ -161,14 +180,16 @@ def _block_size(subject: Subject, tokenizer: Any, asked: int | None) -> int:
 
 
 def _classified(
-    subject: Subject, rows: Rows, options: DataOptions, trust_remote_code: bool, augment_seed: int | None
-) -> Examples:
+    subject: Subject, rows: Rows, options: DataOptions, trust_remote_code: bool, augment_seed: int | None,
+    *, labels: list[int] | None = None,
+) -> Examples:  # fmt: skip
     count = head_size(subject)
     head = class_names(subject.source.config, subject.source.library, count)
     if subject.source.library == "transformers":
         config: Any = subject.body.config
         head = [config.id2label.get(i, str(i)) for i in range(count)]
-    labels = sets.match_labels(list(rows.classes), list(rows.labels), head, rows.reference)
+    if labels is None:
+        labels = sets.match_labels(list(rows.classes), list(rows.labels), head, rows.reference)
     if subject.task == "sequence-classification":
         tokenizer = sets.load_tokenizer(subject.source, trust_remote_code)
         config = subject.body.config

@@ -9,7 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lrsurgery.assembly import Progress
 from lrsurgery.checkpoints import Checkpoint, list_entries, open_checkpoint
 from lrsurgery.errors import WeightError
 from lrsurgery.jobs import tensor_digest
@@ -18,12 +17,13 @@ from lrsurgery.linalg import singular_values
 from lrsurgery.measures import RESOLVED, EffectiveRanks, Points, predicted_damage
 from lrsurgery.options import Options, pick_device
 from lrsurgery.plan import Kept, Replaced, find_heads, plan_rows
-from lrsurgery.ranks import FractionRank, RankSpec, parse_policy, parse_rank
+from lrsurgery.ranks import FractionRank, RankSpec, parse_policy
 from lrsurgery.report import Report, Row, Rung
 from lrsurgery.rows import parameters_after, planned_row
 from lrsurgery.skeletons import check_not_converted
 from lrsurgery.sources import Source
 from lrsurgery.spectra import SpectrumCache
+from lrsurgery.steps import Progress
 from lrsurgery.threads import in_order, layers_at_once, memory
 
 LADDER = (
@@ -43,7 +43,7 @@ def iter_profile(source: Source, options: Options, *, planned: bool) -> Generato
     check_not_converted(source)
     checkpoint = open_checkpoint(source, trust_remote_code=options.trust_remote_code)
     # a layer that an override spells out is looked at though it is a head
-    named = parse_rank(options.rank).overrides if planned else ()
+    named = options.spec.overrides if planned else ()
     whole = RankSpec(FractionRank(1.0), tuple((pattern, FractionRank(1.0)) for pattern, _ in named))
     candidates = plan_rows(
         checkpoint.model, whole, conv=options.conv, include=options.include,

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from lrsurgery.assembly import Progress
 from lrsurgery.bench import read_bench
 from lrsurgery.checkpoints import list_entries, open_checkpoint
 from lrsurgery.errors import PlanError, SourceError, SurgeryError, WeightError
@@ -21,7 +20,7 @@ from lrsurgery.profiles import iter_profile
 from lrsurgery.report import FILE_NAME, Report, Row
 from lrsurgery.rows import compared_row, rank_report, replaced_of, trained_row
 from lrsurgery.sources import Source, resolve
-from lrsurgery.steps import result_of
+from lrsurgery.steps import Progress, result_of
 from lrsurgery.threads import in_order, layers_at_once, memory
 
 

@@ -18,7 +18,8 @@ from lrsurgery.layers import KINDS
 from lrsurgery.measures import EffectiveRanks, Points, predicted_damage
 from lrsurgery.ranks import break_even_rank
 
-FORMAT_VERSION = 2  # 1, which is read too, had no FLOPs, spectra, condition numbers, overlaps or ladders
+# 2, which is read too, had nothing of calibration, budgets or balance; 1 no FLOPs, spectra, overlaps or ladders either
+FORMAT_VERSION = 3
 FILE_NAME = "rank_report.json"
 HIGH_DAMAGE = 2.0  # times the median of the model's layers
 
@@ -59,6 +60,9 @@ class Row:
     spectrum_after: Points | None = None
     overlap: Overlap | None = None  # of the dense and the factorised leading directions
     ladder: tuple[Rung, ...] | None = None
+    weighted_error: float | None = None  # ||G^(1/2) (W - U V) C^(1/2)||_F, relative to W's, in calibration's metric
+    predicted_loss: float | None = None  # what the layer adds to the loss, to second order: nats a token or image
+    balance: float | None = None  # ||U^T U - V V^T||_F / ||U^T U||_F; 0 as surgery leaves it
 
     @property
     def break_even(self) -> int | None:
@@ -117,6 +121,7 @@ class Report:
     ladder: tuple[Rung, ...] | None = None  # of the whole model
     training: tuple[dict[str, Any], ...] = ()  # runs, as `history.read_run` gives them
     bench: dict[str, Any] | None = None  # what `lrsurgery bench --save` wrote
+    calibration: dict[str, Any] | None = None  # the metric, the data and how much of it
 
     @property
     def factorised(self) -> tuple[Row, ...]:
@@ -152,7 +157,14 @@ class Report:
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             **self._flops(),
+            "predicted_loss": self.predicted_loss,
         }
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """What surgery adds to the loss, to second order and as if layers did not disturb each other."""
+        known = [row.predicted_loss for row in self.factorised if row.predicted_loss is not None]
+        return sum(known) if known else None
 
     def _flops(self) -> dict[str, int | None]:
         """Sums over the layers, for models that apply each of them to every token."""

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.angles import directions, overlap
+from lrsurgery.angles import Directions, directions, overlap
 from lrsurgery.errors import PlanError, WeightError
 from lrsurgery.layers import KINDS, FactorisedLayer
-from lrsurgery.linalg import Decomposed, Factors, product_values, relative_error, spectral_factors
+from lrsurgery.linalg import Decomposed, Factors, balance_of, product_values, relative_error, spectral_factors
 from lrsurgery.measures import EffectiveRanks, Points
 from lrsurgery.plan import ALREADY, Kept, Plan, Replaced, find_heads, plan_rows
 from lrsurgery.ranks import FractionRank, RankSpec
@@ -21,8 +21,11 @@ from lrsurgery.report import Report, Row
 from lrsurgery.surgery import factorised_layers
 
 
-def measured_row(row: Replaced, matrix: Tensor, factors: Factors, found: Decomposed) -> Row:
-    """The row of a layer after surgery: matrix (rows, columns), factors as stored, what decomposing found."""
+def measured_row(row: Replaced, matrix: Tensor, factors: Factors, found: Decomposed, *, in_loss: bool = False) -> Row:
+    """The row of a layer after surgery: matrix (rows, columns), factors as stored, what decomposing found.
+
+    `in_loss`: whether a metric's singular values are in units of the loss, as those of the Fisher information are.
+    """
     assert row.rank is not None
     values = found.values.double()
     top = float(values[0])
@@ -30,16 +33,41 @@ def measured_row(row: Replaced, matrix: Tensor, factors: Factors, found: Decompo
     unknown = bool(values.isnan().any())  # "fast" looks at some alone
     # every init gives factors in balanced form: the norms of u's columns times those of v's rows are its values
     kept = _norms(factors.u, 0) * _norms(factors.v, 1)
+    energy_kept = float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0
+    spectral_error = None if math.isnan(left_out) else left_out / top if top else 0.0
+    weighted_error, predicted = _in_metric(found.weighted, row.rank, in_loss)
+    if found.weighted is not None:  # the directions are the metric's, not those of the weight's singular values
+        energy_kept = _energy_within(matrix, directions(factors), found.energy)
+        spectral_error = _spectral_norm_of_difference(matrix, factors) / top if top else 0.0
     return replace(
         planned_row(row),
-        energy_kept=float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0,
+        energy_kept=energy_kept,
         relative_error=relative_error(matrix, factors),
-        spectral_error=None if math.isnan(left_out) else left_out / top if top else 0.0,
+        spectral_error=spectral_error,
+        weighted_error=weighted_error,
+        predicted_loss=predicted,
+        balance=balance_of(factors),
         before=None if unknown else EffectiveRanks.of(values),
         after=EffectiveRanks.of(kept.sort(descending=True).values, limit=math.inf),
         spectrum_before=None if unknown else Points.of(values),
         spectrum_after=Points.of(kept.sort(descending=True).values),
     )
+
+
+def _in_metric(values: Tensor | None, rank: int, in_loss: bool) -> tuple[float | None, float | None]:
+    """What was lost in the metric: the share of its norm, and its second order of the loss where it is in its units."""
+    if values is None:
+        return None, None
+    squares = values.double().square()
+    whole, lost = float(squares.sum()), float(squares[rank:].sum())
+    return math.sqrt(lost / whole) if whole else 0.0, lost / 2 if in_loss else None
+
+
+def _energy_within(matrix: Tensor, ours: Directions, energy: float) -> float:
+    """||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces."""
+    within = ours.u.T @ matrix.to(ours.u.dtype) @ ours.v
+    kept = float(torch.linalg.vector_norm(within, dtype=torch.float64)) ** 2
+    return min(1.0, kept / energy) if energy else 1.0
 
 
 def _norms(factor: Tensor, dim: int) -> Tensor:
@@ -54,6 +82,7 @@ def planned_row(row: Replaced | Kept) -> Row:
     return Row(
         row.name, row.kind, row.shape, "factorised", None, row.full_rank, row.rank,
         row.parameters, row.factorised_parameters, flops_before=row.flops, flops_after=row.factorised_flops,
+        predicted_loss=row.predicted_loss,
     )  # fmt: skip
 
 
@@ -61,7 +90,7 @@ def trained_row(row: Row, factors: Factors) -> Row:
     """With what factors say by themselves, balanced or not: they need not be so any more after training."""
     values = product_values(factors)
     after = EffectiveRanks.of(values.double(), limit=math.inf)
-    return replace(row, after=after, spectrum_after=Points.of(values))
+    return replace(row, after=after, spectrum_after=Points.of(values), balance=balance_of(factors))
 
 
 def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
@@ -74,12 +103,10 @@ def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
     dense = spectral_factors(matrix, row.rank)
     values = dense.values.double()
     ours = directions(factors)
-    within = ours.u.T @ matrix.to(ours.u.dtype) @ ours.v
-    kept = float(torch.linalg.vector_norm(within, dtype=torch.float64)) ** 2
     gap = _spectral_norm_of_difference(matrix, factors)
     return replace(
         trained_row(row, factors),
-        energy_kept=min(1.0, kept / dense.energy) if dense.energy else 1.0,
+        energy_kept=_energy_within(matrix, ours, dense.energy),
         relative_error=relative_error(matrix, factors),
         spectral_error=gap / float(values[0]) if values[0] > 0 else 0.0,
         before=EffectiveRanks.of(values),

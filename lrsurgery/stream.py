@@ -11,73 +11,63 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lrsurgery import __version__
-from lrsurgery.assembly import Assembly, Progress, aliases_of
+from lrsurgery.assembly import Assembly, aliases_of
+from lrsurgery.calibrate import Calibration
 from lrsurgery.cards import model_card
 from lrsurgery.checkpoints import Checkpoint, Entry, choose_names, list_entries, open_checkpoint, output_config
-from lrsurgery.errors import Interrupted, OutputError, SurgeryError, WeightError
+from lrsurgery.data import digest_of
+from lrsurgery.errors import Interrupted, OutputError, SurgeryError
 from lrsurgery.jobs import (
-    Job,
     first_error,
     still_to_do,
-    tensor_digest,
     wait_some,
 )
-from lrsurgery.layers import KINDS
-from lrsurgery.linalg import singular_values
-from lrsurgery.options import DTYPES, Options, pick_device
+from lrsurgery.moments import Statistics
+from lrsurgery.options import DTYPES, Options
 from lrsurgery.pieces import WorkFolder
-from lrsurgery.plan import Kept, Plan, Replaced, settle_all
+from lrsurgery.plan import Kept, Plan, Replaced
 from lrsurgery.report import FILE_NAME, Report
 from lrsurgery.rows import plan_report
+from lrsurgery.settling import as_agreed, calibrated, resampled, settled
 from lrsurgery.skeletons import check_not_converted
 from lrsurgery.sources import Source, resolve
 from lrsurgery.spectra import SpectrumCache
 from lrsurgery.staging import check_output, copy_companions, staged
+from lrsurgery.steps import Note, Progress, result_of
 from lrsurgery.team import Team
 from lrsurgery.tensors import write_text
 
 
 def plan_checkpoint(reference: str, options: Options) -> Report:
-    """What `factorise` would do. Weights are read only where the rank policy needs their singular values."""
+    """What `factorise` would do. Weights are read only where the rank policy needs their singular values, or a budget
+    or calibration asks what they lose."""
+    return result_of(iter_plan(reference, options))
+
+
+def iter_plan(reference: str, options: Options) -> Generator[Progress | Note, None, Report]:
+    """As `plan_checkpoint`, a step a batch of calibration."""
     options.check()
-    checkpoint, plan = _open(resolve_source(reference, options), options)
-    if plan.needs_spectra:
-        plan = _settled(plan, list_entries(checkpoint, {row.name for row in plan.replaced}), options)
+    source = resolve_source(reference, options)
+    checkpoint, plan = _open(source, options)
+    statistics = None
+    if plan.needs_spectra or options.calibration.wanted:
+        entries = list_entries(checkpoint, {row.name for row in plan.replaced})
+        with tempfile.TemporaryDirectory(prefix="lrsurgery-") as folder:
+            statistics = yield from calibrated(source, plan, options, Path(folder))
+            plan = settled(plan, entries, options, checkpoint.parameters, statistics)
     return plan_report(
         plan, checkpoint.parameters, command=options.command, options=options.recorded(), about="plan",
-        name=checkpoint.source.name,
+        name=checkpoint.source.name, calibration=None if statistics is None else statistics.facts,
     )  # fmt: skip
-
-
-def _settled(plan: Plan, entries: list[Entry], options: Options) -> Plan:
-    """The plan with every rank known, from the singular values, which are kept for the next time."""
-    by_layer, device = _by_layer(entries), pick_device(options.device)
-    cache = SpectrumCache() if options.cache else None
-
-    def values_of(row: Replaced) -> Tensor:
-        tensor = by_layer[row.name].read()
-        digest = tensor_digest(tensor.dtype, tuple(tensor.shape), [tensor])
-        known = cache.get(digest, row.kind) if cache else None
-        if known is not None:
-            return known.values
-        try:
-            values = singular_values(KINDS[row.kind].to_matrix(tensor.to(device)))
-        except WeightError as e:
-            raise WeightError(f"{row.name}: {e}") from e
-        if cache:
-            cache.put(digest, row.kind, values)
-        return values
-
-    return settle_all(plan, values_of)
 
 
 def resolve_source(reference: str, options: Options) -> Source:
@@ -102,7 +92,7 @@ def _by_layer(entries: list[Entry]) -> dict[str, Entry]:
 
 def iter_factorise(
     reference: str, output: Path, options: Options, team: Team | None = None
-) -> Generator[Progress, None, Report]:
+) -> Generator[Progress | Note, None, Report]:
     """As `factorise_checkpoint`, one layer a step; the report is the generator's value.
 
     Every process of a team calls it; the first one writes the output. Raises SurgeryError, and Interrupted where
@@ -118,22 +108,25 @@ def iter_factorise(
     check_output(output, source, options.overwrite)
     checkpoint, plan = _open(source, options)
     entries = list_entries(checkpoint, {row.name for row in plan.replaced})
-    if plan.needs_spectra and options.min_speedup is not None:
-        plan = _settled(plan, entries, options)  # speeds cannot be measured beside decompositions
     parameters = checkpoint.parameters
-    rows = {row.name: row for row in plan.replaced}
-    aliases = aliases_of(checkpoint.model, rows)
-    buffers = {name for name, _ in checkpoint.model.named_buffers()}
-    # last use of the dense skeleton: it is factorised here
-    names = choose_names(checkpoint, entries, rows)
-    stream = Assembly(checkpoint, plan, options, entries, aliases, buffers, names)
     work = WorkFolder(output)
     if not team.leads:
-        _help(stream, work, team)
+        plan, statistics = as_agreed(plan, options, work)
+        _help(_assembly(checkpoint, plan, options, entries, statistics), work, team)
         team.meet("end")  # when the output is there
         return Report.read(output)
-    with _kept_when_interrupted(work, stream.jobs):
+    with _kept_when_interrupted(work, len(plan.replaced)):
         work.open(_task(source, options), resume=options.resume)
+        statistics = yield from calibrated(source, plan, options, work.path / "statistics")
+        if plan.needs_spectra and (options.min_speedup is not None or options.budget is not None):
+            # speeds cannot be measured beside decompositions, and a budget is shared out over all layers
+            plan = settled(plan, entries, options, parameters, statistics)
+        if options.calibration.sequential and statistics is not None:
+            plan = settled(plan, entries, options, parameters, statistics) if plan.needs_spectra else plan
+            statistics = yield from resampled(source, plan, options, statistics, work.path / "sequential")
+        work.set_ranks({row.name: row.rank if isinstance(row, Replaced) else row.reason for row in plan.rows})
+        rows = {row.name: row for row in plan.replaced}
+        stream = _assembly(checkpoint, plan, options, entries, statistics)
         to_do = still_to_do(stream.jobs, work.file)
         work.set_to_do([job.number for job in to_do])
         team.meet("begin")
@@ -165,6 +158,7 @@ def iter_factorise(
                 options=options.recorded(),
                 versions=versions(),
                 notes=_notes(options, checkpoint),
+                calibration=None if statistics is None else statistics.facts,
             )
             copy_companions(source, stage)
             config = output_config(checkpoint, layers, DTYPES[options.dtype])
@@ -175,6 +169,17 @@ def iter_factorise(
         SpectrumCache().trim()
     team.meet("end")
     return report
+
+
+def _assembly(
+    checkpoint: Checkpoint, plan: Plan, options: Options, entries: list[Entry], statistics: Statistics | None
+) -> Assembly:
+    rows = {row.name: row for row in plan.replaced}
+    aliases = aliases_of(checkpoint.model, rows)
+    buffers = {name for name, _ in checkpoint.model.named_buffers()}
+    # last use of the dense skeleton: it is factorised here
+    names = choose_names(checkpoint, entries, rows)
+    return Assembly(checkpoint, plan, options, entries, aliases, buffers, names, statistics)
 
 
 def _help(stream: Assembly, work: WorkFolder, team: Team) -> None:
@@ -194,14 +199,14 @@ def _help(stream: Assembly, work: WorkFolder, team: Team) -> None:
 
 
 @contextmanager
-def _kept_when_interrupted(work: WorkFolder, jobs: list[Job]) -> Iterator[None]:
+def _kept_when_interrupted(work: WorkFolder, layers: int) -> Iterator[None]:
     """Removes the work folder in the end, but not when an interruption leaves finished layers in it."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as e:
         if work.count():
             raise Interrupted(
-                f"interrupted; {work.count()} of {len(jobs)} layers are kept: the same command with --resume goes on"
+                f"interrupted; {work.count()} of {layers} layers are kept: the same command with --resume goes on"
             ) from e
         work.remove()
         raise
@@ -217,8 +222,13 @@ def _task(source: Source, options: Options) -> dict[str, Any]:
     return {
         **{name.replace("_", " "): value for name, value in options.recorded().items()},
         "source": [source.name, *map(list, files)],
+        "calibration data": _data_of(options.calibration),
         "version of lrsurgery or torch": [__version__, torch.__version__],
     }
+
+
+def _data_of(calibration: Calibration) -> str | None:
+    return None if calibration.data is None else digest_of(calibration.data, calibration.split, calibration.how.subset)
 
 
 def _why(stream: Assembly) -> str:

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lrsurgery.assembly import Progress
 from lrsurgery.errors import Interrupted, RecipeError, StudyError
 from lrsurgery.recipes import Recipe, read_yaml
 from lrsurgery.report import FILE_NAME
 from lrsurgery.runs import METRICS, RECIPE
 from lrsurgery.sources import resolve
 from lrsurgery.staging import alive, copy_companions, replace_file
+from lrsurgery.steps import Progress
 
 RESULT = "result.json"
 RUNS = "runs"

@@ -18,6 +18,7 @@ from lrsurgery.layers import (
     factor_weights,
 )
 from lrsurgery.linalg import Decomposed
+from lrsurgery.metric import Metric
 from lrsurgery.plan import Plan, Replaced
 from lrsurgery.threads import in_order, layers_at_once, memory
 
@@ -61,7 +62,7 @@ def decompose(
 ) -> Decomposed:
     """Factors of one dense weight, in the working dtype; `choose` maps singular values to a rank not planned yet.
 
-    `effort`: what `linalg.spectral_factors` takes by name (svd, known, keep).
+    `effort`: what an init takes by name (metric, svd, known, keep).
 
     Raises SurgeryError that names the layer.
     """
@@ -80,6 +81,8 @@ def apply_plan_(
 ) -> None:
     """Replaces every planned layer of a model in memory, computing on `device` (the layer's own by default).
 
+    `effort`: what `iter_apply_plan_` takes by name.
+
     Raises SurgeryError that names the layer; layers before it are replaced by then, so work on a copy if that matters.
     """
     for _ in iter_apply_plan_(model, plan, init=init, seed=seed, device=device, **effort):
@@ -87,16 +90,19 @@ def apply_plan_(
 
 
 def iter_apply_plan_(
-    model: nn.Module, plan: Plan, *, init: str, seed: int, device: torch.device | None = None, **effort: Any
-) -> Iterator[tuple[Replaced, Decomposed]]:
-    """As `apply_plan_`, one layer a step. The plan's ranks must be settled."""
+    model: nn.Module, plan: Plan, *, init: str, seed: int, device: torch.device | None = None,
+    metric_of: Callable[[str], Metric | None] = lambda name: None, **effort: Any,
+) -> Iterator[tuple[Replaced, Decomposed]]:  # fmt: skip
+    """As `apply_plan_`, one layer a step. The plan's ranks must be settled. `metric_of` gives a layer's metric."""
     modules = dict(model.named_modules())
 
     def factors_of(row: Replaced) -> tuple[Decomposed, Tensor, Tensor]:
         weight: Tensor = modules[row.name].weight.detach()
         if weight.is_meta:
             raise PlanError(f"{row.name}: its weight is on the meta device; load the model first")
-        result = decompose(row, weight.to(device or weight.device), init, seed, None, **effort)
+        result = decompose(
+            row, weight.to(device or weight.device), init, seed, None, metric=metric_of(row.name), **effort
+        )
         return result, *factor_weights(row.kind, weight, result.factors)
 
     threads = torch.get_num_threads()

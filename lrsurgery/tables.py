@@ -18,6 +18,7 @@ from lrsurgery.report import Report, Row
 NARROW = 100  # columns; below, a table shows less
 MANY = 80  # layers; above, they are shown a block at a time
 BARS = "▁▂▃▄▅▆▇█"
+UNBALANCED = 0.01  # of factors; below, it is rounding
 SHOWN = "params:0.5"  # the rung of the ladder that the table of a dense model's layers shows
 
 SORTS: dict[str, Callable[[Row], Any] | None] = {
@@ -89,12 +90,16 @@ def layer_table(rows: Sequence[Row], width: int = 160) -> Table:
         "error": lambda row: _percent(row.relative_error),
         **({"entropy rank": _entropy} if wide else {}),
         "shared": _shared,
+        "loss": lambda row: "" if row.predicted_loss is None else f"+{row.predicted_loss:.2g}",
         "damage": _damage,
+        "unbalanced": lambda row: _percent(row.balance) if (row.balance or 0) >= UNBALANCED else "",
         "spectrum": lambda row: sparkline(_spectrum(row)),
     }
     columns |= {name: cell for name, cell in optional.items() if any(cell(row) for row in rows)}
-    if not wide and "shared" in columns:
+    if (not wide and "shared" in columns) or "loss" in columns:  # which says more
         columns.pop("damage", None)
+    if not wide:
+        columns.pop("unbalanced", None)
     table = _table(*columns)
     for row in rows:
         table.add_row(row.name, *(cell(row) for cell in columns.values()))
@@ -251,6 +256,9 @@ def totals_lines(report: Report) -> list[str]:
     if totals["bytes_before"] and totals["bytes_after"]:
         share = totals["bytes_after"] / totals["bytes_before"]
         lines.append(f"bytes:      {totals['bytes_before']:,} -> {totals['bytes_after']:,} ({share:.1%})")
+    if totals["predicted_loss"] is not None:
+        unit = (report.calibration or {}).get("scored_in", "sample")
+        lines.append(f"predicted: +{totals['predicted_loss']:.4g} loss a {unit}, to second order")
     return lines
 
 

@@ -28,10 +28,16 @@ def cost(row: Replaced) -> float:
     return float(short) ** 2 * (long + 4 * short)
 
 
-def memory(row: Replaced, item_size: int) -> int:
-    """Bytes at a decomposition's peak: the tensor, its copy in fp32, the eigensolver's five squares, factors twice."""
+def memory(row: Replaced, item_size: int, *, weighted: bool = False) -> int:
+    """Bytes at a decomposition's peak: the tensor, its copy in fp32, the eigensolver's five squares, factors twice.
+
+    In a metric all of that is in fp64, with both of the metric's moments, read in fp32 and damped.
+    """
     short, long = sorted((row.rows, row.columns))
-    wide = max(4, item_size)
+    wide = max(8 if weighted else 4, item_size)
+    if weighted:
+        squares = row.rows**2 + row.columns**2
+        return 12 * squares + 3 * wide * short * long + wide * (5 * short**2 + 2 * (row.rank or short) * (short + long))
     return short * long * (item_size + wide) + wide * (5 * short**2 + 2 * (row.rank or short) * (short + long))
 
 

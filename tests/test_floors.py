@@ -15,10 +15,17 @@ FLOORS = {
         *("finetune", "evaluation", "training", "callbacks", "runs", "switching", "saving", "preparation"),
         *("data", "images", "tasks", "recipes"),
         *("bench", "passes", "peak"),
+        *("calibrate", "calibration", "settling"),
     },
-    2: {"checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf", "pieces", "spectra", "team"},
-    1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed", "timing"},
-    0: {"linalg", "krylov", "angles", "measures", "ranks", "inits", "errors", "cache", "imports", "steps"},
+    2: {
+        *("checkpoints", "loading", "skeletons", "sources", "staging", "tensors", "hf", "pieces", "spectra", "team"),
+        *("moments", "collector", "allocation"),
+    },
+    1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed", "timing", "lockstep"},
+    0: {
+        *("linalg", "krylov", "angles", "measures", "ranks", "inits", "errors", "cache", "imports", "steps"),
+        *("metric", "budget"),
+    },
 }
 PACKAGE = Path(lrsurgery.__file__).parent
 

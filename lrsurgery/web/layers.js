@@ -106,6 +106,12 @@ function layerColumns(open) {
       })),
     ),
     {
+      key: "predicted_loss",
+      label: "Predicted loss",
+      value: of((l) => l.predicted_loss),
+      title: "What the layer adds to the loss of a token or image, to second order, by the calibration data",
+    },
+    {
       key: "damage",
       label: "Predicted damage",
       value: of((l) => l.damage),

@@ -1,0 +1,205 @@
+"""Watches a model's layers while batches run through it, and adds up what their inputs and gradients are like."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.grad import conv2d_input
+
+from lrsurgery.errors import CalibrationError
+from lrsurgery.moments import Moments, Seen
+from lrsurgery.plan import Replaced
+
+PATCHES = 1 << 24  # numbers of unfolded patches at a time: 64 MB
+
+
+@dataclass
+class _Sums:
+    """Of one layer, in fp32, on the layer's device."""
+
+    inputs: Tensor
+    gradients: Tensor | None
+    positions: int = 0
+
+
+class Collector:
+    """Adds up x x^T of the inputs and, with `gradients`, g g^T of the output gradients of these layers.
+
+    Gradients are of a loss that is summed, not averaged, over what is scored; `scored` counts that.
+    """
+
+    def __init__(self, model: nn.Module, rows: Sequence[Replaced], *, gradients: bool) -> None:
+        self.scored = 0
+        self._rows = {row.name: row for row in rows}
+        self._modules = {name: module for name, module in model.named_modules() if name in self._rows}
+        self._gradients = gradients
+        self._sums: dict[str, _Sums] = {}
+        self._last: tuple[Tensor, int, str, Tensor, int] | None = None  # an input that several layers share, its sum
+        self._batch = threading.local()  # batches that go through a model in turn have a thread each
+        self._recomputing = False
+
+    @contextmanager
+    def batch(self, mask: Tensor | None) -> Iterator[None]:
+        """A batch whose inputs count where mask (batch, positions) is not 0; all count where there is none."""
+        self._batch.mask = None if mask is None or bool(mask.all()) else mask.bool()
+        try:
+            yield
+        finally:
+            self._batch.mask = None
+
+    @contextmanager
+    def going_back(self) -> Iterator[None]:
+        """While a backward pass lasts: what gradient checkpointing runs again was seen before."""
+        self._recomputing = True
+        try:
+            yield
+        finally:
+            self._recomputing = False
+
+    @contextmanager
+    def watching(self, names: Collection[str] | None = None) -> Iterator[None]:
+        """Adds up while this lasts, for these layers or all."""
+        handles = [
+            module.register_forward_hook(self._hook(name))
+            for name, module in self._modules.items()
+            if names is None or name in names
+        ]
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+    def take(self, name: str) -> tuple[Seen, Moments]:
+        """What is known of a layer by now, and no longer kept. Zeros for one that was given no input."""
+        row = self._rows[name]
+        sums = self._sums.pop(name, None) or self._new(row, torch.device("cpu"))
+        seen = Seen(row.kind, row.rows, row.columns, sums.positions)
+        gradients = None if sums.gradients is None else sums.gradients / max(1, self.scored)
+        return seen, Moments(sums.inputs / max(1, sums.positions), gradients)
+
+    def _new(self, row: Replaced, device: torch.device) -> _Sums:
+        gradients = torch.zeros(row.rows, row.rows, device=device) if self._gradients else None
+        return _Sums(torch.zeros(row.columns, row.columns, device=device), gradients)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        row = self._rows[name]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            x = args[0]
+            leaf = self._gradients and torch.is_grad_enabled() and not output.requires_grad
+            if leaf:  # with every parameter frozen, the graph begins at the first layer that is watched
+                output.requires_grad_()
+            if not self._recomputing:
+                self._see(row, module, x, output)
+            return output.clone() if leaf else None  # a leaf must not be changed in place, as activations do
+
+        return hook
+
+    def _see(self, row: Replaced, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        sums = self._sums.setdefault(row.name, self._new(row, x.device))
+        mask = self._mask(x, row.kind)
+        self._add_inputs(sums, row, module, x, mask)
+        if self._gradients and output.requires_grad:
+
+            def at_gradient(g: Tensor) -> None:
+                self._add_gradients(sums, row, module, x.shape, g.detach(), mask)
+
+            output.register_hook(at_gradient)  # type: ignore[no-untyped-call]
+
+    def _mask(self, x: Tensor, kind: str) -> Tensor | None:
+        """Which of the layer's positions count, where the batch has padding and the input is laid out as it is."""
+        mask: Tensor | None = getattr(self._batch, "mask", None)
+        if mask is None or kind.startswith("conv2d"):
+            return None
+        if x.shape[:-1] == mask.shape:
+            return mask.to(x.device)
+        return mask.to(x.device).flatten() if x.shape[:-1] == (mask.numel(),) else None
+
+    def _add_inputs(self, sums: _Sums, row: Replaced, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
+        last = self._last
+        if last is not None and last[0] is x and last[1] == x._version and last[2] == row.kind == "linear":
+            gram, count = last[3], last[4]  # query, key and value
+        else:
+            gram, count = torch.zeros_like(sums.inputs), 0
+            for part in _inputs(row.kind, module, x.detach(), mask):
+                gram.addmm_(part.T, part)
+                count += len(part)
+            if not bool(torch.isfinite(gram.diagonal()).all()):
+                raise CalibrationError(f"{row.name}: its inputs hold NaN or Inf; check the data or the model")
+            self._last = (x, x._version, row.kind, gram, count)
+        sums.inputs += gram
+        sums.positions += count
+
+    def _add_gradients(
+        self, sums: _Sums, row: Replaced, module: nn.Module, shape: torch.Size, g: Tensor, mask: Tensor | None
+    ) -> None:
+        assert sums.gradients is not None
+        for part in _gradients(row.kind, module, shape, g, mask):
+            sums.gradients.addmm_(part.T, part)
+        if not bool(torch.isfinite(sums.gradients.diagonal()).all()):
+            raise CalibrationError(f"{row.name}: its gradients hold NaN or Inf; --metric activations needs none")
+
+
+def _inputs(kind: str, module: Any, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """Inputs (positions, columns) in fp32 of the matrix that a layer of this kind stands for, some at a time."""
+    if not kind.startswith("conv2d"):
+        yield (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
+        return
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    kernel, stride, dilation = _down(module) if kind == "conv2d-spatial" else _whole(module)
+    padding = module._reversed_padding_repeated_twice
+    per_image = x[0].numel() * kernel[0] * kernel[1] // (stride[0] * stride[1])
+    for images in torch.split(x, max(1, PATCHES // max(1, per_image))):
+        # across, a spatial layer's first half sees columns of padding as well, which are zeros and say nothing
+        padded = F.pad(images.float(), padding, mode=mode)
+        yield F.unfold(padded, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1)
+
+
+def _whole(module: Any) -> tuple[Any, Any, Any]:
+    return module.kernel_size, module.stride, module.dilation
+
+
+def _down(module: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    return (module.kernel_size[0], 1), (module.stride[0], 1), (module.dilation[0], 1)
+
+
+def _gradients(kind: str, module: Any, shape: torch.Size, g: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    """Output gradients (positions, rows) in fp32 of the matrix that a layer of this kind stands for.
+
+    A spatial layer's matrix maps (in, kh) to (out, kw), and its outputs are sums of those along a row of the image: its
+    gradients are the layer's own, spread out to what each of them was summed from.
+    """
+    if kind == "conv2d-spatial":
+        left, right = module._reversed_padding_repeated_twice[:2]
+        (kw, sw, dw) = (module.kernel_size[1], module.stride[1], module.dilation[1])
+        gather = torch.eye(kw, device=g.device).reshape(1, kw, 1, kw).repeat(g.shape[1], 1, 1, 1)
+        width = shape[-1] + left + right
+        size = (len(g), g.shape[1] * kw, g.shape[2], width)
+        g = conv2d_input(  # type: ignore[no-untyped-call]
+            size, gather, g.float(), stride=(1, sw), padding=0, dilation=(1, dw), groups=g.shape[1]
+        )
+    if kind.startswith("conv2d"):
+        yield g.float().flatten(2).transpose(1, 2).flatten(0, 1)
+        return
+    yield (g[mask] if mask is not None else g.reshape(-1, g.shape[-1])).float()
+
+
+def frozen(model: nn.Module) -> Callable[[], None]:
+    """Freezes every parameter, so that a backward pass computes no gradient but those of activations; undoes it."""
+    was: Mapping[str, bool] = {name: p.requires_grad for name, p in model.named_parameters()}
+    model.requires_grad_(False)
+
+    def undo() -> None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(was.get(name, True))
+
+    return undo

@@ -1,0 +1,174 @@
+"""Statistics of a calibrated model: second moments of each layer's inputs and output gradients, kept as a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lrsurgery.errors import CalibrationError
+from lrsurgery.metric import Metric, damped
+from lrsurgery.pieces import Piece, digest, load_piece, save_piece
+from lrsurgery.plan import Replaced
+
+FORMAT = 1
+FILE_NAME = "statistics.json"
+# What is added to the diagonals, as shares of their means. Inputs: directions that no sample showed keep a little
+# weight. Gradients: rare ones are known badly. (Measured in examples/benchmarks/calibration.py.)
+DAMPING = {"inputs": 1e-3, "gradients": 1e-2}
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one layer was seen doing."""
+
+    kind: str
+    rows: int
+    columns: int
+    positions: int  # inputs that it was given: tokens, or positions of a convolution's output; 0: it was not used
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of one layer, of the matrix (rows, columns) that its kind stands for."""
+
+    inputs: Tensor  # (columns, columns), the mean of x x^T over positions
+    gradients: Tensor | None  # (rows, rows), the sum of g g^T over positions, for each token or image that was scored
+
+    def metric(self) -> Metric:
+        """The metric to factorise in."""
+        inputs = damped(self.inputs, DAMPING["inputs"])
+        if self.gradients is None or not bool(self.gradients.any()):
+            return Metric(inputs)
+        return Metric(inputs, damped(self.gradients, DAMPING["gradients"]))
+
+
+class Statistics:
+    """The moments of a model's layers, in memory or read from a folder one layer at a time."""
+
+    def __init__(
+        self, seen: Mapping[str, Seen], facts: Mapping[str, Any], read: Callable[[str], Moments],
+        digests: Mapping[str, str] | None = None,
+    ) -> None:  # fmt: skip
+        self.seen, self.facts, self._read = dict(seen), dict(facts), read
+        self.digests = dict(digests or {})  # of what is in the files
+
+    @property
+    def has_gradients(self) -> bool:
+        return bool(self.facts["metric"] == "fisher")
+
+    def moments(self, name: str) -> Moments:
+        """Those of one layer."""
+        return self._read(name)
+
+    def metric(self, name: str) -> Metric | None:
+        """The metric of one layer; None for a layer that was given no input, of which nothing is known."""
+        return self.moments(name).metric() if self.seen[name].positions else None
+
+    def without_gradients(self) -> Statistics:
+        """The same with the inputs' moments alone, as the metric activations has them."""
+        digests = {name: f"{digest}-inputs" for name, digest in self.digests.items()}
+        facts = {**self.facts, "metric": "activations"}
+        return Statistics(self.seen, facts, lambda name: replace(self._read(name), gradients=None), digests)
+
+    def unseen(self) -> list[str]:
+        """Layers that no sample went through, such as experts that were not chosen."""
+        return [name for name, seen in self.seen.items() if not seen.positions]
+
+    def check_for(self, rows: Iterable[Replaced], where: str = "the statistics") -> None:
+        """Raises CalibrationError where they are of another model, or of another scheme of its convolutions."""
+        for row in rows:
+            seen = self.seen.get(row.name)
+            if seen is None:
+                raise CalibrationError(f"{where}: nothing of {row.name} is in them; take them anew, or --exclude it")
+            if seen.kind != row.kind:
+                raise CalibrationError(
+                    f"{where}: {row.name} was seen as {seen.kind} and is to become {row.kind}; give the same --conv"
+                )
+            if (seen.rows, seen.columns) != (row.rows, row.columns):
+                raise CalibrationError(
+                    f"{where}: {row.name} was ({seen.rows}, {seen.columns}) and is ({row.rows}, {row.columns}) here:"
+                    " they are of another model"
+                )
+
+    @staticmethod
+    def read(folder: Path) -> Statistics:
+        """What `StatisticsWriter` wrote. Raises CalibrationError where it is missing or damaged."""
+        try:
+            body = json.loads((folder / FILE_NAME).read_text(encoding="utf-8"))
+            if body["format_version"] > FORMAT:
+                raise CalibrationError(f"{folder}: format {body['format_version']} is newer than this lrsurgery reads")
+            layers, facts = body["layers"], body["facts"]
+            seen = {name: _seen_of(layer) for name, layer in layers.items()}
+            digests = {name: layer["digest"] for name, layer in layers.items()}
+            files = {name: str(layer["file"]) for name, layer in layers.items()}
+        except FileNotFoundError as e:
+            raise CalibrationError(f"{folder}: no {FILE_NAME} in it; --save-statistics writes such a folder") from e
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise CalibrationError(f"{folder / FILE_NAME}: not statistics ({e!r})") from e
+
+        def read(name: str) -> Moments:
+            return _moments_in(folder / files[name], digests[name])
+
+        return Statistics(seen, facts, read, digests)
+
+
+def _seen_of(layer: Mapping[str, Any]) -> Seen:
+    return Seen(**{key: layer[key] for key in ("kind", "rows", "columns", "positions")})
+
+
+def _moments_in(file: Path, digest: str) -> Moments:
+    piece = load_piece(file)
+    if piece is None or piece.facts != {"digest": digest}:
+        raise CalibrationError(f"{file}: damaged, or of other statistics; take them anew")
+    return Moments(piece.tensors["inputs"], piece.tensors.get("gradients"))
+
+
+def added(one: tuple[Seen, Moments], other: tuple[Seen, Moments]) -> tuple[Seen, Moments]:
+    """What a layer was seen doing on two occasions: means weighed by their positions, sums added."""
+    (seen, moments), (more, others) = one, other
+    positions = seen.positions + more.positions
+    inputs = (moments.inputs * seen.positions + others.inputs * more.positions) / max(1, positions)
+    gradients = None
+    if moments.gradients is not None and others.gradients is not None:
+        gradients = moments.gradients + others.gradients
+    return replace(seen, positions=positions), Moments(inputs, gradients)
+
+
+class StatisticsWriter:
+    """Puts layers into a folder as they become known; the folder can be read once `finish` has been called."""
+
+    def __init__(self, folder: Path, named: Mapping[str, str] | None = None) -> None:
+        """With `named`, names in files -> names that layers are added under."""
+        self._folder, self._layers, self._files = folder, dict[str, dict[str, Any]](), 0
+        self._original = {new: old for old, new in (named or {}).items()}
+
+    def __contains__(self, name: str) -> bool:
+        return self._original.get(name, name) in self._layers
+
+    def add(self, name: str, seen: Seen, moments: Moments) -> None:
+        """Keeps what was seen of one layer, together with what was kept of it before."""
+        name = self._original.get(name, name)
+        if name in self._layers:
+            former = self._layers.pop(name)
+            kept = _moments_in(self._folder / former["file"], former["digest"])
+            seen, moments = added((_seen_of(former), kept), (seen, moments))
+        file = f"{self._files:05d}.safetensors"
+        self._files += 1
+        tensors = {"inputs": moments.inputs}
+        if moments.gradients is not None:
+            tensors["gradients"] = moments.gradients
+        found = digest(name, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
+        save_piece(self._folder / file, Piece({"digest": found}, tensors))
+        self._layers[name] = {**asdict(seen), "file": file, "digest": found}
+
+    def finish(self, facts: Mapping[str, Any]) -> Statistics:
+        body = {"format_version": FORMAT, "facts": dict(facts), "layers": self._layers}
+        half = self._folder / f"{FILE_NAME}.half"
+        half.write_text(json.dumps(body, indent=2) + "\n", encoding="utf-8")
+        half.replace(self._folder / FILE_NAME)
+        return Statistics.read(self._folder)
