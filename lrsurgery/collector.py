@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 
 from lrsurgery.errors import CalibrationError
 from lrsurgery.moments import Moments, Seen
@@ -155,42 +154,41 @@ def _inputs(kind: str, module: Any, x: Tensor, mask: Tensor | None) -> Iterator[
         yield (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
         return
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    kernel, stride, dilation = _down(module) if kind == "conv2d-spatial" else _whole(module)
-    padding = module._reversed_padding_repeated_twice
+    left, right, top, bottom = module._reversed_padding_repeated_twice
+    kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
+    if kind == "conv2d-spatial":  # its first half goes down the columns of the image as they are
+        left, right, kernel, stride, dilation = 0, 0, (kernel[0], 1), (stride[0], 1), (dilation[0], 1)
     per_image = x[0].numel() * kernel[0] * kernel[1] // (stride[0] * stride[1])
     for images in torch.split(x, max(1, PATCHES // max(1, per_image))):
-        # across, a spatial layer's first half sees columns of padding as well, which are zeros and say nothing
-        padded = F.pad(images.float(), padding, mode=mode)
+        padded = F.pad(images.float(), (left, right, top, bottom), mode=mode)
         yield F.unfold(padded, kernel, dilation, 0, stride).transpose(1, 2).flatten(0, 1)
 
 
-def _whole(module: Any) -> tuple[Any, Any, Any]:
-    return module.kernel_size, module.stride, module.dilation
-
-
-def _down(module: Any) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    return (module.kernel_size[0], 1), (module.stride[0], 1), (module.dilation[0], 1)
-
-
 def _gradients(kind: str, module: Any, shape: torch.Size, g: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    """Output gradients (positions, rows) in fp32 of the matrix that a layer of this kind stands for.
-
-    A spatial layer's matrix maps (in, kh) to (out, kw), and its outputs are sums of those along a row of the image: its
-    gradients are the layer's own, spread out to what each of them was summed from.
-    """
+    """Output gradients (positions, rows) in fp32 of the matrix that a layer of this kind stands for."""
     if kind == "conv2d-spatial":
-        left, right = module._reversed_padding_repeated_twice[:2]
-        (kw, sw, dw) = (module.kernel_size[1], module.stride[1], module.dilation[1])
-        gather = torch.eye(kw, device=g.device).reshape(1, kw, 1, kw).repeat(g.shape[1], 1, 1, 1)
-        width = shape[-1] + left + right
-        size = (len(g), g.shape[1] * kw, g.shape[2], width)
-        g = conv2d_input(  # type: ignore[no-untyped-call]
-            size, gather, g.float(), stride=(1, sw), padding=0, dilation=(1, dw), groups=g.shape[1]
-        )
-    if kind.startswith("conv2d"):
+        yield from _gradients("conv2d", module, shape, _spread(module, shape, g.float()), mask)
+    elif kind.startswith("conv2d"):
         yield g.float().flatten(2).transpose(1, 2).flatten(0, 1)
-        return
-    yield (g[mask] if mask is not None else g.reshape(-1, g.shape[-1])).float()
+    else:
+        yield (g[mask] if mask is not None else g.reshape(-1, g.shape[-1])).float()
+
+
+def _spread(module: Any, shape: torch.Size, g: Tensor) -> Tensor:
+    """Gradients (images, out kw, height, width in) at what a spatial layer's outputs are sums of.
+
+    Its matrix maps (in, kh) to (out, kw) at each place of a row; an output adds up kw of those. That sum is a
+    convolution with ones, and its backward pass spreads the layer's own gradients out.
+    """
+    (kw, sw, dw), out = (module.kernel_size[1], module.stride[1], module.dilation[1]), g.shape[1]
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    left, right = module._reversed_padding_repeated_twice[:2]
+    ones = torch.eye(kw, device=g.device).reshape(1, kw, 1, kw).repeat(out, 1, 1, 1)
+    with torch.enable_grad():
+        parts = torch.zeros(len(g), out * kw, g.shape[2], shape[-1], device=g.device, requires_grad=True)
+        padded = F.pad(parts, (left, right, 0, 0), mode=mode)
+        sums = F.conv2d(padded, ones, stride=(1, sw), dilation=(1, dw), groups=out)
+    return torch.autograd.grad(sums, parts, g)[0]
 
 
 def frozen(model: nn.Module) -> Callable[[], None]:
