@@ -174,7 +174,7 @@ def make_plan(
     if not plan.replaced:
         reasons = sorted({row.reason for row in rows if isinstance(row, Kept)})
         why = f" ({'; '.join(reasons[:4])}{'; ...' if len(reasons) > 4 else ''})" if reasons else ""
-        raise PlanError(f"nothing to factorise at rank {rank}: every layer stays dense{why}")
+        raise PlanError(f"nothing to factorise at {rank.asked}: every layer stays dense{why}")
     return plan
 
 

@@ -14,6 +14,7 @@ from typing import Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from lrsurgery.budget import Budget
 from lrsurgery.errors import RankError
 
 READABLE = "a fraction of full rank such as 0.5, a rank such as 64, energy:0.9, params:0.5 or stable"
@@ -201,6 +202,11 @@ class RankSpec:
         if self.multiple_of > 1:
             rank = max(self.multiple_of, round(rank / self.multiple_of) * self.multiple_of)
         return min(rank, full)
+
+    @property
+    def asked(self) -> str:
+        """What was asked for, in words."""
+        return f"{'budget' if isinstance(self.default, Budget) else 'rank'} {self}"
 
     def __str__(self) -> str:
         parts = [str(self.default)] if self.default is not None else []

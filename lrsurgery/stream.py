@@ -140,7 +140,7 @@ def iter_factorise(
             }
             if not layers:
                 raise SurgeryError(
-                    f"nothing to factorise at rank {plan.spec}: every layer stays dense ({_why(stream)})"
+                    f"nothing to factorise at {plan.spec.asked}: every layer stays dense ({_why(stream)})"
                 )
             report = plan_report(
                 plan.with_rows(stream.settled),
