@@ -133,13 +133,14 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, int | None]:
 
     The linear relaxation gives a bound that no choice can beat, and greedy choices near it. A dynamic programme over
     undominated states, kept small by the bound, closes what is left between the two. The choice is optimal, to
-    rounding, unless the search had to stop after `LOOKED_AT` states; even then it loses at most what the one edge of a
-    hull that did not fit would have saved. Ties go to the lower cost, then to the earlier layer. Raises BudgetError
-    with the smallest budget, in the unit of the costs, where no choice is within this one.
+    rounding, unless the search had to stop after `LOOKED_AT` states; even then it loses no more above the optimum than
+    the one hull edge that did not fit would have saved. The same layers give the same choice: of options that lose the
+    same the cheapest stays, and equal gains go to the earlier layer. Raises BudgetError with the smallest budget, in
+    the unit of the costs, where no choice is within this one.
     """
     least = cheapest(layers)
     if not least <= budget:
-        raise BudgetError(f"budget {budget:,.0f}: the cheapest choice of ranks costs {least:,}; write at least that")
+        raise BudgetError(f"budget {budget:,.15g}: the cheapest choice of ranks costs {least:,}; write at least that")
     if not layers:
         return {}
     menus = [_menu(layer) for layer in layers]
@@ -269,7 +270,7 @@ class _Moves(NamedTuple):
 
 def _moves(layer: int, menu: _Menu, at: int, price: float) -> _Moves:
     costs = menu.costs - menu.costs[at]
-    # differences first, so that layers of far greater losses do not take the digits that decide here
+    # differences first: the sums would round away digits that near regrets differ in
     regrets = ((menu.losses - menu.losses[at]) + price * costs).clip(min=0)
     edge = menu.hull.index(at)
     up = menu.gains[edge] if edge < len(menu.gains) else 0.0

@@ -113,7 +113,8 @@ class Options:
         """The options that decide the result, as JSON."""
         return {
             "rank": None if self.budget is not None else str(self.spec),
-            "budget": None if self.budget is None else str(self.spec), "init": self.init, "conv": self.conv, "include": list(self.include),
+            "budget": None if self.budget is None else str(self.spec),
+            "init": self.init, "conv": self.conv, "include": list(self.include),
             "exclude": list(self.exclude), "allow_larger": self.allow_larger, "multiple_of": self.multiple_of,
             "seed": self.seed, "from_scratch": self.from_scratch, "dtype": self.dtype,
             "min_speedup": self.min_speedup, "svd": self.svd, "calibration": self.calibration.recorded(),

@@ -305,7 +305,9 @@ BAD: dict[str, tuple[list[str], str]] = {
     "rank and budget": (["--rank", "0.5", "--budget", "0.5"], "rank and budget are both given"),
     "neither": ([], "no rank and no budget is given"),
     "budget unreadable": (["--budget", "half"], "budget 'half' is not readable; write a share"),
-    "budget out of reach": (["--budget", "0.001", "--statistics", "{}/statistics"], "the smallest that can be met is 0."),
+    "budget out of reach": (
+        ["--budget", "0.001", "--statistics", "{}/statistics"], "the smallest that can be met is 0.",
+    ),
     "budget of what": (["--budget", "0.5", "--budget-of", "world"], "it is of the layers or of the model"),
     "metric unknown": ([*TEXT, "--metric", "cosine"], "unknown metric 'cosine'"),
     "no samples": ([*TEXT, "--samples", "0"], "samples 0: write at least 1"),
