@@ -30,8 +30,6 @@ def share_out(
 
     Raises BudgetError with the smallest budget that can be met.
     """
-    if not budget.amount > 0:
-        raise BudgetError(f"budget {budget}: must be above 0")
     rows = plan.replaced
     costs = {row.name: _costs(budget, row, statistics, widths) for row in rows}
     whole = sum(dense for dense, _ in costs.values())
@@ -47,7 +45,6 @@ def share_out(
         smallest = f"bytes:{least}" if budget.kind == "bytes" else f"{_up(least / (rest + whole)):g}"
         raise BudgetError(f"budget {budget}: out of reach; the smallest that can be met is {smallest}")
     ranks = allocate(layers, asked - rest)
-    has_gradients = statistics is not None and statistics.has_gradients
     settled: dict[str, Replaced | Kept] = {}
     for row, layer in zip(rows, layers, strict=True):
         rank = ranks[row.name]
@@ -55,8 +52,7 @@ def share_out(
             reason = DENSE if layer.ranks else "no rank saves parameters"
             settled[row.name] = Kept(row.name, row.kind, row.shape, row.parameters, reason)
         else:
-            lost = float(layer.tails[rank]) if has_gradients else None
-            settled[row.name] = replace(row, rank=rank, predicted_loss=lost)
+            settled[row.name] = replace(row, rank=rank)
     return plan.with_rows(settled)
 
 
@@ -77,7 +73,8 @@ def _costs(budget: Budget, row: Replaced, statistics: Statistics | None, widths:
         raise BudgetError(
             f"budget {budget}: how often a convolution is applied is not known; give --calibration, or count params"
         )
-    positions = statistics.seen[row.name].positions if statistics is not None else 1
+    # a spatial layer is seen at its first half's positions, its FLOPs are of its outputs'
+    positions = statistics.seen[row.name].positions // row.across if statistics is not None else 1
     return positions * row.flops, positions * 2 * (row.rows + row.across * row.columns)
 
 

@@ -24,26 +24,14 @@ ModelArgument = Annotated[
 FolderArgument = Annotated[
     str, typer.Argument(metavar="DIR", help="A folder that lrsurgery wrote.", show_default=False)
 ]
-RankOption = Annotated[
-    list[str],
-    typer.Option(
-        "--rank",
-        "-r",
-        metavar="RANK|GLOB=RANK",
-        help="0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers.",
-        show_default=False,
-    ),
-]
-MaybeRankOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--rank",
-        "-r",
-        metavar="RANK|GLOB=RANK",
-        help="0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers.",
-        show_default=False,
-    ),
-]
+_RANK = typer.Option(
+    "--rank",
+    "-r",
+    metavar="RANK|GLOB=RANK",
+    help="0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers.",
+    show_default=False,
+)
+RankOption = Annotated[list[str] | None, _RANK]
 OutputOption = Annotated[
     Path | None,
     typer.Option("--output", "-o", metavar="DIR", help="Output folder; named from model and rank if left out."),

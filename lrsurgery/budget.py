@@ -18,11 +18,11 @@ import numpy.typing as npt
 from torch import Tensor
 
 from lrsurgery.errors import BudgetError
+from lrsurgery.sizes import finite, size_of, size_text
 
 READABLE = (
     "a share of the parameters such as 0.5, a share of the FLOPs such as flops:0.5, or a size such as bytes:500MB"
 )
-UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10}
 LOOKED_AT = 5_000_000  # states: past these the search stops at the best choice so far, after a second or two
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -63,8 +63,7 @@ class Budget:
 
     def __str__(self) -> str:
         if self.kind == "bytes":
-            unit = next((unit for unit in ("TB", "GB", "MB", "KB") if self.amount >= UNITS[unit]), "")
-            return f"bytes:{self.amount / UNITS.get(unit, 1):.15g}{unit}"
+            return f"bytes:{size_text(self.amount)}"
         share = f"flops:{self.amount!r}" if self.kind == "flops" else repr(self.amount)
         return share + (" of the model" if self.of == "model" else "")
 
@@ -77,29 +76,16 @@ def parse_budget(text: str, of: str = "layers") -> Budget:
     kind, colon, number = text.strip().partition(":")
     try:
         if not colon:
-            return Budget("params", _finite(kind), of)
+            return Budget("params", finite(kind), of)
         if kind == "flops":
-            return Budget("flops", _finite(number), of)
+            return Budget("flops", finite(number), of)
         if kind == "bytes":
-            return Budget("bytes", _size(number), "model")
+            return Budget("bytes", float(round(size_of(number))), "model")
     except BudgetError:
         raise
     except (ValueError, OverflowError):
         pass
     raise BudgetError(f"budget '{text}' is not readable; write {READABLE}")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(text)
-    return number
-
-
-def _size(text: str) -> float:
-    text = text.strip().upper()
-    unit = next((unit for unit in UNITS if text.endswith(unit)), "")
-    return float(round(_finite(text.removesuffix(unit or "B")) * UNITS.get(unit, 1)))
 
 
 @dataclass(frozen=True)
@@ -120,12 +106,6 @@ class Layer:
 def cheapest(layers: Sequence[Layer]) -> int:
     """The smallest budget that can be met: every layer at its lowest rank, or dense where that costs less."""
     return sum(min([layer.dense_cost, *(rank * layer.rank_cost for rank in layer.ranks[:1])]) for layer in layers)
-
-
-def predicted_loss(layers: Sequence[Layer], ranks: dict[str, int | None]) -> float:
-    """The sum of the tails at these ranks; a layer at None stays dense and loses nothing."""
-    chosen = ((layer, ranks[layer.name]) for layer in layers)
-    return math.fsum(max(0.0, float(layer.tails[rank])) for layer, rank in chosen if rank is not None)
 
 
 def allocate(layers: Sequence[Layer], budget: float) -> dict[str, int | None]:

@@ -31,7 +31,7 @@ from lrsurgery.recipes import DataOptions
 from lrsurgery.skeletons import build_model
 from lrsurgery.sources import Source
 from lrsurgery.steps import Note, Progress
-from lrsurgery.tasks import LANGUAGE, Subject, task_of
+from lrsurgery.tasks import LANGUAGE, Subject, is_for, task_of
 
 TOKENS = 2048  # of a batch; its logits and their gradients are what is large
 IMAGES = 16
@@ -61,18 +61,26 @@ class Calibration:
             raise CalibrationError(f"unknown metric '{self.metric}'; known: {', '.join((*METRICS, 'none'))}")
         if self.samples < 1:
             raise CalibrationError(f"samples {self.samples}: write at least 1")
-        if self.statistics is not None and self.sequential:
-            raise CalibrationError("--sequential runs the model; give --calibration data, not --statistics")
+        if self.sequential and self.data is None:
+            raise CalibrationError("--sequential looks at data; give --calibration too")
         if self.statistics is not None and self.data is not None:
             raise CalibrationError("--calibration and --statistics are both given; leave one out")
         if self.save is not None and self.data is None:
             raise CalibrationError("--save-statistics keeps what --calibration finds; give that too")
         if self.save is not None and (self.save / "statistics.json").exists():
             raise CalibrationError(f"{self.save}: holds statistics already; reuse them with --statistics, or remove it")
+        if self.statistics is not None:
+            self.kept()  # or says what is wrong with them
         try:
             self.how.check()
         except RecipeError as e:
             raise CalibrationError(str(e)) from e
+
+    def kept(self) -> Statistics:
+        """The statistics that were taken before, as the metric asks for them. Raises CalibrationError."""
+        assert self.statistics is not None
+        found = Statistics.read(self.statistics)
+        return found if self.metric == "fisher" else found.without_gradients()
 
     def recorded(self) -> dict[str, Any] | None:
         """What decides the result, as JSON."""
@@ -104,24 +112,18 @@ def iter_calibrate(
     Raises SurgeryError: what is wrong with the data, the model or the statistics.
     """
     if calibration.statistics is not None:
-        found = Statistics.read(calibration.statistics)
+        found = calibration.kept()
         found.check_for(rows, str(calibration.statistics))
         if calibration.metric == "fisher" and not found.has_gradients:
             yield Note(f"{calibration.statistics}: taken with the metric activations, which is used")
-        return found if calibration.metric == "fisher" else found.without_gradients()
+        return found
     fisher = calibration.metric == "fisher"
     available = _available(device)
     limit = max(1, available // 3)
     ready = _ready(
-        source,
-        calibration,
-        seed,
-        device,
-        trust_remote_code,
-        folder / "offload",
-        by_block=not fisher,
+        source, calibration, seed, device, trust_remote_code, folder / "offload", by_block=not fisher,
         room=available // 2,
-    )
+    )  # fmt: skip
     if fisher:
         need = sum(moment_bytes(row, gradients=True) for row in rows)
         passes = len(split(rows, limit))
@@ -207,7 +209,7 @@ def _offloaded(
 
     That is where it has no blocks, takes up less than `room` bytes, or needs a head that it does not come with.
     """
-    if source.library != "transformers" or source.folder is None or not _is_for(source, task):
+    if source.library != "transformers" or source.folder is None or not is_for(source, task):
         return None
     skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
     blocks = find_blocks(skeleton)
@@ -220,13 +222,6 @@ def _offloaded(
 
     model = load_offloaded(load, skeleton, blocks, folder, str(device))
     return Subject(source, task, model, torch.float32)
-
-
-def _is_for(source: Source, task: str) -> bool:
-    try:
-        return task_of(source) == task
-    except RecipeError:
-        return False
 
 
 def run_again_(model: Any) -> None:

@@ -141,14 +141,10 @@ def iter_collect(
     total = len(passes) * len(batches)
     for number, group in enumerate(passes):
         collector = Collector(model, group, gradients=True)
-        undo = frozen(model)
-        try:
-            with collector.watching():
-                for index, batch in enumerate(batches):
-                    yield Progress("calibration", number * len(batches) + index, total)
-                    _forward_backward(model, batch, collector, loss)
-        finally:
-            undo()
+        with frozen(model), collector.watching():
+            for index, batch in enumerate(batches):
+                yield Progress("calibration", number * len(batches) + index, total)
+                _forward_backward(model, batch, collector, loss)
         for row in group:
             store.add(row.name, *collector.take(row.name))
     return store.finish({**told, "scored": collector.scored})

@@ -24,13 +24,13 @@ from lrsurgery.arguments import (
     IncludeOption,
     JobsOption,
     JsonOption,
-    MaybeRankOption,
     ModelArgument,
     MultipleOption,
     NoCacheOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
+    RankOption,
     RevisionOption,
     ShardOption,
     TrustOption,
@@ -99,7 +99,7 @@ def root(
 
 def factorise(
     model: ModelArgument,
-    rank: MaybeRankOption = None,
+    rank: RankOption = None,
     output: OutputOption = None,
     budget: Annotated[
         str | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -191,13 +191,13 @@ def _spread(module: Any, shape: torch.Size, g: Tensor) -> Tensor:
     return torch.autograd.grad(sums, parts, g)[0]
 
 
-def frozen(model: nn.Module) -> Callable[[], None]:
-    """Freezes every parameter, so that a backward pass computes no gradient but those of activations; undoes it."""
-    was: Mapping[str, bool] = {name: p.requires_grad for name, p in model.named_parameters()}
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """While no parameter asks for gradients, so that a backward pass computes those of activations alone."""
+    was = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
-
-    def undo() -> None:
+    try:
+        yield
+    finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(was.get(name, True))
-
-    return undo

@@ -1,11 +1,13 @@
 """Initialisations of the factors: a dense matrix and a rank in, balanced factors out.
 
-To add one: a function of the same signature and an entry in `INITS`.
+To add one: a function of what is `Given` and an entry in `INITS`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,50 +26,47 @@ from lrsurgery.linalg import (
 from lrsurgery.metric import Metric, weighted_factors
 
 
-class Init(Protocol):
-    """weight (rows, columns); rank or a function of the singular values; fan_in of the dense layer; a CPU generator.
+@dataclass(frozen=True)
+class Given:
+    """What an init is given."""
 
-    `metric`: what weighs the weight's errors, where data was looked at; a rank is a function of the singular values in
-    it then. `effort`: what `linalg.spectral_factors` takes by name (svd, known, keep).
+    weight: Tensor  # (rows, columns)
+    rank: RankChoice  # or a function of the singular values, in the metric where there is one
+    fan_in: int  # of the dense layer
+    generator: torch.Generator  # on the CPU, so that a seed means the same factors on every device
+    metric: Metric | None = None  # what weighs the weight's errors, where data was looked at
+    effort: Mapping[str, Any] = field(default_factory=dict)  # what `linalg.spectral_factors` takes: svd, known, keep
+
+    def values(self) -> Tensor:
+        """All singular values of the weight (full rank,), descending."""
+        known = self.effort.get("known")
+        return known.values if known is not None else singular_values(self.weight)
+
+    def drawn(self, *shape: int) -> Tensor:
+        """Normal numbers, drawn in fp32, where the weight lies and as wide as it is computed with."""
+        numbers = torch.randn(*shape, generator=self.generator)
+        return numbers.to(self.weight.device, working_dtype(self.weight.dtype))
+
+
+Init: TypeAlias = Callable[[Given], Decomposed]
+
+
+def spectral(given: Given) -> Decomposed:
+    """The truncated SVD, singular values split evenly (Khodak et al. 2021; Kamalakara et al. 2022).
+
+    With a metric, the best factors in it.
     """
-
-    def __call__(
-        self,
-        weight: Tensor,
-        rank: RankChoice,
-        *,
-        fan_in: int,
-        generator: torch.Generator,
-        metric: Metric | None = None,
-        **effort: Any,
-    ) -> Decomposed: ...
+    if given.metric is None:
+        return spectral_factors(given.weight, given.rank, **given.effort)
+    factors, weighted = weighted_factors(given.weight, given.rank, given.metric)
+    return _decomposed(factors, given.values(), weighted)
 
 
-def spectral(
-    weight: Tensor,
-    rank: RankChoice,
-    *,
-    fan_in: int,
-    generator: torch.Generator,
-    metric: Metric | None = None,
-    **effort: Any,
-) -> Decomposed:
-    """The truncated SVD, singular values split evenly (Khodak et al. 2021; Kamalakara et al. 2022), or the best factors
-    in the metric."""
-    if metric is None:
-        return spectral_factors(weight, rank, **effort)
-    factors, weighted = weighted_factors(weight, rank, metric)
-    known = effort.get("known")
-    values = known.values if known is not None else singular_values(weight)
-    return Decomposed(factors, values, float(values.double().square().sum()), None, weighted)
-
-
-def _directions(weight: Tensor, rank: RankChoice, metric: Metric | None, effort: dict[str, Any]) -> Decomposed:
+def _directions(given: Given) -> Decomposed:
     """Orthonormal factors: the leading singular directions of the weight, or of its best approximation in a metric."""
-    if metric is None:
-        return direction_factors(weight, rank, **effort)
-    generator = torch.Generator()  # drawn from by none
-    found = spectral(weight, rank, fan_in=1, generator=generator, metric=metric, **effort)
+    if given.metric is None:
+        return direction_factors(given.weight, given.rank, **given.effort)
+    found = spectral(given)
     u, v = found.factors  # balanced, so that u's columns and v's rows are orthogonal already
     tiny = torch.finfo(u.dtype).tiny
     return found._replace(
@@ -75,85 +74,48 @@ def _directions(weight: Tensor, rank: RankChoice, metric: Metric | None, effort:
     )
 
 
-def spectral_ones(
-    weight: Tensor,
-    rank: RankChoice,
-    *,
-    fan_in: int,
-    generator: torch.Generator,
-    metric: Metric | None = None,
-    **effort: Any,
-) -> Decomposed:
+def spectral_ones(given: Given) -> Decomposed:
     """The singular directions alone: every kept singular value replaced by 1 (Kamalakara et al. 2022)."""
-    return _directions(weight, rank, metric, effort)
+    return _directions(given)
 
 
-def spectral_shuffled(
-    weight: Tensor,
-    rank: RankChoice,
-    *,
-    fan_in: int,
-    generator: torch.Generator,
-    metric: Metric | None = None,
-    **effort: Any,
-) -> Decomposed:
+def spectral_shuffled(given: Given) -> Decomposed:
     """A control: the leading singular directions with their own values in random order, so with the same norm."""
-    found = _directions(weight, rank, metric, effort)
+    found = _directions(given)
     u, v = found.factors
-    order = torch.randperm(u.shape[1], generator=generator).to(u.device)
+    order = torch.randperm(u.shape[1], generator=given.generator).to(u.device)
     root = found.values[: u.shape[1]].to(u.dtype)[order].sqrt()
     return found._replace(factors=Factors(u * root, root[:, None] * v))
 
 
-def random_directions(
-    weight: Tensor,
-    rank: RankChoice,
-    *,
-    fan_in: int,
-    generator: torch.Generator,
-    metric: Metric | None = None,
-    **effort: Any,
-) -> Decomposed:
+def random_directions(given: Given) -> Decomposed:
     """A control: the leading singular values of the weight with random orthonormal directions (Haar)."""
-    rows, columns = weight.shape
-    known = effort.get("known")
-    values = known.values if known is not None else singular_values(weight)
-    rank = rank(values) if callable(rank) else rank
-    # drawn on the CPU in fp32, as in `he`; the sign of R's diagonal makes QR's Q uniform (Mezzadri 2007)
+    values = given.values()
+    rank = given.rank(values) if callable(given.rank) else given.rank
     bases = []
-    for size in (rows, columns):
-        q, r = torch.linalg.qr(torch.randn(size, rank, generator=generator))
-        bases.append((q * r.diagonal().sign()).to(weight.device, working_dtype(weight.dtype)))
+    for size in given.weight.shape:
+        q, r = torch.linalg.qr(given.drawn(size, rank))
+        bases.append(q * r.diagonal().sign())  # which makes QR's Q uniform (Mezzadri 2007)
     root = values[:rank].to(bases[0]).sqrt()
-    factors = Factors(bases[0] * root, root[:, None] * bases[1].T)
-    return Decomposed(factors, values, float(values.double().square().sum()))
+    return _decomposed(Factors(bases[0] * root, root[:, None] * bases[1].T), values)
 
 
-def he(
-    weight: Tensor,
-    rank: RankChoice,
-    *,
-    fan_in: int,
-    generator: torch.Generator,
-    metric: Metric | None = None,
-    **effort: Any,
-) -> Decomposed:
+def he(given: Given) -> Decomposed:
     """Normal factors whose product has the variance 2 / fan_in of a dense He-initialised layer (He et al. 2015).
 
     An entry of the product is a sum of `rank` terms, so var(u) var(v) = 2 / (fan_in rank). Balanced afterwards, which
     leaves the product as it is.
     """
-    rows, columns = weight.shape
-    known = effort.get("known")
-    values = known.values if known is not None else singular_values(weight)
-    rank = rank(values) if callable(rank) else rank
-    std = (2 / (fan_in * rank)) ** 0.25
-    # drawn on the CPU in fp32, so that a seed means the same factors on every device
-    u = torch.randn(rows, rank, generator=generator) * std
-    v = torch.randn(rank, columns, generator=generator) * std
-    dtype = working_dtype(weight.dtype)
-    factors = balance(Factors(u.to(weight.device, dtype), v.to(weight.device, dtype)))
-    return Decomposed(factors, values, float(values.double().square().sum()))
+    rows, columns = given.weight.shape
+    values = given.values()
+    rank = given.rank(values) if callable(given.rank) else given.rank
+    std = (2 / (given.fan_in * rank)) ** 0.25
+    factors = Factors(given.drawn(rows, rank) * std, given.drawn(rank, columns) * std)
+    return _decomposed(balance(factors), values)
+
+
+def _decomposed(factors: Factors, values: Tensor, weighted: Tensor | None = None) -> Decomposed:
+    return Decomposed(factors, values, float(values.double().square().sum()), None, weighted)
 
 
 INITS: dict[str, Init] = {

@@ -76,7 +76,7 @@ class Decomposer:
 
         keep = self._cache is not None and self._cache.keep_vectors
         metric = self._statistics.metric(row.name) if self._statistics is not None else None
-        effort = {"svd": self._options.svd, "known": known, "keep": keep, "metric": metric}
+        effort: dict[str, Any] = {"svd": self._options.svd, "known": known, "keep": keep, "metric": metric}
         try:
             result = decompose(row, dense, self._options.init, self._options.seed, choose, **effort)
         except WeightError:

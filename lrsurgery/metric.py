@@ -84,6 +84,11 @@ def weighted_factors(weight: Tensor, rank: RankChoice, metric: Metric) -> Weight
     return Weighted(Factors(*(factor.to(dtype) for factor in balance(Factors(u, v)))), values)
 
 
+def second_order(values: Tensor, rank: int) -> float:
+    """What keeping this rank adds to the loss, from all singular values (full rank,) of G^(1/2) W C^(1/2)."""
+    return 0.5 * float(values[rank:].double().square().sum())
+
+
 def weighted_norm(weight: Tensor, metric: Metric) -> float:
     """||G^(1/2) W C^(1/2)||_F of a weight W (rows, columns)."""
     error = weight.double()

@@ -15,7 +15,17 @@ from lrsurgery.errors import DataError, RecipeError
 from lrsurgery.images import Images, Preprocessing
 from lrsurgery.recipes import DataOptions
 from lrsurgery.sources import Source
-from lrsurgery.tasks import CLASSIFICATION, IGNORED, LANGUAGE, Subject, class_names, head_size, load_subject, task_of
+from lrsurgery.tasks import (
+    CLASSIFICATION,
+    IGNORED,
+    LANGUAGE,
+    Subject,
+    class_names,
+    head_size,
+    is_for,
+    load_subject,
+    task_of,
+)
 
 CALIBRATED = 512  # tokens of a block, unless the model takes fewer
 Collator = Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]
@@ -59,7 +69,7 @@ def prepare_subject(
 ) -> Subject:  # fmt: skip
     """The model, under a head for the classes of `rows` where it is new or asked for. Raises SurgeryError."""
     task = options.task or task_of(source)
-    other_head = new_head or from_scratch_seed is not None or (task in CLASSIFICATION and not _has_head(source, task))
+    other_head = new_head or from_scratch_seed is not None or (task in CLASSIFICATION and not is_for(source, task))
     classes = rows.classes if rows is not None and rows.classes and other_head else None
     subject = load_subject(
         source, task, from_scratch_seed=from_scratch_seed, classes=classes, trust_remote_code=trust_remote_code
@@ -67,13 +77,6 @@ def prepare_subject(
     if options.image_size is not None and task == "image-classification":
         subject = _with_image_size(subject, options.image_size)
     return subject
-
-
-def _has_head(source: Source, task: str) -> bool:
-    try:
-        return task_of(source) == task
-    except RecipeError:
-        return False
 
 
 def _with_image_size(subject: Subject, size: int) -> Subject:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lrsurgery.budget import Budget
 from lrsurgery.errors import RankError
+from lrsurgery.sizes import finite
 
 READABLE = "a fraction of full rank such as 0.5, a rank such as 64, energy:0.9, params:0.5 or stable"
 
@@ -144,23 +145,16 @@ def parse_policy(text: str) -> RankPolicy:
     kind, colon, number = text.partition(":")
     try:
         if not colon:
-            return AbsoluteRank(int(text)) if text.lstrip("+-").isdigit() else FractionRank(_finite(text))
+            return AbsoluteRank(int(text)) if text.lstrip("+-").isdigit() else FractionRank(finite(text))
         if kind == "energy":
-            return EnergyRank(_finite(number))
+            return EnergyRank(finite(number))
         if kind == "params":
-            return ParameterShare(_finite(number))
+            return ParameterShare(finite(number))
     except RankError:
         raise
     except ValueError:
         pass
     raise RankError(f"rank '{text}' is not readable; write {READABLE}")
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(text)
-    return number
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from lrsurgery.errors import PlanError, WeightError
 from lrsurgery.layers import KINDS, FactorisedLayer
 from lrsurgery.linalg import Decomposed, Factors, balance_of, product_values, relative_error, spectral_factors
 from lrsurgery.measures import EffectiveRanks, Points
+from lrsurgery.metric import second_order
 from lrsurgery.plan import ALREADY, Kept, Plan, Replaced, find_heads, plan_rows
 from lrsurgery.ranks import FractionRank, RankSpec
 from lrsurgery.report import Report, Row
@@ -60,7 +61,7 @@ def _in_metric(values: Tensor | None, rank: int, in_loss: bool) -> tuple[float |
         return None, None
     squares = values.double().square()
     whole, lost = float(squares.sum()), float(squares[rank:].sum())
-    return math.sqrt(lost / whole) if whole else 0.0, lost / 2 if in_loss else None
+    return math.sqrt(lost / whole) if whole else 0.0, second_order(values, rank) if in_loss else None
 
 
 def _energy_within(matrix: Tensor, ours: Directions, energy: float) -> float:

@@ -18,11 +18,11 @@ from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.jobs import stored_dtype, tensor_digest
 from lrsurgery.layers import KINDS
 from lrsurgery.linalg import singular_values
-from lrsurgery.metric import weighted_values
+from lrsurgery.metric import second_order, weighted_values
 from lrsurgery.moments import FILE_NAME, Statistics
 from lrsurgery.options import Options, pick_device
 from lrsurgery.pieces import WorkFolder
-from lrsurgery.plan import Kept, Plan, Replaced
+from lrsurgery.plan import Kept, Plan, Replaced, settle_all
 from lrsurgery.sources import Source
 from lrsurgery.spectra import SpectrumCache
 from lrsurgery.steps import Note, Progress
@@ -111,21 +111,15 @@ def settled(plan: Plan, entries: list[Entry], options: Options, parameters: int,
     values = dict(zip((row.name for row in rows), in_order(values_of, rows, at_once, threads), strict=True))
     if budget is not None:
         widths = {name: stored_dtype(entry.dtype, options).itemsize for name, entry in by_layer.items()}
-        rest = sum(torch.Size(e.shape).numel() * stored_dtype(e.dtype, options).itemsize for e in entries)
-        return share_out(plan, budget, values, statistics, parameters=parameters, widths=widths, total_bytes=rest)
-    done: dict[str, Replaced | Kept] = {}
-    for row in rows:
-        found = row if row.rank is not None else plan.settle(row, values[row.name])
-        if isinstance(found, Replaced) and statistics is not None and statistics.has_gradients:
-            assert found.rank is not None
-            found = replace(found, predicted_loss=predicted_loss(values[row.name], found.rank))
-        done[row.name] = found
-    return plan.with_rows(done)
-
-
-def predicted_loss(values: Tensor, rank: int) -> float:
-    """What a layer of this rank adds to the loss, to second order, from its singular values in the metric."""
-    return 0.5 * float(values[rank:].double().square().sum())
+        whole = sum(torch.Size(e.shape).numel() * stored_dtype(e.dtype, options).itemsize for e in entries)
+        plan = share_out(plan, budget, values, statistics, parameters=parameters, widths=widths, total_bytes=whole)
+    else:
+        plan = settle_all(plan, lambda row: values[row.name])
+    if statistics is None or not statistics.has_gradients:
+        return plan
+    return plan.with_rows(
+        {row.name: replace(row, predicted_loss=second_order(values[row.name], row.rank or 0)) for row in plan.replaced}
+    )
 
 
 def as_agreed(plan: Plan, options: Options, work: WorkFolder) -> tuple[Plan, Statistics | None]:
@@ -140,8 +134,7 @@ def as_agreed(plan: Plan, options: Options, work: WorkFolder) -> tuple[Plan, Sta
     if not options.calibration.wanted:
         return plan.with_rows(rows), None
     if options.calibration.statistics is not None:
-        found = Statistics.read(options.calibration.statistics)
-        return plan.with_rows(rows), found if options.calibration.metric == "fisher" else found.without_gradients()
+        return plan.with_rows(rows), options.calibration.kept()
     folder = work.path / ("sequential" if options.calibration.sequential else "statistics")
     return plan.with_rows(rows), Statistics.read(folder)
 

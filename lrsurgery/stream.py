@@ -24,13 +24,14 @@ from lrsurgery.assembly import Assembly, aliases_of
 from lrsurgery.calibrate import Calibration
 from lrsurgery.cards import model_card
 from lrsurgery.checkpoints import Checkpoint, Entry, choose_names, list_entries, open_checkpoint, output_config
-from lrsurgery.data import digest_of
+from lrsurgery.data import digest_of, fingerprint
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError
 from lrsurgery.jobs import (
     first_error,
     still_to_do,
     wait_some,
 )
+from lrsurgery.moments import FILE_NAME as STATISTICS
 from lrsurgery.moments import Statistics
 from lrsurgery.options import DTYPES, Options
 from lrsurgery.pieces import WorkFolder
@@ -86,10 +87,6 @@ def _open(source: Source, options: Options) -> tuple[Checkpoint, Plan]:
     return checkpoint, options.plan_for(checkpoint.model, checkpoint.tied)
 
 
-def _by_layer(entries: list[Entry]) -> dict[str, Entry]:
-    return {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
-
-
 def iter_factorise(
     reference: str, output: Path, options: Options, team: Team | None = None
 ) -> Generator[Progress | Note, None, Report]:
@@ -118,11 +115,12 @@ def iter_factorise(
     with _kept_when_interrupted(work, len(plan.replaced)):
         work.open(_task(source, options), resume=options.resume)
         statistics = yield from calibrated(source, plan, options, work.path / "statistics")
-        if plan.needs_spectra and (options.min_speedup is not None or options.budget is not None):
-            # speeds cannot be measured beside decompositions, and a budget is shared out over all layers
+        sequential = options.calibration.sequential and statistics is not None
+        if plan.needs_spectra and (options.min_speedup is not None or options.budget is not None or sequential):
+            # speeds cannot be measured beside decompositions, a budget is shared out over all layers, and a block is
+            # replaced before the next one is looked at
             plan = settled(plan, entries, options, parameters, statistics)
-        if options.calibration.sequential and statistics is not None:
-            plan = settled(plan, entries, options, parameters, statistics) if plan.needs_spectra else plan
+        if sequential and statistics is not None:
             statistics = yield from resampled(source, plan, options, statistics, work.path / "sequential")
         work.set_ranks({row.name: row.rank if isinstance(row, Replaced) else row.reason for row in plan.rows})
         rows = {row.name: row for row in plan.replaced}
@@ -228,6 +226,8 @@ def _task(source: Source, options: Options) -> dict[str, Any]:
 
 
 def _data_of(calibration: Calibration) -> str | None:
+    if calibration.statistics is not None:
+        return fingerprint([calibration.statistics / STATISTICS])
     return None if calibration.data is None else digest_of(calibration.data, calibration.split, calibration.how.subset)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.errors import PlanError, SurgeryError
-from lrsurgery.inits import get_init, layer_generator
+from lrsurgery.inits import Given, get_init, layer_generator
 from lrsurgery.layers import (
     KINDS,
     FactorisedLayer,
@@ -58,11 +58,12 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
 
 
 def decompose(
-    row: Replaced, weight: Tensor, init: str, seed: int, choose: Callable[[Tensor], int] | None, **effort: Any
-) -> Decomposed:
+    row: Replaced, weight: Tensor, init: str, seed: int, choose: Callable[[Tensor], int] | None, *,
+    metric: Metric | None = None, **effort: Any,
+) -> Decomposed:  # fmt: skip
     """Factors of one dense weight, in the working dtype; `choose` maps singular values to a rank not planned yet.
 
-    `effort`: what an init takes by name (metric, svd, known, keep).
+    `metric`: what weighs its errors. `effort`: what `linalg.spectral_factors` takes by name (svd, known, keep).
 
     Raises SurgeryError that names the layer.
     """
@@ -71,7 +72,7 @@ def decompose(
     assert rank is not None
     fan_in = weight.numel() // (row.shape[1] if row.kind == "conv1d" else row.shape[0])
     try:
-        return get_init(init)(matrix, rank, fan_in=fan_in, generator=layer_generator(seed, row.name), **effort)
+        return get_init(init)(Given(matrix, rank, fan_in, layer_generator(seed, row.name), metric, effort))
     except SurgeryError as e:
         raise type(e)(f"{row.name}: {e}") from e
 

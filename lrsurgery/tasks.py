@@ -52,6 +52,14 @@ def task_of(source: Source) -> str:
     )
 
 
+def is_for(source: Source, task: str) -> bool:
+    """Whether the checkpoint comes with the head of this task."""
+    try:
+        return task_of(source) == task
+    except RecipeError:
+        return False
+
+
 class ImageClassifier(nn.Module):
     """A timm model in the form that transformers' Trainer asks for."""
 
@@ -123,11 +131,7 @@ def _load(
         if task != "image-classification":
             raise RecipeError(f"task {task}: timm models are for image-classification")
         return _load_timm(source, from_scratch_seed, classes)
-    own = True
-    try:
-        own = task_of(source) == task
-    except RecipeError:
-        own = False
+    own = is_for(source, task)
     notes: tuple[str, ...] = ()
     if from_scratch_seed is not None:
         model = _fresh(source, task, own, from_scratch_seed, classes, trust_remote_code)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lrsurgery.errors import OutputError, SourceError
+from lrsurgery.sizes import size_of
 
 SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -293,22 +294,9 @@ def write_text(path: Path, text: str) -> None:
 
 def parse_size(text: str) -> int:
     """Bytes of `5GB`, `500MB`, `1GiB` or a plain number. Raises OutputError."""
-    units = {
-        "": 1,
-        "B": 1,
-        "KB": 10**3,
-        "MB": 10**6,
-        "GB": 10**9,
-        "TB": 10**12,
-        "KIB": 2**10,
-        "MIB": 2**20,
-        "GIB": 2**30,
-    }
-    digits = text.strip().upper().rstrip("BKMGTI")
-    unit = text.strip().upper()[len(digits) :].strip()
     try:
-        size = int(float(digits) * units[unit])
-    except (ValueError, KeyError, OverflowError):
+        size = int(size_of(text))
+    except ValueError:
         size = 0
     if size < 1:
         raise OutputError(f"shard size '{text}' is not readable; write a size such as 5GB or 500MB")

@@ -24,7 +24,7 @@ FLOORS = {
     1: {"threads", "plan", "surgery", "layers", "decay", "dynamics", "speed", "timing", "lockstep"},
     0: {
         *("linalg", "krylov", "angles", "measures", "ranks", "inits", "errors", "cache", "imports", "steps"),
-        *("metric", "budget"),
+        *("metric", "budget", "sizes"),
     },
 }
 PACKAGE = Path(lrsurgery.__file__).parent

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrsurgery.angles import directions
 from lrsurgery.errors import WeightError
-from lrsurgery.inits import INITS, WITHOUT_DIRECTIONS
+from lrsurgery.inits import INITS, WITHOUT_DIRECTIONS, Given
 from lrsurgery.linalg import balance_of, truncated_svd
 from lrsurgery.metric import Metric, damped, weighted_factors, weighted_norm, weighted_values
 
@@ -132,7 +132,7 @@ def test_inits_take_their_directions_from_the_metric(init: str) -> None:
     weight, metric = problem(9, 20)
     best = directions(weighted_factors(weight, 4, metric).factors)
     generator = torch.Generator().manual_seed(0)
-    found = INITS[init](weight, 4, fan_in=20, generator=generator, metric=metric)
+    found = INITS[init](Given(weight, 4, 20, generator, metric))
     ours = directions(found.factors)
     assert found.weighted is not None
     torch.testing.assert_close(ours.u @ ours.u.T, best.u @ best.u.T)
