@@ -67,8 +67,10 @@ class Calibration:
             raise CalibrationError("--calibration and --statistics are both given; leave one out")
         if self.save is not None and self.data is None:
             raise CalibrationError("--save-statistics keeps what --calibration finds; give that too")
-        if self.save is not None and (self.save / "statistics.json").exists():
-            raise CalibrationError(f"{self.save}: holds statistics already; reuse them with --statistics, or remove it")
+        if self.save is not None and self.save.exists():
+            raise CalibrationError(f"{self.save}: is there already; reuse it with --statistics, or name another folder")
+        if self.save is not None and not next(p for p in self.save.absolute().parents if p.exists()).is_dir():
+            raise CalibrationError(f"{self.save}: cannot be written, as what it should lie in is a file")
         if self.statistics is not None:
             self.kept()  # or says what is wrong with them
         try:

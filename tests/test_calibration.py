@@ -320,7 +320,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "he": ([*TEXT, "--init", "he"], "--calibration would change nothing"),
     "block too long": ([*TEXT, "--block-size", "99"], "longer than the 32 positions"),
-    "save over": ([*TEXT, "--save-statistics", "{}/statistics"], "holds statistics already"),
+    "save over": ([*TEXT, "--save-statistics", "{}/statistics"], "is there already"),
+    "save into a file": ([*TEXT, "--save-statistics", "{}/train.txt/x"], "what it should lie in is a file"),
     "speedup": (["--budget", "0.5", "--min-speedup", "1.0"], "--min-speedup and --budget are both given"),
 }  # fmt: skip
 
