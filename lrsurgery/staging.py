@@ -94,13 +94,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def alive(pid: str) -> bool:
+    """Whether a process is at work on this machine; one that has ended and waits for its parent to notice is not."""
+    import psutil
+
     try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
+        return bool(psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE)
+    except (ValueError, psutil.NoSuchProcess):
         return False
-    except PermissionError:
-        pass
-    return True
+    except psutil.AccessDenied:
+        return True
 
 
 def remove_empty(folders: list[Path]) -> None:
