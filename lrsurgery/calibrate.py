@@ -36,6 +36,7 @@ from lrsurgery.tasks import LANGUAGE, Subject, is_for, task_of
 TOKENS = 2048  # of a batch; its logits and their gradients are what is large
 IMAGES = 16
 NOTABLE = 1 << 30  # bytes of statistics that are told beforehand
+SURE = 1e-3  # below this doubt a model's loss is flat where it is and not around it
 
 
 @dataclass(frozen=True)
@@ -135,12 +136,17 @@ def iter_calibrate(
                 f"calibration: {need / 1e9:.1f} GB of statistics, {where}; {available / 1e9:.1f} GB are free:"
                 f" {'one pass' if passes == 1 else f'{passes} passes'} over the data"
             )
-    named = _names(ready.subject, rows)
+    named, loss = _names(ready.subject, rows), SampledLoss(seed)
     found = yield from iter_collect(
         ready.subject.model, ready.batches, [replace(row, name=named[row.name]) for row in rows],
-        metric=calibration.metric, loss=SampledLoss(seed), store=StatisticsWriter(folder, named), facts=ready.facts,
+        metric=calibration.metric, loss=loss, store=StatisticsWriter(folder, named), facts=ready.facts,
         limit=limit,
     )  # fmt: skip
+    if fisher and loss.doubt < SURE:
+        yield Note(
+            f"the model is sure of all that it sees (chance of another answer: {loss.doubt:.1g}): take the predicted"
+            " loss for an order of layers alone; data that it has not learnt by heart say more"
+        )
     shutil.rmtree(folder / "offload", ignore_errors=True)
     missing = found.unseen()
     if missing:
