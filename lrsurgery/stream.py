@@ -93,7 +93,7 @@ def iter_factorise(
     """As `factorise_checkpoint`, one layer a step; the report is the generator's value.
 
     Every process of a team calls it; the first one writes the output. Raises SurgeryError, and Interrupted where
-    Ctrl-C or SIGTERM came after layers were finished, which are kept; an abandoned generator leaves nothing behind.
+    Ctrl-C or SIGTERM came after statistics or layers were finished, which are kept; an abandoned generator leaves nothing behind.
     """
     options.check()
     team = team or Team()
@@ -198,13 +198,15 @@ def _help(stream: Assembly, work: WorkFolder, team: Team) -> None:
 
 @contextmanager
 def _kept_when_interrupted(work: WorkFolder, layers: int) -> Iterator[None]:
-    """Removes the work folder in the end, but not when an interruption leaves finished layers in it."""
+    """Removes the work folder in the end, but not when an interruption leaves statistics or finished layers in it."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as e:
-        if work.count():
+        kept = ["the statistics"] if (work.path / "statistics" / STATISTICS).exists() else []
+        kept += [f"{work.count()} of {layers} layers"] if work.count() else []
+        if kept:
             raise Interrupted(
-                f"interrupted; {work.count()} of {layers} layers are kept: the same command with --resume goes on"
+                f"interrupted; {' and '.join(kept)} are kept: the same command with --resume goes on"
             ) from e
         work.remove()
         raise

@@ -15,6 +15,7 @@ import tiny
 import torch
 import transformers as tf
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import lrsurgery
@@ -184,6 +185,21 @@ def test_images_without_classes_calibrate_a_timm_model(place: Path, tmp_path: Pa
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
+def test_a_model_that_is_sure_of_all_it_sees_is_told_so(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "resnet", tmp_path / "sure")
+    weights = tensors_of(tmp_path / "sure")
+    weights["fc.bias"][0] += 30.0
+    save_file(weights, tmp_path / "sure" / "model.safetensors")
+    for model, told in (("sure", True), ("resnet", False)):
+        folder = tmp_path if told else place
+        assert tiny.run("factorise", folder / model, "--budget", 0.5, "--calibration", place / "images", "--samples", 5,
+                        "-o", tmp_path / "out", "--overwrite") == 0  # fmt: skip
+        assert ("the model is sure of all that it sees" in capsys.readouterr().err) == told
+    assert report_of(tmp_path / "out")["totals"]["predicted_loss"] > 0
+
+
 def test_bytes_are_those_of_the_written_file(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert tiny.run("factorise", place / "gpt2", "--budget", "bytes:110KB", "--statistics", place / "statistics", "-o",
@@ -261,8 +277,9 @@ def test_sequential_from_the_command_line_differs_and_loads(place: Path, tmp_pat
     lrsurgery.load_model(tmp_path / "sequential")
 
 
+@pytest.mark.parametrize("layers", [0, 2], ids=["before any layer", "after two"])
 def test_an_interrupted_job_goes_on_from_its_statistics(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], layers: int
 ) -> None:
     from lrsurgery import jobs
 
@@ -272,7 +289,7 @@ def test_an_interrupted_job_goes_on_from_its_statistics(
     real = jobs.decompose
 
     def stop(row: Any, *args: Any, **options: Any) -> Any:
-        if len(done) == 2:
+        if len(done) == layers:
             raise KeyboardInterrupt
         done.append(row.name)
         return real(row, *args, **options)
@@ -280,7 +297,8 @@ def test_an_interrupted_job_goes_on_from_its_statistics(
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "decompose", stop)
         assert tiny.run(*command) == 130
-    assert "the same command with --resume goes on" in capsys.readouterr().err
+    kept = "the statistics and 2 of 8 layers are kept" if layers else "the statistics are kept"
+    assert f"interrupted; {kept}: the same command with --resume goes on" in capsys.readouterr().err
     monkeypatch.setattr(calibration, "call", None)  # no model runs
     assert tiny.run(*command, "--resume") == 0
     wanted = tensors_of(place / "six")
