@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from lrsurgery.calibration import SampledLoss, iter_collect, split
 from lrsurgery.errors import CalibrationError
 from lrsurgery.layers import KINDS
 from lrsurgery.metric import Metric, weighted_norm
+from lrsurgery.moments import Moments, Seen, StatisticsWriter
 from lrsurgery.plan import Replaced, plan_rows
 from lrsurgery.ranks import FractionRank, RankSpec
 from lrsurgery.steps import result_of
@@ -239,3 +241,112 @@ def test_a_bfloat16_model_is_summed_in_fp32() -> None:
     lrsurgery.factorise_(model, rank=2, statistics=lrsurgery.collect_statistics(model, [x]))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert KINDS["linear"].to_matrices(model[0].u.weight, model[0].v.weight).u.shape == (4, 2)
+
+
+def test_flattened_inputs_are_masked_too() -> None:
+    """As OPT's layers are given theirs."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(x.flatten(0, 1)).view(*x.shape[:2], 3)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    x, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
+    statistics = lrsurgery.collect_statistics(Flat(), [{"x": x, "attention_mask": mask}])
+    counted = x[mask.bool()]
+    assert statistics.seen["layer"].positions == 7
+    torch.testing.assert_close(statistics.moments("layer").inputs, counted.T @ counted / 7)
+
+
+def test_an_input_that_was_changed_in_between_is_another_one() -> None:
+    class InPlace(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            return self.one(x) + self.two(x.mul_(2))  # type: ignore[no-any-return]
+
+    statistics = lrsurgery.collect_statistics(InPlace(), [torch.randn(6, 4)], metric="activations")
+    one, two = (statistics.moments(name).inputs for name in ("one", "two"))
+    torch.testing.assert_close(two, 4 * one)
+
+
+def test_gradients_that_are_not_finite_name_the_layer() -> None:
+    def steep(outputs: Any, batch: Any) -> tuple[Tensor, int]:
+        return (outputs - outputs.detach()).abs().sqrt().sum(), len(outputs)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(CalibrationError, match=r"^1: its gradients hold NaN or Inf; --metric activations needs none"):
+        lrsurgery.collect_statistics(model, [torch.randn(3, 4)], loss=steep)
+
+
+@pytest.mark.parametrize("marked", ["attention_mask", "labels"])
+def test_only_what_counts_is_scored(marked: str) -> None:
+    """Padding does not, nor what masked language modelling leaves out."""
+    counted = torch.tensor([[True, False, True], [False, False, True]])
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    mark = counted.long() if marked == "attention_mask" else torch.where(counted, 4, -100)
+    loss = SampledLoss(0)
+    value, count = loss({"logits": logits}, {marked: mark})
+    value.backward()  # type: ignore[no-untyped-call]
+    assert count == 3
+    assert logits.grad is not None
+    assert torch.equal(logits.grad.abs().sum(-1) > 0, counted)
+    p = logits.detach()[counted].softmax(-1)
+    assert loss.doubt == pytest.approx(float((1 - p.square().sum(-1)).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", ["in memory", "in a folder"])
+def test_what_was_seen_on_two_occasions_adds_up(kept: str, tmp_path: Path) -> None:
+    x, g = torch.randn(9, 4), torch.randn(9, 3)
+    store = InMemory() if kept == "in memory" else StatisticsWriter(tmp_path)
+    for rows in (slice(0, 2), slice(2, 9)):
+        part, seen = x[rows], Seen("linear", 3, 4, len(x[rows]))
+        store.add("layer", seen, Moments(part.T @ part / len(part), g[rows].T @ g[rows]))
+    found = store.finish({"metric": "fisher"})
+    assert found.seen["layer"].positions == 9
+    torch.testing.assert_close(found.moments("layer").inputs, x.T @ x / 9)
+    torch.testing.assert_close(found.moments("layer").gradients, g.T @ g)
+
+
+def test_statistics_of_another_scheme_or_shape_are_refused() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 5, 3))
+    statistics = lrsurgery.collect_statistics(model, [torch.randn(2, 3, 6, 6)], metric="activations")
+    with pytest.raises(CalibrationError, match="0 was seen as conv2d-channel and is to become conv2d-spatial"):
+        lrsurgery.factorise_(model, rank=1, conv="spatial", statistics=statistics)
+    with pytest.raises(CalibrationError, match=r"0 was \(5, 27\) and is \(6, 27\) here"):
+        lrsurgery.factorise_(nn.Sequential(nn.Conv2d(3, 6, 3)), rank=1, statistics=statistics)
+
+
+def test_statistics_whose_files_were_mixed_up_are_refused(tmp_path: Path) -> None:
+    writer = StatisticsWriter(tmp_path)
+    for name in ("one", "two"):
+        writer.add(name, Seen("linear", 4, 4, 1), Moments(torch.randn(4, 4), None))
+    found = writer.finish({"metric": "activations"})
+    files = sorted(tmp_path.glob("*.safetensors"))
+    files[0].write_bytes(files[1].read_bytes())
+    found.moments("two")
+    with pytest.raises(CalibrationError, match=r"00000\.safetensors: damaged, or of other"):
+        found.moments("one")
+
+
+def test_without_gradients_statistics_are_those_of_the_activations() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(9, 6)
+    both = lrsurgery.collect_statistics(model, [x])
+    assert both.has_gradients
+    inputs = both.without_gradients()
+    alone = lrsurgery.collect_statistics(model, [x], metric="activations")
+    assert not inputs.has_gradients
+    for name in ("0", "1"):
+        ours, theirs = inputs.metric(name), alone.metric(name)
+        assert ours is not None
+        assert theirs is not None
+        assert ours.gradients is theirs.gradients is None
+        torch.testing.assert_close(ours.inputs, theirs.inputs)
