@@ -1,4 +1,4 @@
-"""Puts the tables of results/*.json into README.md, each between `<!-- NAME -->` and `<!-- end -->`.
+"""Puts tables of results/*.json into README.md, between `<!-- NAME -->` or `<!-- NAME.PART -->` and `<!-- end -->`.
 
 python examples/benchmarks/tables.py
 """
@@ -25,11 +25,13 @@ def block(body: dict[str, Any]) -> str:
 
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    for name in re.findall(r"<!-- (\w+) -->", text):
-        if name != "end":
+    for mark in re.findall(r"<!-- ([\w.]+) -->", text):
+        if mark != "end":
+            name, _, part = mark.partition(".")
             body = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-            pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-            text = re.sub(pattern, lambda m, b=body: f"{m[1]}{block(b)}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+            filled = table(body[part]) if part else block(body)
+            pattern = rf"(<!-- {re.escape(mark)} -->\n).*?(<!-- end -->)"
+            text = re.sub(pattern, lambda m, f=filled: f"{m[1]}{f}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
     README.write_text(text, encoding="utf-8")
 
 

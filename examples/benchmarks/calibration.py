@@ -1,0 +1,382 @@
+"""What data makes of surgery: plain SVD, activation scaling, whitening, and lrsurgery's metrics and budget.
+
+One model, the same calibration samples, the same number of parameters for every method; right after surgery and healed.
+Then how many samples it takes, and how well the predicted loss agrees with the measured one, over plans and layers.
+
+The published ways stand as their papers have them: scaling by the root mean square of each input to the power alpha
+(ASVD, Yuan et al. 2023, arXiv:2312.05821), and whitening by the Cholesky factor of C, the second moment of the inputs
+(SVD-LLM, Wang et al. 2024, arXiv:2403.07378), lifted by its lowest eigenvalue where it is singular.
+
+    python examples/pydocs_text.py --output pydocs-text
+    python examples/benchmarks/calibration.py --save
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any, TypeAlias
+
+import torch
+from harness import RESULTS, finish, parser, table
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import lrsurgery
+from lrsurgery.calibration import call, logits_of
+from lrsurgery.layers import KINDS, factor_weights
+from lrsurgery.linalg import Factors, balance, truncated_svd
+from lrsurgery.metric import second_order, weighted_factors, weighted_values
+from lrsurgery.moments import Statistics
+from lrsurgery.preparation import calibration_examples, evaluation_examples, open_rows, prepare_subject
+from lrsurgery.preparation import training_examples as to_train_on
+from lrsurgery.recipes import DataOptions
+from lrsurgery.sources import resolve
+from lrsurgery.surgery import factorised_layers
+from lrsurgery.tasks import LANGUAGE, Subject, task_of
+
+BATCH = {True: 8, False: 64}  # blocks of text, images
+Batch: TypeAlias = "dict[str, Tensor]"
+Truncate: TypeAlias = "Callable[[Tensor, int, Statistics, str], Factors]"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A model and all the data that it meets."""
+
+    subject: Subject
+    language: bool
+    heldout: list[Batch]
+    calibration: Callable[[int, int], list[Batch]]  # samples, seed
+    training: Callable[[int], Iterator[Batch]]  # steps
+
+
+def plain(weight: Tensor, rank: int, statistics: Statistics, name: str) -> Factors:
+    return truncated_svd(weight, rank)
+
+
+def scaled(weight: Tensor, rank: int, statistics: Statistics, name: str, *, alpha: float) -> Factors:
+    scale = statistics.moments(name).inputs.diagonal().clamp(min=0).pow(alpha / 2) + 1e-6
+    u, v = truncated_svd(weight * scale, rank)
+    return balance(Factors(u, v / scale))
+
+
+def whitened(weight: Tensor, rank: int, statistics: Statistics, name: str) -> Factors:
+    moment = statistics.moments(name).inputs.double()
+    root, failed = torch.linalg.cholesky_ex(moment)
+    if failed:
+        lift = 1e-6 - float(torch.linalg.eigvalsh(moment)[0])
+        root = torch.linalg.cholesky(moment + lift * torch.eye(len(moment), dtype=moment.dtype))
+    u, s, vh = torch.linalg.svd(weight.double() @ root, full_matrices=False)
+    v = torch.linalg.solve_triangular(root, s[:rank, None] * vh[:rank], upper=False, left=False)
+    return balance(Factors(u[:, :rank].to(weight), v.to(weight)))
+
+
+def in_metric(weight: Tensor, rank: int, statistics: Statistics, name: str) -> Factors:
+    metric = statistics.metric(name)
+    assert metric is not None
+    return weighted_factors(weight, rank, metric).factors
+
+
+METHODS: dict[str, Truncate] = {
+    "plain SVD": plain,
+    "scaling, alpha 0.5 (ASVD)": functools.partial(scaled, alpha=0.5),
+    "scaling, alpha 1": functools.partial(scaled, alpha=1.0),
+    "whitening (SVD-LLM)": whitened,
+    "lrsurgery, activations": in_metric,
+    "lrsurgery, fisher": in_metric,
+}
+BUDGET = "lrsurgery, fisher, one budget"
+
+
+def surgery(dense: nn.Module, method: str, share: float, statistics: Statistics) -> nn.Module:
+    """A copy of the model with so large a share of the parameters of its layers, as `--rank params:SHARE` leaves it.
+
+    A budget is the parameters that this leaves in all, so that no method has more than another.
+    """
+    model = copy.deepcopy(dense)
+    lrsurgery.factorise_(model, rank=f"params:{share}")
+    if method == BUDGET:
+        able = sum(dense.get_submodule(name).weight.numel() for name in statistics.seen)  # type: ignore[union-attr,operator,misc]
+        kept = 1 - (size_of(dense) - size_of(model)) / able
+        model = copy.deepcopy(dense)
+        lrsurgery.factorise_(model, budget=kept, statistics=statistics)
+        return model
+    known = statistics.without_gradients() if method.endswith("activations") else statistics
+    for name, layer in factorised_layers(model).items():
+        weight: Tensor = dense.get_submodule(name).weight.detach()  # type: ignore[assignment,union-attr,operator]
+        factors = METHODS[method](KINDS[layer.kind].to_matrix(weight), layer.rank, known, name)
+        u, v = factor_weights(layer.kind, weight, factors)
+        layer.u.weight.data, layer.v.weight.data = u, v
+    return model
+
+
+def size_of(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def predicted(dense: nn.Module, model: nn.Module, statistics: Statistics) -> dict[str, float]:
+    """What each factorised layer adds to the loss, by the second order of its metric."""
+    found = {}
+    for name, layer in factorised_layers(model).items():
+        metric = statistics.metric(name)
+        assert metric is not None
+        values = weighted_values(KINDS[layer.kind].to_matrix(dense.get_submodule(name).weight.detach()), metric)  # type: ignore[arg-type,union-attr,operator]
+        found[name] = second_order(values, layer.rank)
+    return found
+
+
+@torch.no_grad()
+def measure(model: nn.Module, task: Task) -> dict[str, float]:
+    """Loss (nats) and top-1 on all that is held out."""
+    total, right, count = 0.0, 0, 0
+    model.eval()
+    for batch in task.heldout:
+        logits, answers = answered(model, batch, task)
+        total += float(cross_entropy(logits, answers, reduction="sum"))
+        right += int((logits.argmax(-1) == answers).sum())
+        count += len(answers)
+    return {"loss": total / count, "top-1": right / count}
+
+
+def answered(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, Tensor]:
+    """The logits (n, classes) of all that is scored in a batch, and what is right."""
+    logits, labels = logits_of(run(model, batch, task)).float(), batch["labels"]
+    if task.language:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    counted = labels >= 0
+    return logits[counted], labels[counted]
+
+
+def run(model: nn.Module, batch: Batch, task: Task) -> Any:
+    return call(model, batch if task.subject.source.library == "transformers" else batch["pixel_values"])
+
+
+def healed(model: nn.Module, task: Task, steps: int, lr: float) -> nn.Module:
+    """Trained for so many steps, the learning rate going down to 0."""
+    torch.manual_seed(0)
+    model = copy.deepcopy(model).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
+    for batch in task.training(steps):
+        loss = cross_entropy(*answered(model, batch, task))
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    return model
+
+
+def prepared(arguments: argparse.Namespace) -> Task:
+    options = DataOptions(block_size=arguments.block_size, image_size=arguments.image_size)
+    source = resolve(arguments.model)
+    kind = task_of(source)
+    rows = open_rows(arguments.data, kind, options, split=arguments.split)
+    other = open_rows(arguments.eval_data, kind, options, split=arguments.eval_split)
+    subject = prepare_subject(source, options, rows)
+    language = kind in LANGUAGE
+    size = BATCH[language]
+    subject.model.eval()
+
+    def batches(examples: Any, chosen: Sequence[int]) -> list[Batch]:
+        return [
+            dict(examples.collate([examples.dataset[i] for i in chosen[at : at + size]]))
+            for at in range(0, len(chosen), size)
+        ]
+
+    heldout = evaluation_examples(subject, other, options)
+    train = to_train_on(subject, rows, options, seed=0, augment=False)
+
+    def calibration(samples: int, seed: int) -> list[Batch]:
+        examples, chosen = calibration_examples(subject, rows, options, samples, seed)
+        return batches(examples, chosen)
+
+    def training(steps: int) -> Iterator[Batch]:
+        generator, size = torch.Generator().manual_seed(0), arguments.batch_size
+        order: list[int] = []
+        for _ in range(steps):
+            while len(order) < size:
+                order += torch.randperm(len(train.dataset), generator=generator).tolist()
+            yield dict(train.collate([train.dataset[i] for i in order[:size]]))
+            order = order[size:]
+
+    return Task(subject, language, batches(heldout, range(len(heldout.dataset))), calibration, training)
+
+
+def known(task: Task, samples: int, seed: int, metric: str = "fisher") -> Statistics:
+    batches: list[Any] = task.calibration(samples, seed)
+    if task.subject.source.library == "timm":
+        batches = [batch["pixel_values"] for batch in batches]
+    return lrsurgery.collect_statistics(task.subject.body, batches, metric=metric, seed=seed)
+
+
+def over_seeds(values: Sequence[float]) -> str:
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def compare(task: Task, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each method at each share, over seeds of the calibration samples."""
+    dense = task.subject.body
+    seen = [known(task, arguments.samples, seed) for seed in range(arguments.seeds)]
+    rows = [row(task, "dense", 1.0, [dense], None)]
+    for share in arguments.shares:
+        for method in (*METHODS, BUDGET):
+            seeds = seen[:1] if method == "plain SVD" else seen
+            models = [surgery(dense, method, share, statistics) for statistics in seeds]
+            again = None
+            if arguments.steps and share == arguments.healed_share:
+                again = [healed(model, task, arguments.steps, arguments.lr) for model in models]
+            rows.append(row(task, method, share, models, again))
+    return rows
+
+
+def row(
+    task: Task, method: str, share: float, models: list[nn.Module], again: list[nn.Module] | None
+) -> dict[str, Any]:
+    found = [measure(model, task) for model in models]
+    made = {
+        "share": share, "method": method, "parameters": max(size_of(m) for m in models),
+        "loss": over_seeds([f["loss"] for f in found]), "top-1": over_seeds([f["top-1"] for f in found]),
+        "healed loss": None, "healed top-1": None,
+    }  # fmt: skip
+    if again is not None:
+        after = [measure(model, task) for model in again]
+        made["healed loss"] = over_seeds([f["loss"] for f in after])
+        made["healed top-1"] = over_seeds([f["top-1"] for f in after])
+    print(".", end="", flush=True)
+    return made
+
+
+def by_samples(task: Task, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """The loss right after surgery at one share, by the number of calibration samples."""
+    share, rows = arguments.healed_share, []
+    for samples in arguments.sensitivity:
+        statistics = known(task, samples, 0)
+        found = {
+            method: measure(surgery(task.subject.body, method, share, statistics), task)["loss"]
+            for method in (*METHODS, BUDGET)
+            if method != "plain SVD"
+        }
+        rows.append({"samples": samples, **found})
+        print(".", end="", flush=True)
+    return rows
+
+
+def agreement(task: Task, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, list[list[float]]]]:
+    """How the predicted increase of the loss and the measured one agree: over plans, and over layers one at a time."""
+    dense, statistics = task.subject.body, known(task, arguments.samples, 0)
+    before = measure(dense, task)["loss"]
+    points: dict[str, list[list[float]]] = {"plans": [], "layers": []}
+    for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
+        for method in ("lrsurgery, fisher", BUDGET):
+            model = surgery(dense, method, share, statistics)
+            expected = sum(predicted(dense, model, statistics).values())
+            points["plans"].append([expected, measure(model, task)["loss"] - before])
+    whole = copy.deepcopy(dense)
+    lrsurgery.factorise_(whole, rank=f"params:{arguments.healed_share}")
+    for name in factorised_layers(whole):
+        model = copy.deepcopy(dense)
+        lrsurgery.factorise_(model, rank=f"params:{arguments.healed_share}", include=[name], statistics=statistics)
+        expected = sum(predicted(dense, model, statistics).values())
+        points["layers"].append([expected, measure(model, task)["loss"] - before])
+    rows = []
+    for of, pairs in points.items():
+        ratios = sorted(measured / expected for expected, measured in pairs if expected > 0)
+        rows.append(
+            {
+                "of": of, "number": len(pairs), "Spearman": spearman(pairs),
+                "measured / predicted, median": ratios[len(ratios) // 2] if ratios else None,
+                "smallest": ratios[0] if ratios else None, "largest": ratios[-1] if ratios else None,
+            }
+        )  # fmt: skip
+    return rows, points
+
+
+def spearman(pairs: list[list[float]]) -> float:
+    ranks = [torch.tensor(side).argsort().argsort().double() for side in zip(*pairs, strict=True)]
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
+
+
+def seconds(task: Task, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """What calibration takes beside the decompositions, in one process."""
+    dense = task.subject.body
+    statistics = known(task, arguments.samples, 0)
+    share = arguments.healed_share
+    work: dict[str, Callable[[], Any]] = {
+        "statistics, activations": lambda: known(task, arguments.samples, 0, "activations"),
+        "statistics, fisher": lambda: known(task, arguments.samples, 0),
+        "decompositions, plain": lambda: lrsurgery.factorise_(copy.deepcopy(dense), rank=f"params:{share}"),
+        "decompositions, in the metric": lambda: lrsurgery.factorise_(
+            copy.deepcopy(dense), rank=f"params:{share}", statistics=statistics
+        ),
+        "decompositions, one budget": lambda: lrsurgery.factorise_(
+            copy.deepcopy(dense), budget=share, statistics=statistics
+        ),
+    }
+    spent: dict[str, float] = {}
+    for name, do in work.items():
+        begun = time.perf_counter()
+        do()
+        spent[name] = time.perf_counter() - begun
+    base = spent["decompositions, plain"]
+    return [{"what": name, "seconds": s, "times plain decompositions": s / base} for name, s in spent.items()]
+
+
+def scatter(points: dict[str, list[list[float]]], name: str) -> None:
+    """Predicted against measured, in results/NAME.svg."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    for axes, (of, pairs) in zip(figure.subplots(1, 2), points.items(), strict=True):
+        expected, measured = zip(*pairs, strict=True)
+        axes.loglog(expected, measured, "o", markersize=4)
+        ends = [min(expected), max(expected)]
+        axes.loglog(ends, ends, color="grey", linewidth=0.8)
+        axes.set(title=of, xlabel="predicted increase of the loss", ylabel="measured")
+    RESULTS.mkdir(exist_ok=True)
+    figure.savefig(RESULTS / f"{name}.svg", metadata={"Date": None})
+
+
+def main() -> None:
+    made = parser(__doc__ or "")
+    made.add_argument("--model", default="examples/pydocs-gpt2")
+    made.add_argument("--data", default="pydocs-text/train.txt", help="to calibrate and to heal on")
+    made.add_argument("--eval-data", default="examples/pydocs-gpt2/valid.txt", help="to measure on")
+    made.add_argument("--split")
+    made.add_argument("--eval-split")
+    made.add_argument("--block-size", type=int)
+    made.add_argument("--image-size", type=int)
+    made.add_argument("--shares", type=float, nargs="+", default=[0.75, 0.5, 0.25])
+    made.add_argument("--healed-share", type=float, default=0.5)
+    made.add_argument("--steps", type=int, default=75, help="of healing; 0 for none")
+    made.add_argument("--batch-size", type=int, default=16)
+    made.add_argument("--lr", type=float, default=1e-3)
+    made.add_argument("--samples", type=int, default=128)
+    made.add_argument("--sensitivity", type=int, nargs="+", default=[8, 32, 128, 256])
+    made.add_argument("--seeds", type=int, default=3, help="of the calibration samples")
+    made.add_argument("--name", default="calibration", help="of the results file")
+    arguments = made.parse_args()
+    task = prepared(arguments)
+    parts = {
+        "samples": by_samples(task, arguments),
+        "seconds": seconds(task, arguments),
+    }
+    parts["agreement"], points = agreement(task, arguments)
+    rows = compare(task, arguments)
+    if not arguments.json:
+        print()
+        for name, part in parts.items():
+            print(f"{name}\n{table(part)}\n")
+    if arguments.save:
+        scatter(points, arguments.name)
+    finish(arguments.name, rows, arguments, **parts, points=points)
+
+
+if __name__ == "__main__":
+    main()

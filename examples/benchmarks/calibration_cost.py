@@ -1,0 +1,120 @@
+"""Time and peak memory of calibration beside the surgery itself: whole commands, as processes.
+
+A GPT-2-small-shaped model with either metric, and a 7B-Llama-shaped bf16 checkpoint (13.5 GB; 27 GB in the fp32 that
+it runs in, more than many a machine has) with `--metric activations`, which goes block by block. Of the large one the
+three largest matrices of the last layer are factorised, before which all others have to run. Tokens are random: what
+they say is of no matter here.
+
+"own" is memory that holds something; "with files" counts pages of the checkpoint as well that are mapped at the time
+(transformers maps all of them once as it loads), which the system takes back when it needs them.
+
+    python examples/benchmarks/calibration_cost.py --folder /somewhere/with/15GB --save
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import random
+import shutil
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import psutil
+from big_checkpoint import VOCABULARY, make
+from harness import finish, parser, run_measured
+from processes import checkpoint
+
+
+def with_tokens(model: Path, vocabulary: int, count: int) -> Path:
+    """Rows of random tokens beside the model, into which a tokenizer of as many words is put."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "</s>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")), unk_token="<unk>", eos_token="</s>"
+    )
+    tokenizer.save_pretrained(model)
+    drawn = random.Random(0)
+    rows = ({"input_ids": [drawn.randrange(2, vocabulary) for _ in range(512)]} for _ in range(count // 512 + 1))
+    file = model.parent / f"{model.name}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
+
+
+def watched(command: list[str]) -> dict[str, float]:
+    """As `run_measured`, and the peak of what the command's process holds apart from mapped files."""
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run_measured, command)
+        own = 0
+        while not running.done():
+            for process in psutil.Process().children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    memory = process.memory_info()
+                    own = max(own, memory.rss - memory.shared)
+            time.sleep(0.05)
+        return {**running.result(), "own_bytes": float(own)}
+
+
+def measure(
+    what: str, model: Path, tokens: Path, rows: list[dict[str, Any]], arguments: argparse.Namespace, *more: str
+) -> None:
+    """Adds a row for plain surgery and one for each metric."""
+    metrics = arguments.metrics if what != "Llama-7B-shaped" else ["activations"]
+    samples, size = str(arguments.samples), str(arguments.block_size)
+    for metric in ("none", *metrics):
+        output = tokens.parent / "out"
+        shutil.rmtree(output, ignore_errors=True)
+        command = [
+            sys.executable, "-m", "lrsurgery", "factorise", str(model), "--rank", "0.5", "--quiet", "--no-cache",
+            "--output", str(output), *more,
+        ]  # fmt: skip
+        if metric != "none":
+            command += ["--calibration", str(tokens), "--metric", metric, "--samples", samples, "--block-size", size]
+        figures = watched(command)
+        report = json.loads((output / "rank_report.json").read_text(encoding="utf-8"))
+        shutil.rmtree(output)
+        rows.append(
+            {
+                "model": what,
+                "parameters, M": report["totals"]["parameters_before"] / 1e6,
+                "matrices factorised": report["totals"]["layers_factorised"],
+                "calibration": f"{metric}, {samples} blocks of {size}" if metric != "none" else "none",
+                "seconds": figures["wall_s"],
+                "peak GB, own": figures["own_bytes"] / 1e9,
+                "with files": figures["peak_bytes"] / 1e9,
+            }
+        )
+
+
+def main() -> None:
+    made = parser(__doc__ or "")
+    made.add_argument("--folder", type=Path, help="keeps the checkpoints here; else they are temporary")
+    made.add_argument("--layers", type=int, default=32, help="of the Llama; 0 leaves it out")
+    made.add_argument("--samples", type=int, default=16)
+    made.add_argument("--block-size", type=int, default=256)
+    made.add_argument("--metrics", nargs="*", default=["activations", "fisher"], help="for the small model")
+    arguments = made.parse_args()
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as temporary:
+        place = arguments.folder or Path(temporary)
+        count = 2 * arguments.samples * arguments.block_size
+        small = checkpoint(place / "gpt2")
+        measure("GPT-2-small-shaped", small, with_tokens(small, 50257, count), rows, arguments)
+        if arguments.layers:
+            large = make(place, arguments.layers)
+            tokens = with_tokens(large, VOCABULARY, count)
+            measure(
+                "Llama-7B-shaped", large, tokens, rows, arguments, "--include", f"model.layers.{arguments.layers - 1}.*"
+            )
+    finish("calibration_cost", rows, arguments, memory_gb=psutil.virtual_memory().total / 1e9)
+
+
+if __name__ == "__main__":
+    main()
