@@ -93,7 +93,8 @@ def iter_factorise(
     """As `factorise_checkpoint`, one layer a step; the report is the generator's value.
 
     Every process of a team calls it; the first one writes the output. Raises SurgeryError, and Interrupted where
-    Ctrl-C or SIGTERM came after statistics or layers were finished, which are kept; an abandoned generator leaves nothing behind.
+    Ctrl-C or SIGTERM came after statistics or layers were finished, which are kept; an abandoned generator leaves
+    nothing behind.
     """
     options.check()
     team = team or Team()
