@@ -73,9 +73,10 @@ def _costs(budget: Budget, row: Replaced, statistics: Statistics | None, widths:
         raise BudgetError(
             f"budget {budget}: how often a convolution is applied is not known; give --calibration, or count params"
         )
-    # a spatial layer is seen at its first half's positions, its FLOPs are of its outputs'
-    positions = statistics.seen[row.name].positions // row.across if statistics is not None else 1
-    return positions * row.flops, positions * 2 * (row.rows + row.across * row.columns)
+    if statistics is None:
+        return row.flops, 2 * (row.rows + row.columns)
+    seen = statistics.seen[row.name]
+    return seen.outputs * row.flops, 2 * (seen.outputs * row.rows + seen.positions * row.columns)
 
 
 def _layer(
@@ -84,9 +85,7 @@ def _layer(
 ) -> Layer:  # fmt: skip
     squares = values.double().cpu().square()
     total = float(squares.sum())
-    if statistics is not None and statistics.has_gradients:
-        squares = squares / 2
-    elif total > 0:
+    if total > 0 and not (statistics is not None and statistics.has_gradients):  # else layers compare as they are
         squares = squares / total
     tails = torch.cat([squares.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
     step = plan.spec.multiple_of

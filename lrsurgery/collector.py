@@ -26,6 +26,7 @@ class _Sums:
     inputs: Tensor
     gradients: Tensor | None
     positions: int = 0
+    outputs: int = 0
 
 
 class Collector:
@@ -81,7 +82,7 @@ class Collector:
         """What is known of a layer by now, and no longer kept. Zeros for one that was given no input."""
         row = self._rows[name]
         sums = self._sums.pop(name, None) or self._new(row, torch.device("cpu"))
-        seen = Seen(row.kind, row.rows, row.columns, sums.positions)
+        seen = Seen(row.kind, row.rows, row.columns, sums.positions, sums.outputs)
         gradients = None if sums.gradients is None else sums.gradients / max(1, self.scored)
         return seen, Moments(sums.inputs / max(1, sums.positions), gradients)
 
@@ -106,7 +107,8 @@ class Collector:
     def _see(self, row: Replaced, module: nn.Module, x: Tensor, output: Tensor) -> None:
         sums = self._sums.setdefault(row.name, self._new(row, x.device))
         mask = self._mask(x, row.kind)
-        self._add_inputs(sums, row, module, x, mask)
+        count = self._add_inputs(sums, row, module, x, mask)
+        sums.outputs += output.numel() // output.shape[1] if row.kind.startswith("conv2d") else count
         if self._gradients and output.requires_grad:
 
             def at_gradient(g: Tensor) -> None:
@@ -123,7 +125,7 @@ class Collector:
             return mask.to(x.device)
         return mask.to(x.device).flatten() if x.shape[:-1] == (mask.numel(),) else None
 
-    def _add_inputs(self, sums: _Sums, row: Replaced, module: nn.Module, x: Tensor, mask: Tensor | None) -> None:
+    def _add_inputs(self, sums: _Sums, row: Replaced, module: nn.Module, x: Tensor, mask: Tensor | None) -> int:
         last = self._last
         if last is not None and last[0] is x and last[1] == x._version and last[2] == row.kind == "linear":
             gram, count = last[3], last[4]  # query, key and value
@@ -137,6 +139,7 @@ class Collector:
             self._last = (x, x._version, row.kind, gram, count)
         sums.inputs += gram
         sums.positions += count
+        return count
 
     def _add_gradients(
         self, sums: _Sums, row: Replaced, module: nn.Module, shape: torch.Size, g: Tensor, mask: Tensor | None

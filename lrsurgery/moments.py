@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,10 @@ class Seen:
     kind: str
     rows: int
     columns: int
-    positions: int  # inputs that it was given: tokens, or positions of a convolution's output; 0: it was not used
+    positions: (
+        int  # inputs of its matrix: tokens, or places of a convolution, of v's output if it is spatial; 0: not used
+    )
+    outputs: int  # tokens, or positions of a convolution's output
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Statistics:
 
 
 def _seen_of(layer: Mapping[str, Any]) -> Seen:
-    return Seen(**{key: layer[key] for key in ("kind", "rows", "columns", "positions")})
+    return Seen(**{key: layer[key] for key in (field.name for field in fields(Seen))})
 
 
 def _moments_in(file: Path, digest: str) -> Moments:
@@ -136,7 +139,7 @@ def added(one: tuple[Seen, Moments], other: tuple[Seen, Moments]) -> tuple[Seen,
     gradients = None
     if moments.gradients is not None and others.gradients is not None:
         gradients = moments.gradients + others.gradients
-    return replace(seen, positions=positions), Moments(inputs, gradients)
+    return replace(seen, positions=positions, outputs=seen.outputs + more.outputs), Moments(inputs, gradients)
 
 
 class StatisticsWriter:

@@ -17,6 +17,7 @@ import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import lrsurgery
 from lrsurgery import calibrate, calibration
@@ -185,6 +186,52 @@ def test_images_without_classes_calibrate_a_timm_model(place: Path, tmp_path: Pa
     assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
+@pytest.mark.parametrize("conv", ["channel", "spatial"])
+def test_a_budget_of_flops_is_what_torch_counts(conv: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, (3, 5), stride=2, padding=(1, 2)), nn.ReLU(),
+        nn.Conv2d(32, 48, 3, stride=(2, 1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 40),
+    )  # fmt: skip
+    x = torch.randn(4, 3, 16, 16)
+    statistics = lrsurgery.collect_statistics(model, [x], conv=conv)
+    low = copy.deepcopy(model)
+    lrsurgery.factorise_(low, budget="flops:0.5", statistics=statistics, conv=conv)
+    counts = []
+    for net in (model, low):
+        with FlopCounterMode(display=False) as counter:
+            net(x)
+        counts.append(counter.get_total_flops())
+    assert factorised_layers(low)
+    assert 0.48 < counts[1] / counts[0] <= 0.5
+
+
+def test_ranks_of_a_budget_are_the_multiples_that_were_asked_for(place: Path, tmp_path: Path) -> None:
+    done = tiny.run("factorise", place / "gpt2", "--budget", 0.6, "--multiple-of", 4, "--statistics",
+                    place / "statistics", "-o", tmp_path / "out", "--quiet")  # fmt: skip
+    assert done == 0
+    ranks = [row["rank"] for row in report_of(tmp_path / "out")["layers"] if row["status"] == "factorised"]
+    assert ranks
+    assert all(rank % 4 == 0 for rank in ranks)
+    after, before = parameters_kept(report_of(tmp_path / "out"))
+    assert after <= 0.6 * before
+
+
+def test_spectra_that_are_kept_are_those_of_their_metric(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LRSURGERY_CACHE", str(tmp_path / "cache"))
+
+    def ranks(*more: Any) -> list[int]:
+        assert tiny.run("factorise", place / "gpt2", "--rank", "energy:0.9", "--dry-run", "--json", *more) == 0
+        return [row["rank"] for row in json.loads(capsys.readouterr().out)["layers"]]
+
+    plain = ranks()
+    weighted = ranks("--statistics", place / "statistics")
+    assert weighted == ranks("--statistics", place / "statistics", "--no-cache") != plain
+    assert ranks() == plain
+
+
 def test_a_model_that_is_sure_of_all_it_sees_is_told_so(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,6 +245,25 @@ def test_a_model_that_is_sure_of_all_it_sees_is_told_so(
                         "-o", tmp_path / "out", "--overwrite") == 0  # fmt: skip
         assert ("the model is sure of all that it sees" in capsys.readouterr().err) == told
     assert report_of(tmp_path / "out")["totals"]["predicted_loss"] > 0
+
+
+def test_the_split_that_was_named_is_what_the_model_sees(place: Path, tmp_path: Path) -> None:
+    import datasets
+
+    lines = (place / "train.txt").read_text().splitlines()
+    held = lines[len(lines) // 2 :]
+    datasets.DatasetDict(
+        train=datasets.Dataset.from_dict({"text": lines}), held=datasets.Dataset.from_dict({"text": held})
+    ).save_to_disk(tmp_path / "both")
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in held))
+    seen = []
+    for data, more in (("both", ["--split", "held"]), ("held.jsonl", []), ("both", [])):
+        kept = tmp_path / f"statistics-{len(seen)}"
+        command = ("factorise", place / "gpt2", "--rank", 0.5, "--calibration", tmp_path / data, "--samples", 4, *more)
+        assert tiny.run(*command, "--save-statistics", kept, "-o", tmp_path / "out", "--overwrite", "--quiet") == 0
+        seen.append(Statistics.read(kept).moments("transformer.h.0.attn.c_attn").inputs)
+    torch.testing.assert_close(seen[0], seen[1])
+    assert not torch.allclose(seen[0], seen[2], rtol=0.01)
 
 
 def test_bytes_are_those_of_the_written_file(place: Path, tmp_path: Path) -> None:
@@ -230,17 +296,37 @@ def test_blocks_on_disk_give_the_same_factors(place: Path, tmp_path: Path, monke
     command = ("factorise", place / "llama", "--rank", "params:0.5", "--calibration", place / "train.txt", "--samples",
                4, "--block-size", 24, "--no-cache", "--quiet")  # fmt: skip
     assert tiny.run(*command, "-o", tmp_path / "whole") == 0
-    loaded = []
-    original = calibrate.load_offloaded
-    monkeypatch.setattr(calibrate, "load_offloaded", lambda *a: loaded.append(1) or original(*a))  # type: ignore[func-returns-value]
+    original, runs = calibrate.load_offloaded, []
+
+    def counted(*args: Any) -> nn.Module:
+        model: Any = original(*args)
+        model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda *_: runs.append(1))
+        return model  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(calibrate, "load_offloaded", counted)
     monkeypatch.setattr(calibrate, "_available", lambda device: 100_000)
     monkeypatch.setattr(calibration, "split", lambda rows, limit: [list(rows)])  # another pass would draw anew
     assert tiny.run(*command, "-o", tmp_path / "disk") == 0
-    assert loaded
+    assert len(runs) == 2  # one batch, whose blocks are run again on the way back: their weights are not kept
     wanted, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "disk")
     assert wanted.keys() == found.keys()
     for key, tensor in wanted.items():
         torch.testing.assert_close(found[key], tensor)
+
+
+def test_a_checkpoint_without_its_head_calibrates_under_one(place: Path, tmp_path: Path) -> None:
+    """GPT-2's head is its embedding, so that nothing is missing: the factors are those of the whole model's."""
+    model: Any = lrsurgery.load_model(place / "gpt2")
+    model.transformer.save_pretrained(tmp_path / "body")
+    tiny.tokenizer().save_pretrained(tmp_path / "body")
+    done = tiny.run("factorise", tmp_path / "body", "--budget", 0.6, "--task", "causal-lm", "--calibration",
+                    place / "train.txt", "--samples", 6, "-o", tmp_path / "out", "--quiet")  # fmt: skip
+    assert done == 0
+    wanted = tensors_of(place / "six")
+    found = {f"transformer.{key}": tensor for key, tensor in tensors_of(tmp_path / "out").items()}
+    assert found.keys() == wanted.keys() - {"lm_head.weight"}
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[key])
 
 
 def test_sequential_sees_blocks_after_those_before_are_replaced(place: Path) -> None:

@@ -307,10 +307,10 @@ def test_what_was_seen_on_two_occasions_adds_up(kept: str, tmp_path: Path) -> No
     x, g = torch.randn(9, 4), torch.randn(9, 3)
     store = InMemory() if kept == "in memory" else StatisticsWriter(tmp_path)
     for rows in (slice(0, 2), slice(2, 9)):
-        part, seen = x[rows], Seen("linear", 3, 4, len(x[rows]))
+        part, seen = x[rows], Seen("linear", 3, 4, len(x[rows]), len(x[rows]))
         store.add("layer", seen, Moments(part.T @ part / len(part), g[rows].T @ g[rows]))
     found = store.finish({"metric": "fisher"})
-    assert found.seen["layer"].positions == 9
+    assert (found.seen["layer"].positions, found.seen["layer"].outputs) == (9, 9)
     torch.testing.assert_close(found.moments("layer").inputs, x.T @ x / 9)
     torch.testing.assert_close(found.moments("layer").gradients, g.T @ g)
 
@@ -327,7 +327,7 @@ def test_statistics_of_another_scheme_or_shape_are_refused() -> None:
 def test_statistics_whose_files_were_mixed_up_are_refused(tmp_path: Path) -> None:
     writer = StatisticsWriter(tmp_path)
     for name in ("one", "two"):
-        writer.add(name, Seen("linear", 4, 4, 1), Moments(torch.randn(4, 4), None))
+        writer.add(name, Seen("linear", 4, 4, 1, 1), Moments(torch.randn(4, 4), None))
     found = writer.finish({"metric": "activations"})
     files = sorted(tmp_path.glob("*.safetensors"))
     files[0].write_bytes(files[1].read_bytes())
