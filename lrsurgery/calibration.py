@@ -237,7 +237,7 @@ def iter_collect_sequentially(
 
     def factorise(found: Mapping[str, tuple[Seen, Moments]]) -> None:
         rows = tuple(row for row in plan.replaced if row.name in found)
-        metrics = {name: moments.metric() for name, (seen, moments) in found.items() if seen.positions}
+        metrics = {name: moments.metric(seen) for name, (seen, moments) in found.items() if seen.positions}
         apply_plan_(model, replace(plan, rows=rows), init=init, seed=seed, metric_of=metrics.get)
 
     yield from _by_block(model, batches, plan.replaced, store, gradients_of, factorise)

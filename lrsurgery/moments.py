@@ -17,9 +17,19 @@ from lrsurgery.plan import Replaced
 
 FORMAT = 1
 FILE_NAME = "statistics.json"
-# What is added to the diagonals, as shares of their means. Inputs: directions that no sample showed keep a little
-# weight. Gradients: rare ones are known badly. (Measured in examples/benchmarks/calibration.py.)
+# What is added to the diagonals at the least, as shares of their means. Inputs: directions that no sample showed keep a
+# little weight. Gradients: rare ones are known badly. (Measured in examples/benchmarks/calibration.py.)
 DAMPING = {"inputs": 1e-3, "gradients": 1e-2}
+# With few samples a moment is known badly, and the worse the more directions it has (as in Ledoit & Wolf 2004).
+SCARCE = {"inputs": 0.5, "gradients": 1.0}
+
+
+def damping(of: str, size: int, positions: int) -> float:
+    """The share of its mean diagonal entry to add to a moment (size, size) of so many positions.
+
+    It goes with (size / positions)^2, which leaves alone what is known well, and is 1 at the most.
+    """
+    return min(1.0, max(DAMPING[of], (SCARCE[of] * size / max(1, positions)) ** 2))
 
 
 @dataclass(frozen=True)
@@ -29,9 +39,7 @@ class Seen:
     kind: str
     rows: int
     columns: int
-    positions: (
-        int  # inputs of its matrix: tokens, or places of a convolution, of v's output if it is spatial; 0: not used
-    )
+    positions: int  # inputs of its matrix: tokens, or places of a convolution (of v's if it is spatial); 0: not used
     outputs: int  # tokens, or positions of a convolution's output
 
 
@@ -42,12 +50,12 @@ class Moments:
     inputs: Tensor  # (columns, columns), the mean of x x^T over positions
     gradients: Tensor | None  # (rows, rows), the sum of g g^T over positions, for each token or image that was scored
 
-    def metric(self) -> Metric:
-        """The metric to factorise in."""
-        inputs = damped(self.inputs, DAMPING["inputs"])
+    def metric(self, seen: Seen) -> Metric:
+        """The metric to factorise in, of a layer that was seen so often."""
+        inputs = damped(self.inputs, damping("inputs", seen.columns, seen.positions))
         if self.gradients is None or not bool(self.gradients.any()):
             return Metric(inputs)
-        return Metric(inputs, damped(self.gradients, DAMPING["gradients"]))
+        return Metric(inputs, damped(self.gradients, damping("gradients", seen.rows, seen.positions)))
 
 
 class Statistics:
@@ -70,7 +78,8 @@ class Statistics:
 
     def metric(self, name: str) -> Metric | None:
         """The metric of one layer; None for a layer that was given no input, of which nothing is known."""
-        return self.moments(name).metric() if self.seen[name].positions else None
+        seen = self.seen[name]
+        return self.moments(name).metric(seen) if seen.positions else None
 
     def without_gradients(self) -> Statistics:
         """The same with the inputs' moments alone, as the metric activations has them."""

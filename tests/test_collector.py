@@ -350,3 +350,16 @@ def test_without_gradients_statistics_are_those_of_the_activations() -> None:
         assert theirs is not None
         assert ours.gradients is theirs.gradients is None
         torch.testing.assert_close(ours.inputs, theirs.inputs)
+
+
+@pytest.mark.parametrize(("positions", "shares"), [(10_000, (1e-3, 1e-2)), (10, (0.04, 0.09)), (1, (1.0, 1.0))])
+def test_moments_of_few_positions_are_damped_more(positions: int, shares: tuple[float, float]) -> None:
+    """By (size / 2 positions)^2 of the inputs' mean diagonal, (size / positions)^2 of the gradients'; at most by 1."""
+    x, g = torch.randn(50, 4), torch.randn(50, 3)
+    store = InMemory()
+    store.add("layer", Seen("linear", 3, 4, positions, positions), Moments(x.T @ x, g.T @ g))
+    metric = store.finish({"metric": "fisher"}).metric("layer")
+    assert metric is not None
+    for found, wide, share in zip(metric, ((x.T @ x).double(), (g.T @ g).double()), shares, strict=True):
+        wanted = wide + share * wide.diagonal().mean() * torch.eye(len(wide))
+        torch.testing.assert_close(found, wanted)
