@@ -360,9 +360,13 @@ def main() -> None:
     made.add_argument("--samples", type=int, default=128)
     made.add_argument("--sensitivity", type=int, nargs="+", default=[8, 32, 128, 256])
     made.add_argument("--seeds", type=int, default=3, help="of the calibration samples")
+    made.add_argument("--only", choices=("all", "samples"), default="all", help="the numbers of samples by themselves")
     made.add_argument("--name", default="calibration", help="of the results file")
     arguments = made.parse_args()
     task = prepared(arguments)
+    if arguments.only == "samples":
+        finish(arguments.name, by_samples(task, arguments), arguments)
+        return
     parts = {
         "samples": by_samples(task, arguments),
         "seconds": seconds(task, arguments),
