@@ -33,6 +33,8 @@ def share_out(
     rows = plan.replaced
     costs = {row.name: _costs(budget, row, statistics, widths) for row in rows}
     whole = sum(dense for dense, _ in costs.values())
+    if rows and not whole:
+        raise BudgetError(f"budget {budget}: none of its layers saw calibration data, so what they cost is not known")
     total = {"params": parameters, "bytes": total_bytes, "flops": whole}[budget.kind]
     if budget.of == "model" and budget.kind == "flops":
         raise BudgetError(f"budget {budget}: FLOPs are counted of the layers alone; leave --budget-of out")

@@ -49,6 +49,8 @@ class SampledLoss:
         logits = logits_of(outputs)
         counted = _counted(batch, logits.shape[:-1])
         flat = (logits[counted] if counted is not None else logits.flatten(0, -2)).float()
+        if not bool(torch.isfinite(flat.detach().logsumexp(-1)).all()):  # -inf rules a class out, which is all right
+            raise CalibrationError("the model's logits hold NaN or Inf; check the data or the model")
         if self._generator is None or self._generator.device != flat.device:
             self._generator = torch.Generator(flat.device).manual_seed(self._seed)
         at_a_time = max(1, WIDE // flat.shape[-1])

@@ -130,7 +130,7 @@ class Statistics:
 
 
 def _seen_of(layer: Mapping[str, Any]) -> Seen:
-    return Seen(**{key: layer[key] for key in (field.name for field in fields(Seen))})
+    return Seen(**{field.name: layer[field.name] for field in fields(Seen)})
 
 
 def _moments_in(file: Path, digest: str) -> Moments:

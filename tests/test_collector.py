@@ -15,7 +15,7 @@ import lrsurgery
 from lrsurgery.calibrate import run_again_
 from lrsurgery.calibration import Memory as InMemory
 from lrsurgery.calibration import SampledLoss, iter_collect, split
-from lrsurgery.errors import CalibrationError
+from lrsurgery.errors import BudgetError, CalibrationError
 from lrsurgery.layers import KINDS
 from lrsurgery.metric import Metric, weighted_norm
 from lrsurgery.moments import Moments, Seen, StatisticsWriter
@@ -284,6 +284,40 @@ def test_gradients_that_are_not_finite_name_the_layer() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
     with pytest.raises(CalibrationError, match=r"^1: its gradients hold NaN or Inf; --metric activations needs none"):
         lrsurgery.collect_statistics(model, [torch.randn(3, 4)], loss=steep)
+
+
+def test_logits_that_are_not_finite_are_told() -> None:
+    class Overflowing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) * 1e39  # type: ignore[no-any-return]
+
+    with pytest.raises(CalibrationError, match="logits hold NaN or Inf"):
+        lrsurgery.collect_statistics(Overflowing(), [torch.randn(5, 4)])
+    ruled_out = torch.tensor([[0.5, -torch.inf, 1.0]]).requires_grad_()
+    value, _ = SampledLoss(0)(ruled_out, None)
+    value.backward()  # type: ignore[no-untyped-call]
+    assert ruled_out.grad is not None
+    assert ruled_out.grad[0, 1] == 0
+    assert bool((ruled_out.grad[0, ::2] != 0).all())
+
+
+def test_flops_of_layers_that_saw_nothing_are_not_known() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.unused = nn.Linear(20, 20), nn.Linear(20, 20)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)  # type: ignore[no-any-return]
+
+    model = Unused()
+    statistics = lrsurgery.collect_statistics(model, [torch.randn(9, 20)], metric="activations")
+    with pytest.raises(BudgetError, match="none of its layers saw calibration data"):
+        lrsurgery.factorise_(model, budget="flops:0.5", statistics=statistics, include=["unused"])
 
 
 @pytest.mark.parametrize("marked", ["attention_mask", "labels"])
