@@ -17,7 +17,7 @@ from letters import LETTERS, SIZE, write
 from timm.models import save_for_hf
 
 import lrsurgery
-from lrsurgery.finetune import finetune
+from lrsurgery.training.finetune import finetune
 
 STRENGTH = 0.01  # of the decay
 

@@ -15,9 +15,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrsurgery
-import lrsurgery.hf  # registers the format with transformers; the plain from_pretrained below needs no more
-from lrsurgery.evaluation import Measured, evaluate
-from lrsurgery.recipes import DataOptions
+import lrsurgery.checkpoints.quantizer  # registers the format with transformers; the plain from_pretrained below needs no more
+from lrsurgery.measure.evaluate import Measured, evaluate
+from lrsurgery.training.recipe import DataOptions
 
 DENSE = Path(__file__).parent / "pydocs-gpt2"
 RANKS = ("0.75", "params:0.75", "params:0.5", "energy:0.9")  # of full rank, of the parameters, of the energy

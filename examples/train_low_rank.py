@@ -15,7 +15,7 @@ from pathlib import Path
 from pydocs_text import SEPARATOR, make_split, make_tokenizer
 from transformers import GPT2Config
 
-from lrsurgery.finetune import finetune
+from lrsurgery.training.finetune import finetune
 
 DECAYS = ("l2", "frobenius")
 STRENGTH = 1.0

@@ -11,34 +11,52 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lrsurgery import errors as errors
     from lrsurgery import linalg as linalg
-    from lrsurgery.calibration import collect_statistics as collect_statistics
-    from lrsurgery.decay import FrobeniusDecay as FrobeniusDecay
+    from lrsurgery.calibration.collect import collect_statistics as collect_statistics
+    from lrsurgery.calibration.statistics import Statistics as Statistics
+    from lrsurgery.checkpoints.load import load_model as load_model
+    from lrsurgery.checkpoints.output import save_model as save_model
     from lrsurgery.errors import SurgeryError as SurgeryError
-    from lrsurgery.export import export_dense as export_dense
-    from lrsurgery.factorise import densify_ as densify_
-    from lrsurgery.factorise import factorise_ as factorise_
-    from lrsurgery.factorise import factorise_checkpoint as factorise_checkpoint
-    from lrsurgery.loading import load_model as load_model
-    from lrsurgery.moments import Statistics as Statistics
-    from lrsurgery.report import Report as Report
-    from lrsurgery.rows import rank_report as rank_report
+    from lrsurgery.factorise.checkpoint import factorise_checkpoint as factorise_checkpoint
+    from lrsurgery.factorise.export import export_dense as export_dense
+    from lrsurgery.factorise.memory import densify_ as densify_
+    from lrsurgery.factorise.memory import factorise_ as factorise_
+    from lrsurgery.factorise.options import Calibration as Calibration
+    from lrsurgery.measure.evaluate import evaluate as evaluate
+    from lrsurgery.report.rows import rank_report as rank_report
+    from lrsurgery.report.schema import Report as Report
+    from lrsurgery.surgery import layers as layers
+    from lrsurgery.surgery import ranks as ranks
+    from lrsurgery.surgery.apply import factorised_layers as factorised_layers
+    from lrsurgery.surgery.decay import FrobeniusDecay as FrobeniusDecay
+    from lrsurgery.training.finetune import finetune as finetune
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
-    "FrobeniusDecay": "lrsurgery.decay",
+    "Calibration": "lrsurgery.factorise.options",
+    "FrobeniusDecay": "lrsurgery.surgery.decay",
+    "Report": "lrsurgery.report.schema",
+    "Statistics": "lrsurgery.calibration.statistics",
     "SurgeryError": "lrsurgery.errors",
-    "Report": "lrsurgery.report",
-    "Statistics": "lrsurgery.moments",
-    "collect_statistics": "lrsurgery.calibration",
-    "densify_": "lrsurgery.factorise",
-    "export_dense": "lrsurgery.export",
-    "factorise_": "lrsurgery.factorise",
-    "factorise_checkpoint": "lrsurgery.factorise",
-    "load_model": "lrsurgery.loading",
-    "rank_report": "lrsurgery.rows",
+    "collect_statistics": "lrsurgery.calibration.collect",
+    "densify_": "lrsurgery.factorise.memory",
+    "evaluate": "lrsurgery.measure.evaluate",
+    "export_dense": "lrsurgery.factorise.export",
+    "factorise_": "lrsurgery.factorise.memory",
+    "factorise_checkpoint": "lrsurgery.factorise.checkpoint",
+    "factorised_layers": "lrsurgery.surgery.apply",
+    "finetune": "lrsurgery.training.finetune",
+    "load_model": "lrsurgery.checkpoints.load",
+    "rank_report": "lrsurgery.report.rows",
+    "save_model": "lrsurgery.checkpoints.output",
 }
-_MODULES = ("errors", "hf", "linalg", "ranks", "layers")
+_MODULES = {
+    "errors": "lrsurgery.errors",
+    "hf": "lrsurgery.hf",
+    "layers": "lrsurgery.surgery.layers",
+    "linalg": "lrsurgery.linalg",
+    "ranks": "lrsurgery.surgery.ranks",
+}
 
 __all__ = ["__version__", *_HOME, *_MODULES]  # noqa: PLE0604
 
@@ -49,7 +67,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     if name in _MODULES:
-        return import_module(f"lrsurgery.{name}")
+        return import_module(_MODULES[name])
     raise AttributeError(f"module 'lrsurgery' has no attribute '{name}'")
 
 

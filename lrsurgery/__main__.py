@@ -1,5 +1,5 @@
 """`python -m lrsurgery`."""
 
-from lrsurgery.cli import main
+from lrsurgery.cli.app import main
 
 main()

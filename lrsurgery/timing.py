@@ -36,6 +36,18 @@ class Timed:
     prepare: Callable[[], Any] = _nothing
     per: int = 1
 
+    @staticmethod
+    def calls(module: Callable[[Any], object], x: Any, count: int = 1) -> Timed:
+        """So many calls of a module on one input, without gradients."""
+
+        @torch.inference_mode()
+        def run(_: object) -> Iterator[None]:
+            for _ in range(count):
+                module(x)
+            yield
+
+        return Timed(run, per=count)
+
     def once(self) -> int:
         """Runs to the end, and says how many times it did its work."""
         return self.per * sum(1 for _ in self.run(self.prepare()))

@@ -28,17 +28,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lrsurgery
-from lrsurgery.calibration import call, logits_of
-from lrsurgery.layers import KINDS, factor_weights
-from lrsurgery.linalg import Factors, balance, truncated_svd
-from lrsurgery.metric import second_order, weighted_factors, weighted_values
-from lrsurgery.moments import Statistics
-from lrsurgery.preparation import calibration_examples, evaluation_examples, open_rows, prepare_subject
-from lrsurgery.preparation import training_examples as to_train_on
-from lrsurgery.recipes import DataOptions
-from lrsurgery.sources import resolve
-from lrsurgery.surgery import factorised_layers
-from lrsurgery.tasks import LANGUAGE, Subject, task_of
+from lrsurgery.calibration.collect import call, logits_of
+from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.checkpoints.source import resolve
+from lrsurgery.data.examples import calibration_examples, evaluation_examples, open_rows, prepare_subject
+from lrsurgery.data.examples import training_examples as to_train_on
+from lrsurgery.data.tasks import LANGUAGE, Subject, task_of
+from lrsurgery.linalg.svd import Factors, balance, truncated_svd
+from lrsurgery.linalg.weighted import second_order, weighted_factors, weighted_values
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.layers import KINDS, factor_weights
+from lrsurgery.training.recipe import DataOptions
 
 BATCH = {True: 8, False: 64}  # blocks of text, images
 Batch: TypeAlias = "dict[str, Tensor]"

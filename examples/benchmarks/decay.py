@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import lrsurgery
-from lrsurgery import decay as module
-from lrsurgery.decay import FrobeniusDecay
-from lrsurgery.layers import FactorisedLayer
-from lrsurgery.surgery import factorised_layers
+from lrsurgery.surgery import decay as module
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.decay import FrobeniusDecay
+from lrsurgery.surgery.layers import FactorisedLayer
 
 STRENGTH = 1e-8  # too small to change the factors over many rounds
 SMALL = ((48, 32, 8), (48, 64, 16), (48, 192, 48), (48, 768, 192))  # layers, width, rank

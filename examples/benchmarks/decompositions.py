@@ -45,7 +45,7 @@ CHILD = """
 import sys, time
 begun = time.perf_counter()
 from transformers import GPT2LMHeadModel
-from lrsurgery.factorise import factorise_checkpoint
+from lrsurgery.factorise.memory import factorise_checkpoint
 imported = time.perf_counter()
 factorise_checkpoint(sys.argv[1], sys.argv[2], rank=0.5)
 print(imported - begun, time.perf_counter() - imported)
@@ -56,7 +56,7 @@ Solver = Callable[[Tensor, int], Pair]  # of a weight (out, in)
 
 
 def ours(weight: Tensor, rank: int, *, svd: str = "auto") -> Pair:
-    from lrsurgery.linalg import truncated_svd
+    from lrsurgery.linalg.svd import truncated_svd
 
     return truncated_svd(weight, rank, svd=svd)
 
@@ -148,7 +148,7 @@ def _error(weight: Tensor, pair: Pair) -> float:
 def whole_model(model: Any, repeats: int) -> list[dict[str, Any]]:
     """Rows of the whole model: `factorise_` and its arithmetic, greenformer's, the loop."""
     from lrsurgery import factorise_
-    from lrsurgery.ranks import break_even_rank
+    from lrsurgery.surgery.ranks import break_even_rank
 
     every = [module.weight.detach().T.contiguous() for module in block_matrices(model)]
     weights = [weight for weight in every if break_even_rank(*weight.shape) >= RANK]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from harness import finish, in_turn, parser
 
-from lrsurgery.krylov import krylov
+from lrsurgery.linalg.krylov import krylov
 
 
 def gram_of(side: int) -> torch.Tensor:

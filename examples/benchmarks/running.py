@@ -31,8 +31,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrsurgery
-from lrsurgery.layers import FactorisedLinear
-from lrsurgery.surgery import factorised_layers
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.layers import FactorisedLinear
 
 RANKS = ("dense", "params:0.5", "params:0.25")
 TOKENS, NEW_TOKENS, TRAINED = 256, 32, 8  # of a sequence; generated; sequences or images of a training step

@@ -55,7 +55,7 @@ def timed(name, *rest):
 
 begun = time.perf_counter()
 _frozen_importlib._find_and_load = timed
-from lrsurgery.cli import main
+from lrsurgery.cli.app import main
 place = sys.argv.pop(1)
 try:
     main()

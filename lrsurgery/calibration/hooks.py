@@ -1,0 +1,166 @@
+"""Hooks that accumulate second moments of layer inputs and output gradients."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrsurgery.calibration.statistics import LayerUse, Moments
+from lrsurgery.errors import CalibrationError
+from lrsurgery.surgery.plan import Replacement
+
+
+@dataclass
+class _Sums:
+    """Of one layer, in fp32, on the layer's device."""
+
+    inputs: Tensor
+    gradients: Tensor | None
+    positions: int = 0
+    outputs: int = 0
+
+
+class Collector:
+    """Adds up x x^T of the inputs and, with `gradients`, g g^T of the output gradients of these layers.
+
+    Gradients are of a loss that is summed, not averaged, over what is scored; `scored` counts that.
+    """
+
+    def __init__(self, model: nn.Module, rows: Sequence[Replacement], *, gradients: bool) -> None:
+        self.scored = 0
+        self._rows = {row.name: row for row in rows}
+        self._modules = {name: module for name, module in model.named_modules() if name in self._rows}
+        self._gradients = gradients
+        self._sums: dict[str, _Sums] = {}
+        self._last: tuple[Tensor, int, str, Tensor, int] | None = None  # an input that several layers share, its sum
+        self._batch = threading.local()  # batches that go through a model in turn have a thread each
+        self._recomputing = False
+
+    @contextmanager
+    def batch(self, mask: Tensor | None) -> Iterator[None]:
+        """A batch whose inputs count where mask (batch, positions) is not 0; all count where there is none."""
+        self._batch.mask = None if mask is None or bool(mask.all()) else mask.bool()
+        try:
+            yield
+        finally:
+            self._batch.mask = None
+
+    @contextmanager
+    def going_back(self) -> Iterator[None]:
+        """While a backward pass lasts: what gradient checkpointing runs again was seen before."""
+        self._recomputing = True
+        try:
+            yield
+        finally:
+            self._recomputing = False
+
+    @contextmanager
+    def watching(self, names: Collection[str] | None = None) -> Iterator[None]:
+        """Adds up while this lasts, for these layers or all."""
+        handles = [
+            module.register_forward_hook(self._hook(name))
+            for name, module in self._modules.items()
+            if names is None or name in names
+        ]
+        try:
+            yield
+        finally:
+            self._last = None
+            for handle in handles:
+                handle.remove()
+
+    def take(self, name: str) -> tuple[LayerUse, Moments]:
+        """What is known of a layer by now, and no longer kept. Zeros for one that was given no input."""
+        row = self._rows[name]
+        sums = self._sums.pop(name, None) or self._new(row, torch.device("cpu"))
+        seen = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs)
+        gradients = None if sums.gradients is None else sums.gradients / max(1, self.scored)
+        return seen, Moments(sums.inputs / max(1, sums.positions), gradients)
+
+    def _new(self, row: Replacement, device: torch.device) -> _Sums:
+        gradients = torch.zeros(row.rows, row.rows, device=device) if self._gradients else None
+        return _Sums(torch.zeros(row.columns, row.columns, device=device), gradients)
+
+    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
+        row = self._rows[name]
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            x = args[0]
+            leaf = self._gradients and torch.is_grad_enabled() and not output.requires_grad
+            if leaf:  # with every parameter frozen, the graph begins at the first layer that is watched
+                output.requires_grad_()
+            if not self._recomputing:
+                self._see(row, module, x, output)
+            return output.clone() if leaf else None  # a leaf must not be changed in place, as activations do
+
+        return hook
+
+    def _see(self, row: Replacement, module: nn.Module, x: Tensor, output: Tensor) -> None:
+        sums = self._sums.setdefault(row.name, self._new(row, x.device))
+        mask = self._mask(x, row)
+        count = self._add_inputs(sums, row, module, x, mask)
+        sums.outputs += row.layout.outputs(output, count)
+        if self._gradients and output.requires_grad:
+
+            def at_gradient(g: Tensor) -> None:
+                self._add_gradients(sums, row, module, x.shape, g.detach(), mask)
+
+            output.register_hook(at_gradient)  # type: ignore[no-untyped-call]
+
+    def _mask(self, x: Tensor, row: Replacement) -> Tensor | None:
+        """Which of the layer's positions count, where the batch has padding and the input is laid out as it is."""
+        mask: Tensor | None = getattr(self._batch, "mask", None)
+        if mask is None or not row.layout.takes_tokens:
+            return None
+        if x.shape[:-1] == mask.shape:
+            return mask.to(x.device)
+        return mask.to(x.device).flatten() if x.shape[:-1] == (mask.numel(),) else None
+
+    def _add_inputs(self, sums: _Sums, row: Replacement, module: nn.Module, x: Tensor, mask: Tensor | None) -> int:
+        last = self._last
+        if (
+            last is not None
+            and last[0] is x
+            and last[1] == x._version
+            and last[2] == row.kind
+            and row.layout.plain_product
+        ):
+            gram, count = last[3], last[4]  # query, key and value
+        else:
+            gram, count = torch.zeros_like(sums.inputs), 0
+            for part in row.layout.inputs(module, x.detach(), mask):
+                gram.addmm_(part.T, part)
+                count += len(part)
+            if not bool(torch.isfinite(gram.diagonal()).all()):
+                raise CalibrationError(f"{row.name}: its inputs hold NaN or Inf; check the data or the model")
+            self._last = (x, x._version, row.kind, gram, count)
+        sums.inputs += gram
+        sums.positions += count
+        return count
+
+    def _add_gradients(
+        self, sums: _Sums, row: Replacement, module: nn.Module, shape: torch.Size, g: Tensor, mask: Tensor | None
+    ) -> None:
+        assert sums.gradients is not None
+        for part in row.layout.gradients(module, shape, g, mask):
+            sums.gradients.addmm_(part.T, part)
+        if not bool(torch.isfinite(sums.gradients.diagonal()).all()):
+            raise CalibrationError(f"{row.name}: its gradients hold NaN or Inf; --importance activations needs none")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """While no parameter asks for gradients, so that a backward pass computes those of activations alone."""
+    was = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(was.get(name, True))

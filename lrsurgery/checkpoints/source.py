@@ -1,0 +1,300 @@
+"""What a MODEL argument means: a local folder, a hub id, a timm name or a bare weight file."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from lrsurgery.errors import SourceError
+from lrsurgery.files import Json, read_json
+
+METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
+FORMAT_VERSION = 1
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+# in the order in which transformers and timm look
+WEIGHT_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.pth",
+    "model.pth",
+)
+HUB_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md", "*.spm", "*.vocab")
+HUB_SAFE_WEIGHTS = ("model.safetensors", "model-*.safetensors")
+HUB_PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceOptions:
+    """How a MODEL argument is read."""
+
+    revision: str | None = None  # of a hub model
+    architecture: str | None = None  # timm model name of a bare weight file
+    trust_remote_code: bool = False
+    from_scratch_seed: int | None = None  # initialise the model anew from its config with this seed
+
+    def resolve(self, reference: str) -> Source:
+        """The checkpoint on disk, as `resolve` finds it; without weights where the model is initialised anew."""
+        weights = self.from_scratch_seed is None
+        return resolve(reference, revision=self.revision, architecture=self.architecture, weights=weights)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on this machine's disk."""
+
+    reference: str  # what the user wrote
+    library: str  # "transformers" or "timm"
+    config: Json  # config.json as it stands, or what stands for it
+    folder: Path | None  # None for a bare weight file or a timm name without weights
+    files: tuple[Path, ...]  # weights, all of one format; empty where none were asked for
+    hub_id: str | None = None
+    revision: str | None = None
+
+    @property
+    def quant_method(self) -> str | None:
+        """Which tool quantised or factorised it, as its config says."""
+        return (self.config.get("quantization_config") or {}).get("quant_method")
+
+    @property
+    def is_factorised(self) -> bool:
+        """Whether lrsurgery wrote it with layers factorised."""
+        return self.quant_method == METHOD
+
+    @property
+    def layers(self) -> dict[str, tuple[str, int]]:
+        """Factorised layer -> (kind, rank). Raises SourceError for a config that says anything else."""
+        specs = check_layers((self.config.get("quantization_config") or {}).get("layers"))
+        return {name: (spec["kind"], spec["rank"]) for name, spec in specs.items()}
+
+    @property
+    def has_code(self) -> bool:
+        return "auto_map" in self.config
+
+    @property
+    def pretrained_cfg(self) -> Json:
+        """What timm knows of its weights; empty where it says nothing."""
+        return dict(self.config.get("pretrained_cfg") or {})
+
+    @property
+    def architecture(self) -> str | None:
+        """The model class of a transformers config."""
+        return next(iter(self.config.get("architectures") or []), None)
+
+    @property
+    def bytes(self) -> int | None:
+        """Of the weight files; None for a model without any."""
+        return sum(file.stat().st_size for file in self.files) if self.files else None
+
+    @property
+    def name(self) -> str:
+        """A short name for output folders."""
+        text = self.hub_id or self.reference.removeprefix("timm:")
+        path = Path(text)
+        stem = path.stem if path.suffix in WEIGHT_SUFFIXES else path.name
+        return stem or path.resolve().name
+
+
+def check_layers(layers: object) -> dict[str, Json]:
+    """The `layers` entry of a config, as read. Raises SourceError for anything but name -> kind and rank."""
+    well_formed = isinstance(layers, dict) and all(
+        isinstance(spec, dict)
+        and isinstance(spec.get("kind"), str)
+        and isinstance(spec.get("rank"), int)
+        and spec["rank"] > 0
+        for spec in layers.values()
+    )
+    if not well_formed:
+        raise SourceError("config.json: quantization_config.layers must map layer names to a kind and a rank")
+    assert isinstance(layers, dict)
+    return dict(layers)
+
+
+def resolve(
+    reference: str, *, revision: str | None = None, architecture: str | None = None, weights: bool = True
+) -> Source:
+    """Finds the model; hub ids are fetched to the hub's cache first. With `weights` False only the config is needed.
+
+    Raises SourceError: which file or name, what is wrong, what to do.
+    """
+    if not reference.strip():
+        raise SourceError("no model given; write a folder, a hub id, timm:NAME or a weight file")
+    if reference.startswith("timm:"):
+        return _timm_name(reference, revision, weights)
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return _folder(path, reference, weights)
+    if path.is_file():
+        if path.suffix not in WEIGHT_SUFFIXES:
+            raise SourceError(f"{reference}: not a weight file; known endings: {', '.join(WEIGHT_SUFFIXES)}")
+        if architecture is None:
+            raise SourceError(f"{reference}: a bare weight file needs --architecture with its timm model name")
+        return Source(reference, "timm", _timm_config(architecture), None, (path,))
+    looks_local = reference.startswith((".", "/", "~")) or path.suffix in WEIGHT_SUFFIXES or reference.count("/") > 1
+    if looks_local:
+        raise SourceError(f"{reference}: no such file or folder")
+    folder = _fetch(reference, revision, weights)
+    # the hub cache's snapshots are named by their commit
+    return _folder(folder, reference, weights, hub_id=reference, revision=folder.name)
+
+
+def _folder(
+    folder: Path, reference: str, weights: bool, *, hub_id: str | None = None, revision: str | None = None
+) -> Source:
+    config = read_config(folder)
+    library = "timm" if isinstance(config.get("architecture"), str) else "transformers"
+    files = tuple(weight_files(folder)) if weights else ()
+    return Source(reference, library, config, folder, files, hub_id, revision)
+
+
+def read_config(folder: Path) -> Json:
+    """config.json of a model folder. Raises SourceError where it is missing, not JSON or not a model's."""
+    file = folder / "config.json"
+    if not file.is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise SourceError(f"{folder}: a LoRA adapter; merge it into its base model first (peft's merge_and_unload)")
+        if (folder / "model_index.json").is_file():
+            raise SourceError(f"{folder}: a diffusers pipeline; name one of its transformers or timm models")
+        raise SourceError(f"{file}: missing, so this is no transformers or timm model folder")
+    config = read_json(file)
+    if not (
+        isinstance(config.get("model_type"), str) or isinstance(config.get("architecture"), str) or "auto_map" in config
+    ):
+        raise SourceError(f"{file}: not a model's (it has neither model_type nor architecture)")
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder, in shard order. Raises SourceError for missing, foreign or unsafe names."""
+    for name in WEIGHT_NAMES:
+        file = folder / name
+        if not file.exists() and not file.is_symlink():
+            continue
+        if not name.endswith(".index.json"):
+            return [inside(folder, file)]
+        return [inside(folder, shard) for shard in _shards(folder, file)]
+    loose = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    if len(loose) == 1:
+        return [inside(folder, loose[0])]
+    others = [p.name for p in folder.iterdir() if p.suffix in (".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")]
+    found = f"; {others[0]} is of a format that this tool does not read" if others else ""
+    raise SourceError(f"{folder}: no weights ({WEIGHT_NAMES[0]} or an index of shards){found}")
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
+    try:
+        names = sorted(set(read_json(inside(folder, index), "an index of shards")["weight_map"].values()))
+    except (KeyError, TypeError, AttributeError) as e:
+        raise SourceError(f"{index}: not an index of shards ({e!r})") from e
+    if not names:
+        raise SourceError(f"{index}: lists no tensors")
+    for name in names:
+        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
+            raise SourceError(f"{index}: names {name!r}, which is not a file of this folder")
+    if len({Path(name).suffix for name in names}) > 1:
+        raise SourceError(f"{index}: mixes file formats")
+    return [folder / name for name in names]
+
+
+def check_index(folder: Path, keys_of: dict[str, set[str]]) -> None:
+    """Raises SourceError where the folder's index lists a tensor that the shard named for it does not hold.
+
+    `keys_of` maps a shard's file name to the keys in it.
+    """
+    for name in WEIGHT_NAMES:
+        if (folder / name).exists():
+            if name.endswith(".index.json"):
+                for key, file in read_json(folder / name)["weight_map"].items():
+                    if key not in keys_of.get(file, set()):
+                        raise SourceError(
+                            f"{folder / name}: lists {key} in {file}, which does not hold it; fetch it again"
+                        )
+            return
+
+
+def inside(folder: Path, file: Path) -> Path:
+    """The file, once it is known to lie in its folder: links out of it are refused, but for the hub cache's own.
+
+    Raises SourceError.
+    """
+    home = folder.resolve()
+    real = file.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":  # hub cache: snapshots/COMMIT/FILE -> ../../blobs/HASH
+        allowed.append(home.parent.parent / "blobs")
+    if not any(real.is_relative_to(place) for place in allowed):
+        raise SourceError(f"{file}: links to a file outside of {folder}, which is not followed")
+    if not real.is_file():
+        raise SourceError(f"{file}: the shard is missing")
+    return file
+
+
+class _Wanted(TypedDict):
+    revision: str | None
+    allow_patterns: list[str]
+    ignore_patterns: list[str]
+
+
+def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", hub_id):
+        raise SourceError(f"{hub_id}: no such file or folder, and not a hub id")
+
+    def fetch(*patterns: str) -> Path:
+        wanted = _Wanted(revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        try:
+            return Path(snapshot_download(hub_id, **wanted))
+        except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError):
+            raise
+        except Exception:  # no answer; which class tells so hangs on the version of huggingface_hub
+            # version 1 asks the hub about a commit even where the cache holds it
+            return Path(snapshot_download(hub_id, **wanted, local_files_only=True))
+
+    try:
+        folder = fetch(*HUB_SMALL_FILES, *(HUB_SAFE_WEIGHTS if weights else ()))
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = fetch(*HUB_SMALL_FILES, *HUB_PICKLED_WEIGHTS)
+    except Exception as e:  # of several libraries: whatever it is, the model was not fetched
+        at = f" at revision {revision}" if revision else ""
+        reason = " ".join(str(e).split())[:200]
+        raise SourceError(f"{hub_id}{at}: no such folder, and it could not be fetched from the hub: {reason}") from e
+    return folder
+
+
+def _timm_config(architecture: str, overrides: Json | None = None) -> Json:
+    import timm
+
+    name = architecture.removeprefix("timm:")
+    if not timm.is_model(name.split(".")[0]):
+        near = timm.list_models(f"{name.split('_')[0][:6]}*")[:3]
+        hint = f"; names like it: {', '.join(near)}" if near else ""
+        raise SourceError(f"{name}: timm {timm.__version__} has no model of this name{hint}")
+    return {"architecture": name, **(overrides or {})}
+
+
+def _timm_name(reference: str, revision: str | None, weights: bool) -> Source:
+    import timm
+
+    config = _timm_config(reference)
+    if not weights:
+        return Source(reference, "timm", config, None, ())
+    cfg = timm.get_pretrained_cfg(config["architecture"])
+    if cfg is not None and cfg.hf_hub_id and not cfg.hf_hub_filename:
+        folder = _fetch(cfg.hf_hub_id, revision, weights)
+        return _folder(folder, reference, weights, hub_id=cfg.hf_hub_id, revision=folder.name)
+    if cfg is not None and cfg.url and not cfg.custom_load and cfg.url.endswith((".pth", ".pt")):
+        from lrsurgery.checkpoints.upstream import timm as upstream
+
+        try:
+            return Source(reference, "timm", config, None, (upstream.download(cfg.url),))
+        except OSError as e:
+            raise SourceError(f"{reference}: could not be fetched: {e}") from e
+    raise SourceError(
+        f"{reference}: timm has no pretrained weights for it in a format that is read here;"
+        " use --from-scratch, or a weight file with --architecture"
+    )

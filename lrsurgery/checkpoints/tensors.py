@@ -1,0 +1,304 @@
+"""Tensors in files: lazy reading of sharded checkpoints, and writing safetensors shards one tensor at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Protocol, TypedDict
+
+import torch
+from torch import Tensor
+
+from lrsurgery.errors import SourceError
+from lrsurgery.files import as_bytes, json_text, write_text
+
+SAFETENSORS_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+}
+DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
+
+
+SLICE_BYTES = 1 << 26  # what passes through is held this much at a time; a multiple of every item size
+
+
+def in_slices(tensor: Tensor) -> Iterator[Tensor]:
+    """The elements of a tensor in order, flat, `SLICE_BYTES` at a time."""
+    return iter(tensor.contiguous().reshape(-1).split(SLICE_BYTES // tensor.element_size()))  # type: ignore[no-untyped-call]
+
+
+class _Entry(TypedDict):
+    """A tensor in the header of a safetensors file."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time."""
+
+    def keys(self) -> list[str]: ...
+
+    def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape, without reading the data."""
+        ...
+
+    def read(self, key: str) -> Tensor:
+        """The tensor on the CPU. Raises SourceError that names it."""
+        ...
+
+    def slices(self, key: str) -> Iterator[Tensor]:
+        """The tensor's elements in order, flat, some at a time."""
+        ...
+
+
+class SafetensorsSource:
+    """One or several .safetensors files. Raises SourceError for a file whose header and data do not agree.
+
+    The library opens and checks them; tensors are then read into memory of their own, since a mapped file stays in the
+    process's resident memory, page by page, until it is closed.
+    """
+
+    def __init__(self, files: list[Path]) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self._where: dict[str, tuple[Path, int, _Entry]] = {}  # file, where its data begins, the header's entry
+        for file in files:
+            try:
+                with safe_open(file, framework="pt"):
+                    pass
+                with file.open("rb") as opened:
+                    size = int.from_bytes(opened.read(8), "little")
+                    header = json.loads(opened.read(size))
+            except FileNotFoundError as e:
+                raise SourceError(f"{file}: the shard is missing") from e
+            except (SafetensorError, OSError) as e:
+                raise SourceError(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
+            header.pop("__metadata__", None)
+            # in the order of the data
+            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                self._where[key] = (file, 8 + size, entry)
+
+    def keys(self) -> list[str]:
+        return list(self._where)
+
+    def file_of(self, key: str) -> Path:
+        return self._where[key][0]
+
+    def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        file, _, entry = self._where[key]
+        if entry["dtype"] not in DTYPES:
+            raise SourceError(f"{file}: {key} has dtype {entry['dtype']}, which this tool does not read")
+        return DTYPES[entry["dtype"]], tuple(entry["shape"])
+
+    def read(self, key: str) -> Tensor:
+        dtype, shape = self.describe(key)
+        return self._bytes(key, 0, self._size(key)).view(dtype).reshape(shape)
+
+    def slices(self, key: str) -> Iterator[Tensor]:
+        dtype, _ = self.describe(key)
+        for begin in range(0, self._size(key), SLICE_BYTES):
+            yield self._bytes(key, begin, min(begin + SLICE_BYTES, self._size(key))).view(dtype)
+
+    def _size(self, key: str) -> int:
+        begin, end = self._where[key][2]["data_offsets"]
+        return int(end - begin)
+
+    def _bytes(self, key: str, begin: int, end: int) -> Tensor:
+        file, data, entry = self._where[key]
+        buffer = torch.empty(end - begin, dtype=torch.uint8)
+        try:
+            with file.open("rb", buffering=0) as opened:  # a handle of its own: several threads read at once
+                opened.seek(data + entry["data_offsets"][0] + begin)
+                view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
+                while done < len(view):
+                    count = opened.readinto(view[done:])
+                    if not count:
+                        raise OSError("the file has become shorter")
+                    done += count
+        except OSError as e:
+            raise SourceError(f"{file}: {key} cannot be read ({e})") from e
+        return buffer
+
+
+class DictSource:
+    """Tensors in memory or, from `torch.load(mmap=True)`, in a mapped file."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+
+    def keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        tensor = self._tensors[key]
+        return tensor.dtype, tuple(tensor.shape)
+
+    def read(self, key: str) -> Tensor:
+        return self._tensors[key].detach()
+
+    def slices(self, key: str) -> Iterator[Tensor]:
+        yield from in_slices(self.read(key))
+
+
+def read_pickle(files: list[Path]) -> DictSource:
+    """.bin, .pth and .pt files, through `torch.load(weights_only=True)` alone: nothing in them is executed.
+
+    Training checkpoints are unwrapped (`state_dict`, `model`, EMA weights first), as timm does.
+
+    Raises SourceError for files that hold more than weights, or are damaged.
+    """
+    import pickle
+
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        try:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as e:
+                if "mmap" not in str(e):
+                    raise
+                state = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+        except pickle.UnpicklingError as e:
+            raise SourceError(
+                f"{file}: holds more than weights (or is damaged), and nothing in a pickle is executed here;"
+                " save its state dict as safetensors"
+            ) from e
+        except FileNotFoundError as e:
+            raise SourceError(f"{file}: the shard is missing") from e
+        except (RuntimeError, EOFError, OSError, ValueError) as e:
+            raise SourceError(f"{file}: not a readable PyTorch file ({str(e).splitlines()[0]})") from e
+        for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
+            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                state = state[wrapper]
+                break
+        if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
+            raise SourceError(f"{file}: holds no state dict")
+        tensors.update({str(key): value for key, value in state.items() if isinstance(value, Tensor)})
+    return DictSource(tensors)
+
+
+def open_tensors(files: list[Path]) -> TensorSource:
+    """The tensors of a checkpoint's files, which are all of one format."""
+    if files and files[0].suffix == ".safetensors":
+        return SafetensorsSource(files)
+    return read_pickle(files)
+
+
+class ShardWriter:
+    """Writes safetensors shards into a folder, each tensor as it comes, with no more than one in memory.
+
+    The safetensors library writes a file from all of its tensors at once; this writes the same format (a header padded
+    with spaces, which the format allows) in the memory of one. Tensors must come in descending order of item size, so
+    that each one lies aligned without holes.
+    """
+
+    def __init__(self, folder: Path, *, shard_size: int, stem: str = "model") -> None:
+        self._folder = folder
+        self._limit = shard_size
+        self._stem = stem
+        self._file: IO[bytes] | None = None
+        self._shards: list[tuple[Path, dict[str, _Entry], int]] = []
+        self._item_size = 16
+        self._names: set[str] = set()
+
+    HEADER_BYTES = 1 << 16  # grown by rewriting the shard where its names need more
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Appends a tensor under a name that is new to the checkpoint."""
+        self.add_slices(name, tensor.dtype, tuple(tensor.shape), [tensor])
+
+    def add_slices(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], slices: Iterable[Tensor]) -> None:
+        """As `add`, the tensor's elements in order, some at a time; they must be of this dtype and fill this shape."""
+        assert name not in self._names, name
+        assert dtype.itemsize <= self._item_size, f"{name}: tensors must come in descending item size"
+        self._names.add(name)
+        self._item_size = dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
+        if self._file is None or (self._shards[-1][2] and self._shards[-1][2] + size > self._limit):
+            self._close_shard()
+            path = self._folder / f"{self._stem}-{len(self._shards) + 1:05d}.partial"
+            self._file = path.open("wb")
+            self._file.seek(self.HEADER_BYTES)
+            self._shards.append((path, {}, 0))
+        path, entries, offset = self._shards[-1]
+        written = 0
+        for part in slices:
+            if part.numel():
+                assert part.dtype == dtype, name
+                written += self._file.write(as_bytes(part.detach().cpu()))
+        assert written == size, name
+        entries[name] = _Entry(dtype=SAFETENSORS_NAMES[dtype], shape=list(shape), data_offsets=[offset, offset + size])
+        self._shards[-1] = (path, entries, offset + size)
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        path, entries, _ = self._shards[-1]
+        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        room = self.HEADER_BYTES - 8
+        if len(header) > room:  # thousands of tensors: make room by copying the shard once
+            room = -(-(len(header) + 8) // 4096) * 4096 - 8
+            self._file.close()
+            moved = path.with_suffix(".moved")
+            with path.open("rb") as old, moved.open("wb") as new:
+                old.seek(self.HEADER_BYTES)
+                new.seek(room + 8)
+                while block := old.read(1 << 24):
+                    new.write(block)
+            moved.replace(path)
+            self._file = path.open("r+b")
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", room) + header.ljust(room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+
+    def finish(self) -> int:
+        """Names the shards, writes the index where there are several, and returns the bytes of all tensors."""
+        self._close_shard()
+        total = sum(size for _, _, size in self._shards)
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, (path, entries, _) in enumerate(self._shards, 1):
+            name = (
+                f"{self._stem}.safetensors" if count == 1 else f"{self._stem}-{number:05d}-of-{count:05d}.safetensors"
+            )
+            path.rename(self._folder / name)
+            weight_map.update(dict.fromkeys(entries, name))
+        if count > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_text(self._folder / f"{self._stem}.safetensors.index.json", json_text(index))
+        return total
+
+    def close(self) -> None:
+        """Lets go of the open file without finishing it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def in_write_order(items: list[tuple[torch.dtype, str]]) -> Iterator[str]:
+    """Names in the order that `ShardWriter` needs, stable over runs: wide dtypes first, then by natural name."""
+
+    def natural(name: str) -> list[tuple[int, int, str]]:
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+    for _, name in sorted(items, key=lambda item: (-item[0].itemsize, natural(item[1]))):
+        yield name

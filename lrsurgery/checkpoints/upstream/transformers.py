@@ -1,0 +1,118 @@
+"""All that is asked of transformers beyond its documented interface; tests/checkpoints/test_upstream.py says what breaks.
+
+Written against transformers 5.17 to 5.24.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+
+class KeyMap:
+    """Where transformers' loader would put a checkpoint key in `model`, by transformers' own renamings."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        conversions = get_model_conversion_mapping(model)
+        self._renamings = [c for c in conversions if isinstance(c, WeightRenaming)]
+        self._converters = [c for c in conversions if isinstance(c, WeightConverter)]
+        self._prefix: str = model.base_model_prefix
+        self._model = model
+        self.state: dict[str, Tensor] = model.state_dict()
+
+    def target(self, key: str) -> tuple[str | None, str | None]:
+        """(state-dict key or None, the pattern of the converter that takes the tensor in or None)."""
+        renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.state)
+        if renamed not in self.state and key in self.state:
+            renamed, pattern = rename_source_key(key, [], [], self._prefix, self.state)
+        return (renamed, pattern) if renamed in self.state else (None, None)
+
+    def convert(self, target: str, pieces: Sequence[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
+        """What the converter behind these (source key, pattern, tensor) makes of them: state-dict key -> tensor."""
+        converter = next(c for c in self._converters if pieces[0][1] in c.source_patterns)
+        converter = copy.deepcopy(converter)
+        for key, pattern, tensor in pieces:
+            converter.add_tensor(target, key, pattern, tensor)
+        made = converter.convert(target, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def keep_names_plain(model: PreTrainedModel, dense_keys: Iterable[str]) -> None:
+    """Save under the model's own names where transformers would fuse one of these keys with another's on saving."""
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)
+    converters = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
+    if any(converter.rename_source_key(key)[1] is not None for converter in converters for key in dense_keys):
+        model._weight_conversions = []
+
+
+def ignore_unexpected(model: PreTrainedModel, patterns: set[str]) -> None:
+    """Let a load pass over keys that match these patterns and have no place in the model."""
+    model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns
+
+
+def missing_keys_excused(model: nn.Module) -> tuple[str, ...]:
+    """Patterns of the keys that a checkpoint of this model may lack."""
+    return tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
+def is_native(model_type: object) -> bool:
+    """Whether transformers has a configuration class of its own for this model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return model_type in CONFIG_MAPPING
+
+
+def model_class(config: Any, folder: Path, auto_map: Mapping[str, Any] | None) -> Any:
+    """The class that a config's `architectures` names; from the checkpoint's own code where `auto_map` is given.
+
+    None where neither names a class. AttributeError for a name that transformers does not have.
+    """
+    import transformers
+
+    names = config.architectures or []
+    if names and hasattr(transformers, names[0]):
+        return getattr(transformers, names[0])
+    if auto_map is not None:
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        reference = next((auto_map[k] for k in auto_map if k.startswith("AutoModelFor")), auto_map.get("AutoModel"))
+        return None if reference is None else get_class_from_dynamic_module(reference, folder)
+    if names:
+        raise AttributeError(names[0])
+    return transformers.AutoModel._model_mapping[type(config)]
+
+
+def head_classes(mapping: str) -> frozenset[str]:
+    """Names of the model classes under one kind of head, such as "CAUSAL_LM"."""
+    from transformers.models.auto import modeling_auto
+
+    values = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
+    return frozenset(name for value in values for name in (value if isinstance(value, tuple) else (value,)))
+
+
+def checkpoint_blocks_(model: nn.Module) -> None:
+    """Turn gradient checkpointing on in a model that stays in evaluation mode, where transformers has it for training.
+
+    A backward pass then runs each block again, and so brings back weights that were dropped after it had run.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    enable_checkpointing_(model)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True  # of the layer itself, not of the dropout in it
+
+
+def enable_checkpointing_(model: Any) -> None:
+    """Turn gradient checkpointing on, by the newer of two names where this transformers has it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

@@ -1,0 +1,1 @@
+"""Tasks and their examples, as the checkpoint itself wants them."""

@@ -1,0 +1,167 @@
+"""The one place where ranks are decided, for a model in memory and for a checkpoint in files alike.
+
+A policy needs each layer's singular values at most; a budget shares ranks out over all layers; statistics of
+calibration weigh what a rank loses, and predict the increase of the loss.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.checkpoints.spectra import SpectrumLookup
+from lrsurgery.errors import BudgetError, SurgeryError
+from lrsurgery.linalg.weighted import second_order
+from lrsurgery.runtime import Compute
+from lrsurgery.surgery.apply import decomposition_bytes
+from lrsurgery.surgery.budget import Budget, Layer, allocate, cheapest
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all
+from lrsurgery.surgery.ranks import ParameterShare, break_even_rank
+
+DENSE = "worth its parameters dense, within the budget"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The dense weights of a model, wherever they lie, and what the model as a whole takes up."""
+
+    read: Callable[[str], Tensor]  # layer -> its dense weight
+    widths: Mapping[str, int]  # layer -> bytes of a number of its weight, as it lies there
+    stored_widths: Mapping[str, int]  # the same as it is to be stored
+    parameters: int
+    stored_bytes: int
+    device: torch.device | None = None  # where to compute; None: where each weight lies
+
+
+def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: Statistics | None = None) -> Plan:
+    """The plan with every rank known, and the predicted increase of the loss where statistics hold gradients.
+
+    Singular values are kept in the cache for the next time; with statistics they are those in the layer's metric.
+
+    Raises BudgetError with the smallest budget that can be met; SurgeryError that names the layer.
+    """
+    budget = plan.target if isinstance(plan.target, Budget) else None
+    weigh = statistics is not None
+    rows = [row for row in plan.replacements if row.rank is None or budget is not None or weigh]
+
+    def values_of(row: Replacement) -> Tensor:
+        metric = statistics.metric(row.name) if statistics is not None else None
+        digest = statistics.digests.get(row.name) if statistics is not None else None
+        weight = weights.read(row.name)
+        lookup = SpectrumLookup(weight, row.layout, compute, weights.device or weight.device)
+        try:
+            return lookup.values(metric, digest)
+        except SurgeryError as e:
+            raise type(e)(f"{row.name}: {e}") from e
+
+    needs = [decomposition_bytes(row, weights.widths[row.name], weighted=weigh) for row in rows]
+    values = dict(zip((row.name for row in rows), compute.in_order(values_of, rows, needs), strict=True))
+    if budget is not None:
+        plan = share_out(plan, budget, values, weights, statistics)
+    else:
+        plan = decide_all(plan, lambda row: values[row.name])
+    if statistics is None or not statistics.has_gradients:
+        return plan
+    return plan.with_rows(
+        {
+            row.name: replace(row, predicted_loss=second_order(values[row.name], row.rank or 0))
+            for row in plan.replacements
+        }
+    )
+
+
+def share_out(
+    plan: Plan,
+    budget: Budget,
+    values: Mapping[str, Tensor],
+    weights: Weights,
+    statistics: Statistics | None = None,
+) -> Plan:
+    """The plan with the ranks that lose least within a budget, or layers left dense.
+
+    `values` are singular values by layer, in its metric where there are statistics. What a rank loses is the second
+    order of the loss where they hold gradients; else the share of the layer's squared norm, in its metric if there is
+    one.
+
+    Raises BudgetError with the smallest budget that can be met.
+    """
+    rows = plan.replacements
+    costs = {row.name: _costs(budget, row, statistics, weights.stored_widths) for row in rows}
+    whole = sum(dense for dense, _ in costs.values())
+    if rows and not whole:
+        raise BudgetError(f"budget {budget}: none of its layers saw calibration data, so what they cost is not known")
+    total = {"params": weights.parameters, "bytes": weights.stored_bytes, "flops": whole}[budget.kind]
+    if budget.of == "model" and budget.kind == "flops":
+        raise BudgetError(f"budget {budget}: FLOPs are counted of the layers alone; leave --budget-of out")
+    rest = total - whole if budget.of == "model" else 0  # of what is in no layer
+    asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
+    share = max(1e-9, min(1.0, (asked - rest) / whole))
+    layers = [_layer(budget, row, *costs[row.name], values[row.name], statistics, share) for row in rows]
+    least = rest + cheapest(layers)
+    if asked < least:
+        smallest = f"bytes:{least}" if budget.kind == "bytes" else f"{_up(least / (rest + whole)):g}"
+        raise BudgetError(f"budget {budget}: out of reach; the smallest that can be met is {smallest}")
+    ranks = allocate(layers, asked - rest)
+    decided: dict[str, Replacement | Kept] = {}
+    for row, layer in zip(rows, layers, strict=True):
+        rank = ranks[row.name]
+        if rank is None:
+            reason = DENSE if layer.ranks else "no rank saves parameters"
+            decided[row.name] = Kept(row.name, row.kind, row.shape, row.parameters, reason)
+        else:
+            decided[row.name] = replace(row, rank=rank)
+    return plan.with_rows(decided)
+
+
+def _up(share: float) -> float:
+    """Rounded up to four digits, so that what is told can be met."""
+    digits = 10.0 ** (3 - math.floor(math.log10(share)))
+    return math.ceil(share * digits) / digits
+
+
+def _costs(
+    budget: Budget, row: Replacement, statistics: Statistics | None, widths: Mapping[str, int]
+) -> tuple[int, int]:
+    """What the dense matrix costs, and each rank."""
+    if budget.kind == "params":
+        return row.rows * row.columns, row.rows + row.columns
+    if budget.kind == "bytes":
+        width = widths[row.name]
+        return width * row.rows * row.columns, width * (row.rows + row.columns)
+    if statistics is None and not row.layout.takes_tokens:
+        raise BudgetError(
+            f"budget {budget}: how often a convolution is applied is not known; give --calibration, or count params"
+        )
+    if statistics is None:
+        return row.flops, 2 * (row.rows + row.columns)
+    use = statistics.uses[row.name]
+    return use.outputs * row.flops, 2 * (use.outputs * row.rows + use.positions * row.columns)
+
+
+def _layer(
+    budget: Budget,
+    row: Replacement,
+    dense_cost: int,
+    rank_cost: int,
+    values: Tensor,
+    statistics: Statistics | None,
+    share: float,
+) -> Layer:
+    squares = values.double().cpu().square()
+    total = float(squares.sum())
+    if total > 0 and not (statistics is not None and statistics.has_gradients):  # else layers compare as they are
+        squares = squares / total
+    tails = torch.cat([squares.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+    step = budget.multiple_of
+    most = min(break_even_rank(row.rows, row.columns), row.full_rank)
+    ranks = list(range(step, most + 1, step)) if step <= most else []
+    if statistics is not None and not statistics.uses[row.name].positions and ranks:
+        # nothing is known of what its errors cost, so it takes the share that layers take on the whole
+        rank = ParameterShare(share).rank_of(row.rows, row.columns)
+        ranks, tails = [max(step, min(most, rank // step * step))], torch.zeros_like(tails)
+    return Layer(row.name, dense_cost, rank_cost, ranks, tails)

@@ -1,0 +1,342 @@
+"""From checkpoint to checkpoint, one tensor at a time: the one path for models of every size.
+
+Layers are decomposed as jobs, several at once and in several processes, and leave their factors as pieces in a work
+folder. Meanwhile the first process goes through all tensors in the order of the output, lets those that stay as they
+are pass through, and puts each layer's factors in their place as soon as its piece is there. So reading, arithmetic and
+writing overlap, no tensor but a tied copy is read twice, a killed run goes on from its pieces, and the output's bytes
+do not depend on who did what.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lrsurgery import __version__
+from lrsurgery.calibration.statistics import FILE_NAME as STATISTICS
+from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.checkpoints.build import check_not_converted
+from lrsurgery.checkpoints.mapping import Checkpoint, Entry, list_entries, open_checkpoint
+from lrsurgery.checkpoints.output import check_output, copy_companions, output_config
+from lrsurgery.checkpoints.source import Source
+from lrsurgery.checkpoints.spectra import SpectrumCache
+from lrsurgery.data.datasets import digest_of
+from lrsurgery.errors import Interrupted, OutputError, SurgeryError
+from lrsurgery.factorise.allocate import Weights, allocate_ranks
+from lrsurgery.factorise.calibrate import calibrate, recalibrate
+from lrsurgery.factorise.jobs import WorkFolder, first_error, still_to_do, wait_some
+from lrsurgery.factorise.options import Calibration, FactoriseOptions, parse_options
+from lrsurgery.factorise.rewrite import Rewriter
+from lrsurgery.files import Json, fingerprint, json_text, staged, write_text
+from lrsurgery.progress import SILENT, Listener
+from lrsurgery.report.card import model_card
+from lrsurgery.report.rows import plan_report
+from lrsurgery.report.schema import FILE_NAME, Report
+from lrsurgery.runtime import Processes, versions
+from lrsurgery.surgery.plan import Kept, Plan, Replacement
+from lrsurgery.surgery.speed import plan_layers
+
+
+def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listener = SILENT) -> Report:
+    """What `factorise` would do.
+
+    Weights are read only where the rank policy needs their singular values, or a budget or calibration asks what they
+    lose. Raises SurgeryError.
+    """
+    source = options.source.resolve(reference)
+    checkpoint, plan = _open(source, options)
+    statistics = None
+    if plan.needs_spectra or options.calibration is not None:
+        entries = list_entries(checkpoint, {row.name for row in plan.replacements})
+        with tempfile.TemporaryDirectory(prefix="lrsurgery-") as folder:
+            statistics = _calibrate(source, plan, options, Path(folder), listener)
+            plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
+    return plan_report(
+        plan,
+        checkpoint.parameters,
+        command=options.output.command,
+        options=options.recorded(),
+        about="plan",
+        name=checkpoint.source.name,
+        calibration=None if statistics is None else statistics.facts,
+    )
+
+
+def _open(source: Source, options: FactoriseOptions) -> tuple[Checkpoint, Plan]:
+    check_not_converted(source)
+    checkpoint = open_checkpoint(source, options.source)
+    plan = plan_layers(
+        checkpoint.model,
+        options.surgery,
+        tied=checkpoint.tied,
+        device=options.compute.device,
+        dtype=options.output.dtype,
+    )
+    return checkpoint, plan
+
+
+def _calibrate(
+    source: Source, plan: Plan, options: FactoriseOptions, folder: Path, listener: Listener
+) -> Statistics | None:
+    if options.calibration is None:
+        return None
+    return calibrate(
+        source,
+        options.calibration,
+        plan.replacements,
+        folder,
+        seed=options.surgery.seed,
+        device=options.compute.device,
+        trust_remote_code=options.source.trust_remote_code,
+        listener=listener,
+    )
+
+
+def _weights(checkpoint: Checkpoint, entries: list[Entry], options: FactoriseOptions) -> Weights:
+    """The dense weights in a checkpoint's files."""
+    output = options.output
+    by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
+    return Weights(
+        read=lambda name: by_layer[name].read(),
+        widths={name: entry.dtype.itemsize for name, entry in by_layer.items()},
+        stored_widths={name: output.stored(entry.dtype).itemsize for name, entry in by_layer.items()},
+        parameters=checkpoint.parameters,
+        stored_bytes=sum(torch.Size(e.shape).numel() * output.stored(e.dtype).itemsize for e in entries),
+        device=options.compute.device,
+    )
+
+
+def factorise_checkpoint(
+    source: str | Path, output: str | Path, *, listener: Listener = SILENT, **options: Any
+) -> Report:
+    """From checkpoint to checkpoint, in the memory of a few tensors; `options` are those of `parse_options`.
+
+    Raises SurgeryError: which file or layer, what is wrong, what to do. Nothing is written then.
+    """
+    return run_factorise(str(source), Path(output), parse_options(**options), listener=listener)
+
+
+def run_factorise(
+    reference: str,
+    output: Path,
+    options: FactoriseOptions,
+    *,
+    processes: Processes | None = None,
+    listener: Listener = SILENT,
+) -> Report:
+    """Write the factorised checkpoint of a model; see `factorise_checkpoint`.
+
+    Every process of a job calls it; rank 0 writes the output. Raises SurgeryError, and Interrupted where Ctrl-C or
+    SIGTERM came after statistics or layers were finished, which are kept.
+    """
+    processes = processes or Processes()
+    if not processes.is_main:
+        # Wait for rank 0, which reports errors once, fills the caches and writes the job list.
+        processes.barrier("begin")
+    source = options.source.resolve(reference)
+    check_output(output, source, options.output.overwrite)
+    checkpoint, plan = _open(source, options)
+    entries = list_entries(checkpoint, {row.name for row in plan.replacements})
+    parameters = checkpoint.parameters
+    work = WorkFolder(output)
+    if not processes.is_main:
+        plan, statistics = _as_decided(plan, options.calibration, work)
+        _help(_rewriter(checkpoint, plan, options, entries, statistics), work, processes)
+        processes.barrier("end")  # when the output is there
+        return Report.read(output)
+    with _kept_when_interrupted(work, len(plan.replacements)):
+        work.open(_task(source, options), resume=options.output.resume)
+        plan, statistics = _decide(source, checkpoint, plan, options, entries, work, listener)
+        work.set_ranks({row.name: row.rank if isinstance(row, Replacement) else row.reason for row in plan.rows})
+        rewriter = _rewriter(checkpoint, plan, options, entries, statistics)
+        work.set_to_do([job.number for job in still_to_do(rewriter.jobs, work.file)])
+        processes.barrier("begin")
+        with staged(output, overwrite=options.output.overwrite) as stage:
+            _check_space(stage, rewriter)
+            rewriter.run(stage, work, processes, listener)
+            layers = {
+                row.name: (row.kind, row.rank)
+                for row in rewriter.decided.values()
+                if isinstance(row, Replacement) and row.rank is not None
+            }
+            if not layers:
+                raise SurgeryError(
+                    f"nothing to factorise at {plan.target.asked}: every layer stays dense ({_why(rewriter)})"
+                )
+            report = plan_report(
+                plan.with_rows(rewriter.decided),
+                parameters,
+                rewriter.measured,
+                bytes_before=rewriter.bytes_before,
+                bytes_after=rewriter.bytes_after,
+                source={
+                    "reference": reference,
+                    "hub_id": source.hub_id,
+                    "revision": source.revision,
+                    "digest": rewriter.digest,
+                },
+                command=options.output.command,
+                options=options.recorded(),
+                versions=versions(),
+                notes=_notes(options, checkpoint),
+                calibration=None if statistics is None else statistics.facts,
+            )
+            copy_companions(source, stage)
+            config = output_config(source, checkpoint.model, layers, options.output.dtype)
+            write_text(stage / "config.json", json_text(config))
+            write_text(stage / FILE_NAME, report.to_json())
+            write_text(stage / "README.md", model_card(report, source, output.name, config))
+    if options.compute.cache:
+        SpectrumCache().trim()
+    processes.barrier("end")
+    return report
+
+
+def _decide(
+    source: Source,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    options: FactoriseOptions,
+    entries: list[Entry],
+    work: WorkFolder,
+    listener: Listener,
+) -> tuple[Plan, Statistics | None]:
+    """The plan as far as it has to be decided before layers are decomposed, and the statistics of calibration.
+
+    Ranks that a policy reads off a layer's own spectrum are decided as it is decomposed. But speeds cannot be measured
+    beside decompositions, a budget is shared out over all layers, and with --sequential a block is replaced before the
+    next one is looked at.
+    """
+    statistics = _calibrate(source, plan, options, work.path / "statistics", listener)
+    sequential = options.calibration is not None and options.calibration.sequential
+    early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential
+    if plan.needs_spectra and early:
+        plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
+    if sequential and statistics is not None:
+        assert options.calibration is not None
+        statistics = recalibrate(
+            source,
+            options.calibration,
+            plan,
+            statistics,
+            work.path / "sequential",
+            seed=options.surgery.seed,
+            init=options.surgery.init,
+            device=options.compute.device,
+            trust_remote_code=options.source.trust_remote_code,
+            listener=listener,
+        )
+    return plan, statistics
+
+
+def _as_decided(plan: Plan, calibration: Calibration | None, work: WorkFolder) -> tuple[Plan, Statistics | None]:
+    """The plan and the statistics that rank 0 has left in the work folder, for the other processes."""
+    ranks = work.ranks()
+    rows: dict[str, Replacement | Kept] = {}
+    for row in plan.replacements:
+        rank = ranks[row.name]
+        rows[row.name] = (
+            Kept(row.name, row.kind, row.shape, row.parameters, rank)
+            if isinstance(rank, str)
+            else replace(row, rank=rank)
+        )
+    plan = plan.with_rows(rows)
+    if calibration is None:
+        return plan, None
+    if calibration.statistics is not None:
+        return plan, calibration.earlier()
+    return plan, Statistics.read(work.path / ("sequential" if calibration.sequential else "statistics"))
+
+
+def _rewriter(
+    checkpoint: Checkpoint, plan: Plan, options: FactoriseOptions, entries: list[Entry], statistics: Statistics | None
+) -> Rewriter:
+    return Rewriter(checkpoint, plan, options.surgery, options.output, options.compute, entries, statistics)
+
+
+def _help(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None:
+    """What the other processes do: their share of the jobs."""
+    try:
+        with rewriter.at_work(work, processes) as futures:
+            while True:
+                error = first_error(list(futures.values()))
+                if error is not None:
+                    raise error
+                if all(future.done() for future in futures.values()):
+                    return
+                wait_some(list(futures.values()), 0.5)
+    except SurgeryError as e:
+        work.fail(str(e))
+        raise
+
+
+@contextmanager
+def _kept_when_interrupted(work: WorkFolder, layers: int) -> Iterator[None]:
+    """Removes the work folder in the end, but not when an interruption leaves statistics or finished layers in it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as e:
+        kept = ["the statistics"] if (work.path / "statistics" / STATISTICS).exists() else []
+        kept += [f"{work.count()} of {layers} layers"] if work.count() else []
+        if kept:
+            raise Interrupted(
+                f"interrupted; {' and '.join(kept)} are kept: the same command with --resume goes on"
+            ) from e
+        work.remove()
+        raise
+    except BaseException:
+        work.remove()
+        raise
+    work.remove()
+
+
+def _task(source: Source, options: FactoriseOptions) -> Json:
+    """What has to be the same for a piece to be of use; each is named where it differs."""
+    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
+    return {
+        **{name.replace("_", " "): value for name, value in options.recorded().items()},
+        "source": [source.name, *map(list, files)],
+        "calibration data": None if options.calibration is None else _data_of(options.calibration),
+        "version of lrsurgery or torch": [__version__, torch.__version__],
+    }
+
+
+def _data_of(calibration: Calibration) -> str:
+    if calibration.statistics is not None:
+        return fingerprint([calibration.statistics / STATISTICS])
+    return digest_of(calibration.data, calibration.split, calibration.how.subset)
+
+
+def _why(rewriter: Rewriter) -> str:
+    reasons = sorted({row.reason for row in rewriter.decided.values() if isinstance(row, Kept)})
+    return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
+
+
+def _check_space(stage: Path, rewriter: Rewriter) -> None:
+    free = shutil.disk_usage(stage).free
+    if rewriter.expected_bytes > free:
+        raise OutputError(
+            f"{stage.parent}: {rewriter.expected_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+        )
+
+
+def _notes(options: FactoriseOptions, checkpoint: Checkpoint) -> tuple[str, ...]:
+    notes = []
+    from_scratch = options.source.from_scratch_seed is not None
+    if options.surgery.init != "spectral" and not from_scratch:
+        notes.append(f"--init {options.surgery.init} gives up the pretrained values: the model must be trained again")
+    if from_scratch:
+        notes.append("initialised from its config, no pretrained weight is left: the model must be trained")
+    if checkpoint.unused:
+        listed = ", ".join(checkpoint.unused[:3]) + (", ..." if len(checkpoint.unused) > 3 else "")
+        notes.append(
+            f"passed through, though the model class does not use them: {len(checkpoint.unused)} tensors ({listed})"
+        )
+    return tuple(notes)

@@ -1,0 +1,151 @@
+"""`export`: a factorised checkpoint as a folder that needs no lrsurgery."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrsurgery.checkpoints.build import build_model
+from lrsurgery.checkpoints.mapping import key_map
+from lrsurgery.checkpoints.output import OutputOptions, check_output, copy_companions, output_config
+from lrsurgery.checkpoints.source import SourceOptions
+from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, in_write_order, open_tensors
+from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.files import json_text, staged, write_text
+from lrsurgery.progress import SILENT, Listener
+from lrsurgery.report.card import dense_card
+from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.layers import FactorisedLayer, dense_weight
+from lrsurgery.units import parse_size
+
+
+def export_dense(
+    folder: str | Path,
+    output: str | Path,
+    *,
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
+    """Write the factorised checkpoint in `folder` as an ordinary one: every product multiplied out, in its dtype.
+
+    Raises SurgeryError: which file or layer, what is wrong, what to do. Nothing is written then.
+    """
+    options = OutputOptions(shard_size=parse_size(shard_size), overwrite=overwrite)
+    to_dense(str(folder), Path(output), SourceOptions(trust_remote_code=trust_remote_code), options)
+
+
+def export(
+    reference: str,
+    output: Path,
+    source_options: SourceOptions,
+    options: OutputOptions,
+    *,
+    to: str = "dense",
+    listener: Listener = SILENT,
+) -> None:
+    """Write a factorised checkpoint as one of `EXPORTS`. Raises SurgeryError."""
+    if to not in EXPORTS:
+        raise SurgeryError(f"unknown target '{to}'; known: {', '.join(EXPORTS)}")
+    EXPORTS[to](reference, output, source_options, options, listener)
+
+
+def to_dense(
+    reference: str,
+    output: Path,
+    source_options: SourceOptions,
+    options: OutputOptions,
+    listener: Listener = SILENT,
+) -> None:
+    """As `export_dense`."""
+    source = source_options.resolve(reference)
+    if not source.is_factorised:
+        raise SourceError(f"{reference}: not a factorised checkpoint, so there is nothing to export")
+    check_output(output, source, options.overwrite)
+    model = build_model(source, device="meta", trust_remote_code=source_options.trust_remote_code)
+    dense_keys = key_map(source, model)
+    swap_(model, source.layers)
+    tensors = open_tensors(list(source.files))
+    keys, modules = key_map(source, model), factorised_layers(model)
+    readers: dict[str, tuple[torch.dtype, Callable[[], Tensor]]] = {}
+    dtypes: dict[str, torch.dtype] = {}
+    found: set[str] = set()
+    for key in tensors.keys():  # noqa: SIM118
+        dtype, shape = tensors.describe(key)
+        place = keys.target(key)[0] or ""
+        layer, part = _split(place, modules)
+        if layer is None:
+            if shape == (0,) and key.endswith(".weight"):
+                continue  # the tripwire
+            readers[key] = (dtype, _reader(tensors, key))
+            continue
+        found.add(place)
+        if tuple(keys.state[place].shape) != shape:
+            raise SourceError(f"{reference}: {key} has shape {shape}, the model wants {tuple(keys.state[place].shape)}")
+        stem = key.removesuffix(f".{part}")
+        if part == "v.weight":
+            name = next(
+                (n for n in (f"{stem}.weight", f"{layer}.weight") if dense_keys.target(n) == (f"{layer}.weight", None)),
+                None,
+            )
+            if name is None:
+                raise SurgeryError(
+                    f"{layer}: transformers would rename its dense weight on loading; it cannot be exported"
+                )
+            readers[name] = (dtype, _multiply(tensors, modules[layer], stem))
+            dtypes[name] = dtype
+        elif part == "u.bias":
+            readers[f"{stem}.bias"] = (dtype, _reader(tensors, key))
+    for layer, module in modules.items():
+        for part in ("v.weight", "u.weight", *(["u.bias"] if module.bias is not None else [])):
+            if f"{layer}.{part}" not in found:
+                raise SourceError(f"{reference}: {layer}.{part} is missing from the checkpoint")
+    total, done = len(dtypes), 0
+    with staged(output, overwrite=options.overwrite) as stage:
+        writer = ShardWriter(stage, shard_size=options.shard_size)
+        try:
+            for name in in_write_order([(dtype, name) for name, (dtype, _) in readers.items()]):
+                writer.add(name, readers[name][1]())
+                if name in dtypes:
+                    done += 1
+                    listener.progress(name.removesuffix(".weight"), done, total)
+            writer.finish()
+        finally:
+            writer.close()
+        copy_companions(source, stage)
+        config = output_config(source, model, {})
+        write_text(stage / "config.json", json_text(config))
+        write_text(stage / "README.md", dense_card(source, output.name, config, options.command))
+
+
+def _split(place: str, modules: dict[str, FactorisedLayer]) -> tuple[str | None, str]:
+    """(layer, part) of a state-dict key inside a factorised layer; None for any other key."""
+    for part in ("u.weight", "v.weight", "u.bias"):
+        layer = place.removesuffix(f".{part}")
+        if layer != place and layer in modules:
+            return layer, part
+    return None, ""
+
+
+def _reader(tensors: TensorSource, key: str) -> Callable[[], Tensor]:
+    return lambda: tensors.read(key)
+
+
+def _multiply(tensors: TensorSource, module: FactorisedLayer, stem: str) -> Callable[[], Tensor]:
+    def read() -> Tensor:
+        # one layer's factors are put into its skeleton for as long as the product takes
+        module.u.weight = torch.nn.Parameter(tensors.read(f"{stem}.u.weight"), requires_grad=False)
+        module.v.weight = torch.nn.Parameter(tensors.read(f"{stem}.v.weight"), requires_grad=False)
+        product = dense_weight(module)
+        module.to("meta")
+        return product
+
+    return read
+
+
+# what `export --to` takes: a reference, an output folder, how to read the one and how to write the other
+Export = Callable[[str, Path, SourceOptions, OutputOptions, Listener], None]
+EXPORTS: dict[str, Export] = {"dense": to_dense}

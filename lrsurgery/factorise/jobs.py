@@ -1,0 +1,285 @@
+"""The layers to be decomposed as jobs: shared out over processes, several at once in each, their results as pieces.
+
+A finished layer is a file in a work folder that outlives a kill and that processes share.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.checkpoints.mapping import Entry
+from lrsurgery.checkpoints.output import OutputOptions
+from lrsurgery.checkpoints.spectra import SpectrumLookup
+from lrsurgery.errors import OutputError, SurgeryError, WeightError
+from lrsurgery.files import (
+    Json,
+    Piece,
+    alive,
+    json_text,
+    load_piece,
+    read_json,
+    remove_empty,
+    save_piece,
+    tensor_digest,
+)
+from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
+from lrsurgery.report.rows import measured_row
+from lrsurgery.report.schema import Row
+from lrsurgery.runtime import Compute, layer_pool, layers_at_once
+from lrsurgery.surgery.apply import decompose, decomposition_bytes, decomposition_cost
+from lrsurgery.surgery.layers import factor_weights
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions
+from lrsurgery.surgery.ranks import RankSpec
+
+
+class WorkFolder:
+    """A hidden sibling of an output folder: one piece a finished layer, and what job they are of."""
+
+    def __init__(self, output: Path) -> None:
+        self.path = output.parent / f".{output.name}.factorising"
+        self._output = output
+        self._made: list[Path] = []
+        self.ours = False  # whether it was opened, so that it may be removed
+
+    def open(self, task: Json, *, resume: bool) -> None:
+        """Makes the folder for this job, or with `resume` takes over the one that an earlier process left.
+
+        Raises OutputError where another process is at work in it, or where it is of another job.
+        """
+        file = self.path / "job.json"
+        wanted: Json = json.loads(json.dumps(dict(task)))
+        try:
+            left = read_json(file) if self.path.exists() else None
+        except SurgeryError:
+            left = {}  # killed before it was written
+        if left:
+            here = left.get("host") == socket.gethostname()
+            if here and left.get("pid") != os.getpid() and alive(str(left.get("pid"))):
+                raise OutputError(f"{self._output}: process {left['pid']} is writing it; wait for it, or stop it")
+            if not here and not resume:
+                raise OutputError(
+                    f"{self._output}: begun on {left.get('host')}; if it runs no more there, go on with --resume"
+                    f" or remove {self.path}"
+                )
+            if resume and left.get("task") != wanted:
+                was = next((k for k in wanted if (left.get("task") or {}).get(k) != wanted[k]), "")
+                raise OutputError(
+                    f"{self._output}: the job to be resumed had another {was}; give the same options, or leave"
+                    " --resume out to begin anew"
+                )
+        try:
+            if left is not None and not resume:
+                shutil.rmtree(self.path)
+            self._made = [p for p in (self._output.parent, *self._output.parent.parents) if not p.exists()]
+            self.path.mkdir(parents=True, exist_ok=True)
+            owner = {"task": wanted, "host": socket.gethostname(), "pid": os.getpid()}
+            file.write_text(json_text(owner), encoding="utf-8")
+            self.ours = True
+        except OSError as e:
+            remove_empty(self._made)
+            raise OutputError(f"{self._output}: cannot be written ({e.strerror})") from e
+
+    def file(self, number: int) -> Path:
+        return self.path / f"{number:05d}.safetensors"
+
+    def count(self) -> int:
+        """Pieces that are there."""
+        return sum(1 for _ in self.path.glob("*.safetensors"))
+
+    def set_to_do(self, numbers: Sequence[int]) -> None:
+        """Write the job list: which pieces are still to be made."""
+        (self.path / "to_do.json").write_text(json.dumps(list(numbers)), encoding="utf-8")
+        (self.path / "failed").unlink(missing_ok=True)
+
+    def set_ranks(self, ranks: Mapping[str, int | str | None]) -> None:
+        """Write what was decided of each layer: a rank, why it stays dense, or None where that waits for its spectrum."""
+        (self.path / "ranks.json").write_text(json.dumps(dict(ranks)), encoding="utf-8")
+
+    def ranks(self) -> dict[str, int | str | None]:
+        found: dict[str, int | str | None] = json.loads((self.path / "ranks.json").read_text(encoding="utf-8"))
+        return found
+
+    def to_do(self) -> set[int]:
+        return set(json.loads((self.path / "to_do.json").read_text(encoding="utf-8")))
+
+    def fail(self, message: str) -> None:
+        """Tell the other processes that this one cannot go on."""
+        (self.path / "failed").write_text(message, encoding="utf-8")
+
+    def failure(self) -> str | None:
+        """What another process said when it could not go on."""
+        file = self.path / "failed"
+        return file.read_text(encoding="utf-8") if file.exists() else None
+
+    def remove(self) -> None:
+        """Removes it, where this process has opened it, and the folders that were made for it if nothing came of it."""
+        if not self.ours:
+            return
+        shutil.rmtree(self.path, ignore_errors=True)
+        if not self._output.exists():
+            remove_empty(self._made)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One layer to decompose; `number` names its piece."""
+
+    number: int
+    row: Replacement
+    entry: Entry
+
+
+def share_out(jobs: Sequence[Job], processes: int) -> list[list[Job]]:
+    """The jobs of each process by LPT scheduling (Graham 1969).
+
+    The most expensive first, each to the least loaded process; original order within a process.
+    """
+    loads = [(0.0, number) for number in range(processes)]
+    shares: list[list[Job]] = [[] for _ in range(processes)]
+    for job in sorted(jobs, key=lambda job: (-decomposition_cost(job.row), job.number)):
+        load, owner = heapq.heappop(loads)
+        shares[owner].append(job)
+        heapq.heappush(loads, (load + decomposition_cost(job.row), owner))
+    return [sorted(share, key=lambda job: job.number) for share in shares]
+
+
+class Decomposer:
+    """Does one job: tensor in, piece out. Threads share it."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        surgery: SurgeryOptions,
+        output: OutputOptions,
+        compute: Compute,
+        reference: str,
+        device: torch.device,
+        statistics: Statistics | None = None,
+    ) -> None:
+        self._plan, self._surgery, self._output, self._compute = plan, surgery, output, compute
+        self._reference, self._device, self._statistics = reference, device, statistics
+
+    def __call__(self, job: Job) -> Piece:
+        """Raises WeightError or another SurgeryError that names the layer or its tensor."""
+        tensor, row = job.entry.read(), job.row
+        lookup = SpectrumLookup(tensor, row.layout, self._compute, self._device)
+        known = lookup.spectrum()
+        facts: Json = {
+            "digest": lookup.digest or tensor_digest(tensor.dtype, tensor.shape, [tensor]),
+            "bytes": tensor.numel() * tensor.element_size(),
+        }
+        dense = tensor.to(self._device)
+
+        def choose(values: Tensor) -> int:
+            assert isinstance(self._plan.target, RankSpec)
+            return self._plan.target.rank_of(row.name, row.rows, row.columns, values)
+
+        try:
+            found = decompose(
+                row,
+                dense,
+                init=self._surgery.init,
+                seed=self._surgery.seed,
+                rank=choose,
+                metric=self._statistics.metric(row.name) if self._statistics is not None else None,
+                svd=self._surgery.svd,
+                known=known,
+                keep=self._compute.keep_vectors,
+            )
+        except WeightError:
+            check_finite(tensor, job.entry.key, self._reference)  # says which file's tensor
+            raise
+        if known is None or found.spectrum is not None:
+            lookup.keep(found)
+        values = found.values if found.weighted is None else found.weighted
+        decided = row if row.rank is not None else self._plan.decide(row, values)
+        if isinstance(decided, Kept):
+            return Piece({**facts, "kept": decided.reason}, {})
+        dtype = self._output.stored(dense.dtype)
+        u, v = factor_weights(row.layout, torch.empty(dense.shape, dtype=dtype, device="meta"), found.factors)
+        if dtype != found.factors.u.dtype:
+            for factor in (u, v):
+                check_overflow(factor, row.name)
+        has_gradients = self._statistics is not None and self._statistics.has_gradients
+        factors = row.layout.to_matrices(u, v)
+        measured = measured_row(decided, row.layout.to_matrix(dense), factors, found, in_loss=has_gradients)
+        if self._surgery.init in WITHOUT_DIRECTIONS:
+            measured = replace(measured, energy_kept=None, spectral_error=None)
+        return Piece({**facts, "rank": decided.rank, "row": measured.to_dict()}, {"u": u.cpu(), "v": v.cpu()})
+
+
+def row_of_piece(row: Replacement, piece: Piece) -> tuple[Replacement | Kept, Row | None]:
+    """The plan's row and the report's once the piece is known."""
+    if "kept" in piece.facts:
+        return Kept(row.name, row.kind, row.shape, row.parameters, piece.facts["kept"]), None
+    return replace(row, rank=piece.facts["rank"]), Row.from_dict(piece.facts["row"])
+
+
+def check_finite(tensor: Tensor, key: str, reference: str) -> None:
+    # the sum of magnitudes is finite only where all are, and needs no copy; where it overflows each one is looked at
+    if not tensor.is_floating_point() or not tensor.numel():
+        return
+    total = torch.linalg.vector_norm(tensor, 1, dtype=torch.promote_types(tensor.dtype, torch.float32))
+    if not math.isfinite(float(total)) and not bool(torch.isfinite(tensor).all()):
+        raise WeightError(f"{reference}: {key} holds NaN or Inf; repair the checkpoint first")
+
+
+def check_overflow(stored: Tensor, key: str) -> None:
+    if not bool(torch.isfinite(stored).all()):
+        raise WeightError(f"{key}: overflows {stored.dtype}; choose another --dtype")
+
+
+@contextmanager
+def at_work(
+    jobs: Sequence[Job],
+    do: Callable[[Job], Piece],
+    file_of: Callable[[int], Path],
+    at_once: int | None,
+    *,
+    weighted: bool = False,
+) -> Iterator[dict[int, Future[None]]]:
+    """Start the jobs in a pool; job number -> when its piece is there. Those that run when the block ends finish."""
+    threads = torch.get_num_threads()
+    needs = [decomposition_bytes(job.row, job.entry.dtype.itemsize, weighted=weighted) for job in jobs]
+
+    def run(job: Job) -> None:
+        save_piece(file_of(job.number), do(job))
+
+    with layer_pool(at_once or layers_at_once(needs, threads), threads) as pool:
+        yield {job.number: pool.submit(run, job) for job in jobs}
+
+
+def still_to_do(jobs: Sequence[Job], file_of: Callable[[int], Path]) -> list[Job]:
+    """The jobs whose pieces are not there yet, or are damaged."""
+    return [job for job in jobs if load_piece(file_of(job.number)) is None]
+
+
+def first_error(futures: Sequence[Future[None]]) -> SurgeryError | None:
+    """What stopped the first job that was stopped, of those that have ended."""
+    for future in futures:
+        if future.done() and not future.cancelled():
+            error = future.exception()
+            if isinstance(error, SurgeryError):
+                return error
+            if error is not None:
+                raise error
+    return None
+
+
+def wait_some(futures: Sequence[Future[None]], seconds: float) -> None:
+    """Waits until one more of these has ended, or some time has passed."""
+    wait([f for f in futures if not f.done()], timeout=seconds, return_when=FIRST_COMPLETED)

@@ -1,0 +1,121 @@
+"""`factorise_` and `densify_` on any module in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.checkpoints.mapping import is_transformers_model, tied_weights
+from lrsurgery.factorise.allocate import Weights, allocate_ranks
+from lrsurgery.factorise.options import parse_target
+from lrsurgery.linalg.weighted import Metric
+from lrsurgery.runtime import Compute, pick_device
+from lrsurgery.surgery.apply import apply_plan_, densify_layers_
+from lrsurgery.surgery.plan import Plan, SurgeryOptions
+from lrsurgery.surgery.ranks import RankLike
+from lrsurgery.surgery.speed import plan_layers
+
+
+def factorise_(
+    module: nn.Module,
+    *,
+    rank: RankLike | None = None,
+    budget: str | float | None = None,
+    statistics: Statistics | None = None,
+    init: str = "spectral",
+    conv: str = "channel",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    allow_larger: bool = False,
+    multiple_of: int = 1,
+    seed: int = 0,
+    min_speedup: float | None = None,
+    device: str | torch.device | None = None,
+    svd: str = "auto",
+    cache: bool = False,
+) -> None:
+    """Replace the layers of any module in memory by factorised ones; a transformers model then saves as such.
+
+    `rank` is the CLI's text, a number, a policy, or a list of texts. Factors are computed on `device` (each layer's own
+    by default) and stored in the dense layer's dtype, on its device. `min_speedup` leaves dense what would not run so
+    many times as fast on `device` (the GPU by default, where there is one). `budget`, in place of `rank`, is the share
+    of the layers' parameters to keep (0.5, "flops:0.5"), or bytes of the model's weights ("bytes:500MB").
+    `statistics`, from `collect_statistics`, weigh errors by what they do to the model's outputs or loss. With `cache`,
+    singular values are kept between runs as the CLI keeps them.
+
+    Raises RankError, PlanError or WeightError that name the layer; BudgetError for a budget out of reach;
+    CalibrationError for statistics of another model.
+    """
+    options = SurgeryOptions(
+        target=parse_target(rank, budget, multiple_of=multiple_of),
+        init=init,
+        conv=conv,
+        include=include,
+        exclude=exclude,
+        allow_larger=allow_larger,
+        seed=seed,
+        min_speedup=min_speedup,
+        svd=svd,
+    )
+    factorise_module_(module, options, statistics, torch.device(device) if device is not None else None, cache=cache)
+
+
+def factorise_module_(
+    module: nn.Module,
+    options: SurgeryOptions,
+    statistics: Statistics | None = None,
+    device: torch.device | None = None,
+    *,
+    cache: bool = False,
+) -> None:
+    """As `factorise_`, for options that are parsed already."""
+
+    def metric_of(name: str) -> Metric | None:
+        return statistics.metric(name) if statistics is not None else None
+
+    runs_on = pick_device("auto" if device is None or options.min_speedup is None else str(device))
+    plan = plan_layers(module, options, tied=tied_weights(module), device=runs_on)
+    if statistics is not None:
+        statistics.check_for(plan.replacements)
+    weights = _weights(module, plan, device)
+    if plan.needs_spectra:
+        computes_on = device or next((m.device for m in _dense(module, plan).values()), torch.device("cpu"))
+        plan = allocate_ranks(plan, weights, Compute(device=computes_on, cache=cache), statistics)
+    apply_plan_(module, plan, init=options.init, seed=options.seed, device=device, metric_of=metric_of, svd=options.svd)
+    if is_transformers_model(module):
+        from lrsurgery.checkpoints.quantizer import attach_
+
+        attach_(module)
+
+
+def _dense(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """The dense weight of each layer of a plan."""
+    modules = dict(module.named_modules())
+    return {row.name: modules[row.name].weight.detach() for row in plan.replacements}  # type: ignore[operator, union-attr]
+
+
+def _weights(module: nn.Module, plan: Plan, device: torch.device | None) -> Weights:
+    """The dense weights of a model in memory."""
+    dense = _dense(module, plan)
+    stored = {p.data_ptr(): p for p in module.parameters()}.values()  # tied ones once
+    widths = {name: weight.element_size() for name, weight in dense.items()}
+    return Weights(
+        read=dense.__getitem__,
+        widths=widths,
+        stored_widths=widths,
+        parameters=sum(p.numel() for p in stored),
+        stored_bytes=sum(p.numel() * p.element_size() for p in stored),
+        device=device,
+    )
+
+
+def densify_(module: nn.Module) -> None:
+    """Multiply every factorised layer out into the ordinary layer that it replaced, in its dtype."""
+    densify_layers_(module)
+    if is_transformers_model(module):
+        from lrsurgery.checkpoints.quantizer import detach_
+
+        detach_(module)

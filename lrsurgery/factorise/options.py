@@ -1,0 +1,224 @@
+"""What `factorise` can be asked for: text is parsed once, into values that each part of the job is handed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrsurgery.calibration.loss import check_importance
+from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.checkpoints.output import OutputOptions
+from lrsurgery.checkpoints.source import SourceOptions
+from lrsurgery.data.options import DataOptions
+from lrsurgery.errors import CalibrationError, RankError, RecipeError, SurgeryError
+from lrsurgery.files import Json
+from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
+from lrsurgery.runtime import DTYPES, Compute, pick_device, pick_dtype
+from lrsurgery.surgery.budget import parse_budget
+from lrsurgery.surgery.plan import SurgeryOptions, Target
+from lrsurgery.surgery.ranks import READABLE, RankLike, parse_rank
+from lrsurgery.units import parse_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What the layers' errors are weighed by: data that the model is run on, or statistics that were taken before.
+
+    Raises CalibrationError for a value that no data could make right.
+    """
+
+    data: str | None = None  # whatever `finetune --data` takes
+    importance: str = "fisher"  # or "activations"
+    samples: int = 128  # sequences, sentences or images
+    sequential: bool = False  # look at each block once those before it are replaced
+    statistics: Path | None = None
+    save: Path | None = None  # where to keep the statistics
+    split: str | None = None
+    how: DataOptions = DataOptions()
+
+    def __post_init__(self) -> None:
+        check_importance(self.importance)
+        if self.samples < 1:
+            raise CalibrationError(f"samples {self.samples}: write at least 1")
+        if self.data is None and self.statistics is None:
+            raise CalibrationError("no calibration data and no statistics are given; give one of them")
+        if self.sequential and self.data is None:
+            raise CalibrationError("--sequential looks at data; give --calibration too")
+        if self.statistics is not None and self.data is not None:
+            raise CalibrationError("--calibration and --statistics are both given; leave one out")
+        if self.save is not None and self.data is None:
+            raise CalibrationError("--save-statistics keeps what --calibration finds; give that too")
+        if self.save is not None and self.save.exists():
+            raise CalibrationError(f"{self.save}: is there already; reuse it with --statistics, or name another folder")
+        if self.save is not None and not next(p for p in self.save.absolute().parents if p.exists()).is_dir():
+            raise CalibrationError(f"{self.save}: cannot be written, as what it should lie in is a file")
+        if self.statistics is not None:
+            self.earlier()  # or says what is wrong with them
+        try:
+            self.how.check()
+        except RecipeError as e:
+            raise CalibrationError(str(e)) from e
+
+    def earlier(self) -> Statistics:
+        """The statistics that were taken before, as the importance asks for them. Raises CalibrationError."""
+        assert self.statistics is not None
+        found = Statistics.read(self.statistics)
+        return found if self.importance == "fisher" else found.without_gradients()
+
+    def recorded(self) -> Json:
+        """What decides the result, as JSON. (Files say `metric` for the importance.)"""
+        how = {key: value for key, value in vars(self.how).items() if value is not None}
+        return {
+            "data": self.data,
+            "statistics": str(self.statistics) if self.statistics else None,
+            "metric": self.importance,
+            "samples": self.samples,
+            "sequential": self.sequential,
+            "split": self.split,
+            **how,
+        }
+
+
+def parse_calibration(
+    data: str | None = None,
+    *,
+    importance: str = "fisher",
+    statistics: Path | None = None,
+    samples: int = 128,
+    sequential: bool = False,
+    save: Path | None = None,
+    split: str | None = None,
+    how: DataOptions | None = None,
+) -> Calibration | None:
+    """The calibration that these ask for; None where they ask for none. Raises CalibrationError."""
+    check_importance(importance, "none")
+    unused = data is None and statistics is None and not sequential and save is None
+    if importance == "none" or (unused and samples >= 1):
+        return None
+    return Calibration(
+        data=data,
+        importance=importance,
+        samples=samples,
+        sequential=sequential,
+        statistics=statistics,
+        save=save,
+        split=split,
+        how=how or DataOptions(),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactoriseOptions:
+    """A whole job; each part of it is handed the value that it uses."""
+
+    surgery: SurgeryOptions
+    source: SourceOptions = SourceOptions()
+    compute: Compute
+    output: OutputOptions = OutputOptions()
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        init = self.surgery.init
+        if self.calibration is not None:
+            if init in WITHOUT_DIRECTIONS:
+                raise SurgeryError(f"init {init} keeps nothing of the weights, so --calibration would change nothing")
+            if self.source.from_scratch_seed is not None:
+                raise SurgeryError("--from-scratch has no pretrained weights to calibrate; leave --calibration out")
+            if self.surgery.svd == "fast":
+                raise SurgeryError("--svd fast looks at weights alone; leave it out with --calibration")
+
+    def recorded(self) -> Json:
+        """The options that decide the result, as JSON."""
+        surgery = self.surgery
+        budget = surgery.budget
+        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.output.dtype)
+        return {
+            "rank": None if budget is not None else str(surgery.target),
+            "budget": None if budget is None else str(budget),
+            "init": surgery.init,
+            "conv": surgery.conv,
+            "include": list(surgery.include),
+            "exclude": list(surgery.exclude),
+            "allow_larger": surgery.allow_larger,
+            "multiple_of": surgery.target.multiple_of,
+            "seed": surgery.seed,
+            "from_scratch": self.source.from_scratch_seed is not None,
+            "dtype": dtype,
+            "min_speedup": surgery.min_speedup,
+            "svd": surgery.svd,
+            "calibration": None if self.calibration is None else self.calibration.recorded(),
+        }
+
+
+def parse_target(
+    rank: RankLike | None, budget: str | float | None, *, of: str = "layers", multiple_of: int = 1
+) -> Target:
+    """The ranks that are asked for, by policies or by a budget. Raises RankError, BudgetError."""
+    if budget is None:
+        if rank is None:
+            raise RankError(f"no rank and no budget is given; write --rank with {READABLE}, or --budget 0.5")
+        if of != "layers":
+            raise RankError(f"--budget-of {of}: say with --budget how much of it is kept")
+        return parse_rank(rank, multiple_of)
+    if rank is not None:
+        raise RankError("rank and budget are both given; a budget chooses every rank, so leave one out")
+    return parse_budget(str(budget), of, multiple_of)
+
+
+def parse_options(
+    *,
+    rank: RankLike | None = None,
+    budget: str | float | None = None,
+    budget_of: str = "layers",
+    multiple_of: int = 1,
+    init: str = "spectral",
+    conv: str = "channel",
+    include: Sequence[str] = ("*",),
+    exclude: Sequence[str] = (),
+    allow_larger: bool = False,
+    min_speedup: float | None = None,
+    svd: str = "auto",
+    seed: int = 0,
+    from_scratch: bool = False,
+    revision: str | None = None,
+    architecture: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "auto",
+    jobs: int | None = None,
+    cache: bool = True,
+    keep_vectors: bool = False,
+    dtype: str = "keep",
+    shard_size: str = "5GB",
+    overwrite: bool = False,
+    resume: bool = False,
+    command: str | None = None,
+    calibration: Calibration | None = None,
+) -> FactoriseOptions:
+    """A job from what the command line and Python callers write. Raises SurgeryError that names the value."""
+    surgery = SurgeryOptions(
+        target=parse_target(rank, budget, of=budget_of, multiple_of=multiple_of),
+        init=init,
+        conv=conv,
+        include=include,
+        exclude=exclude,
+        allow_larger=allow_larger,
+        seed=seed,
+        min_speedup=min_speedup,
+        svd=svd,
+    )
+    source = SourceOptions(
+        revision=revision,
+        architecture=architecture,
+        trust_remote_code=trust_remote_code,
+        from_scratch_seed=seed if from_scratch else None,
+    )
+    compute = Compute(device=pick_device(device), jobs=jobs, cache=cache, keep_vectors=keep_vectors)
+    output = OutputOptions(
+        dtype=pick_dtype(dtype),
+        shard_size=parse_size(shard_size),
+        overwrite=overwrite,
+        resume=resume,
+        command=command,
+    )
+    return FactoriseOptions(surgery=surgery, source=source, compute=compute, output=output, calibration=calibration)

@@ -1,0 +1,259 @@
+"""Files on disk: written whole or not at all, verified, fingerprinted; JSON read in one place; the cache folder."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import os
+import shutil
+import socket
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lrsurgery.errors import OutputError, SourceError, SurgeryError
+
+Json: TypeAlias = dict[str, Any]  # a JSON object as it stands in a file; typed values are made of it where it is read
+
+
+def read_json(file: Path, what: str = "JSON", error: type[SurgeryError] = SourceError) -> Json:
+    """The JSON object in a file. Raises `error`: the file is missing, or not `what`."""
+    try:
+        body = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise error(f"{file}: missing") from e
+    except (OSError, ValueError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise error(f"{file}: not {what} ({e})") from e
+    if not isinstance(body, dict):
+        raise error(f"{file}: not {what} (it holds {type(body).__name__}, not an object)")
+    return body
+
+
+def read_lines(file: Path) -> list[Json]:
+    """The objects of a .jsonl file that a job appends to; a last line that a kill cut short is left out."""
+    found = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return found
+
+
+def json_text(body: object) -> str:
+    """An indented JSON file's text."""
+    return json.dumps(body, indent=2) + "\n"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file and wait until it is on the disk."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_file(file: Path, content: str | bytes) -> None:
+    """Write one file, whole or not at all. Raises OutputError where that cannot be done."""
+    partial = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
+    try:
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        partial.replace(file)
+    except OSError as e:
+        raise OutputError(f"{file}: cannot be written ({e.strerror or e})") from e
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """`$LRSURGERY_CACHE`, or `lrsurgery` in the user's cache folder. It need not exist."""
+    import platformdirs
+
+    own = os.environ.get("LRSURGERY_CACHE")
+    return Path(own).expanduser() if own else platformdirs.user_cache_path("lrsurgery", appauthor=False)
+
+
+# output folders
+
+
+def check_free(output: Path, overwrite: bool) -> None:
+    """Raises OutputError for an output folder that is in the way."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not overwrite:
+        raise OutputError(f"{output}: already exists; choose another --output or pass --overwrite")
+    empty = output.is_dir() and not any(output.iterdir())
+    if not output.is_dir() or output.is_symlink() or not (empty or (output / "config.json").is_file()):
+        raise OutputError(f"{output}: exists and is no model folder, so it is not overwritten")
+
+
+@contextmanager
+def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """A sibling folder that becomes `output` when the block ends well, and vanishes when it does not.
+
+    A killed process leaves at most hidden siblings, which the next run for the same output clears away; a folder that
+    was moved aside to be overwritten comes back first.
+
+    Raises OutputError where the place cannot be written.
+    """
+    prefix = f".{output.name}.{socket.gethostname()}."
+    stage = output.parent / f"{prefix}{os.getpid()}.partial"
+    made = [p for p in (output.parent, *output.parent.parents) if not p.exists()]
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _clear_stale(output, prefix)
+        check_free(output, overwrite)
+        stage.mkdir()
+    except OSError as e:
+        remove_empty(made)
+        raise OutputError(f"{output}: cannot be written ({e.strerror})") from e
+    try:
+        yield stage
+        _publish(stage, output, overwrite)
+    except BaseException as e:
+        shutil.rmtree(stage, ignore_errors=True)
+        remove_empty(made)
+        if isinstance(e, OSError):
+            raise OutputError(f"{output}: cannot be written ({e.strerror or e})") from e
+        raise
+
+
+def _clear_stale(output: Path, prefix: str) -> None:
+    for stale in sorted(output.parent.glob(f"{glob.escape(prefix)}*")):
+        pid, _, state = stale.name.removeprefix(prefix).partition(".")
+        if state not in ("partial", "replaced") or alive(pid):
+            continue
+        if state == "replaced" and not output.exists():
+            stale.rename(output)  # killed between the two renames of an overwrite
+        else:
+            shutil.rmtree(stale, ignore_errors=True)
+
+
+def _publish(stage: Path, output: Path, overwrite: bool) -> None:
+    _sync_folder(stage)
+    old = stage.with_suffix(".replaced")
+    check_free(output, overwrite)  # it may have appeared meanwhile
+    if output.exists():
+        output.rename(old)
+    stage.rename(output)
+    _sync_folder(output.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders, innermost first, up to the first that is not empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:
+            return
+
+
+def alive(pid: str) -> bool:
+    """Whether a process runs on this machine; a zombie, which has ended and waits for its parent, does not."""
+    import psutil
+
+    try:
+        return bool(psutil.Process(int(pid)).status() != psutil.STATUS_ZOMBIE)
+    except (ValueError, psutil.NoSuchProcess):
+        return False
+    except psutil.AccessDenied:
+        return True
+
+
+# fingerprints
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a CPU tensor, shared with it where it is contiguous, for writing and hashing."""
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def tensor_digest(dtype: torch.dtype, shape: Sequence[int], slices: Iterable[Tensor]) -> str:
+    """SHA-256 of a tensor's dtype, shape and bytes, which may come in slices."""
+    found = hashlib.sha256(f"{dtype} {tuple(shape)} ".encode())
+    for part in slices:
+        if part.numel():
+            found.update(as_bytes(part))
+    return found.hexdigest()
+
+
+def fingerprint(files: Sequence[Path], text: str = "") -> str:
+    """Of files: their names, sizes, first and last megabytes."""
+    hasher = hashlib.blake2b(text.encode(), digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        hasher.update(f"{file.name} {size}".encode())
+        with file.open("rb") as handle:
+            hasher.update(handle.read(1 << 20))
+            handle.seek(max(0, size - (1 << 20)))
+            hasher.update(handle.read())
+    return hasher.hexdigest()
+
+
+# pieces: some tensors and what is known of them, in one safetensors file with a digest
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tensors and facts (JSON) that belong together, such as the factors of one layer."""
+
+    facts: Json
+    tensors: dict[str, Tensor]
+
+
+def save_piece(file: Path, piece: Piece) -> None:
+    """Write a safetensors file, whole or not at all, with a digest of what is in it. Raises OSError."""
+    from safetensors.torch import save
+
+    facts = json.dumps(piece.facts)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in piece.tensors.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_suffix(f".{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.half")
+    try:
+        half.write_bytes(save(tensors, {"format": "pt", "facts": facts, "sha256": piece_digest(facts, tensors)}))
+        half.replace(file)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
+
+
+def load_piece(file: Path, *, verify: bool = True) -> Piece | None:
+    """What `save_piece` wrote; None where there is no such file, or with `verify` where it is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata()
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        if verify and metadata["sha256"] != piece_digest(metadata["facts"], tensors):
+            return None
+        return Piece(json.loads(metadata["facts"]), tensors)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError):
+        return None
+
+
+def piece_digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of some tensors and the text that goes with them."""
+    found = hashlib.sha256(facts.encode())
+    for key in sorted(tensors):
+        found.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
+        if tensors[key].numel():
+            found.update(as_bytes(tensors[key]))
+    return found.hexdigest()

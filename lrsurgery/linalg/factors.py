@@ -1,0 +1,82 @@
+"""Two factors of a matrix: balancing them, and what they say of their product without forming it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """W ~ u @ v, u (rows, rank), v (rank, columns)."""
+
+    u: Tensor
+    v: Tensor
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that arithmetic runs in: at least fp32."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def balance(factors: Factors) -> Factors:
+    """The same product with u^T u = v v^T, from the QR of each factor and the SVD of the r x r core."""
+    q_u, r_u = torch.linalg.qr(factors.u)
+    q_v, r_v = torch.linalg.qr(factors.v.T)
+    left, values, right = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
+    root = values.sqrt()
+    return Factors(q_u @ (left * root), (root[:, None] * right) @ q_v.T)
+
+
+def balance_of(factors: Factors) -> float:
+    """||u^T u - v v^T||_F / ||u^T u||_F: 0 for balanced factors, which is how surgery leaves them."""
+    wide = working_dtype(factors.u.dtype)
+    u, v = factors.u.detach().to(wide), factors.v.detach().to(wide)
+    left = u.T @ u
+    norm = float(left.norm())
+    return float((left - v @ v.T).norm()) / norm if norm else 0.0
+
+
+def product_values(factors: Factors) -> Tensor:
+    """Singular values (rank,) of u @ v in O((rows + columns) rank^2); the product is never formed."""
+    dtype = working_dtype(factors.u.dtype)
+    r_u = torch.linalg.qr(factors.u.detach().to(dtype), mode="r").R
+    r_v = torch.linalg.qr(factors.v.detach().to(dtype).T, mode="r").R
+    values: Tensor = torch.linalg.svdvals(r_u @ r_v.T)
+    return values
+
+
+def relative_error(weight: Tensor, factors: Factors) -> float:
+    """||W - u v||_F / ||W||_F in the working dtype; 0 for the zero matrix approximated by itself."""
+    lost, norm = _squares(weight, factors, 1.0)
+    if not 1e-20 < norm < 1e30 or not lost > 1e-20:  # squares may have left fp32's range
+        lost, norm = _squares(weight, factors, power_of_two(largest(weight)))
+    return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
+
+
+def _squares(weight: Tensor, factors: Factors, scale: float) -> tuple[float, float]:
+    """||W - u v||_F^2 and ||W||_F^2, both over scale^2, without the whole product in memory."""
+    wide = working_dtype(weight.dtype)
+    u, v = factors.u.to(wide), factors.v.to(wide)
+    lost = norm = 0.0
+    rows = max(1, (1 << 22) // weight.shape[1])  # a slice of the product at a time: 16 MB in fp32
+    for start in range(0, weight.shape[0], rows):
+        part, left = weight[start : start + rows].to(wide), u[start : start + rows]
+        if scale != 1.0:
+            part, left = part / scale, left / scale
+        norm += float(torch.linalg.vector_norm(part)) ** 2
+        lost += float(torch.linalg.vector_norm(torch.addmm(part, left, v, alpha=-1))) ** 2
+    return lost, norm
+
+
+def largest(matrix: Tensor) -> float:
+    """The largest magnitude; NaN where there is one."""
+    least, most = matrix.aminmax()
+    return max(-float(least), float(most))
+
+
+def power_of_two(size: float) -> float:
+    """What to divide by so that squares stay in fp32's range; 1 where they do. A power of two keeps every digit."""
+    return 2.0 ** round(math.log2(size)) if size > 0 and not 1e-6 < size < 1e6 else 1.0

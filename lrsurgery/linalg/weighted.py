@@ -1,0 +1,126 @@
+"""Low-rank approximation in a metric: which errors of a layer's weight matter, by its inputs and output gradients.
+
+With C the second moment of a layer's inputs x and G that of the loss's gradients at its outputs, replacing W by M
+raises the loss by about 1/2 ||G^(1/2) (W - M) C^(1/2)||_F^2: the second order of the loss, in the Kronecker factors of
+its curvature (Martens & Grosse 2015, K-FAC). G = I leaves the error of its outputs, C = G = I that of its weight.
+
+The best M of rank r (Eckart & Young in this metric) is L^-T P P^T L^T W, where G = L L^T and P holds the r leading
+eigenvectors of L^T W C W^T L. C is neither inverted nor factorised, so it may be singular: few samples are harmless.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lrsurgery.errors import WeightError
+from lrsurgery.linalg.factors import Factors, balance, working_dtype
+from lrsurgery.linalg.svd import RankChoice
+
+LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs leave it out
+
+
+class Metric(NamedTuple):
+    """What weighs the errors of a weight (rows, columns); None stands for the identity."""
+
+    inputs: Tensor | None  # C (columns, columns), symmetric, positive semidefinite
+    gradients: Tensor | None = None  # G (rows, rows), symmetric, positive definite
+
+
+class Weighted(NamedTuple):
+    """The best factors in a metric."""
+
+    factors: Factors  # in the working dtype, balanced: u^T u = v v^T, diagonal
+    values: Tensor  # (full rank,) singular values of G^(1/2) W C^(1/2) in fp64, descending
+
+
+class _Core(NamedTuple):
+    """L^T W C W^T L as turn (rows, short) gram (short, short) turn^T."""
+
+    gram: Tensor
+    turn: Tensor | None  # orthonormal columns, where there are more rows than columns
+    weighted: Tensor  # L^T W
+    root: Tensor | None  # L, lower triangular
+
+
+def damped(moment: Tensor, share: float) -> Tensor:
+    """A second moment (n, n) with this share of its mean diagonal entry added to the diagonal, in fp64."""
+    wide = moment.to(torch.float64, copy=True)
+    wide.diagonal().add_(share * float(wide.diagonal().mean()))
+    return wide
+
+
+def weighted_values(weight: Tensor, metric: Metric) -> Tensor:
+    """Singular values (full rank,) of G^(1/2) W C^(1/2) in fp64, descending: the roots of what each direction saves.
+
+    Raises WeightError where the weight is not finite, where the metric does not fit it, or G is not positive definite.
+    """
+    try:
+        return _roots(torch.linalg.eigvalsh(_core(weight, metric).gram))
+    except LinAlgError as e:
+        raise WeightError(f"no LAPACK driver converges on this {tuple(weight.shape)} matrix in its metric") from e
+
+
+def weighted_factors(weight: Tensor, rank: RankChoice, metric: Metric) -> Weighted:
+    """The M = u v of this rank that minimises ||G^(1/2) (W - M) C^(1/2)||_F; weight W (rows, columns).
+
+    Works in fp64: a model's inputs have a few directions far above the rest, which a Gram matrix in fp32 would drown.
+
+    Raises WeightError as `weighted_values` does.
+    """
+    core = _core(weight, metric)
+    try:
+        eigenvalues, vectors = torch.linalg.eigh(core.gram)
+    except LinAlgError as e:
+        raise WeightError(f"no LAPACK driver converges on this {tuple(weight.shape)} matrix in its metric") from e
+    values = _roots(eigenvalues)
+    kept = rank(values) if callable(rank) else rank
+    leading = vectors[:, -kept:].flip(1)
+    basis = leading if core.turn is None else core.turn @ leading
+    v = basis.T @ core.weighted
+    u = basis if core.root is None else torch.linalg.solve_triangular(core.root.T, basis, upper=True)
+    dtype = working_dtype(weight.dtype)
+    return Weighted(Factors(*(factor.to(dtype) for factor in balance(Factors(u, v)))), values)
+
+
+def second_order(values: Tensor, rank: int) -> float:
+    """What keeping this rank adds to the loss, from all singular values (full rank,) of G^(1/2) W C^(1/2)."""
+    return 0.5 * float(values[rank:].double().square().sum())
+
+
+def weighted_norm(weight: Tensor, metric: Metric) -> float:
+    """||G^(1/2) W C^(1/2)||_F of a weight W (rows, columns)."""
+    error = weight.double()
+    moved = error if metric.inputs is None else error @ metric.inputs.double()
+    left = moved if metric.gradients is None else metric.gradients.double() @ moved
+    return float((error * left).sum().clamp(min=0).sqrt())
+
+
+def _core(weight: Tensor, metric: Metric) -> _Core:
+    rows, columns = weight.shape
+    for name, moment, size in (("inputs", metric.inputs, columns), ("gradients", metric.gradients, rows)):
+        if moment is not None and tuple(moment.shape) != (size, size):
+            raise WeightError(f"the moment of its {name} has shape {tuple(moment.shape)}, not {(size, size)}")
+        if moment is not None and not bool(torch.isfinite(moment).all()):
+            raise WeightError(f"the moment of its {name} holds NaN or Inf")
+    wide = weight.detach().double()
+    if not bool(torch.isfinite(wide).all()):
+        raise WeightError("the weight holds NaN or Inf; repair the checkpoint first")
+    root = None
+    if metric.gradients is not None:
+        try:
+            root = torch.linalg.cholesky(metric.gradients.to(wide))
+        except LinAlgError as e:
+            raise WeightError("the moment of its gradients is not positive definite; damp it") from e
+    weighted = wide if root is None else root.T @ wide
+    turn, short = None, weighted
+    if rows > columns:  # the triangle of its QR has the same inner products, and leaves a small eigenproblem
+        turn, short = torch.linalg.qr(weighted)
+    gram = short @ (short.T if metric.inputs is None else metric.inputs.to(wide) @ short.T)
+    return _Core((gram + gram.T) / 2, turn, weighted, root)
+
+
+def _roots(eigenvalues: Tensor) -> Tensor:
+    return eigenvalues.flip(0).clamp(min=0).sqrt()

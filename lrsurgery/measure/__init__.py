@@ -1,0 +1,1 @@
+"""Quality, speed, memory, grids of runs."""

@@ -1,0 +1,134 @@
+"""What the hub reads at the top of a model card, and what of the source's own still holds for a model made from it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrsurgery.checkpoints.source import Source, inside
+
+if TYPE_CHECKING:
+    from huggingface_hub import ModelCardData
+
+HUB = "https://huggingface.co"
+TAGS = ("lrsurgery", "low-rank")
+LONGEST = 200  # characters of a value, values of a list: more is no id and no name
+
+# transformers' mapping, its auto class, the hub's task; the first that lists a class names it. transformers 5 has no
+# pipeline for text to text any more, so that such a model is tagged as its source was, or not at all.
+HEADS = (
+    ("IMAGE_TEXT_TO_TEXT", "AutoModelForImageTextToText", "image-text-to-text"),
+    ("CAUSAL_LM", "AutoModelForCausalLM", "text-generation"),
+    ("MASKED_LM", "AutoModelForMaskedLM", "fill-mask"),
+    ("SEQ_TO_SEQ_CAUSAL_LM", "AutoModelForSeq2SeqLM", None),
+    ("SPEECH_SEQ_2_SEQ", "AutoModelForSpeechSeq2Seq", "automatic-speech-recognition"),
+    ("CTC", "AutoModelForCTC", "automatic-speech-recognition"),
+    ("SEQUENCE_CLASSIFICATION", "AutoModelForSequenceClassification", "text-classification"),
+    ("TOKEN_CLASSIFICATION", "AutoModelForTokenClassification", "token-classification"),
+    ("QUESTION_ANSWERING", "AutoModelForQuestionAnswering", "question-answering"),
+    ("IMAGE_CLASSIFICATION", "AutoModelForImageClassification", "image-classification"),
+    ("AUDIO_CLASSIFICATION", "AutoModelForAudioClassification", "audio-classification"),
+    ("OBJECT_DETECTION", "AutoModelForObjectDetection", "object-detection"),
+    ("PRETRAINING", "AutoModelForPreTraining", None),
+)
+
+
+def head_of(config: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The auto class that loads the architecture of a transformers config.json, and the hub's task (or None).
+
+    A model with its own code is loaded by the auto class that its config names for it.
+    """
+    from transformers.models.auto import modeling_auto
+
+    name = next(iter(config.get("architectures") or []), None)
+    own = config.get("auto_map")
+    if isinstance(own, Mapping):
+        for auto, place in own.items():
+            if isinstance(place, str) and place.rpartition(".")[2] == name:
+                return auto, next((task for _, known, task in HEADS if known == auto), None)
+    for mapping, auto, task in HEADS:
+        for classes in getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values():
+            if name == classes or (isinstance(classes, tuple) and name in classes):
+                return auto, task
+    return "AutoModel", None
+
+
+def card_data(
+    source: Source, config: Mapping[str, Any], *, trained: bool = False, fresh: bool = False, data: str | None = None
+) -> ModelCardData:
+    """The metadata of a model made from `source`, whose config.json is now `config`.
+
+    `trained` on `data`, perhaps; `fresh` where no weight of the source is left in it. The base model is the hub id that
+    the source came from; a folder's name is no hub id, so a folder stands for the base model that its own card names.
+    """
+    from huggingface_hub import ModelCardData
+
+    known = {} if fresh else source_metadata(source)
+    kept = {key: _texts(known.get(key)) for key in ("base_model", "datasets", "language")}
+    base: Any = None if fresh else source.hub_id or kept["base_model"]
+    datasets = kept["datasets"]
+    if data is not None and is_hub_id(data):
+        datasets = list(dict.fromkeys([*([datasets] if isinstance(datasets, str) else datasets or []), data]))
+    task = "image-classification" if source.library == "timm" else head_of(config)[1]
+    # of the hub's relations a decomposition alone is none; one that was healed stays so when it is exported
+    healed = trained or (source.hub_id is None and known.get("base_model_relation") == "finetune")
+    return ModelCardData(
+        base_model=base,
+        base_model_relation="finetune" if base and healed else None,
+        datasets=datasets,  # type: ignore[arg-type]
+        language=kept["language"],
+        library_name=source.library,
+        pipeline_tag=task or _text(known.get("pipeline_tag")),
+        tags=list(TAGS),
+        **_licence(source),
+    )
+
+
+def source_metadata(source: Source) -> dict[str, Any]:
+    """The front matter of the source's card; empty where there is none that can be read. Nothing in it is executed."""
+    card = source.folder / "README.md" if source.folder else None
+    if card is None or source.folder is None or not card.is_file():
+        return {}
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        return dict(metadata_load(inside(source.folder, card)) or {})
+    except Exception:  # whatever is wrong with its YAML, its encoding or its link: the model is as good as before
+        return {}
+
+
+def is_hub_id(reference: str) -> bool:
+    """Whether a model or dataset that could be read came from the hub: it did where it is no file and no folder."""
+    return not Path(reference).expanduser().exists() and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference))
+
+
+def _licence(source: Source) -> dict[str, Any]:
+    """The licence fields of the source's card, or of its timm config."""
+    known = source_metadata(source)
+    licence = _texts(known.get("license"))
+    if licence is None:
+        named = _text((source.config.get("pretrained_cfg") or {}).get("license"))
+        return {"license": named.lower()} if named and re.fullmatch(r"[\w.-]+", named) else {}
+    found: dict[str, Any] = {"license": licence}
+    if licence == "other":
+        link = _text(known.get("license_link"))
+        if link and "://" not in link and not link.startswith("LICENSE") and source.hub_id:
+            link = f"{HUB}/{source.hub_id}/blob/{source.revision or 'main'}/{link}"  # licence files alone are copied
+        found |= {"license_name": _text(known.get("license_name")), "license_link": link}
+    return found
+
+
+def _text(value: Any) -> str | None:
+    if value is False:
+        return "no"  # Norwegian, to YAML
+    good = isinstance(value, str) and 0 < len(value.strip()) <= LONGEST and "\n" not in value.strip()
+    return value.strip() if good else None
+
+
+def _texts(value: Any) -> str | list[str] | None:
+    """One text, or a list of them without what is none."""
+    if not isinstance(value, list):
+        return _text(value)
+    return [text for text in map(_text, value[:LONGEST]) if text is not None] or None

@@ -1,0 +1,191 @@
+"""Rows of a report: from a plan, from surgery, from factors alone, and from factors against the dense weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrsurgery.errors import PlanError, WeightError
+from lrsurgery.linalg.factors import Factors, balance_of, product_values, relative_error
+from lrsurgery.linalg.spectrum import EffectiveRanks, Points
+from lrsurgery.linalg.subspaces import Directions, directions, overlap
+from lrsurgery.linalg.svd import Decomposed, spectral_factors
+from lrsurgery.linalg.weighted import second_order
+from lrsurgery.report.schema import Report, Row
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.layers import KINDS, FactorisedLayer
+from lrsurgery.surgery.plan import ALREADY, Kept, Plan, Replacement, find_heads, plan_rows
+from lrsurgery.surgery.ranks import FractionRank, RankSpec
+
+
+def measured_row(
+    row: Replacement, matrix: Tensor, factors: Factors, found: Decomposed, *, in_loss: bool = False
+) -> Row:
+    """The row of a layer after surgery: matrix (rows, columns), factors as stored, what decomposing found.
+
+    `in_loss`: whether a metric's singular values are in units of the loss, as those of the Fisher information are.
+    """
+    assert row.rank is not None
+    values = found.values.double()
+    top = float(values[0])
+    left_out = float(values[row.rank]) if row.rank < row.full_rank else 0.0
+    unknown = bool(values.isnan().any())  # "fast" looks at some alone
+    # every init gives factors in balanced form: the norms of u's columns times those of v's rows are its values
+    kept = _norms(factors.u, 0) * _norms(factors.v, 1)
+    energy_kept = float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0
+    spectral_error = None if math.isnan(left_out) else left_out / top if top else 0.0
+    weighted_error, predicted = _in_metric(found.weighted, row.rank, in_loss)
+    if found.weighted is not None:  # the directions are the metric's, not those of the weight's singular values
+        energy_kept = _energy_within(matrix, directions(factors), found.energy)
+        spectral_error = _spectral_norm_of_difference(matrix, factors) / top if top else 0.0
+    return replace(
+        planned_row(row),
+        energy_kept=energy_kept,
+        relative_error=relative_error(matrix, factors),
+        spectral_error=spectral_error,
+        weighted_error=weighted_error,
+        predicted_loss=predicted,
+        balance=balance_of(factors),
+        before=None if unknown else EffectiveRanks.of(values),
+        after=EffectiveRanks.of(kept.sort(descending=True).values, limit=math.inf),
+        spectrum_before=None if unknown else Points.of(values),
+        spectrum_after=Points.of(kept.sort(descending=True).values),
+    )
+
+
+def _in_metric(values: Tensor | None, rank: int, in_loss: bool) -> tuple[float | None, float | None]:
+    """What was lost in the metric: the share of its norm, and its second order of the loss where it is in its units."""
+    if values is None:
+        return None, None
+    squares = values.double().square()
+    whole, lost = float(squares.sum()), float(squares[rank:].sum())
+    return math.sqrt(lost / whole) if whole else 0.0, second_order(values, rank) if in_loss else None
+
+
+def _energy_within(matrix: Tensor, ours: Directions, energy: float) -> float:
+    """||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces."""
+    within = ours.u.T @ matrix.to(ours.u.dtype) @ ours.v
+    kept = float(torch.linalg.vector_norm(within, dtype=torch.float64)) ** 2
+    return min(1.0, kept / energy) if energy else 1.0
+
+
+def _norms(factor: Tensor, dim: int) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(factor, dim=dim, dtype=torch.float64)
+    return norms
+
+
+def planned_row(row: Replacement | Kept) -> Row:
+    """A row of a plan, before anything is measured."""
+    if isinstance(row, Kept):
+        return Row(row.name, row.kind, row.shape, "dense", row.reason, None, None, row.parameters, row.parameters)
+    return Row(
+        row.name, row.kind, row.shape, "factorised", None, row.full_rank, row.rank,
+        row.parameters, row.factorised_parameters, flops_before=row.flops, flops_after=row.factorised_flops,
+        predicted_loss=row.predicted_loss,
+    )  # fmt: skip
+
+
+def trained_row(row: Row, factors: Factors) -> Row:
+    """With what factors say by themselves, balanced or not: they need not be so any more after training."""
+    values = product_values(factors)
+    after = EffectiveRanks.of(values.double(), limit=math.inf)
+    return replace(row, after=after, spectrum_after=Points.of(values), balance=balance_of(factors))
+
+
+def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
+    """With what factors (of any origin) keep of the dense matrix (rows, columns): errors, energy, directions.
+
+    `energy_kept` is ||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces; after a
+    spectral init that is the sum of the kept squared singular values over that of all.
+    """
+    assert row.rank is not None
+    dense = spectral_factors(matrix, row.rank)
+    values = dense.values.double()
+    ours = directions(factors)
+    gap = _spectral_norm_of_difference(matrix, factors)
+    return replace(
+        trained_row(row, factors),
+        energy_kept=_energy_within(matrix, ours, dense.energy),
+        relative_error=relative_error(matrix, factors),
+        spectral_error=gap / float(values[0]) if values[0] > 0 else 0.0,
+        before=EffectiveRanks.of(values),
+        spectrum_before=Points.of(values),
+        overlap=overlap(directions(dense.factors), ours) if dense.energy else None,
+    )
+
+
+def _spectral_norm_of_difference(matrix: Tensor, factors: Factors) -> float:
+    wide = factors.u.to(torch.promote_types(matrix.dtype, torch.float32))
+    rest = torch.addmm(matrix.to(wide.dtype), wide, factors.v.to(wide.dtype), alpha=-1)
+    gram = rest @ rest.T if rest.shape[0] <= rest.shape[1] else rest.T @ rest
+    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
+
+
+def plan_report(plan: Plan, parameters: int, measured: Mapping[str, Row] | None = None, **facts: Any) -> Report:
+    """The report of a plan over a model of this many parameters, with measured rows where there are some."""
+    rows = tuple((measured or {}).get(row.name) or planned_row(row) for row in plan.rows)
+    return Report(rows, parameters, parameters_after(rows, parameters), **facts)
+
+
+def parameters_after(rows: tuple[Row, ...], parameters: int) -> int | None:
+    """Of the whole model, once every rank is known."""
+    if any(row.parameters_after is None for row in rows):
+        return None
+    return parameters - sum(row.parameters_before - (row.parameters_after or 0) for row in rows)
+
+
+def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured: bool = True) -> Report:
+    """What is factorised in a model in memory; with `against`, the dense model, also what was lost of it.
+
+    Without `measured` no weight is looked at, so they may lie on the meta device.
+
+    Raises PlanError where `against` lacks a layer; WeightError where one of its weights is not finite.
+    """
+    others = dict(against.named_modules()) if against is not None else {}
+    rows = [
+        _row_of(name, layer, others.get(name), against is None) if measured else planned_row(replaced_of(name, layer))
+        for name, layer in factorised_layers(module).items()
+    ]
+    order = {name: i for i, (name, _) in enumerate(module.named_modules())}
+    rows = sorted([*rows, *_dense_rows(module)], key=lambda row: order.get(row.name, len(order)))
+    after = sum(p.numel() for p in module.parameters())
+    before = after + sum(r.parameters_before - (r.parameters_after or 0) for r in rows)
+    return Report(tuple(rows), before, after)
+
+
+def replaced_of(name: str, layer: FactorisedLayer) -> Replacement:
+    """The plan's row that a factorised layer answers to."""
+    u, v = layer.factors
+    bias = layer.bias.numel() if layer.bias is not None else 0
+    across = layer.u.stride[1] if layer.kind == "conv2d-spatial" else 1  # type: ignore[index]
+    return Replacement(
+        name, layer.kind, tuple(layer.weight.shape), u.shape[0], v.shape[1], layer.rank, bias, int(across)
+    )  # fmt: skip
+
+
+def _row_of(name: str, layer: FactorisedLayer, dense: nn.Module | None, alone: bool) -> Row:
+    factors = Factors(*(f.detach() for f in layer.factors))
+    row = planned_row(replaced_of(name, layer))
+    if alone:
+        return trained_row(row, factors)
+    weight = getattr(dense, "weight", None)
+    if not isinstance(weight, Tensor) or tuple(weight.shape) != row.shape:
+        raise PlanError(f"{name}: the model to compare with has no such layer of shape {row.shape}")
+    try:
+        return compared_row(row, KINDS[layer.kind].to_matrix(weight.detach()), factors)
+    except WeightError as e:
+        raise WeightError(f"{name}: {e}") from e
+
+
+def _dense_rows(module: nn.Module) -> list[Row]:
+    rows = plan_rows(module, RankSpec(FractionRank(1.0)), heads=find_heads(module), allow_larger=True)
+    return [
+        planned_row(Kept(r.name, r.kind, r.shape, r.parameters, r.reason or "left dense"))
+        for r in rows
+        if r.reason != ALREADY
+    ]

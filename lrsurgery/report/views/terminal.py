@@ -1,0 +1,308 @@
+"""A report in the terminal: tables that fit 80 columns, and say more where there is room."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+from lrsurgery.cli.bench import slower_lines, speed_table
+from lrsurgery.cli.console import HEADINGS, QUALITY
+from lrsurgery.errors import SurgeryError
+from lrsurgery.report.schema import Report, Row
+
+NARROW = 100  # columns; below, a table shows less
+MANY = 80  # layers; above, they are shown a block at a time
+BARS = "▁▂▃▄▅▆▇█"
+UNBALANCED = 0.01  # of factors; below, it is rounding
+SHOWN = "params:0.5"  # the rung of the ladder that the table of a dense model's layers shows
+
+SORTS: dict[str, Callable[[Row], Any] | None] = {
+    "model": None,  # the model's own order
+    "name": lambda row: row.name,
+    "params": lambda row: -row.parameters_before,
+    "error": lambda row: -(row.relative_error or 0.0),
+}
+
+
+def check_sort(sort: str) -> None:
+    """Raises SurgeryError that lists the known orders."""
+    if sort not in SORTS:
+        raise SurgeryError(f"unknown sort '{sort}'; known: {', '.join(SORTS)}")
+
+
+def sorted_rows(rows: Iterable[Row], sort: str) -> list[Row]:
+    """In one of the orders of `SORTS`; equal ones as the model has them."""
+    key = SORTS[sort]
+    return sorted(rows, key=key) if key else list(rows)
+
+
+def report_parts(report: Report, width: int, *, sort: str = "model", every: bool = False) -> list[Any]:
+    """What the terminal shows of a report, in order: tables and lines, with empty lines between."""
+    parts: list[Any] = []
+    if report.ladder:
+        parts += [ladder_table(report), ""]
+    rows = [row for row in report.rows if row.status == "factorised" or row.full_rank is not None]
+    if rows:
+        grouped = len(rows) > MANY and not every and sort == "model"
+        make = block_table if grouped else dense_table if report.about == "dense" else layer_table
+        parts += [make(sorted_rows(rows, sort), width), ""]
+        if grouped:
+            parts += [f"{len(rows)} layers; --all shows each", ""]
+    staying = [row for row in report.dense if row.reason]
+    if staying:
+        parts += [kept_table(staying), ""]
+    if report.training:
+        parts += [runs_table(report.training, width), ""]
+    if report.bench:
+        parts += [speed_table(report.bench), *slower_lines(report.bench), ""]
+    return [*parts, *totals_lines(report)]
+
+
+def _table(*columns: str, first: str = "layer") -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column(first, overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def layer_table(rows: Sequence[Row], width: int = 160) -> Table:
+    """The factorised layers; rank, full rank and parameter share side by side, since tools differ in what 0.5 means."""
+    rows = [row for row in rows if row.status == "factorised"]
+    wide = width >= NARROW
+    columns: dict[str, Callable[[Row], str]] = {
+        **({"shape": lambda row: "x".join(map(str, row.shape))} if wide else {}),
+        "rank": lambda row: str(row.rank or "?"),
+        "full": lambda row: str(row.full_rank),
+        **({
+            "before": lambda row: f"{row.parameters_before:,}",
+            "after": lambda row: "?" if row.parameters_after is None else f"{row.parameters_after:,}",
+        } if wide else {}),
+        "kept": _share,
+    }  # fmt: skip
+    optional: dict[str, Callable[[Row], str]] = {
+        "energy": lambda row: _percent(row.energy_kept),
+        "error": lambda row: _percent(row.relative_error),
+        **({"entropy rank": _entropy} if wide else {}),
+        "shared": _shared,
+        "loss": lambda row: "" if row.predicted_loss is None else f"+{row.predicted_loss:.2g}",
+        "damage": _damage,
+        "unbalanced": lambda row: _percent(row.balance) if (row.balance or 0) >= UNBALANCED else "",
+        "spectrum": lambda row: sparkline(_spectrum(row)),
+    }
+    columns |= {name: cell for name, cell in optional.items() if any(cell(row) for row in rows)}
+    if (not wide and "shared" in columns) or "loss" in columns:  # which says more
+        columns.pop("damage", None)
+    if not wide:
+        columns.pop("unbalanced", None)
+    table = _table(*columns)
+    for row in rows:
+        table.add_row(row.name, *(cell(row) for cell in columns.values()))
+    return table
+
+
+def dense_table(rows: Sequence[Row], width: int = 160) -> Table:
+    """The layers of a dense model: how many directions matter, and what half of the parameters would keep."""
+    wide = width >= NARROW
+    table = _table(
+        *(("shape",) if wide else ()), "full", "even", "nuclear", "entropy", "stable", "energy", "error",
+        *(("damage",) if wide else ()), "spectrum",
+    )  # fmt: skip
+    for row in rows:
+        assert row.before is not None
+        rung = next((rung for rung in row.ladder or () if rung.rank == SHOWN), None)
+        energy, error = _kept(row)
+        ranks = [f"{number:.1f}" for number in (row.before.nuclear, row.before.entropy, row.before.stable)]
+        table.add_row(
+            row.name, *(("x".join(map(str, row.shape)),) if wide else ()), str(row.full_rank), str(row.break_even),
+            *ranks, _percent(energy), _percent(error),
+            *((f"{rung.damage:.1f}" if rung else "",) if wide else ()), sparkline(_spectrum(row)),
+        )  # fmt: skip
+    table.caption = f"even: break-even rank; energy and error: at {SHOWN}"
+    table.caption_justify = "left"
+    return table
+
+
+def block_table(rows: Sequence[Row], width: int = 160) -> Table:
+    """Layers of one block in a line, ranges where they differ; a block is the name up to its first number."""
+    planned = any(row.status == "factorised" for row in rows)
+    table = _table("layers", *(("rank", "kept") if planned else ("full", "stable")), "energy", "error", first="block")
+    for name, members in groupby(rows, key=lambda row: block_of(row.name)):
+        group = list(members)
+        before = sum(row.parameters_before for row in group)
+        after = [row.parameters_after for row in group]
+        share = "?" if None in after else f"{sum(n or 0 for n in after) / before:.1%}"
+        stable = _range([row.before.stable if row.before else None for row in group], "{:.1f}")
+        table.add_row(
+            name, str(len(group)),
+            *((_range([row.rank for row in group], "{:g}"), share) if planned else
+              (_range([row.full_rank for row in group], "{:g}"), stable)),
+            _range([_kept(row)[0] for row in group], "{:.1%}"), _range([_kept(row)[1] for row in group], "{:.1%}"),
+        )  # fmt: skip
+    if not planned:
+        table.caption, table.caption_justify = f"energy and error: at {SHOWN}", "left"
+    return table
+
+
+def _kept(row: Row) -> tuple[float | None, float | None]:
+    """Energy kept and relative error, of a dense layer those of one rung."""
+    if row.status == "factorised":
+        return row.energy_kept, row.relative_error
+    rung = next((rung for rung in row.ladder or () if rung.rank == SHOWN), None)
+    return (rung.energy_kept, rung.relative_error) if rung else (None, None)
+
+
+def block_of(name: str) -> str:
+    """A layer's name up to its first number, which counts the blocks; the first word where there is none."""
+    found = re.match(r"(.*?(?:^|\.)\d+)(?:\.|$)", name)
+    return found[1] if found else name.partition(".")[0]
+
+
+def _range(values: Sequence[float | None], form: str) -> str:
+    known = sorted(value for value in values if value is not None)
+    if not known:
+        return ""
+    low, high = form.format(known[0]), form.format(known[-1])
+    return low if low == high else f"{low} to {high}"
+
+
+def ladder_table(report: Report) -> Table:
+    """What each rank would keep, lose and save of the whole model."""
+    table = _table("layers", "parameters", "share", "energy", "error", "damage", first="--rank")
+    for rung in report.ladder or ():
+        table.add_row(
+            rung.rank, str(rung.to), f"{rung.parameters:,}", f"{rung.parameters / report.parameters_before:.1%}",
+            _percent(rung.energy_kept), _percent(rung.relative_error), f"{rung.damage:.1f}",
+        )  # fmt: skip
+    return table
+
+
+def kept_table(rows: Sequence[Row]) -> Table:
+    """The layers that stay dense, by reason."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("layers", justify="right")
+    table.add_column("stay dense because", overflow="fold")
+    table.add_column("such as", overflow="fold")
+    counts = Counter(row.reason for row in rows)
+    for reason, count in counts.most_common():
+        first = next(row.name for row in rows if row.reason == reason)
+        table.add_row(str(count), reason or "", first)
+    return table
+
+
+def runs_table(runs: Sequence[Mapping[str, Any]], width: int = 160) -> Table:
+    """Training runs side by side: their decay, how good they began and ended, what became of the effective ranks."""
+    known = [name for name in QUALITY if any(name in e for run in runs for e in run["evaluations"])]
+    wide = width >= NARROW
+    if not wide:
+        known = [name for name in known if name in ("perplexity", "top1")][:1] or known[:1]
+    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        "decay": _decay,
+        **({"lr": lambda run: f"{run['settings']['lr']:g}"} if wide else {}),
+        **({"steps": lambda run: str(run["settings"]["steps"])} if wide else {}),
+        **{HEADINGS[name]: _quality_course(name) for name in known},
+        "entropy rank": lambda run: _course([f"{value:.1f}" for value in mean_course(run, "entropy_rank")]),
+        **(
+            {"norm": lambda run: _course([f"{value:.1f}" for value in mean_course(run, "frobenius_norm")])}
+            if wide
+            else {}
+        ),
+        "loss": lambda run: sparkline([e["loss"] for e in run["evaluations"] if "loss" in e]),
+    }
+    table = _table(*columns, first="run")
+    for run in runs:
+        table.add_row(run["name"], *(cell(run) for cell in columns.values()))
+    return table
+
+
+def _decay(run: Mapping[str, Any]) -> str:
+    settings = run["settings"]
+    return "none" if settings["decay"] == "none" else f"{settings['decay']} {settings['decay_strength']:g}"
+
+
+def _quality_course(name: str) -> Callable[[Mapping[str, Any]], str]:
+    return lambda run: _course([QUALITY[name].format(e[name]) for e in run["evaluations"] if name in e])
+
+
+def mean_course(run: Mapping[str, Any], measure: str) -> list[float]:
+    """The mean of a measure over the layers of a run, at each evaluation of its low-rank stage."""
+    layers = list(run["layers"].values())
+    return [sum(values) / len(layers) for values in zip(*(layer[measure] for layer in layers), strict=True)]
+
+
+def _course(texts: Sequence[str]) -> str:
+    return "" if not texts else texts[0] if texts[0] == texts[-1] else f"{texts[0]} → {texts[-1]}"
+
+
+def totals_lines(report: Report) -> list[str]:
+    """Parameters and bytes, before and after."""
+    totals = report.to_dict()["totals"]
+    if totals is None:
+        return []
+    before, after = totals["parameters_before"], totals["parameters_after"]
+    if report.about == "dense":
+        able = sum(row.full_rank is not None for row in report.rows)
+        return [f"{able} layers may be factorised, {len(report.rows) - able} stay dense", f"parameters: {before:,}"]
+    lines = [f"{totals['layers_factorised']} layers factorised, {totals['layers_dense']} stay dense"]
+    if after is None:
+        lines.append(f"parameters: {before:,} before")
+    else:
+        lines.append(f"parameters: {before:,} -> {after:,} ({totals['share']:.1%})")
+    if totals["bytes_before"] and totals["bytes_after"]:
+        share = totals["bytes_after"] / totals["bytes_before"]
+        lines.append(f"bytes:      {totals['bytes_before']:,} -> {totals['bytes_after']:,} ({share:.1%})")
+    if totals["predicted_loss"] is not None:
+        unit = (report.calibration or {}).get("scored_in", "sample")
+        lines.append(f"predicted: +{totals['predicted_loss']:.4g} loss a {unit}, to second order")
+    return lines
+
+
+def sparkline(values: Sequence[float], length: int = 8) -> str:
+    """The course of some numbers in `length` characters, from the least of them, or 0, to the greatest."""
+    if not values:
+        return ""
+    count = min(length, len(values))
+    picked = [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]
+    low, high = min(0.0, *picked) if min(picked) < 0.5 * max(picked) else min(picked), max(picked)
+    if high == low:
+        return BARS[0] * count
+    return "".join(BARS[min(len(BARS) - 1, int((value - low) / (high - low) * len(BARS)))] for value in picked)
+
+
+def _spectrum(row: Row) -> list[float]:
+    """Singular values at even distances, the dense weight's where they are known."""
+    points = row.spectrum_before or row.spectrum_after
+    if points is None:
+        return []
+    last = points.index[-1]
+    wanted = [1 + i * (last - 1) / 7 for i in range(min(8, last))]
+    return [points.value[min(range(len(points.index)), key=lambda i: abs(points.index[i] - at))] for at in wanted]
+
+
+def _share(row: Row) -> str:
+    return "" if row.parameters_after is None else f"{row.parameters_after / row.parameters_before:.1%}"
+
+
+def _entropy(row: Row) -> str:
+    return _course([f"{ranks.entropy:.1f}" for ranks in (row.before, row.after) if ranks is not None])
+
+
+def _shared(row: Row) -> str:
+    """How much of the dense weight's leading directions the factors still span, both sides' mean."""
+    if row.overlap is None:
+        return ""
+    last = row.overlap.leading[-1]
+    return _percent((last.output + last.input) / 2)
+
+
+def _damage(row: Row) -> str:
+    return "" if row.damage is None else f"{row.damage:.1f}"
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{value:.2%}"

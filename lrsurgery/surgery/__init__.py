@@ -1,0 +1,1 @@
+"""Which layer becomes what, and doing it in memory."""

@@ -1,0 +1,347 @@
+"""What would be done to a model: which layers get which rank, and why others stay dense. Nothing is touched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from lrsurgery.errors import PlanError, SurgeryError
+from lrsurgery.linalg.inits import get_init
+from lrsurgery.linalg.svd import check_engine
+from lrsurgery.surgery.budget import Budget
+from lrsurgery.surgery.kinds import CONV_SCHEMES, KINDS, kind_of
+from lrsurgery.surgery.layers import FactorisedLayer, Kind
+from lrsurgery.surgery.ranks import RankSpec, break_even_rank
+
+Target: TypeAlias = RankSpec | Budget  # a policy decides each layer's rank by itself, a budget all of them together
+ALREADY = "already factorised"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurgeryOptions:
+    """What is to become of a model's layers. Raises SurgeryError for a value that no model could make right."""
+
+    target: Target
+    init: str = "spectral"
+    conv: str = "channel"
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    allow_larger: bool = False
+    seed: int = 0
+    min_speedup: float | None = None  # at which a layer is worth factorising, measured
+    svd: str = "auto"
+
+    def __post_init__(self) -> None:
+        get_init(self.init)
+        check_conv(self.conv)
+        check_engine(self.svd)
+        if isinstance(self.target, Budget):
+            for name, given in (("--min-speedup", self.min_speedup), ("--allow-larger", self.allow_larger or None)):
+                if given is not None:
+                    raise SurgeryError(
+                        f"{name} and --budget are both given: a budget shares out ranks that save parameters"
+                    )
+        if self.min_speedup is not None and not 0 < self.min_speedup < math.inf:
+            raise SurgeryError(f"min speedup {self.min_speedup}: write a number above 0, such as 1.0")
+        if self.seed < 0:
+            raise SurgeryError(f"seed {self.seed}: write an integer of at least 0")
+
+    @property
+    def budget(self) -> Budget | None:
+        return self.target if isinstance(self.target, Budget) else None
+
+
+def check_conv(conv: str) -> None:
+    """Raises PlanError that lists the schemes."""
+    if conv not in CONV_SCHEMES:
+        raise PlanError(f"unknown conv scheme '{conv}'; known: {', '.join(CONV_SCHEMES)}")
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A layer to factorise. `rank` is None while the policy waits for the singular values."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]  # of the dense weight
+    rows: int
+    columns: int
+    rank: int | None
+    bias: int  # parameters that stay as they are
+    across: int = 1  # positions of v's output for each of u's: the horizontal stride of a conv2d-spatial layer
+    predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
+
+    reason = None
+
+    @property
+    def layout(self) -> Kind:
+        return KINDS[self.kind]
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.rows, self.columns)
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns + self.bias
+
+    @property
+    def factorised_parameters(self) -> int | None:
+        return None if self.rank is None else self.rank * (self.rows + self.columns) + self.bias
+
+    @property
+    def flops(self) -> int:
+        """Of a token, or of a position of a conv's output: 2 a multiply-add."""
+        return 2 * self.rows * self.columns
+
+    @property
+    def factorised_flops(self) -> int | None:
+        return None if self.rank is None else 2 * self.rank * (self.rows + self.across * self.columns)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer, or a bare parameter, that stays dense, and why."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    reason: str
+
+
+Refusal: TypeAlias = "Callable[[Replacement], str | None]"  # why a layer of known rank stays dense, or None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rows in the model's own order."""
+
+    rows: tuple[Replacement | Kept, ...]
+    target: Target
+    allow_larger: bool
+    refuse: Refusal | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def replacements(self) -> tuple[Replacement, ...]:
+        return tuple(row for row in self.rows if isinstance(row, Replacement))
+
+    @property
+    def needs_spectra(self) -> bool:
+        return any(row.rank is None for row in self.replacements)
+
+    def decide(self, row: Replacement, values: Tensor) -> Replacement | Kept:
+        """The row once its singular values (full rank,) are known."""
+        assert isinstance(self.target, RankSpec), "a budget decides all ranks together"
+        rank = self.target.rank_of(row.name, row.rows, row.columns, values)
+        return _unless_refused(replace(row, rank=rank), self.allow_larger, self.refuse)
+
+    def with_rows(self, decided: Mapping[str, Replacement | Kept]) -> Plan:
+        """The same plan with these rows in place of those of the same name."""
+        return replace(self, rows=tuple(decided.get(row.name, row) for row in self.rows))
+
+
+def _unless_refused(row: Replacement, allow_larger: bool, refuse: Refusal | None) -> Replacement | Kept:
+    """The row, or why it stays dense at its rank; a rank that is not known yet is not judged."""
+    if row.rank is None:
+        return row
+    limit = break_even_rank(row.rows, row.columns)
+    reason = None
+    if row.rank > limit and not allow_larger:
+        reason = f"rank {row.rank} is over break-even ({limit})" if limit else "no rank saves parameters"
+    elif refuse is not None:
+        reason = refuse(row)
+    return row if reason is None else Kept(row.name, row.kind, row.shape, row.parameters, reason)
+
+
+def plan_rows(
+    model: nn.Module,
+    options: SurgeryOptions,
+    *,
+    heads: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
+    refuse: Refusal | None = None,
+) -> list[Replacement | Kept]:
+    """Decide for every layer of `model`, which may lie on the meta device.
+
+    `heads` are layer names that stay dense with the reason given, unless a rank override spells the name out; `tied`
+    maps a parameter's name to what it is tied to (parameters shared in memory are found by themselves); `refuse` has
+    the last word on each layer whose rank is known.
+
+    Raises PlanError for a glob that matches no layer; RankError for a rank above a layer's full rank.
+    """
+    spec = options.target if isinstance(options.target, RankSpec) else None
+    layers = list(_layers(model))
+    names = [name for name, *_ in layers]
+    overridden = [pattern for pattern, _ in spec.overrides] if spec else []
+    for option, patterns in (("include", options.include), ("exclude", options.exclude), ("rank", overridden)):
+        for pattern in patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                near = f"; layers are named like '{names[len(names) // 2]}'" if names else ""
+                raise PlanError(f"{option} '{pattern}' matches no layer{near}")
+    shared = _shared(model, tied or {})
+    rows: list[Replacement | Kept] = []
+    for name, module, weight in layers:
+        kind = kind_of(module, options.conv) if module is not None else None
+        own = sum(p.numel() for p in module.parameters(recurse=False)) if module is not None else weight.numel()
+        reason = _no_layer_reason(name, module, weight) or _reason_to_keep(
+            name, module, weight, kind, heads or {}, shared, options
+        )
+        if reason is not None:
+            shown = kind.name if kind else (type(module).__name__ if module is not None else "Parameter")
+            rows.append(Kept(name, shown, tuple(weight.shape), own, reason))
+            continue
+        assert kind is not None
+        matrix = kind.matrix_shape(weight.shape)
+        policy = spec.policy_for(name) if spec else None
+        rank = spec.rank_of(name, *matrix) if spec and policy and not policy.needs_spectrum else None
+        row = Replacement(
+            name, kind.name, tuple(weight.shape), *matrix, rank, own - weight.numel(), kind.v_per_u(module)
+        )
+        rows.append(_unless_refused(row, options.allow_larger, refuse))
+    return rows
+
+
+def make_plan(
+    model: nn.Module,
+    options: SurgeryOptions,
+    *,
+    heads: Mapping[str, str] | None = None,
+    tied: Mapping[str, str] | None = None,
+    refuse: Refusal | None = None,
+) -> Plan:
+    """The plan of `plan_rows`, which takes the same arguments.
+
+    Raises PlanError and RankError as it does, and PlanError where nothing at all would be factorised.
+    """
+    rows = plan_rows(model, options, heads=heads, tied=tied, refuse=refuse)
+    plan = Plan(tuple(rows), options.target, options.allow_larger, refuse)
+    if not plan.replacements:
+        reasons = sorted({row.reason for row in rows if isinstance(row, Kept)})
+        why = f" ({'; '.join(reasons[:4])}{'; ...' if len(reasons) > 4 else ''})" if reasons else ""
+        raise PlanError(f"nothing to factorise at {options.target.asked}: every layer stays dense{why}")
+    return plan
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
+    """(name, module, its largest parameter) of all that holds a matrix; module None for parameters of a container."""
+    inside: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, FactorisedLayer):
+            inside.append(name + ".")
+            yield name, module, module.v.weight
+            continue
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        own = {key: p for key, p in module.named_parameters(recurse=False) if p is not None and p.ndim >= 2}
+        if "weight" in own and not any(True for _ in module.children()):
+            if name:
+                yield name, module, own["weight"]
+            continue
+        for key, parameter in own.items():
+            yield f"{name}.{key}".lstrip("."), None, parameter
+
+
+def _shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
+    """Parameter name -> the other parameter that it is, for parameters used by more than one module."""
+    partner = dict(tied) | {other: name for name, other in tied.items()}
+    first: dict[int, tuple[str, int]] = {}
+    for module_name, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            name = f"{module_name}.{key}".lstrip(".")
+            seen = first.setdefault(id(parameter), (name, id(module)))
+            if seen[1] != id(module):
+                partner.setdefault(name, seen[0])
+                partner.setdefault(seen[0], name)
+    return partner
+
+
+def _no_layer_reason(name: str, module: nn.Module | None, weight: Tensor) -> str | None:
+    """Why a parameter is no layer that could be factorised."""
+    if module is None:
+        return (
+            "fused experts: one parameter of 3 axes"
+            if ".experts." in f".{name}" and weight.ndim == 3
+            else "a bare parameter, not a layer"
+        )
+    return ALREADY if isinstance(module, FactorisedLayer) else None
+
+
+def _reason_to_keep(
+    name: str,
+    module: nn.Module | None,
+    weight: Tensor,
+    kind: Kind | None,
+    heads: Mapping[str, str],
+    shared: Mapping[str, str],
+    options: SurgeryOptions,
+) -> str | None:
+    assert module is not None
+    spec = options.target if isinstance(options.target, RankSpec) else None
+    if f"{name}.weight" in shared:
+        return f"tied to {shared[f'{name}.weight'].removesuffix('.weight')}"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if kind is None:
+        return _no_form(module)
+    if not weight.is_floating_point() or weight.element_size() < 2:
+        return f"quantised weight ({str(weight.dtype).removeprefix('torch.')})"
+    if kind.no_form is not None and (reason := kind.no_form(module)) is not None:
+        return reason
+    if name in heads and not (spec and spec.names(name)):
+        return heads[name]
+    if not any(fnmatchcase(name, pattern) for pattern in options.include):
+        return "not included"
+    if any(fnmatchcase(name, pattern) for pattern in options.exclude):
+        return "excluded"
+    if spec and spec.policy_for(name) is None:
+        return "no rank given for it"
+    return None
+
+
+def _no_form(module: nn.Module) -> str:
+    name = type(module).__name__
+    for base in (nn.Linear, nn.Conv2d):
+        if isinstance(module, base):
+            return f"unknown subclass {name} of {base.__name__}"
+    return f"no factorised form for {name}"
+
+
+def find_heads(model: nn.Module) -> dict[str, str]:
+    """Names of the output heads and classifiers of a model, with the reason that the plan shows.
+
+    transformers models: the output embeddings and the layers outside the base model. timm models: `get_classifier()`.
+    Others: the last linear layer under a child that is named as torchvision names its heads.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    found: list[nn.Module] = []
+    base = getattr(model, "base_model", None)
+    anything: Any = model
+    if isinstance(base, nn.Module) and hasattr(model, "get_output_embeddings"):
+        output = anything.get_output_embeddings()
+        found += [output] if isinstance(output, nn.Module) else []
+        if base is not model:
+            inside = {id(module) for module in base.modules()}
+            found += [module for module in model.modules() if id(module) not in inside and kind_of(module, "channel")]
+    wrapped: Any = base if isinstance(base, nn.Module) else model
+    if callable(getattr(wrapped, "get_classifier", None)):
+        classifier = wrapped.get_classifier()
+        for part in classifier if isinstance(classifier, tuple | list) else [classifier]:
+            found += [m for m in part.modules() if kind_of(m, "channel")] if isinstance(part, nn.Module) else []
+    elif not isinstance(base, nn.Module):
+        for child in ("fc", "classifier", "head", "heads", "lm_head"):
+            part = getattr(model, child, None)
+            if isinstance(part, nn.Module):
+                found += [m for m in part.modules() if kind_of(m, "channel")][-1:]
+    return {names[id(module)]: "output head" for module in found if id(module) in names}
+
+
+def decide_all(plan: Plan, values_of: Callable[[Replacement], Tensor]) -> Plan:
+    """The plan with every rank known; `values_of` gives a row's singular values and is called only where needed."""
+    decided = {row.name: plan.decide(row, values_of(row)) for row in plan.replacements if row.rank is None}
+    return plan.with_rows(decided)

@@ -1,0 +1,239 @@
+"""Rank policies: how many singular directions a layer keeps.
+
+A policy maps a matrix (rows, columns) and, where it needs them, its singular values to a rank. To add one: a frozen
+dataclass with `rank_of`, a case in `parse_policy` and an entry in `READABLE`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
+
+from lrsurgery.errors import RankError
+from lrsurgery.linalg.spectrum import stable_rank
+from lrsurgery.units import finite
+
+READABLE = "a fraction of full rank such as 0.5, a rank such as 64, energy:0.9, params:0.5 or stable"
+
+
+@runtime_checkable
+class RankPolicy(Protocol):
+    """Chooses a rank between 1 and min(rows, columns)."""
+
+    @property
+    def needs_spectrum(self) -> bool:
+        """Whether `rank_of` reads the singular values, so that a plan needs the weights."""
+        ...
+
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+        """The rank for a (rows, columns) matrix with singular values `values` (full rank,), descending."""
+        ...
+
+
+def _clamp(rank: int, rows: int, columns: int) -> int:
+    return max(1, min(rank, rows, columns))
+
+
+@dataclass(frozen=True)
+class FractionRank:
+    """A fraction of full rank, rounded to the nearest integer (Kamalakara et al. 2022)."""
+
+    fraction: float
+    needs_spectrum = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction <= 1:
+            raise RankError(
+                f"rank {self.fraction:g}: a fraction of full rank lies in (0, 1]; write an integer for a rank"
+            )
+
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+        return _clamp(round(self.fraction * min(rows, columns)), rows, columns)
+
+    def __str__(self) -> str:
+        return repr(self.fraction)
+
+
+@dataclass(frozen=True)
+class AbsoluteRank:
+    """The same rank everywhere; matrices of a lower full rank are left as they are."""
+
+    rank: int
+    needs_spectrum = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise RankError(f"rank {self.rank}: a rank is at least 1")
+
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+        return _clamp(self.rank, rows, columns)
+
+    def __str__(self) -> str:
+        return str(self.rank)
+
+
+@dataclass(frozen=True)
+class EnergyRank:
+    """The smallest rank that keeps this share of the sum of squared singular values."""
+
+    energy: float
+    needs_spectrum = True
+
+    def __post_init__(self) -> None:
+        if not 0 < self.energy <= 1:
+            raise RankError(f"rank energy:{self.energy:g}: the energy kept lies in (0, 1]")
+
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+        assert values is not None, "an energy rank needs singular values"
+        squares = values.double().square()
+        total = squares.sum()
+        if total == 0:
+            return 1
+        kept = squares.cumsum(0) / total
+        # cumsum rounds: without the allowance energy:1.0 could ask for one direction too many or never be reached
+        return _clamp(int((kept < self.energy - 1e-12).sum()) + 1, rows, columns)
+
+    def __str__(self) -> str:
+        return f"energy:{self.energy!r}"
+
+
+@dataclass(frozen=True)
+class ParameterShare:
+    """The largest rank with at most this share of the dense layer's parameters (SVD-LLM's ratio)."""
+
+    share: float
+    needs_spectrum = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise RankError(f"rank params:{self.share:g}: the share of parameters lies in (0, 1]")
+
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+        return _clamp(math.floor(self.share * rows * columns / (rows + columns)), rows, columns)
+
+    def __str__(self) -> str:
+        return f"params:{self.share!r}"
+
+
+@dataclass(frozen=True)
+class StableRank:
+    """The stable rank ||W||_F^2 / ||W||_2^2, rounded up (Wang et al. 2023, Cuttlefish)."""
+
+    needs_spectrum = True
+
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+        assert values is not None, "the stable rank needs singular values"
+        return _clamp(math.ceil(stable_rank(values) - 1e-6), rows, columns)
+
+    def __str__(self) -> str:
+        return "stable"
+
+
+def parse_policy(text: str) -> RankPolicy:
+    """Reads `0.5`, `64`, `energy:0.9`, `params:0.5` or `stable`; an integer is a rank and `1.0` a fraction.
+
+    Raises RankError with what is readable.
+    """
+    text = text.strip()
+    if text == "stable":
+        return StableRank()
+    kind, colon, number = text.partition(":")
+    try:
+        if not colon:
+            return AbsoluteRank(int(text)) if text.lstrip("+-").isdigit() else FractionRank(finite(text))
+        if kind == "energy":
+            return EnergyRank(finite(number))
+        if kind == "params":
+            return ParameterShare(finite(number))
+    except RankError:
+        raise
+    except ValueError:
+        pass
+    raise RankError(f"rank '{text}' is not readable; write {READABLE}")
+
+
+@dataclass(frozen=True)
+class RankSpec:
+    """A default policy and overrides for the layers that match a glob; the last match wins."""
+
+    default: RankPolicy | None
+    overrides: tuple[tuple[str, RankPolicy], ...] = ()
+    multiple_of: int = 1
+
+    def __post_init__(self) -> None:
+        if self.multiple_of < 1:
+            raise RankError(f"multiple of {self.multiple_of}: write a positive integer")
+
+    def policy_for(self, name: str) -> RankPolicy | None:
+        """The policy for a layer, or None where neither a default nor a glob applies."""
+        for pattern, policy in reversed(self.overrides):
+            if fnmatchcase(name, pattern):
+                return policy
+        return self.default
+
+    def names(self, name: str) -> bool:
+        """Whether an override spells this layer's name out, with no wildcard."""
+        return any(pattern == name for pattern, _ in self.overrides)
+
+    def rank_of(self, name: str, rows: int, columns: int, values: Tensor | None = None) -> int:
+        """The rank for one layer, rounded to `multiple_of` and never above full rank.
+
+        Raises RankError where an override asks for more than the layer's full rank.
+        """
+        policy = self.policy_for(name)
+        assert policy is not None, name
+        full = min(rows, columns)
+        if isinstance(policy, AbsoluteRank) and policy.rank > full and self.names(name):
+            raise RankError(
+                f"{name}: rank {policy.rank} exceeds {full}, the full rank of ({rows}, {columns}); lower it"
+            )
+        rank = policy.rank_of(rows, columns, values)
+        if self.multiple_of > 1:
+            rank = max(self.multiple_of, round(rank / self.multiple_of) * self.multiple_of)
+        return min(rank, full)
+
+    @property
+    def asked(self) -> str:
+        """What was asked for, in words."""
+        return f"rank {self}"
+
+    def __str__(self) -> str:
+        parts = [str(self.default)] if self.default is not None else []
+        return " ".join([*parts, *(f"{pattern}={policy}" for pattern, policy in self.overrides)])
+
+
+RankLike: TypeAlias = "str | int | float | RankPolicy | RankSpec | list[str] | tuple[str, ...]"
+
+
+def parse_rank(rank: RankLike, multiple_of: int = 1) -> RankSpec:
+    """Reads the CLI's text, a number, a policy or a list of texts (`GLOB=VALUE` for single layers) into a RankSpec."""
+    if isinstance(rank, RankSpec):
+        return rank
+    if isinstance(rank, bool):
+        raise RankError(f"rank {rank} is not readable; write {READABLE}")
+    if isinstance(rank, int | float):
+        return RankSpec(AbsoluteRank(rank) if isinstance(rank, int) else FractionRank(rank), (), multiple_of)
+    if not isinstance(rank, str | list | tuple):
+        return RankSpec(rank, (), multiple_of)
+    default: RankPolicy | None = None
+    overrides: list[tuple[str, RankPolicy]] = []
+    for text in [rank] if isinstance(rank, str) else rank:
+        pattern, equals, value = text.rpartition("=")
+        if equals:
+            overrides.append((pattern.strip(), parse_policy(value)))
+        elif default is not None:
+            raise RankError(f"rank '{text}': a default rank is already given; write GLOB=VALUE for single layers")
+        else:
+            default = parse_policy(text)
+    if default is None and not overrides:
+        raise RankError(f"no rank given; write {READABLE}")
+    return RankSpec(default, tuple(overrides), multiple_of)
+
+
+def break_even_rank(rows: int, columns: int) -> int:
+    """The largest r with r (rows + columns) < rows * columns; 0 where even rank 1 saves nothing."""
+    return (rows * columns - 1) // (rows + columns)

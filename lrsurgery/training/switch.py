@@ -1,0 +1,174 @@
+"""The dense-to-factorised switch: a checkpoint of dense training, made one of factorised training.
+
+Kamalakara et al. 2022 (arXiv 2209.13569): train dense for a while, factorise by SVD, go on at half the learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from transformers import Trainer
+
+from lrsurgery.data.tasks import Subject
+from lrsurgery.factorise.memory import factorise_
+from lrsurgery.factorise.options import Options
+from lrsurgery.linalg.factors import Factors
+from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.layers import KINDS, factor_weights
+from lrsurgery.training.recipe import Recipe
+from lrsurgery.training.run_folder import LAYERS, mark_complete, step_of
+from lrsurgery.training.trainer import WEIGHTS, parameter_groups
+
+LINEAR = ("exp_avg", "momentum_buffer")  # running means of the gradient, which is linear in it
+SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # running means of its square
+
+Groups = list[tuple[list[str], dict[str, float]]]
+
+
+def surgery_of(recipe: Recipe) -> Options:
+    """What a recipe asks of `factorise`."""
+    return Options(
+        recipe.rank, recipe.init, recipe.conv, recipe.include, recipe.exclude, recipe.allow_larger, recipe.multiple_of,
+        recipe.seed,
+    )  # fmt: skip
+
+
+def factorise_subject_(subject: Subject, recipe: Recipe, folder: Path | None) -> None:
+    """Factorises a model within a run, and writes down in the run's `folder` which layers became what."""
+    options = surgery_of(recipe)
+    factorise_(
+        subject.body, rank=options.rank, init=options.init, conv=options.conv, include=options.include,
+        exclude=options.exclude, allow_larger=options.allow_larger, multiple_of=options.multiple_of, seed=options.seed,
+    )  # fmt: skip
+    layers = {name: [layer.kind, layer.rank] for name, layer in factorised_layers(subject.body).items()}
+    if folder is not None:
+        (folder / LAYERS).write_text(json.dumps(layers, indent=2) + "\n", encoding="utf-8")
+
+
+def give_structure_(subject: Subject, layers: Mapping[str, Any]) -> None:
+    """Factorised layers with room for weights that are loaded next."""
+    swap_(subject.body, {name: (kind, rank) for name, (kind, rank) in layers.items()})
+    for layer in factorised_layers(subject.body).values():
+        layer.to_empty(device="cpu")
+
+
+def switch_(subject: Subject, recipe: Recipe, dense: Path, run: Path, leads: bool) -> tuple[Path, list[str]]:
+    """Factorises the model in place, as each process does, and lets one write the checkpoint to go on from.
+
+    Returns that checkpoint, and the layers whose optimizer state was reset.
+    """
+    before = parameter_groups(subject.model, recipe, _decayed(subject))
+    factorise_subject_(subject, recipe, run if leads else None)
+    after = parameter_groups(subject.model, recipe, _decayed(subject))
+    target = run / "factorised" / dense.name
+    if not leads:
+        return target, []
+    partial = target.with_name(f"partial-{step_of(dense)}")
+    shutil.rmtree(partial, ignore_errors=True)
+    reset = write_switched(dense, partial, subject.model, before, after, recipe.switch_lr)
+    partial.rename(target)
+    mark_complete(target)
+    return target, reset
+
+
+def _decayed(subject: Subject) -> set[str]:
+    """What the Trainer decays: all but biases and norms."""
+    return set(Trainer.get_decay_parameter_names(None, subject.model))
+
+
+def write_switched(
+    dense: Path, target: Path, model: nn.Module, before: Groups, after: Groups, lr_scale: float
+) -> list[str]:
+    """Writes the checkpoint that factorised training begins with, out of the last one of dense training.
+
+    `model` is factorised by now; `before` and `after` are the parameter groups of both stages. The optimizer's state of
+    untouched parameters is kept. Of a replaced one, moments of the gradient G are projected to the factors, whose
+    gradients are G V^T and U^T G: first moments exactly, second moments as if the entries of G were uncorrelated. The
+    state of other optimizers is reset. Returns the layers whose state was reset.
+    """
+    target.mkdir(parents=True)
+    safetensors.torch.save_model(model, str(target / WEIGHTS))
+    optimizer = torch.load(dense / "optimizer.pt", map_location="cpu", weights_only=True)
+    switched, reset = switch_optimizer(optimizer, model, before, after, lr_scale)
+    torch.save(switched, target / "optimizer.pt")
+    scheduler = torch.load(dense / "scheduler.pt", map_location="cpu", weights_only=True)
+    torch.save(switch_schedule(scheduler, len(after), lr_scale), target / "scheduler.pt")
+    for file in (*dense.glob("rng_state*.pth"), *dense.glob("scaler.pt"), *dense.glob("training_args.bin")):
+        shutil.copyfile(file, target / file.name)
+    state = json.loads((dense / "trainer_state.json").read_text(encoding="utf-8"))
+    # the best dense model is no candidate for the best factorised one
+    state |= {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
+    (target / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    return reset
+
+
+def switch_optimizer(
+    saved: Mapping[str, Any], model: nn.Module, before: Groups, after: Groups, lr_scale: float
+) -> tuple[dict[str, Any], list[str]]:
+    """An optimizer's state dict for the factorised model's groups, and the layers that begin without state."""
+    places = [name for names, _ in before for name in names]
+    old = {name: saved["state"].get(index, {}) for index, name in enumerate(places)}
+    new: dict[str, dict[str, Any]] = dict(old)
+    reset = []
+    for name, layer in factorised_layers(model).items():
+        state = new.pop(f"{name}.weight", {})
+        factors = {f"{name}.{part}.weight": _projected(state, layer, part) for part in ("u", "v")}
+        if state and not any(factors.values()):
+            reset.append(name)
+        new |= {key: value for key, value in factors.items() if value}
+        if f"{name}.bias" in new:
+            new[f"{name}.u.bias"] = new.pop(f"{name}.bias")
+    template = saved["param_groups"][0]
+    state_by_index: dict[int, Any] = {}
+    groups = []
+    for names, settings in after:
+        indices = list(range(len(state_by_index), len(state_by_index) + len(names)))
+        for index, name in zip(indices, names, strict=True):
+            state_by_index[index] = new.get(name, {})
+        rates = {key: template[key] * lr_scale for key in ("lr", "initial_lr") if key in template}
+        groups.append({**template, **settings, **rates, "params": indices})
+    kept = {index: state for index, state in state_by_index.items() if state}
+    return {"state": kept, "param_groups": groups}, reset
+
+
+def _projected(state: Mapping[str, Any], layer: Any, part: str) -> dict[str, Any]:
+    """The state of one factor, from that of the dense weight; {} where it holds tensors of another meaning."""
+    found: dict[str, Any] = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            found[key] = value.clone() if isinstance(value, Tensor) else value
+        elif key in LINEAR or key in SQUARED:
+            found[key] = _project(value, layer, part, squared=key in SQUARED)
+        else:
+            return {}
+    return found
+
+
+@torch.no_grad()
+def _project(moment: Tensor, layer: Any, part: str, *, squared: bool) -> Tensor:
+    kind = KINDS[layer.kind]
+    u, v = (factor.detach().to("cpu", torch.float32) for factor in layer.factors)
+    if squared:
+        u, v = u.square(), v.square()
+    matrix = kind.to_matrix(moment.float())
+    weights = factor_weights(layer.kind, moment, Factors(matrix @ v.T, u.T @ matrix))
+    chosen: Tensor = weights[0 if part == "u" else 1]
+    return chosen.to(moment.dtype).contiguous()
+
+
+def switch_schedule(saved: Mapping[str, Any], groups: int, lr_scale: float) -> dict[str, Any]:
+    """A learning rate schedule's state dict that goes on where it was, scaled, for another number of groups."""
+    found = dict(saved)
+    for key in ("base_lrs", "_last_lr"):
+        if key in found:
+            found[key] = [found[key][0] * lr_scale] * groups
+    if isinstance(found.get("lr_lambdas"), Sequence):
+        found["lr_lambdas"] = [found["lr_lambdas"][0]] * groups
+    return found

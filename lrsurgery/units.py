@@ -1,0 +1,41 @@
+"""Numbers and sizes in bytes, as people write them."""
+
+from __future__ import annotations
+
+import math
+
+from lrsurgery.errors import OutputError
+
+UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "TIB": 2**40, "GIB": 2**30, "MIB": 2**20, "KIB": 2**10}
+
+
+def finite(text: str) -> float:
+    """A number. Raises ValueError, also for NaN and infinities."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(text)
+    return number
+
+
+def size_of(text: str) -> float:
+    """Bytes of `5GB`, `500MB`, `1GiB`, `10B` or a plain number. Raises ValueError."""
+    text = text.strip().upper()
+    unit = next((unit for unit in UNITS if text.endswith(unit)), "")
+    return finite(text.removesuffix(unit or "B")) * UNITS.get(unit, 1)
+
+
+def size_text(size: float) -> str:
+    """The same in the largest decimal unit that it reaches."""
+    unit = next((unit for unit in ("TB", "GB", "MB", "KB") if size >= UNITS[unit]), "")
+    return f"{size / UNITS.get(unit, 1):.15g}{unit}"
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB`, `1GiB` or a plain number. Raises OutputError."""
+    try:
+        size = int(size_of(text))
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise OutputError(f"shard size '{text}' is not readable; write a size such as 5GB or 500MB")
+    return size

@@ -1,0 +1,160 @@
+"""The program as people run it: a real process, its streams and its exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from support import zoo
+from typer.testing import CliRunner
+
+from lrsurgery import __version__
+from lrsurgery.cli.app import app
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    zoo.save_transformers("llama", folder)
+    return folder
+
+
+def program(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lrsurgery", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def in_process(*arguments: object) -> Any:
+    return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+
+def test_factorise_report_export_in_real_processes(model: Path, tmp_path: Path) -> None:
+    made = program("factorise", model, "--rank", "0.5", cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    folder = tmp_path / "tiny-llama-rank-0.5"
+    assert "Next: lrsurgery report tiny-llama-rank-0.5" in made.stderr
+    assert "model.layers.0.mlp.up_proj" in made.stdout
+    assert {"config.json", "model.safetensors", "rank_report.json", "README.md"} <= {p.name for p in folder.iterdir()}
+    assert "import lrsurgery.hf" in (folder / "README.md").read_text()
+
+    shown = program("report", folder, "--json")
+    written = json.loads((folder / "rank_report.json").read_text())
+    assert json.loads(shown.stdout) == {**written, "name": folder.name}
+
+    refused = program("factorise", model, "--rank", "0.5", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "already exists" in refused.stderr
+
+    exported = program("export", folder, "--to", "dense", "--output", tmp_path / "dense", "--json")
+    assert json.loads(exported.stdout)["output"] == str(tmp_path / "dense")
+    code = (
+        "import sys; from transformers import AutoModelForCausalLM as A;"
+        f"m, i = A.from_pretrained({str(tmp_path / 'dense')!r}, output_loading_info=True);"
+        "assert not i['missing_keys'] and not i['unexpected_keys']; assert 'lrsurgery' not in sys.modules"
+    )
+    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert plain.returncode == 0, plain.stderr
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys\n"
+        "from lrsurgery.cli.app import app\n"
+        "for words in (['--help'], ['factorise', '--help'], ['report', '--help'], ['export', '--help']):\n"
+        "    assert app(words, standalone_mode=False) in (None, 0)\n"
+        "heavy = {'torch', 'transformers', 'timm', 'numpy', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Examples" in done.stdout
+
+
+def test_version_and_completion_are_there() -> None:
+    assert in_process("--version").stdout == f"lrsurgery {__version__}\n"
+    assert "--install-completion" in in_process("--help").stdout
+
+
+def test_dry_run_reads_no_weights_and_writes_nothing(model: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "model"
+    copy.mkdir()
+    (copy / "config.json").write_bytes((model / "config.json").read_bytes())
+    # shapes alone: a file whose data cannot be read would fail any read
+    with safe_open(model / "model.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors["model.layers.0.mlp.up_proj.weight"][:] = float("nan")
+    from safetensors.torch import save_file
+
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    before = sorted(tmp_path.iterdir())
+    found = json.loads(in_process("factorise", copy, "--rank", "0.5", "--dry-run", "--json").stdout)
+    assert sorted(tmp_path.iterdir()) == before
+    rows = {row["name"]: row for row in found["layers"]}
+    up = rows["model.layers.0.mlp.up_proj"]
+    assert (up["shape"], up["full_rank"], up["rank"]) == ([96, 48], 48, 24)
+    assert (up["parameters_before"], up["parameters_after"]) == (96 * 48, 24 * (96 + 48))
+    assert rows["lm_head"]["reason"] == "output head"
+    assert rows["model.layers.0.self_attn.q_proj"]["reason"] == "rank 24 is over break-even (23)"
+    assert found["totals"]["parameters_before"] == sum(t.numel() for t in tensors.values())
+
+
+def test_dry_run_with_energy_agrees_with_the_run(model: Path, tmp_path: Path) -> None:
+    arguments = ("factorise", model, "--rank", "energy:0.7", "--rank", "*.up_proj=stable", "--json")
+    planned = json.loads(in_process(*arguments, "--dry-run").stdout)
+    made = json.loads(in_process(*arguments, "--output", tmp_path / "out").stdout)
+    assert [(r["name"], r["rank"]) for r in planned["layers"]] == [(r["name"], r["rank"]) for r in made["layers"]]
+    with safe_open(model / "model.safetensors", "pt") as file:
+        values = torch.linalg.svdvals(file.get_tensor("model.layers.0.mlp.down_proj.weight").double())
+    squares = values.square()
+    wanted = int((squares.cumsum(0) / squares.sum() < 0.7).sum()) + 1
+    row = next(r for r in made["layers"] if r["name"] == "model.layers.0.mlp.down_proj")
+    assert row["rank"] == wanted
+    assert row["energy_kept"] == pytest.approx(float(squares[:wanted].sum() / squares.sum()), rel=1e-5)
+    assert row["relative_error"] == pytest.approx((1 - row["energy_kept"]) ** 0.5, rel=1e-3)
+
+
+def test_quiet_says_nothing(model: Path, tmp_path: Path) -> None:
+    done = in_process("factorise", model, "--rank", "0.5", "--output", tmp_path / "out", "--quiet")
+    assert done.output == ""
+
+
+@pytest.mark.parametrize("init", ["spectral-ones", "he"])
+def test_init_that_gives_up_the_weights_says_so(init: str, model: Path, tmp_path: Path) -> None:
+    done = in_process("factorise", model, "--rank", "0.5", "--init", init, "--output", tmp_path / "out")
+    assert "must be trained again" in done.output
+    again = in_process("factorise", model, "--rank", "0.5", "--init", init, "--output", tmp_path / "again", "--json")
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "again"))
+    assert first == second
+    assert json.loads(again.stdout)["options"]["init"] == init
+
+
+def test_progress_bar_on_a_terminal_names_layers(model: Path, tmp_path: Path) -> None:
+    """Run under a pseudo-terminal, as a person would."""
+    import os
+    import pty
+
+    master, slave = pty.openpty()
+    command = [sys.executable, "-m", "lrsurgery", "factorise", str(model), "--rank", "0.5", "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    )
+    os.close(slave)
+    chunks = []
+    while True:
+        try:
+            chunks.append(os.read(master, 4096))
+        except OSError:  # how Linux says that the other end was closed
+            break
+    os.close(master)
+    text = b"".join(chunks).decode(errors="replace")
+    assert process.wait() == 0, text
+    assert "factorise" in text
+    assert "/10" in text
+    assert "Written to" in text

@@ -1,0 +1,147 @@
+"""Every promised architecture: factorised by the CLI, loaded by its own library, compared with the dense model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors import safe_open
+from support import zoo
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from typer.testing import CliRunner
+
+import lrsurgery.checkpoints.quantizer
+from lrsurgery.cli.app import app
+from lrsurgery.surgery.apply import factorised_layers
+
+
+def run(*arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def load(cls: Any, folder: Path) -> nn.Module:
+    """Loads and insists on a clean load."""
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not info[problem], (problem, info[problem])
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def assert_same_layers(factorised: nn.Module, dense: nn.Module) -> None:
+    originals = dict(dense.named_modules())
+    layers = factorised_layers(factorised)
+    assert layers
+    for name, layer in layers.items():
+        weight: Any = originals[name].weight
+        assert layer.weight.shape == weight.shape, name
+        assert (layer.weight - weight).norm() <= 1e-5 * weight.norm(), name
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def assert_tripwire(monkeypatch: pytest.MonkeyPatch, cls: Any, folder: Path) -> None:
+    """As in a process that never imported lrsurgery.hf."""
+    with monkeypatch.context() as patch:
+        patch.delitem(AUTO_QUANTIZER_MAPPING, "lrsurgery")
+        patch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "lrsurgery")
+        with pytest.raises(RuntimeError, match="mismatch"):
+            cls.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", zoo.TRANSFORMERS)
+def test_transformers_model(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = zoo.TRANSFORMERS[name]
+    cls = getattr(transformers, case.cls)
+    zoo.save_transformers(name, tmp_path / "dense")
+    dense = load(cls, tmp_path / "dense")
+    wanted = zoo.outputs(dense, case.inputs)
+
+    run("factorise", tmp_path / "dense", "--rank", "1.0", "--allow-larger", "--output", tmp_path / "full")
+    full = load(cls, tmp_path / "full")
+    assert_same_layers(full, dense)
+    assert_close(zoo.outputs(full, case.inputs), wanted, 1e-3)
+
+    report = run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
+    half = load(cls, tmp_path / "half")
+    assert set(factorised_layers(half)) == {r["name"] for r in report["layers"] if r["status"] == "factorised"}
+    found = zoo.outputs(half, case.inputs)
+    in_memory = load(cls, tmp_path / "dense")
+    lrsurgery.factorise_(in_memory, rank="0.5")
+    assert torch.equal(found, zoo.outputs(in_memory, case.inputs))
+    assert report["totals"]["parameters_after"] == half.num_parameters() <= dense.num_parameters()
+    assert report["totals"]["parameters_before"] == dense.num_parameters()
+    assert_tripwire(monkeypatch, cls, tmp_path / "half")
+
+    for saved, model in {"again": half, "memory": in_memory}.items():
+        model.save_pretrained(tmp_path / saved)
+        assert torch.equal(zoo.outputs(load(cls, tmp_path / saved), case.inputs), found)
+        assert_tripwire(monkeypatch, cls, tmp_path / saved)
+
+    run("export", tmp_path / "half", "--to", "dense", "--output", tmp_path / "back")
+    with monkeypatch.context() as patch:
+        patch.delitem(AUTO_QUANTIZER_MAPPING, "lrsurgery")
+        back = load(cls, tmp_path / "back")
+    assert not factorised_layers(back)
+    assert_close(zoo.outputs(back, case.inputs), found, 1e-4)
+    with (
+        safe_open(tmp_path / "dense/model.safetensors", "pt") as before,
+        safe_open(tmp_path / "back/model.safetensors", "pt") as after,
+    ):
+        assert set(before.keys()) == set(after.keys())
+
+
+@pytest.mark.parametrize("conv", ["channel", "spatial"])
+@pytest.mark.parametrize("name", zoo.TIMM)
+def test_timm_model(name: str, conv: str, tmp_path: Path) -> None:
+    import timm
+
+    zoo.save_timm(name, tmp_path / "dense")
+    pixels = zoo.images(name)
+    dense = timm.create_model(f"local-dir:{tmp_path / 'dense'}", pretrained=True).eval()
+
+    def logits(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            out = model(pixels)
+        return out.logits if hasattr(out, "logits") else out  # type: ignore[no-any-return]
+
+    common = ("--conv", conv, "--output")
+    run("factorise", tmp_path / "dense", "--rank", "1.0", "--allow-larger", *common, tmp_path / "full")
+    full = lrsurgery.load_model(tmp_path / "full")
+    assert_same_layers(full, dense)
+    assert_close(logits(full), logits(dense), 1e-3)
+
+    report = run("factorise", tmp_path / "dense", "--rank", "0.5", *common, tmp_path / "half")
+    half = lrsurgery.load_model(tmp_path / "half")
+    assert type(half) is type(dense)
+    in_memory = timm.create_model(f"local-dir:{tmp_path / 'dense'}", pretrained=True).eval()
+    lrsurgery.factorise_(in_memory, rank="0.5", conv=conv)
+    assert torch.equal(logits(half), logits(in_memory))
+    count = sum(p.numel() for p in half.parameters())
+    assert report["totals"]["parameters_after"] == count <= sum(p.numel() for p in dense.parameters())
+    with pytest.raises(RuntimeError, match="state_dict"):
+        timm.create_model(f"local-dir:{tmp_path / 'half'}", pretrained=True)
+
+    wrapper = load(transformers.AutoModelForImageClassification, tmp_path / "half")
+    # same weights to the bit; the convolution's rounding hangs on where in memory they lie
+    unwrapped = {key.removeprefix("timm_model."): value for key, value in wrapper.state_dict().items()}
+    assert unwrapped.keys() == half.state_dict().keys()
+    assert all(torch.equal(unwrapped[key], value) for key, value in half.state_dict().items())
+    assert_close(logits(wrapper), logits(half), 1e-4)
+    wrapper.save_pretrained(tmp_path / "again")
+    assert torch.equal(logits(lrsurgery.load_model(tmp_path / "again")), logits(half))
+
+    run("export", tmp_path / "half", "--to", "dense", "--output", tmp_path / "back")
+    back = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True).eval()
+    assert not factorised_layers(back)
+    assert_close(logits(back), logits(half), 1e-4)
+    assert_close(logits(load(transformers.AutoModelForImageClassification, tmp_path / "back")), logits(back), 1e-4)

@@ -1,0 +1,492 @@
+"""`factorise --calibration` and `--budget`, from data to checkpoint, on real text and images."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers as tf
+from safetensors import safe_open
+from safetensors.torch import save_file
+from support import tiny
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import lrsurgery
+from lrsurgery.calibration import collect as calibration
+from lrsurgery.calibration.collect import Memory, iter_collect_sequentially
+from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.factorise import calibrate
+from lrsurgery.factorise.options import Options
+from lrsurgery.progress import result_of
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.plan import make_plan
+from lrsurgery.surgery.ranks import parse_rank
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Models, data and statistics; nothing in it is changed."""
+    folder = tmp_path_factory.mktemp("calibration")
+    tiny.write_text(folder)
+    tiny.save_gpt2(folder / "gpt2", dropout=0.0)
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
+        vocab_size=tiny.VOCABULARY, max_position_embeddings=64,
+    )  # fmt: skip
+    tf.LlamaForCausalLM(config).save_pretrained(folder / "llama", max_shard_size="30KB")
+    tiny.tokenizer().save_pretrained(folder / "llama")
+    tiny.save_timm(folder / "resnet")
+    tiny.save_bert(folder / "bert", "BertForSequenceClassification", num_labels=2)
+    tiny.write_sentences(folder / "sentences.jsonl")
+    images = tiny.write_images(folder / "classes", count=4)
+    (folder / "images").mkdir()
+    for i, file in enumerate(sorted(images.rglob("*.png"))):  # no classes: calibration needs none
+        shutil.copy(file, folder / "images" / f"{i}.png")
+    done = tiny.run(
+        "factorise", folder / "gpt2", "--budget", 0.6, "--calibration", folder / "train.txt", "--samples", 6,
+        "--save-statistics", folder / "statistics", "--output", folder / "six", "--quiet",
+    )  # fmt: skip
+    assert done == 0
+    return folder
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    body: dict[str, Any] = json.loads((folder / "rank_report.json").read_text())
+    return body
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    return found
+
+
+def test_what_is_written_is_best_in_the_metric_of_the_statistics(place: Path) -> None:
+    """numpy's SVD of G^(1/2) W C^(1/2), with roots from eigenvectors, says what each layer lost."""
+    statistics, report = Statistics.read(place / "statistics"), report_of(place / "six")
+    dense, low_rank = tensors_of(place / "gpt2"), tensors_of(place / "six")
+    total = 0.0
+    for row in report["layers"]:
+        if row["status"] != "factorised":
+            continue
+        metric = statistics.metric(row["name"])
+        assert metric is not None
+        roots = []
+        for moment in metric:
+            assert moment is not None
+            values, vectors = np.linalg.eigh(moment.numpy())
+            roots.append((vectors * np.sqrt(values.clip(0))) @ vectors.T)
+        weight = dense[f"{row['name']}.weight"].double().numpy().T  # Conv1D keeps (in, out)
+        u, v = (low_rank[f"{row['name']}.{part}.weight"].double().numpy() for part in "uv")
+        tail = np.linalg.svd(roots[1] @ weight @ roots[0], compute_uv=False)[row["rank"] :]
+        lost = np.linalg.norm(roots[1] @ (weight - u @ v) @ roots[0]) ** 2
+        assert lost == pytest.approx((tail**2).sum(), rel=1e-3)
+        assert row["predicted_loss"] == pytest.approx(lost / 2, rel=1e-3)
+        assert row["weighted_error"] == pytest.approx(
+            np.sqrt(lost) / np.linalg.norm(roots[1] @ weight @ roots[0]), rel=1e-3
+        )
+        assert row["balance"] < 1e-4
+        error = np.linalg.norm(weight - u @ v) / np.linalg.norm(weight)
+        assert row["relative_error"] == pytest.approx(error, rel=1e-3)
+        total += row["predicted_loss"]
+    assert report["totals"]["predicted_loss"] == pytest.approx(total)
+    assert report["calibration"]["samples"] == 6
+    assert report["calibration"]["metric"] == "fisher"
+
+
+def parameters_kept(report: dict[str, Any]) -> tuple[int, int]:
+    """Of the matrices that could have been factorised, after and before."""
+    able = [row for row in report["layers"] if row["status"] == "factorised" or "budget" in (row["reason"] or "")]
+    assert able
+    bias = sum(row["parameters_before"] - int(np.prod(row["shape"])) for row in able)
+    after, before = (sum(row[f"parameters_{when}"] for row in able) - bias for when in ("after", "before"))
+    return after, before
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.6, 0.9])
+def test_a_budget_is_met_and_statistics_are_enough_for_another(
+    place: Path, tmp_path: Path, budget: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(calibration, "call", None)  # no model runs
+    out = tmp_path / "out"
+    done = tiny.run("factorise", place / "gpt2", "--budget", budget, "--statistics", place / "statistics", "-o", out,
+                    "--quiet")  # fmt: skip
+    assert done == 0
+    after, before = parameters_kept(report_of(out))
+    step = max(sum(row["shape"]) for row in report_of(out)["layers"] if row["kind"] == "conv1d")
+    assert budget * before - step < after <= budget * before
+    lrsurgery.load_model(out)
+    if budget == 0.6:
+        assert tensors_of(out).keys() == tensors_of(place / "six").keys()
+        assert all(torch.equal(tensor, tensors_of(place / "six")[key]) for key, tensor in tensors_of(out).items())
+
+
+def test_a_plan_says_what_surgery_then_reports(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("factorise", place / "gpt2", "--budget", 0.6, "--statistics", place / "statistics", "--json")
+    assert tiny.run(*command, "--dry-run") == 0
+    planned = json.loads(capsys.readouterr().out)
+    done = report_of(place / "six")
+    assert planned["totals"]["predicted_loss"] == pytest.approx(done["totals"]["predicted_loss"], rel=1e-3)
+    for row, other in zip(planned["layers"], done["layers"], strict=True):
+        assert (row["name"], row["rank"], row["status"]) == (other["name"], other["rank"], other["status"])
+
+
+def test_in_memory_and_from_folder_to_folder_are_one(place: Path) -> None:
+    model = lrsurgery.load_model(place / "gpt2")
+    lrsurgery.factorise_(model, budget=0.6, statistics=Statistics.read(place / "statistics"))
+    written = tensors_of(place / "six")
+    for name, layer in factorised_layers(model).items():
+        torch.testing.assert_close(layer.u.weight.detach(), written[f"{name}.u.weight"])
+        torch.testing.assert_close(layer.v.weight.detach(), written[f"{name}.v.weight"])
+
+
+def test_without_calibration_a_budget_goes_by_relative_energy(place: Path, tmp_path: Path) -> None:
+    """Compared with every pair of ranks of the two layers that are left in."""
+    model = nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 14))
+    values = [torch.linalg.svdvals(layer.weight.detach()).double().square() for layer in model]
+    tails = [[float(v[r:].sum() / v.sum()) for r in range(len(v) + 1)] for v in values]
+    costs = [(60, 16), (84, 20)]
+    options = [
+        [(r * rank, tail[r]) for r in range(1, (dense - 1) // rank + 1)] + [(dense, 0.0)]
+        for (dense, rank), tail in zip(costs, tails, strict=True)
+    ]
+    for share in (0.4, 0.6, 0.8, 0.95):
+        best = min(a[1] + b[1] for a in options[0] for b in options[1] if a[0] + b[0] <= share * 144)
+        low = copy.deepcopy(model)
+        lrsurgery.factorise_(low, budget=share)
+        lost = kept = 0.0
+        for i, layer in enumerate(low):
+            rank = getattr(layer, "rank", None)
+            lost += 0.0 if rank is None else tails[i][rank]
+            kept += costs[i][0] if rank is None else rank * costs[i][1]
+        assert kept <= share * 144
+        assert lost == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("conv", ["channel", "spatial"])
+def test_images_without_classes_calibrate_a_timm_model(place: Path, tmp_path: Path, conv: str) -> None:
+    done = tiny.run("factorise", place / "resnet", "--budget", "flops:0.5", "--calibration", place / "images", "--conv",
+                    conv, "--samples", 5, "-o", tmp_path / "out", "--quiet")  # fmt: skip
+    assert done == 0
+    report = report_of(tmp_path / "out")
+    assert report["totals"]["predicted_loss"] > 0
+    assert report["totals"]["layers_factorised"] > 3
+    assert any(row["kind"] == f"conv2d-{conv}" for row in report["layers"])
+    model = lrsurgery.load_model(tmp_path / "out")
+    assert model(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+@pytest.mark.parametrize("conv", ["channel", "spatial"])
+def test_a_budget_of_flops_is_what_torch_counts(conv: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, (3, 5), stride=2, padding=(1, 2)), nn.ReLU(),
+        nn.Conv2d(32, 48, 3, stride=(2, 1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 40),
+    )  # fmt: skip
+    x = torch.randn(4, 3, 16, 16)
+    statistics = lrsurgery.collect_statistics(model, [x], conv=conv)
+    low = copy.deepcopy(model)
+    lrsurgery.factorise_(low, budget="flops:0.5", statistics=statistics, conv=conv)
+    counts = []
+    for net in (model, low):
+        with FlopCounterMode(display=False) as counter:
+            net(x)
+        counts.append(counter.get_total_flops())
+    assert factorised_layers(low)
+    assert 0.48 < counts[1] / counts[0] <= 0.5
+
+
+def test_ranks_of_a_budget_are_the_multiples_that_were_asked_for(place: Path, tmp_path: Path) -> None:
+    done = tiny.run("factorise", place / "gpt2", "--budget", 0.6, "--multiple-of", 4, "--statistics",
+                    place / "statistics", "-o", tmp_path / "out", "--quiet")  # fmt: skip
+    assert done == 0
+    ranks = [row["rank"] for row in report_of(tmp_path / "out")["layers"] if row["status"] == "factorised"]
+    assert ranks
+    assert all(rank % 4 == 0 for rank in ranks)
+    after, before = parameters_kept(report_of(tmp_path / "out"))
+    assert after <= 0.6 * before
+
+
+def test_spectra_that_are_kept_are_those_of_their_metric(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LRSURGERY_CACHE", str(tmp_path / "cache"))
+
+    def ranks(*more: Any) -> list[int]:
+        assert tiny.run("factorise", place / "gpt2", "--rank", "energy:0.9", "--dry-run", "--json", *more) == 0
+        return [row["rank"] for row in json.loads(capsys.readouterr().out)["layers"]]
+
+    plain = ranks()
+    weighted = ranks("--statistics", place / "statistics")
+    assert weighted == ranks("--statistics", place / "statistics", "--no-cache") != plain
+    assert ranks() == plain
+
+
+def test_a_model_that_is_sure_of_all_it_sees_is_told_so(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(place / "resnet", tmp_path / "sure")
+    weights = tensors_of(tmp_path / "sure")
+    weights["fc.bias"][0] += 30.0
+    save_file(weights, tmp_path / "sure" / "model.safetensors")
+    for model, told in (("sure", True), ("resnet", False)):
+        folder = tmp_path if told else place
+        assert tiny.run("factorise", folder / model, "--budget", 0.5, "--calibration", place / "images", "--samples", 5,
+                        "-o", tmp_path / "out", "--overwrite") == 0  # fmt: skip
+        assert ("the model is sure of all that it sees" in capsys.readouterr().err) == told
+    assert report_of(tmp_path / "out")["totals"]["predicted_loss"] > 0
+
+
+def test_the_split_that_was_named_is_what_the_model_sees(place: Path, tmp_path: Path) -> None:
+    import datasets
+
+    lines = (place / "train.txt").read_text().splitlines()
+    held = lines[len(lines) // 2 :]
+    datasets.DatasetDict(
+        train=datasets.Dataset.from_dict({"text": lines}), held=datasets.Dataset.from_dict({"text": held})
+    ).save_to_disk(tmp_path / "both")
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in held))
+    seen = []
+    for data, more in (("both", ["--split", "held"]), ("held.jsonl", []), ("both", [])):
+        kept = tmp_path / f"statistics-{len(seen)}"
+        command = ("factorise", place / "gpt2", "--rank", 0.5, "--calibration", tmp_path / data, "--samples", 4, *more)
+        assert tiny.run(*command, "--save-statistics", kept, "-o", tmp_path / "out", "--overwrite", "--quiet") == 0
+        seen.append(Statistics.read(kept).moments("transformer.h.0.attn.c_attn").inputs)
+    torch.testing.assert_close(seen[0], seen[1])
+    assert not torch.allclose(seen[0], seen[2], rtol=0.01)
+
+
+def test_bytes_are_those_of_the_written_file(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert tiny.run("factorise", place / "gpt2", "--budget", "bytes:110KB", "--statistics", place / "statistics", "-o",
+                    out, "--quiet") == 0  # fmt: skip
+    written = sum(tensor.numel() * 4 for tensor in tensors_of(out).values())
+    assert 108_000 < written <= 110_000
+
+
+def test_sentences_are_padded_and_a_split_head_is_no_matter(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = (
+        "factorise",
+        place / "bert",
+        "--rank",
+        "params:0.6",
+        "--calibration",
+        place / "sentences.jsonl",
+        "--json",
+    )
+    assert tiny.run(*command, "--metric", "activations", "-o", out) == 0
+    report = report_of(out)
+    assert report["totals"]["predicted_loss"] is None  # there are no gradients to tell it by
+    assert all(row["weighted_error"] > 0 for row in report["layers"] if row["status"] == "factorised")
+
+
+def test_blocks_on_disk_give_the_same_factors(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that come and go with their blocks, run again by the backward pass, against the model in memory."""
+    command = ("factorise", place / "llama", "--rank", "params:0.5", "--calibration", place / "train.txt", "--samples",
+               4, "--block-size", 24, "--no-cache", "--quiet")  # fmt: skip
+    assert tiny.run(*command, "-o", tmp_path / "whole") == 0
+    original, runs = calibrate.load_offloaded, []
+
+    def counted(*args: Any) -> nn.Module:
+        model: Any = original(*args)
+        model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda *_: runs.append(1))
+        return model  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(calibrate, "load_offloaded", counted)
+    monkeypatch.setattr(calibrate, "_available", lambda device: 100_000)
+    monkeypatch.setattr(calibration, "split", lambda rows, limit: [list(rows)])  # another pass would draw anew
+    assert tiny.run(*command, "-o", tmp_path / "disk") == 0
+    assert len(runs) == 2  # one batch, whose blocks are run again on the way back: their weights are not kept
+    wanted, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "disk")
+    assert wanted.keys() == found.keys()
+    for key, tensor in wanted.items():
+        torch.testing.assert_close(found[key], tensor)
+
+
+def test_a_checkpoint_without_its_head_calibrates_under_one(place: Path, tmp_path: Path) -> None:
+    """GPT-2's head is its embedding, so that nothing is missing: the factors are those of the whole model's."""
+    model: Any = lrsurgery.load_model(place / "gpt2")
+    model.transformer.save_pretrained(tmp_path / "body")
+    tiny.tokenizer().save_pretrained(tmp_path / "body")
+    done = tiny.run("factorise", tmp_path / "body", "--budget", 0.6, "--task", "causal-lm", "--calibration",
+                    place / "train.txt", "--samples", 6, "-o", tmp_path / "out", "--quiet")  # fmt: skip
+    assert done == 0
+    wanted = tensors_of(place / "six")
+    found = {f"transformer.{key}": tensor for key, tensor in tensors_of(tmp_path / "out").items()}
+    assert found.keys() == wanted.keys() - {"lm_head.weight"}
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[key])
+
+
+def test_sequential_sees_blocks_after_those_before_are_replaced(place: Path) -> None:
+    model: Any = lrsurgery.load_model(place / "llama")
+    batches = [{"input_ids": torch.randint(0, tiny.VOCABULARY, (2, 20))} for _ in range(3)]
+    plan = make_plan(model, parse_rank(0.4), exclude=["lm_head"])
+    by_hand: dict[str, torch.Tensor] = {}
+    step = copy.deepcopy(model)
+    for i in range(3):
+        block = [f"model.layers.{i}.*"]
+        known = lrsurgery.collect_statistics(step, batches, metric="activations", include=block)
+        by_hand |= {name: known.moments(name).inputs for name in known.seen}
+        lrsurgery.factorise_(step, rank=0.4, include=block, statistics=known)
+    done = copy.deepcopy(model)
+    steps = iter_collect_sequentially(done, batches, plan, lambda name: None, init="spectral", seed=0, store=Memory())
+    found = result_of(steps)
+    assert set(found.seen) == set(by_hand)
+    for name, wanted in by_hand.items():
+        torch.testing.assert_close(found.moments(name).inputs, wanted, rtol=1e-4, atol=1e-5)
+    for name, layer in factorised_layers(step).items():
+        torch.testing.assert_close(factorised_layers(done)[name].weight + 0, layer.weight + 0, rtol=1e-3, atol=1e-5)
+
+
+def test_sequential_from_the_command_line_differs_and_loads(place: Path, tmp_path: Path) -> None:
+    command = ("factorise", place / "llama", "--budget", 0.6, "--calibration", place / "train.txt", "--samples", 4,
+               "--block-size", 24, "--quiet")  # fmt: skip
+    assert tiny.run(*command, "-o", tmp_path / "plain") == 0
+    assert tiny.run(*command, "--sequential", "-o", tmp_path / "sequential") == 0
+    plain, sequential = report_of(tmp_path / "plain"), report_of(tmp_path / "sequential")
+    assert [row["rank"] for row in plain["layers"]] == [row["rank"] for row in sequential["layers"]]
+    first, last = ([r["relative_error"] for r in report["layers"] if r["rank"]] for report in (plain, sequential))
+    assert first[0] == pytest.approx(last[0], rel=1e-4)  # nothing is before the first block
+    assert first[-1] != pytest.approx(last[-1], rel=1e-4)
+    lrsurgery.load_model(tmp_path / "sequential")
+
+
+@pytest.mark.parametrize("layers", [0, 2], ids=["before any layer", "after two"])
+def test_an_interrupted_job_goes_on_from_its_statistics(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], layers: int
+) -> None:
+    from lrsurgery.factorise import jobs
+
+    command = ("factorise", place / "gpt2", "--budget", 0.6, "--calibration", place / "train.txt", "--samples", 6,
+               "-o", tmp_path / "out", "--jobs", 1)  # fmt: skip
+    done: list[str] = []
+    real = jobs.decompose
+
+    def stop(row: Any, *args: Any, **options: Any) -> Any:
+        if len(done) == layers:
+            raise KeyboardInterrupt
+        done.append(row.name)
+        return real(row, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "decompose", stop)
+        assert tiny.run(*command) == 130
+    kept = "the statistics and 2 of 8 layers are kept" if layers else "the statistics are kept"
+    assert f"interrupted; {kept}: the same command with --resume goes on" in capsys.readouterr().err
+    monkeypatch.setattr(calibration, "call", None)  # no model runs
+    assert tiny.run(*command, "--resume") == 0
+    wanted = tensors_of(place / "six")
+    assert all(torch.equal(tensor, wanted[key]) for key, tensor in tensors_of(tmp_path / "out").items())
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_two_processes_write_what_one_does(place: Path, tmp_path: Path) -> None:
+    command = ["factorise", place / "gpt2", "--budget", 0.6, "--calibration", place / "train.txt", "--samples", 6, "-o",
+               tmp_path / "out"]  # fmt: skip
+    words = [str(word) for word in (*tiny.TORCHRUN, "-m", "lrsurgery", *command)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    wanted, found = tensors_of(place / "six"), tensors_of(tmp_path / "out")
+    assert wanted.keys() == found.keys()
+    for key, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[key])
+
+
+TEXT = ["--rank", "0.5", "--calibration", "{}/train.txt"]
+BAD: dict[str, tuple[list[str], str]] = {
+    "rank and budget": (["--rank", "0.5", "--budget", "0.5"], "rank and budget are both given"),
+    "neither": ([], "no rank and no budget is given"),
+    "budget unreadable": (["--budget", "half"], "budget 'half' is not readable; write a share"),
+    "budget out of reach": (
+        ["--budget", "0.001", "--statistics", "{}/statistics"], "the smallest that can be met is 0.",
+    ),
+    "budget of what": (["--budget", "0.5", "--budget-of", "world"], "it is of the layers or of the model"),
+    "metric unknown": ([*TEXT, "--metric", "cosine"], "unknown metric 'cosine'"),
+    "no samples": ([*TEXT, "--samples", "0"], "samples 0: write at least 1"),
+    "no data": (["--rank", "0.5", "--calibration", "{}/nothing.txt"], "nothing.txt: no such file or folder"),
+    "images for text": (["--rank", "0.5", "--calibration", "{}/images"], "which column holds the text?"),
+    "no statistics": (["--rank", "0.5", "--statistics", "{}/gpt2"], "gpt2: no statistics.json in it"),
+    "both": (["--rank", "0.5", "--statistics", "{}/s", "--calibration", "x.txt"], "are both given; leave one out"),
+    "another model": (
+        ["--rank", "0.5", "--statistics", "{}/statistics", "--model", "llama"], "take them anew, or --exclude it",
+    ),
+    "he": ([*TEXT, "--init", "he"], "--calibration would change nothing"),
+    "block too long": ([*TEXT, "--block-size", "99"], "longer than the 32 positions"),
+    "save over": ([*TEXT, "--save-statistics", "{}/statistics"], "is there already"),
+    "save into a file": ([*TEXT, "--save-statistics", "{}/train.txt/x"], "what it should lie in is a file"),
+    "speedup": (["--budget", "0.5", "--min-speedup", "1.0"], "--min-speedup and --budget are both given"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
+def test_bad_input_gets_one_line_and_leaves_nothing(
+    place: Path, tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [word.replace("{}", str(place)) for word in options]
+    model = "gpt2"
+    if "--model" in words:
+        at = words.index("--model")
+        model = words[at + 1]
+        del words[at : at + 2]
+    assert tiny.run("factorise", place / model, *words, "-o", tmp_path / "out") == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_damaged_statistics_name_the_file(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "statistics", tmp_path / "statistics")
+    file = sorted((tmp_path / "statistics").glob("*.safetensors"))[0]
+    body = bytearray(file.read_bytes())
+    body[-5] ^= 1
+    file.write_bytes(body)
+    command = (
+        "factorise",
+        place / "gpt2",
+        "--rank",
+        0.5,
+        "--statistics",
+        tmp_path / "statistics",
+        "-o",
+        tmp_path / "o",
+    )
+    assert tiny.run(*command) == 2
+    assert f"{file}: damaged" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
+
+
+def test_unused_experts_take_the_share_of_the_whole() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.used(x)  # type: ignore[no-any-return]
+
+    torch.manual_seed(0)
+    model = Routed()
+    statistics = lrsurgery.collect_statistics(model, [torch.randn(50, 16)])
+    lrsurgery.factorise_(model, budget=0.5, statistics=statistics)
+    assert model.unused.rank == 4  # 0.5 * 256 / 32
+    assert model.used.rank == 4
+
+
+def test_what_was_asked_for_is_recorded() -> None:
+    assert Options(None, budget="flops:0.5").recorded()["budget"] == "flops:0.5"
+    assert Options(None, budget=0.5).recorded()["rank"] is None
+    assert Options("params:0.5").recorded()["rank"] == "params:0.5"

@@ -1,0 +1,126 @@
+"""`evaluate` against independent sums, and through the program."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from support import tiny
+from torch.nn.functional import cross_entropy
+
+import lrsurgery
+from lrsurgery.measure.evaluate import evaluate
+from lrsurgery.training.recipe import DataOptions
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("evaluation")
+    tiny.write_text(folder)
+    tiny.save_gpt2(folder / "gpt2")
+    lrsurgery.factorise_checkpoint(folder / "gpt2", folder / "half", rank=0.5)
+    tiny.save_vit(folder / "vit")
+    tiny.write_images(folder / "images", count=5)
+    return folder
+
+
+def windows_by_hand(model: Any, ids: torch.Tensor, stride: int) -> tuple[float, int, int, int]:
+    """Summed loss, positions, top-1 and top-5 hits: one window at a time, no padding, in fp64 sums."""
+    total, count, top1, top5, scored, start = 0.0, 0, 0, 0, 0, 0
+    while scored < len(ids) - 1:
+        window = ids[start : start + tiny.BLOCK]
+        with torch.no_grad():
+            logits = model(input_ids=window[None]).logits[0, :-1]
+        first = 0 if start == 0 else tiny.BLOCK - stride - 1  # the token after a window's old part is scored by it
+        if stride == tiny.BLOCK:
+            first = 0
+        answers = window[1:][first:]
+        logits = logits[first:]
+        total += float(cross_entropy(logits, answers, reduction="sum").double())
+        best = logits.topk(5).indices
+        top1 += int((best[:, 0] == answers).sum())
+        top5 += int((best == answers[:, None]).sum())
+        count += len(answers)
+        scored = start + len(window) - 1
+        start += stride
+    return total, count, top1, top5
+
+
+@pytest.mark.parametrize("stride", [tiny.BLOCK, 8])
+@pytest.mark.parametrize("batch", [1, 7])
+def test_language_figures_are_exact(bench: Path, stride: int, batch: int) -> None:
+    found = evaluate(
+        str(bench / "gpt2"), str(bench / "valid.txt"), DataOptions(), stride=stride, batch_size=batch
+    ).values
+    model = tf.AutoModelForCausalLM.from_pretrained(bench / "gpt2").eval()
+    tokens = tf.AutoTokenizer.from_pretrained(bench / "gpt2")((bench / "valid.txt").read_text())["input_ids"]
+    total, count, top1, top5 = windows_by_hand(model, torch.tensor(tokens), stride)
+    assert found["scored"] == count
+    assert found["loss"] == pytest.approx(total / count, rel=1e-6)
+    assert found["top1"] == pytest.approx(top1 / count)
+    assert found["top5"] == pytest.approx(top5 / count)
+
+
+def test_image_figures_are_exact(bench: Path) -> None:
+    from PIL import Image
+
+    processor = tf.ViTImageProcessor.from_pretrained(bench / "vit")
+    model = tf.ViTForImageClassification.from_pretrained(bench / "vit").eval()
+    losses, hits = [], []
+    for label in range(3):
+        for file in sorted((bench / "images" / f"class{label}").glob("*.png")):
+            with torch.no_grad():
+                logits = model(**processor(Image.open(file), return_tensors="pt")).logits
+            losses.append(float(cross_entropy(logits, torch.tensor([label]))))
+            hits.append(int(logits.argmax()) == label)
+    found = evaluate(str(bench / "vit"), str(bench / "images"), DataOptions(), split="train", batch_size=4).values
+    assert found["scored"] == 15
+    assert found["loss"] == pytest.approx(sum(losses) / 15, rel=1e-4)
+    assert found["top1"] == pytest.approx(sum(hits) / 15)
+
+
+def test_the_program_puts_a_model_beside_another(bench: Path) -> None:
+    command = [
+        *tiny.PROGRAM, "evaluate", str(bench / "half"), "--data", str(bench / "valid.txt"), "--against",
+        str(bench / "gpt2"),
+    ]  # fmt: skip
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    dense, half = json.loads(done.stdout)["models"]
+    assert dense["parameters"] == sum(p.numel() for p in tf.AutoModel.from_pretrained(bench / "gpt2").parameters())
+    assert half["bytes"] == (bench / "half" / "model.safetensors").stat().st_size
+    assert half["parameters"] < dense["parameters"]
+    again = evaluate(str(bench / "half"), str(bench / "valid.txt"), DataOptions())
+    assert half["values"] == pytest.approx(again.values)
+    refused = subprocess.run([*command[:6], "nowhere.txt"], capture_output=True, text=True, check=False)
+    assert refused.returncode == 2
+    assert refused.stderr == "lrsurgery: nowhere.txt: no such file or folder\n"
+
+
+def test_the_program_heals_and_says_what_comes_next(bench: Path, tmp_path: Path) -> None:
+    command = [
+        *tiny.PROGRAM, "finetune", str(bench / "half"), "--data", str(bench / "train.txt"), "--eval-data",
+        str(bench / "valid.txt"), "--steps", "4", "--seed", "0", "--set", "adam_beta2=0.95",
+    ]  # fmt: skip
+
+    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    done = program(*command)
+    assert done.returncode == 0, done.stderr
+    assert "Written to half-finetuned" in done.stderr
+    assert "Next: lrsurgery report half-finetuned" in done.stderr
+    assert [line.split()[0] for line in done.stdout.strip().splitlines()] == ["model", "factorised", "healed"]
+    made = subprocess.run(
+        [*command, "--json", "--output", "other"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert json.loads(made.stdout)["stages"]["healed"]["scored"] > 0
+    shown = subprocess.run(
+        [*tiny.PROGRAM, "report", "other"], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    assert shown.returncode == 0, shown.stderr

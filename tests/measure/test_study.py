@@ -1,0 +1,271 @@
+"""Studies: what a recipe means, and real runs in processes of their own, stopped, sharded, failing and gone on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from support import tiny
+
+from lrsurgery.errors import RecipeError, StudyError
+from lrsurgery.files import alive
+from lrsurgery.measure.findings import cells, findings, spread_text
+from lrsurgery.measure.study import Study, iter_study, parse_shard, read_study
+
+SETTINGS = {
+    "model": "gpt2", "from_scratch": True, "data": "train.txt", "eval_data": "valid.txt", "block_size": 32,
+    "batch_size": 2, "steps": 3, "eval_steps": 3, "log_steps": 1, "rank": 0.5,
+}  # fmt: skip
+
+
+def write(folder: Path, **more: Any) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "study.yaml"
+    body = {"settings": SETTINGS, "grid": {"decay": ["none", "l2"], "seed": [0, 1]}, **more}
+    file.write_text(yaml.safe_dump({key: value for key, value in body.items() if value is not None}, sort_keys=False))
+    return file
+
+
+def program(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    command = [*tiny.PROGRAM, "study", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+
+
+# recipes
+
+
+def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
+    ways = {"fast": {"lr": 0.1}, "slow": {"lr": 0.01}}
+    grid = [{"decay": ["none"], "seed": [0, 1]}, {"way": ways, "rank": [4, "params:0.5"]}]
+    study = read_study(write(tmp_path, grid=grid))
+    assert [run.name for run in study.runs] == [
+        "decay-none_seed-0", "decay-none_seed-1", "way-fast_rank-4", "way-fast_rank-params-0.5", "way-slow_rank-4",
+        "way-slow_rank-params-0.5",
+    ]  # fmt: skip
+    assert study.axes == ["decay", "seed", "way", "rank"]
+    assert study.runs[3].axes == {"way": "fast", "rank": "params:0.5"}
+    assert (study.runs[3].settings["lr"], study.runs[3].settings["rank"]) == (0.1, "params:0.5")
+    assert study.runs[0].fingerprint != study.runs[1].fingerprint
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"grdi": {}}, "unknown key 'grdi'; did you mean 'grid'?"),
+        ({"grid": {"decya": ["none"]}}, "unknown setting 'decya'; did you mean 'decay'?"),
+        ({"grid": {"decay": "none"}}, "grid: decay: write a list of values, or names with their settings"),
+        ({"grid": {"decay": []}}, "grid: decay: has no values"),
+        ({"grid": {"decay": ["strong"]}}, "unknown decay 'strong'; known: frobenius, l2, none"),
+        ({"grid": {"way": {"a": {"lr": -1}}}}, "lr -1.0: write a number above 0"),
+        ({"grid": {"lr": [0.1, "0.1"]}}, "two runs are lr-0.1"),
+        ({"table": {"rows": ["width"]}}, "'width' is no axis of the grid; its axes: decay, seed"),
+        ({"table": {"column": "decay"}}, "unknown table's 'column'; did you mean 'columns'?"),
+        ({"prepare": [{"run": ["python"]}]}, "prepare: each step is 'creates: FILE' and 'run: "),
+        ({"settings": {**SETTINGS, "from_scratch": False, "config": {"n_embd": 8}}}, "config: changes the model's"),
+    ],
+)
+def test_a_recipe_that_is_wrong_is_named(tmp_path: Path, change: dict[str, Any], words: str) -> None:
+    file = write(tmp_path, **change)
+    with pytest.raises(RecipeError) as error:
+        read_study(file)
+    assert str(error.value).startswith(f"{file}: {words}")
+
+
+@pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "1/0", "-1/2"])
+def test_a_shard_is_one_of_several(text: str) -> None:
+    assert parse_shard("2/3") == (2, 3)
+    with pytest.raises(RecipeError, match="write I/N"):
+        parse_shard(text)
+
+
+def test_every_small_recipe_of_the_examples_is_right() -> None:
+    folder = Path(__file__).parents[2] / "examples" / "studies"
+    files = sorted(folder.glob("*.yaml"))
+    assert files
+    for file in files:
+        study = read_study(file)
+        assert len(study.runs) > 5, file
+        assert "seed" in study.axes
+
+
+def test_spreads_are_means_and_sample_deviations() -> None:
+    values = [10.0, 10.5, 11.25]
+    spread = {"mean": statistics.mean(values), "std": statistics.stdev(values), "n": 3}
+    assert spread_text(spread) == "10.58 ± 0.63 (3)"
+    assert spread_text({"mean": 12.3456789, "std": None, "n": 1}) == "12.346"
+    assert spread_text({"mean": 691674.0, "std": 0.0, "n": 3}) == "691,674 (3)"
+
+
+# real runs
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    tiny.write_text(folder)
+    tiny.save_gpt2(folder / "gpt2", dropout=0.0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def taken(root: Path) -> tuple[Study, Path, dict[str, Any]]:
+    """A study with a run that cannot work (no layer has this name), and what the command told of it."""
+    grid = [
+        {"decay": ["none", "frobenius"], "seed": [0, 1]},
+        {"decay": {"broken": {"rank": ["*.no_such_layer=4"]}}, "seed": [0]},
+    ]
+    plot = {"x": "decay", "y": "loss"}
+    file = write(root, grid=grid, about="A <b>small</b> study", table={"measures": ["loss", "entropy_rank"]}, plot=plot)
+    done = program(file, "--output", root / "out", "--json", "--jobs", 2)
+    assert done.returncode == 1, done.stderr
+    return read_study(file), root / "out", json.loads(done.stdout)
+
+
+def test_a_failed_run_is_told_and_stops_no_other(taken: tuple[Study, Path, dict[str, Any]]) -> None:
+    study, out, told = taken
+    assert (told["asked"], told["finished"]) == (5, 4)
+    (failed,) = told["failed"]
+    assert failed["name"] == "decay-broken_seed-0"
+    assert "no_such_layer" in failed["error"]
+    for run in study.runs[:4]:
+        folder = out / "runs" / run.name
+        assert {"recipe.yaml", "metrics.jsonl", "rank_report.json", "result.json"} <= {f.name for f in folder.iterdir()}
+        assert not (folder / "model").exists()
+    assert {f.name for f in out.iterdir()} == {
+        "study.yaml", "runs", "study.json", "table.md", "index.html", "plot.svg", "plot.png",
+    }  # fmt: skip
+
+
+def test_the_table_is_what_the_runs_measured(taken: tuple[Study, Path, dict[str, Any]]) -> None:
+    study, out, told = taken
+    for row in told["table"]:
+        decay = row["axes"]["decay"]
+        losses, ranks = [], []
+        for seed in (0, 1):
+            text = (out / "runs" / f"decay-{decay}_seed-{seed}" / "metrics.jsonl").read_text()
+            last = [json.loads(line) for line in text.splitlines() if '"eval"' in line][-1]
+            losses.append(last["eval"]["loss"])
+            ranks.append(statistics.mean(layer["entropy_rank"] for layer in last["layers"].values()))
+        assert row["runs"] == 2
+        assert row["measures"]["loss"] == pytest.approx(
+            {"mean": statistics.mean(losses), "std": statistics.stdev(losses), "n": 2}
+        )
+        assert row["measures"]["entropy_rank"]["mean"] == pytest.approx(statistics.mean(ranks))
+        assert losses[0] != losses[1]
+    headers, body = cells(study, told)
+    assert headers == ["decay", "loss", "entropy_rank"]
+    page = (out / "index.html").read_text()
+    for line in body:
+        assert all(f"<td>{cell}</td>" in page for cell in line)
+        assert f"| {' | '.join(line)} |" in (out / "table.md").read_text()
+    assert "A &lt;b&gt;small" in page
+    assert "http" not in page.replace("http://www.w3.org", "").replace("https://matplotlib.org", "").replace(
+        "http://purl.org", ""
+    ).replace("http://creativecommons.org", "")
+
+
+def test_going_on_repeats_no_finished_run(taken: tuple[Study, Path, dict[str, Any]]) -> None:
+    study, out, told = taken
+    results = {run.name: out / "runs" / run.name / "result.json" for run in study.runs}
+    before = {name: file.stat().st_mtime_ns for name, file in results.items()}
+    with pytest.raises(StudyError, match="--resume goes on with it"):
+        list(iter_study(study, out))
+    events = list(iter_study(study, out, resume=True))
+    assert [event.name for event in events] == ["decay-broken_seed-0"]  # tried again, and failed again
+    after = {name: file.stat().st_mtime_ns for name, file in results.items()}
+    assert {name for name in before if before[name] != after[name]} == {"decay-broken_seed-0"}
+    again = findings(study, [json.loads(file.read_text()) for file in results.values()], out)
+    assert again["table"] == told["table"]
+
+
+def test_a_killed_study_goes_on_with_the_shard_that_is_left(
+    root: Path, taken: tuple[Study, Path, dict[str, Any]]
+) -> None:
+    _, _, told = taken
+    paths = {key: str(root / str(SETTINGS[key])) for key in ("model", "data", "eval_data")}
+    file = write(root / "again", settings={**SETTINGS, **paths}, grid={"decay": ["none"], "seed": [0, 1]})
+    out = root / "killed"
+    process = subprocess.Popen(
+        [*tiny.PROGRAM, "study", str(file), "--output", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    first = out / "runs" / "decay-none_seed-0"
+    deadline = time.monotonic() + 120
+    while not (first / "result.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    second = out / "runs" / "decay-none_seed-1" / "process"
+    while not second.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    left = int(second.read_text().split()[1])
+    os.kill(left, signal.SIGSTOP)
+    process.kill()
+    process.wait()
+    refused = program(file, "--output", out, "--resume")  # not two at one run
+    assert refused.returncode == 2, refused.stderr
+    assert f"decay-none_seed-1: is still at work in process {left}" in refused.stderr
+    os.kill(left, signal.SIGKILL)
+    while alive(str(left)) and time.monotonic() < deadline:  # its memory takes a moment to be given back
+        time.sleep(0.05)
+    assert (first / "result.json").exists()
+    kept = (first / "result.json").stat().st_mtime_ns
+    whole = program(file, "--output", out, "--shard", "2/2", "--json")
+    assert whole.returncode == 0, whole.stderr
+    found = json.loads(whole.stdout)
+    assert (found["finished"], (first / "result.json").stat().st_mtime_ns) == (2, kept)
+    # the same runs as the other study's: a run does not depend on what was done around it
+    mine = {run["name"]: run["measures"]["loss"] for run in found["runs"]}
+    theirs = {run["name"]: run["measures"]["loss"] for run in told["runs"] if run["measures"]}
+    assert mine == pytest.approx({name: theirs[name] for name in mine}, rel=1e-6)  # threads differ
+
+
+def test_a_process_that_nobody_waited_for_is_not_at_work() -> None:
+    """A killed study's run is its parent's to bury; in a container that may be nobody."""
+    assert alive(str(os.getpid()))
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert not alive(str(process.pid))
+    process.wait()
+    assert not alive(str(process.pid))
+
+
+def test_an_interrupted_study_keeps_what_its_run_has_saved(root: Path) -> None:
+    """With a model that the study reshapes, and Ctrl-C in the middle of a run."""
+    settings = {key: str(root / str(SETTINGS[key])) for key in ("model", "data", "eval_data")}
+    settings = {**SETTINGS, **settings, "config": {"n_embd": 16}, "steps": 4000, "save_steps": 2, "eval_steps": 4000}
+    out = root / "stopped" / "out"
+    command = [*tiny.PROGRAM, "study", str(write(out.parent, settings=settings, grid={"seed": [0]})), "--output", out]
+    run = out / "runs" / "seed-0" / "model.run"
+
+    def saved() -> int:
+        """The last step that is saved whole."""
+        marks = run.glob("*/checkpoint-*/complete")
+        return max((int(mark.parent.name.rpartition("-")[2]) for mark in marks), default=0)
+
+    def stopped_later(number: signal.Signals, *more: str) -> tuple[int, str]:
+        """(exit code, what it said) of the study, stopped once it has saved more than before."""
+        than, deadline = saved(), time.monotonic() + 120
+        process = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, text=True)
+        while saved() <= than:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=60)
+        return process.returncode, said
+
+    code, said = stopped_later(signal.SIGINT)
+    assert (code, said.count("\n")) == (130, 1)
+    assert "0 of 1 runs are finished" in said
+    assert "--resume goes on" in said
+    stopped_later(signal.SIGTERM, "--resume")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [record["step"] for record in records if "loss" in record]
+    assert steps == list(range(1, len(steps) + 1))  # it went on, and did not begin anew

@@ -1,0 +1,181 @@
+"""Plans: what is chosen, what stays dense and why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support import zoo
+from torch import nn
+
+import lrsurgery
+from lrsurgery.errors import PlanError, RankError
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, find_heads, make_plan
+from lrsurgery.surgery.ranks import parse_rank
+
+
+def plan(model: nn.Module, rank: Any = 0.5, **options: Any) -> Plan:
+    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
+    return make_plan(model, parse_rank(rank), heads=find_heads(model), tied=tied, **options)
+
+
+def reasons(found: Plan) -> dict[str, str]:
+    return {row.name: row.reason for row in found.rows if isinstance(row, Kept)}
+
+
+class Mixed(nn.Module):
+    """One of everything that must not be factorised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(30, 16)
+        self.wide = nn.Linear(16, 64)
+        self.attention = nn.MultiheadAttention(16, 2)
+        self.grouped = nn.Conv2d(16, 16, 3, groups=4)
+        self.depthwise = nn.Conv2d(16, 16, 3, groups=16)
+        self.conv1d = nn.Conv1d(16, 16, 3)
+        self.tiny = nn.Linear(1, 8)
+        self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 64))
+        self.table = nn.Parameter(torch.zeros(4, 5))
+        self.fc = nn.Linear(16, 10)
+
+
+def test_what_stays_dense_says_why() -> None:
+    found = plan(Mixed())
+    assert [row.name for row in found.replaced] == ["wide"]
+    assert reasons(found) == {
+        "table": "a bare parameter, not a layer",
+        "embed": "embedding",
+        "attention.in_proj_weight": "a bare parameter, not a layer",
+        "attention.out_proj": "unknown subclass NonDynamicallyQuantizableLinear of Linear",
+        "grouped": "grouped convolution",
+        "depthwise": "depthwise convolution",
+        "conv1d": "no factorised form for Conv1d",
+        "tiny": "no rank saves parameters",
+        "normed.parametrizations.weight.original0": "a bare parameter, not a layer",
+        "normed.parametrizations.weight.original1": "a bare parameter, not a layer",
+        "fc": "output head",
+    }
+
+
+def test_every_matrix_of_a_model_is_in_its_plan() -> None:
+    """Nothing is skipped silently: the rows account for every parameter of two axes or more."""
+    for name in zoo.TRANSFORMERS:
+        model = zoo.build_transformers(name)
+        rows = {row.name for row in plan(model).rows}
+        seen: set[int] = set()
+        for key, parameter in model.named_parameters():
+            if parameter.ndim >= 2 and id(parameter) not in seen:
+                seen.add(id(parameter))
+                assert key in rows or key.removesuffix(".weight") in rows, (name, key)
+
+
+def test_counts_match_the_model_after_surgery() -> None:
+    model = zoo.build_timm("resnet18")
+    found = plan(model, "params:0.4")
+    before = sum(p.numel() for p in model.parameters())
+    saved = sum(row.parameters - (row.factorised_parameters or 0) for row in found.replaced)
+    lrsurgery.factorise_(model, rank="params:0.4")
+    assert sum(p.numel() for p in model.parameters()) == before - saved
+
+
+def test_fused_experts_stay_dense() -> None:
+    assert "fused experts: one parameter of 3 axes" in reasons(plan(zoo.build_transformers("mixtral"))).values()
+
+
+def test_tied_head_and_embedding_stay_dense() -> None:
+    found = reasons(plan(zoo.build_transformers("gpt2")))
+    assert found["lm_head"] == "tied to transformer.wte"
+    assert found["transformer.wte"] == "tied to lm_head"
+
+
+def test_harmless_subclasses_are_factorised_and_unknown_ones_are_not() -> None:
+    """timm's Linear and Falcon's compute what nn.Linear does; a subclass of theirs may not."""
+    from timm.layers import Linear
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    class Other(Linear):  # type: ignore[misc]
+        pass
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear(16, 64), FalconLinear(64, 16), Other(16, 64)).eval()
+    x = torch.randn(3, 16)
+    wanted = model(x)
+    assert reasons(plan(model, 1.0, allow_larger=True)) == {"2": "unknown subclass Other of Linear"}
+    lrsurgery.factorise_(model, rank=1.0, allow_larger=True)
+    assert (model(x) - wanted).abs().max() <= 1e-5
+
+
+def test_head_of_a_known_subclass_is_an_output_head() -> None:
+    found = reasons(plan(zoo.build_timm("mobilenetv3_small_100")))
+    assert found["classifier"] == "output head"
+
+
+def test_parameters_shared_in_memory_are_tied() -> None:
+    model = nn.Sequential(nn.Linear(16, 64, bias=False), nn.Linear(16, 64, bias=False), nn.Linear(64, 16))
+    model[1].weight = model[0].weight
+    assert reasons(plan(model)) == {"0": "tied to 1", "1": "tied to 0"}
+
+
+def test_head_is_factorised_only_where_its_name_is_spelled_out() -> None:
+    model = zoo.build_transformers("bert")
+    model.config.tie_word_embeddings = False
+    classifier = zoo.build_transformers("distilbert")
+    assert reasons(plan(classifier, ["0.5", "*=0.25"]))["pre_classifier"] == "output head"
+    named = plan(classifier, ["0.5", "pre_classifier=0.25"])
+    assert [row.rank for row in named.replaced if row.name == "pre_classifier"] == [12]
+
+
+def test_torchvision_style_heads_are_found() -> None:
+    import torchvision
+
+    assert set(find_heads(torchvision.models.resnet18())) == {"fc"}
+    with torch.device("meta"):
+        assert set(find_heads(torchvision.models.vgg11())) == {"classifier.6"}
+
+
+def test_break_even_keeps_a_layer_unless_larger_is_allowed() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 256))
+    assert reasons(plan(model)) == {"0": "rank 32 is over break-even (31)"}
+    assert len(plan(model, allow_larger=True).replaced) == 2
+
+
+def test_globs_choose_layers() -> None:
+    model = zoo.build_transformers("llama")
+    found = plan(model, include=["*.mlp.*"], exclude=["*.1.*"])
+    assert {row.name for row in found.replaced} == {
+        f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")
+    }
+    assert reasons(found)["model.layers.1.mlp.up_proj"] == "excluded"
+    assert reasons(found)["model.layers.0.self_attn.k_proj"] == "not included"
+
+
+@pytest.mark.parametrize("options", [{"include": ["x*"]}, {"exclude": ["x*"]}, {"rank": ["0.5", "x*=3"]}], ids=str)
+def test_glob_that_matches_nothing_is_an_error(options: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match=r"'x\*' matches no layer"):
+        plan(zoo.build_transformers("llama"), **options)
+
+
+def test_plan_with_nothing_in_it_is_an_error() -> None:
+    with pytest.raises(PlanError, match="nothing to factorise"):
+        plan(nn.Sequential(nn.Linear(8, 8)), 0.9)
+
+
+def test_unknown_conv_scheme_lists_the_known() -> None:
+    with pytest.raises(PlanError, match="channel, spatial"):
+        plan(nn.Sequential(nn.Linear(8, 64)), conv="depth")
+
+
+def test_named_rank_above_full_rank_is_an_error() -> None:
+    with pytest.raises(RankError, match="0: rank 900 exceeds 8"):
+        plan(nn.Sequential(nn.Linear(8, 64)), "0=900")
+
+
+def test_energy_policy_waits_for_values() -> None:
+    found = plan(nn.Sequential(nn.Linear(8, 64)), "energy:0.5")
+    assert found.needs_spectra
+    (row,) = found.replaced
+    settled = found.settle(row, torch.tensor([10.0] + [0.1] * 7))
+    assert isinstance(settled, Replacement)
+    assert settled.rank == 1

@@ -1,0 +1,119 @@
+"""Rank policies against brute force over all ranks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lrsurgery.errors import RankError
+from lrsurgery.surgery.ranks import (
+    AbsoluteRank,
+    EnergyRank,
+    FractionRank,
+    ParameterShare,
+    RankPolicy,
+    StableRank,
+    break_even_rank,
+    entropy_rank,
+    nuclear_rank,
+    parse_policy,
+    parse_rank,
+    stable_rank,
+)
+
+SIZES = st.integers(1, 300)
+
+
+@pytest.mark.parametrize(
+    ("text", "policy"),
+    [
+        ("0.5", FractionRank(0.5)),
+        ("1.0", FractionRank(1.0)),
+        ("1", AbsoluteRank(1)),
+        ("64", AbsoluteRank(64)),
+        ("energy:0.9", EnergyRank(0.9)),
+        ("params:0.5", ParameterShare(0.5)),
+        ("stable", StableRank()),
+    ],
+)
+def test_text_is_read_without_ambiguity(text: str, policy: RankPolicy) -> None:
+    assert parse_policy(text) == policy
+    assert parse_policy(str(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0", "-1", "1.5", "0.0", "abc", "", "nan", "inf", "energy:", "energy:2", "params:0", "energy:nan", "median:3"],
+)
+def test_unreadable_text_is_one_line(text: str) -> None:
+    with pytest.raises(RankError) as error:
+        parse_policy(text)
+    assert "\n" not in str(error.value)
+
+
+@given(SIZES, SIZES)
+def test_break_even_is_the_last_rank_that_saves(rows: int, columns: int) -> None:
+    saving = [r for r in range(1, min(rows, columns) + 1) if r * (rows + columns) < rows * columns]
+    assert min(break_even_rank(rows, columns), rows, columns) == max(saving, default=0)
+
+
+@given(SIZES, SIZES, st.floats(0.01, 1))
+def test_parameter_share_is_the_largest_rank_within_it(rows: int, columns: int, share: float) -> None:
+    rank = ParameterShare(share).rank_of(rows, columns)
+    assert 1 <= rank <= min(rows, columns)
+    assert rank == 1 or rank * (rows + columns) <= share * rows * columns
+    assert rank == min(rows, columns) or (rank + 1) * (rows + columns) > share * rows * columns
+
+
+@given(st.lists(st.floats(1e-3, 10), min_size=1, max_size=30), st.floats(0.01, 1))
+def test_energy_rank_is_the_smallest_that_keeps_it(values: list[float], energy: float) -> None:
+    spectrum = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+    rank = EnergyRank(energy).rank_of(len(values), len(values), spectrum)
+    squares = spectrum.square()
+    assert squares[:rank].sum() >= (energy - 1e-9) * squares.sum()
+    assert rank == 1 or squares[: rank - 1].sum() < (energy + 1e-9) * squares.sum()
+
+
+@given(SIZES, SIZES, st.sampled_from([0.1, 0.5, 1.0]), st.integers(1, 32))
+def test_multiples_never_exceed_full_rank(rows: int, columns: int, fraction: float, multiple: int) -> None:
+    rank = parse_rank(fraction, multiple).rank_of("layer", rows, columns)
+    assert 1 <= rank <= min(rows, columns)
+    assert rank % multiple == 0 or rank == min(rows, columns)
+
+
+def test_last_match_wins() -> None:
+    spec = parse_rank(["0.5", "h.*=8", "h.1.*=params:0.25"])
+    assert spec.policy_for("h.0.fc") == AbsoluteRank(8)
+    assert spec.policy_for("h.1.fc") == ParameterShare(0.25)
+    assert spec.policy_for("other") == FractionRank(0.5)
+
+
+def test_globs_alone_leave_the_rest() -> None:
+    assert parse_rank("h.*=8").policy_for("other") is None
+
+
+def test_two_defaults_are_refused() -> None:
+    with pytest.raises(RankError, match="already given"):
+        parse_rank(["0.5", "64"])
+
+
+def test_named_layer_beyond_its_full_rank_says_the_bound() -> None:
+    with pytest.raises(RankError, match=r"h\.0\.fc: rank 900 exceeds 768, the full rank of \(2304, 768\)"):
+        parse_rank("h.0.fc=900").rank_of("h.0.fc", 2304, 768)
+
+
+def test_effective_ranks_by_hand() -> None:
+    values = torch.tensor([2.0, 1.0, 1.0])
+    assert nuclear_rank(values) == pytest.approx(2.0)
+    assert stable_rank(values) == pytest.approx(1.5)
+    assert entropy_rank(values) == pytest.approx(2 ** (0.5 * 1 + 0.25 * 2 + 0.25 * 2))
+    assert entropy_rank(torch.ones(7)) == pytest.approx(7)
+    assert nuclear_rank(torch.zeros(3)) == stable_rank(torch.zeros(3)) == entropy_rank(torch.zeros(3)) == 0
+
+
+@pytest.mark.parametrize("rank", [True, 0, 1.5, -0.5])
+def test_bad_numbers_are_refused(rank: float) -> None:
+    with pytest.raises(RankError):
+        parse_rank(rank)
