@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from lrsurgery.progress import Note, Result, result_of
+from lrsurgery.progress import Listener, TrainingStep
 
 if TYPE_CHECKING:
-    from lrsurgery.training.callbacks import Event
+    from lrsurgery.files import Json
 
 PIPED_WIDTH = 160  # lines of a pipe or a file need not fold at rich's 80
 
@@ -35,92 +35,86 @@ class Screen:
         if not self.quiet:
             self.err.print(text, markup=False)
 
-    def show(self, *things: Any) -> None:
+    def show(self, *things: RenderableType) -> None:
         """A command's result for people; nothing with `--json`."""
         if not (self.quiet or self.as_json):
             for thing in things:
                 self.out.print(thing, markup=False) if isinstance(thing, str) else self.out.print(thing)
 
-    def emit(self, body: dict[str, Any]) -> None:
+    def emit(self, body: Json) -> None:
         """A command's result for programs: one JSON object, only with `--json`."""
         if self.as_json:
             sys.stdout.write(json.dumps(body, indent=2) + "\n")
 
-    def follow(self, steps: Generator[Any, None, Result], verb: str) -> Result:
-        """Runs a job under a live bar (layer, done/total, time left), shown on a terminal only."""
-        if self.quiet or not self.err.is_terminal:
-            return result_of(steps, self._note)
-        columns = (
-            TextColumn(verb), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[layer]}"),
-        )  # fmt: skip
-        with Progress(*columns, console=self.err, transient=True) as bar:
-            task = bar.add_task(verb, total=None, layer="reading")
-
-            def show(event: Any) -> None:
-                self._note(event)
-                if not isinstance(event, Note):
-                    bar.update(task, completed=event.done, total=event.total, layer=event.name)
-
-            return result_of(steps, show)
-
-    def _note(self, event: Any) -> None:
-        if isinstance(event, Note):
-            self.say(f"Note: {event.text}")
+    def follow(self, verb: str) -> LiveListener:
+        """A listener to hand to a job, as a context: it draws bars on a terminal, and prints lines anywhere."""
+        return LiveListener(self, verb)
 
 
-class TrainingScreen:
-    """What a run tells, as it goes: a live bar on a terminal; a line for each stage, evaluation and note anywhere."""
+class LiveListener(Listener):
+    """Shows what a job reports: live bars on a terminal; a line for each note, stage and evaluation anywhere."""
 
-    def __init__(self, screen: Screen) -> None:
-        self._screen = screen
+    def __init__(self, screen: Screen, verb: str) -> None:
+        self._screen, self._verb = screen, verb
         self._live = screen.err.is_terminal and not screen.quiet
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
             TextColumn("{task.fields[facts]}"),
-        )  # fmt: skip
+        )
         self._bar = Progress(*columns, console=screen.err, transient=True, disable=not self._live)
-        self._training: Any = None
-        self._evaluating: Any = None
+        self._job: TaskID | None = None
+        self._training: TaskID | None = None
+        self._evaluating: TaskID | None = None
         self._begun, self._first = 0.0, 0
 
-    def __enter__(self) -> Callable[[Event], None]:
+    def __enter__(self) -> LiveListener:
         if self._live:  # rich's bars, even disabled, leave an empty line
             self._bar.start()
-        return self.tell
+        return self
 
     def __exit__(self, *_: object) -> None:
         if self._live:
             self._bar.stop()
 
-    def tell(self, event: Event) -> None:
-        """One thing that happened."""
-        if event.kind == "note":
-            self._screen.say(f"Note: {event.text}")
-        elif event.kind == "stage":
-            self._begun, self._first = time.monotonic(), event.step
-            what = {"dense": "training dense", "factorised": "training low rank"}[event.stage]
-            self._screen.say(f"{what}, step {event.step} to {event.total}")
-            if self._training is not None:
-                self._bar.remove_task(self._training)
-            self._training = self._bar.add_task(what, total=event.total, completed=event.step, facts="")
-        elif event.kind == "step" and self._training is not None:
-            self._bar.update(self._training, completed=event.step, facts=self._facts(event))
-        elif event.kind == "evaluating":
-            if self._evaluating is None:
-                self._evaluating = self._bar.add_task("evaluating", total=event.total, facts="")
-            self._bar.update(self._evaluating, completed=event.step, total=event.total)
-        elif event.kind == "evaluated":
-            if self._evaluating is not None:
-                self._bar.remove_task(self._evaluating)
-                self._evaluating = None
-            at = f"step {event.step}/{event.total}" if event.total else "before"
-            self._screen.say(f"{at}  {event.stage}  {quality_text(event.values)}")
+    def note(self, text: str) -> None:
+        self._screen.say(f"Note: {text}")
 
-    def _facts(self, event: Event) -> str:
-        done, spent = event.step - self._first, time.monotonic() - self._begun
-        rate = f"{done * event.per_step / spent:,.0f} {event.unit}/s" if done and spent else ""
-        return "  ".join([f"loss {event.values['loss']:.4f}" if "loss" in event.values else "", rate]).strip()
+    def progress(self, name: str, done: int, total: int) -> None:
+        if self._job is None:
+            self._job = self._bar.add_task(self._verb, total=total, facts=name)
+        self._bar.update(self._job, completed=done, total=total, facts=name)
+
+    def stage(self, name: str, step: int, total: int) -> None:
+        self._begun, self._first = time.monotonic(), step
+        what = {"dense": "training dense", "factorised": "training low rank"}[name]
+        self._screen.say(f"{what}, step {step} to {total}")
+        if self._training is not None:
+            self._bar.remove_task(self._training)
+        self._training = self._bar.add_task(what, total=total, completed=step, facts="")
+
+    def step(self, at: TrainingStep) -> None:
+        if self._training is not None:
+            self._bar.update(self._training, completed=at.step, facts=self._facts(at))
+
+    def evaluating(self, batch: int, total: int) -> None:
+        if self._evaluating is None:
+            self._evaluating = self._bar.add_task("evaluating", total=total, facts="")
+        self._bar.update(self._evaluating, completed=batch, total=total)
+
+    def evaluated(self, stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        if self._evaluating is not None:
+            self._bar.remove_task(self._evaluating)
+            self._evaluating = None
+        at = f"step {step}/{total}" if total else "before"
+        self._screen.say(f"{at}  {stage}  {quality_text(values)}")
+
+    def _facts(self, at: TrainingStep) -> str:
+        done, spent = at.step - self._first, time.monotonic() - self._begun
+        rate = f"{done * at.units_per_step / spent:,.0f} {at.unit}/s" if done and spent else ""
+        return "  ".join([f"loss {at.logged['loss']:.4f}" if "loss" in at.logged else "", rate]).strip()
 
 
 QUALITY = {"loss": "{:.4f}", "perplexity": "{:.3f}", "top1": "{:.2%}", "top5": "{:.2%}"}

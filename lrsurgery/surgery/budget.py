@@ -23,6 +23,7 @@ from lrsurgery.units import finite, size_of, size_text
 READABLE = (
     "a share of the parameters such as 0.5, a share of the FLOPs such as flops:0.5, or a size such as bytes:500MB"
 )
+SCOPES = ("layers", "model")  # that a share is of
 LOOKED_AT = 5_000_000  # states: past these the search stops at the best choice so far, after a second or two
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -46,7 +47,7 @@ class Budget:
         if self.multiple_of < 1:
             raise BudgetError(f"multiple of {self.multiple_of}: write a positive integer")
         assert self.kind in {"params", "flops", "bytes"}, self.kind
-        if self.of not in {"layers", "model"}:
+        if self.of not in SCOPES:
             raise BudgetError(f"a budget of the {self.of} is not known; it is of the layers or of the model")
         if self.kind == "bytes":
             assert self.of == "model", self

@@ -168,23 +168,35 @@ def _channel_factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tenso
 
 
 def _build_channel(layer: Dense, rank: int) -> FactorisedLayer:
-    window: tuple[Any, ...] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     meta = _on_meta(layer)
-    v = nn.Conv2d(layer.in_channels, rank, *window, bias=False, padding_mode=layer.padding_mode, **meta)
+    v = nn.Conv2d(
+        layer.in_channels,
+        rank,
+        layer.kernel_size,
+        layer.stride,
+        layer.padding,
+        layer.dilation,
+        bias=False,
+        padding_mode=layer.padding_mode,
+        **meta,
+    )
     u = nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None, **meta)
     return FactorisedConv2d(CONV2D_CHANNEL, v, u)
 
 
-def _dense_conv2d(layer: FactorisedLayer, *window: Any) -> nn.Module:
-    """A convolution with this stride, padding and dilation."""
+def _dense_conv2d(
+    layer: FactorisedLayer, stride: tuple[int, int], padding: Any, dilation: tuple[int, int]
+) -> nn.Module:
     assert isinstance(layer, FactorisedConv2d)
     return nn.Conv2d(
         layer.in_channels,
         layer.out_channels,
         layer.kernel_size,
-        *window,
+        stride,
+        padding,
+        dilation,
         bias=layer.bias is not None,
-        padding_mode=layer.v.padding_mode,
+        padding_mode=layer.v.padding_mode,  # type: ignore[arg-type]
         **_on_meta(layer.u),
     )
 
@@ -242,7 +254,8 @@ def _dense_spatial(layer: FactorisedLayer) -> nn.Module:
 
 def _horizontal_stride(module: Dense) -> int:
     # of a dense layer, or of a factorised one, whose u takes the horizontal steps
-    return int((module.u if isinstance(module, FactorisedLayer) else module).stride[1])
+    u: Dense = module.u if isinstance(module, FactorisedLayer) else module
+    return int(u.stride[1])
 
 
 def _pad_mode(module: Dense) -> str:
