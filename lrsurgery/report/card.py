@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.errors import SourceError
 from lrsurgery.report.hub import HUB, card_data, head_of, is_hub_id
+from lrsurgery.report.runs import read_metrics, stages_of
 from lrsurgery.report.schema import Report, Row
-from lrsurgery.training.recipe import Recipe
-from lrsurgery.training.run_folder import read_metrics, stages_of
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -111,7 +110,7 @@ def _report_of(source: Source) -> Report | None:
         return None
 
 
-def training_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:
+def training_lines(recipe: Any, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The card's lines about a training run: its settings in one sentence, and what was measured at each stage."""
     decay = f"{recipe.decay} decay of strength {recipe.decay_strength:g}" if recipe.decay != "none" else "no decay"
     teacher = f", teacher `{_public(recipe.teacher)}`" if recipe.teacher else ""
@@ -184,7 +183,7 @@ def _loading(source: Source, name: str, config: Mapping[str, Any], low_rank: boo
         first = []
     if low_rank:
         through_transformers = [
-            "import lrsurgery.checkpoints.quantizer  # registers the format with transformers",
+            "import lrsurgery.hf  # registers the format with transformers",
             *through_transformers,
         ]
     needs = "With lrsurgery installed (`pip install lrsurgery`)" if low_rank else "With nothing but its own library"

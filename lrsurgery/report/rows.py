@@ -18,8 +18,8 @@ from lrsurgery.linalg.svd import Decomposed, spectral_factors
 from lrsurgery.linalg.weighted import second_order
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.layers import KINDS, FactorisedLayer
-from lrsurgery.surgery.plan import ALREADY, Kept, Plan, Replacement, find_heads, plan_rows
+from lrsurgery.surgery.layers import FactorisedLayer
+from lrsurgery.surgery.plan import ALREADY, Kept, Plan, Replacement, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
 
 
@@ -162,10 +162,8 @@ def replaced_of(name: str, layer: FactorisedLayer) -> Replacement:
     """The plan's row that a factorised layer answers to."""
     u, v = layer.factors
     bias = layer.bias.numel() if layer.bias is not None else 0
-    across = layer.u.stride[1] if layer.kind == "conv2d-spatial" else 1  # type: ignore[index]
-    return Replacement(
-        name, layer.kind, tuple(layer.weight.shape), u.shape[0], v.shape[1], layer.rank, bias, int(across)
-    )  # fmt: skip
+    shape = tuple(layer.weight.shape)
+    return Replacement(name, layer.kind, shape, u.shape[0], v.shape[1], layer.rank, bias, layer.layout.v_per_u(layer))
 
 
 def _row_of(name: str, layer: FactorisedLayer, dense: nn.Module | None, alone: bool) -> Row:
@@ -177,13 +175,14 @@ def _row_of(name: str, layer: FactorisedLayer, dense: nn.Module | None, alone: b
     if not isinstance(weight, Tensor) or tuple(weight.shape) != row.shape:
         raise PlanError(f"{name}: the model to compare with has no such layer of shape {row.shape}")
     try:
-        return compared_row(row, KINDS[layer.kind].to_matrix(weight.detach()), factors)
+        return compared_row(row, layer.layout.to_matrix(weight.detach()), factors)
     except WeightError as e:
         raise WeightError(f"{name}: {e}") from e
 
 
 def _dense_rows(module: nn.Module) -> list[Row]:
-    rows = plan_rows(module, RankSpec(FractionRank(1.0)), heads=find_heads(module), allow_larger=True)
+    options = SurgeryOptions(target=RankSpec(FractionRank(1.0)), allow_larger=True)
+    rows = plan_rows(module, options, heads=find_heads(module))
     return [
         planned_row(Kept(r.name, r.kind, r.shape, r.parameters, r.reason or "left dense"))
         for r in rows

@@ -1,78 +1,227 @@
-"""The course of training runs, read back from the folders that `finetune` writes."""
+"""Training runs, read back from the folders that `finetune` writes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeAlias, TypedDict, cast, get_args
 
-from lrsurgery.errors import SourceError, SurgeryError
-from lrsurgery.training.recipe import Recipe, read_recipe
-from lrsurgery.training.run_folder import METRICS, RECIPE, read_metrics, stages_of
+from lrsurgery.errors import RecipeError, SourceError, SurgeryError
+from lrsurgery.files import Json, read_lines
 
-SETTINGS = (
-    *("model", "data", "eval_data", "rank", "init", "dense_steps", "switch_lr", "decay", "decay_strength"),
-    *("weight_decay", "optimizer", "lr", "schedule", "batch_size", "accumulate", "seed", "teacher"),
-)
-MEASURES = (*("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm", "u_norm", "v_norm"),)
+RECIPE = "recipe.yaml"
+METRICS = "metrics.jsonl"
+
+# of a factorised layer at one evaluation
+Measure: TypeAlias = Literal[
+    "nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm", "u_norm", "v_norm"
+]
+MEASURES: tuple[Measure, ...] = get_args(Measure)
+
+
+class Settings(TypedDict):
+    """Settings of a run that its report shows; None where its recipe does not name them."""
+
+    model: str | None
+    data: str | None
+    eval_data: str | None
+    rank: list[str]
+    init: str | None
+    dense_steps: int | None
+    switch_lr: float | None
+    decay: str | None
+    decay_strength: float | None
+    weight_decay: float | None
+    optimizer: str | None
+    lr: float | None
+    schedule: str | None
+    batch_size: int | None
+    accumulate: int | None
+    seed: int | None
+    teacher: str | None
+    steps: int  # that were taken
+
+
+class Quality(TypedDict, total=False):
+    """Figures of one evaluation, as far as the task has them; further ones may stand beside these."""
+
+    loss: float
+    perplexity: float
+    top1: float
+    top5: float
+
+
+class Evaluation(Quality):
+    """An evaluation within a run."""
+
+    step: int
+    stage: str  # "dense" or "factorised"
+
+
+class Loss(TypedDict):
+    """A logged training loss."""
+
+    step: int
+    loss: float
+    lr: float | None
+
+
+class SpectrumCourse(TypedDict):
+    """Some singular values of U V: `values[k][i]` is the `index[i]`-th at the k-th evaluation."""
+
+    index: list[int]
+    values: list[list[float]]
+
+
+class _LayerCourse(TypedDict):
+    step: list[int]
+    nuclear_rank: list[float | None]
+    entropy_rank: list[float | None]
+    stable_rank: list[float | None]
+    frobenius_norm: list[float | None]
+    spectral_norm: list[float | None]
+    u_norm: list[float | None]
+    v_norm: list[float | None]
+
+
+class LayerCourse(_LayerCourse, total=False):
+    """What became of a layer: a list for each measure, with one entry for each evaluation that knows the layer."""
+
+    spectrum: SpectrumCourse
+
+
+class Run(TypedDict):
+    """A run, as a report's JSON holds it."""
+
+    name: str
+    settings: Settings
+    stages: dict[str, Quality]
+    evaluations: list[Evaluation]
+    losses: list[Loss]
+    layers: dict[str, LayerCourse]
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a folder holds the course of a run, finished or not."""
+    """Whether a folder holds the metrics of a run, finished or not."""
     return (folder / METRICS).is_file()
 
 
-def read_run(folder: Path) -> dict[str, Any]:
-    """Settings, evaluations, losses and each layer's dynamics over the steps, as the report's JSON has them.
+def read_run(folder: Path) -> Run:
+    """Settings, evaluations, losses and the dynamics of each layer.
 
     Raises SourceError where the folder holds no run or damaged metrics, RecipeError for a damaged recipe.
     """
     if not is_run(folder):
         raise SourceError(f"{folder}: no {METRICS} in it; give folders that lrsurgery finetune wrote")
     try:
-        return _course_of(folder, read_metrics(folder))
+        return _run_of(folder, read_metrics(folder))
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         if isinstance(e, SurgeryError):
             raise
         raise SourceError(f"{folder / METRICS}: not the metrics of a run ({e!r})") from e
 
 
-def _course_of(folder: Path, records: list[dict[str, Any]]) -> dict[str, Any]:
-    recipe = Recipe().merged(read_recipe(folder / RECIPE)) if (folder / RECIPE).is_file() else Recipe()
+def read_metrics(folder: Path) -> list[Json]:
+    """The records of a run's metrics.jsonl; a last line that a kill cut short is left out."""
+    return read_lines(folder / METRICS)
+
+
+def stages_of(evaluated: Sequence[Json], stage: str) -> dict[str, dict[str, float]]:
+    """What was measured at each stage of a run that is now in `stage`, from its records of evaluations in order."""
+    dense = [record["eval"] for record in evaluated if record["stage"] == "dense"]
+    factorised = [record["eval"] for record in evaluated if record["stage"] == "factorised"]
+    if stage == "dense":
+        return {"before": dense[0], "trained": dense[-1]} if dense else {}
+    found = {"dense": dense[-1]} if dense else {}
+    return {**found, "factorised": factorised[0], "healed": factorised[-1]} if factorised else found
+
+
+def _run_of(folder: Path, records: Sequence[Json]) -> Run:
     evaluated = [record for record in records if "eval" in record]
-    # the dense model that a run was measured against at its start is a stage of it, and not on its course
-    begun_low_rank = any(r["stage"] == "factorised" and r["step"] == 0 for r in evaluated)
-    course = [r for r in evaluated if not (begun_low_rank and r["stage"] == "dense")]
+    # a run that began low rank evaluates the dense model once, to compare with: a stage, but no step of its course
+    began_low_rank = any(r["stage"] == "factorised" and r["step"] == 0 for r in evaluated)
+    course = [r for r in evaluated if not (began_low_rank and r["stage"] == "dense")]
     steps = max((record["step"] for record in records), default=0)
-    settings: dict[str, Any] = {name: getattr(recipe, name) for name in SETTINGS}
-    return {
-        "name": folder.resolve().name,
-        "settings": {**settings, "rank": list(recipe.rank), "steps": steps},
-        "stages": {stage: _quality(values) for stage, values in stages_of(evaluated, evaluated[-1]["stage"]).items()}
-        if evaluated
-        else {},
-        "evaluations": [{"step": r["step"], "stage": r["stage"], **_quality(r["eval"])} for r in course],
-        "losses": [
-            {"step": r["step"], "loss": r["loss"], "lr": r.get("learning_rate")} for r in records if "loss" in r
-        ],
-        "layers": _layers(evaluated),
-    }
+    stages = stages_of(evaluated, evaluated[-1]["stage"]) if evaluated else {}
+    return Run(
+        name=folder.resolve().name,
+        settings=_settings(folder / RECIPE, steps),
+        stages={stage: _quality(values) for stage, values in stages.items()},
+        evaluations=[cast(Evaluation, {"step": r["step"], "stage": r["stage"], **_quality(r["eval"])}) for r in course],
+        losses=[Loss(step=r["step"], loss=r["loss"], lr=r.get("learning_rate")) for r in records if "loss" in r],
+        layers=_layers(evaluated),
+    )
 
 
-def _quality(values: dict[str, float]) -> dict[str, float]:
+def _settings(file: Path, steps: int) -> Settings:
+    found = _read_recipe(file) if file.is_file() else {}
+
+    def text(name: str) -> str | None:
+        return None if found.get(name) is None else str(found[name])
+
+    def number(name: str) -> float | None:
+        try:
+            return None if found.get(name) is None else float(found[name])  # YAML takes 1e-3 for text
+        except (TypeError, ValueError) as e:
+            raise RecipeError(f"{file}: {name} '{found[name]}': write a number") from e
+
+    def count(name: str) -> int | None:
+        value = number(name)
+        if value is not None and not value.is_integer():
+            raise RecipeError(f"{file}: {name} '{found[name]}': write a whole number")
+        return None if value is None else int(value)
+
+    rank = found.get("rank") or []
+    return Settings(
+        model=text("model"),
+        data=text("data"),
+        eval_data=text("eval_data"),
+        rank=[str(part) for part in (rank if isinstance(rank, list) else [rank])],
+        init=text("init"),
+        dense_steps=count("dense_steps"),
+        switch_lr=number("switch_lr"),
+        decay=text("decay"),
+        decay_strength=number("decay_strength"),
+        weight_decay=number("weight_decay"),
+        optimizer=text("optimizer"),
+        lr=number("lr"),
+        schedule=text("schedule"),
+        batch_size=count("batch_size"),
+        accumulate=count("accumulate"),
+        seed=count("seed"),
+        teacher=text("teacher"),
+        steps=steps,
+    )
+
+
+def _read_recipe(file: Path) -> Json:
+    """The settings of a recipe, by their names. Raises RecipeError where it is damaged."""
+    import yaml
+
+    try:
+        body = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise RecipeError(f"{file}: not a recipe ({' '.join(str(e).split())})") from e
+    if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
+        raise RecipeError(f"{file}: not a recipe; write one 'setting: value' a line")
+    return {key.replace("-", "_"): value for key, value in body.items()}
+
+
+def _quality(values: Mapping[str, float]) -> Quality:
     """The figures without the number of positions that they are of."""
-    return {name: value for name, value in values.items() if name != "scored"}
+    return cast(Quality, {name: value for name, value in values.items() if name != "scored"})
 
 
-def _layers(evaluated: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Layer -> one list a measure over the evaluations that have it (dense stages have none)."""
-    found: dict[str, dict[str, Any]] = {}
+def _layers(evaluated: Sequence[Json]) -> dict[str, LayerCourse]:
+    """Each layer's measures over the evaluations that have it; evaluations of a dense stage have no layers."""
+    found: dict[str, LayerCourse] = {}
     for record in evaluated:
         for name, values in record.get("layers", {}).items():
-            course = found.setdefault(name, {"step": [], **{measure: [] for measure in MEASURES}})
+            course = found.setdefault(name, cast(LayerCourse, {"step": [], **{measure: [] for measure in MEASURES}}))
             course["step"].append(record["step"])
             for measure in MEASURES:
                 course[measure].append(values.get(measure))
             if "spectrum" in values:
-                spectrum = course.setdefault("spectrum", {"index": values["spectrum"]["index"], "values": []})
-                spectrum["values"].append(values["spectrum"]["value"])
+                empty = SpectrumCourse(index=values["spectrum"]["index"], values=[])
+                course.setdefault("spectrum", empty)["values"].append(values["spectrum"]["value"])
     return found

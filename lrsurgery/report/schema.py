@@ -15,7 +15,7 @@ import torch
 from lrsurgery.errors import SourceError
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points, predicted_damage
 from lrsurgery.linalg.subspaces import Angles, Overlap, Shared
-from lrsurgery.surgery.layers import KINDS
+from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.ranks import break_even_rank
 
 # 2, which is read too, had nothing of calibration, budgets or balance; 1 no FLOPs, spectra, overlaps or ladders either
@@ -169,7 +169,7 @@ class Report:
     def _flops(self) -> dict[str, int | None]:
         """Sums over the layers, for models that apply each of them to every token."""
         known = [row for row in self.rows if row.flops_before is not None]
-        if not known or any(row.kind.startswith("conv2d") for row in known):
+        if not known or not all(row.kind in KINDS and KINDS[row.kind].takes_tokens for row in known):
             return {"flops_before": None, "flops_after": None}
         after = [row.flops_after for row in known]
         whole = sum(row.flops_before or 0 for row in known)
