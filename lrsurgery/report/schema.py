@@ -5,31 +5,38 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypedDict
 
 import torch
 
+from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.errors import SourceError
+from lrsurgery.files import Json, read_json
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points, predicted_damage
 from lrsurgery.linalg.subspaces import Angles, Overlap, Shared
+from lrsurgery.report.runs import Run
+from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.plan import SurgeryOptions
 from lrsurgery.surgery.ranks import break_even_rank
 
-# 2, which is read too, had nothing of calibration, budgets or balance; 1 no FLOPs, spectra, overlaps or ladders either
+# Version 2, which is read too, had nothing of calibration, budgets or balance; version 1 neither those nor FLOPs,
+# spectra, overlaps and ladders.
 FORMAT_VERSION = 3
 FILE_NAME = "rank_report.json"
 HIGH_DAMAGE = 2.0  # times the median of the model's layers
+NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers in indented JSON; no string holds a line break
 
 
 @dataclass(frozen=True)
 class Rung:
-    """What one rank would keep, lose and save, of a layer or a whole model; from the spectrum alone, before surgery."""
+    """What one rank would keep, lose and save of a layer or a whole model, predicted from the spectrum."""
 
     rank: str  # as --rank takes it
-    to: int | None  # the layer's rank, None where it stays dense; of a model, the number of layers factorised
+    to: int | None  # rank of the layer, None where it stays dense; of a model, the number of layers factorised
     parameters: int
     energy_kept: float
     relative_error: float  # ||W - W_r||_F / ||W||_F
@@ -44,32 +51,33 @@ class Row:
     kind: str
     shape: tuple[int, ...]
     status: str  # "factorised" or "dense"
-    reason: str | None  # why it stayed dense
+    reason: str | None  # why it stays dense
     full_rank: int | None
     rank: int | None
     parameters_before: int
     parameters_after: int | None  # None in a plan whose rank waits for the singular values
-    energy_kept: float | None = None  # share of the dense weight's squared norm in the factors' subspaces
-    relative_error: float | None = None  # ||W - U V||_F / ||W||_F, from the factors as stored
-    spectral_error: float | None = None  # largest singular value left out / largest of all
+    _: KW_ONLY
+    energy_kept: float | None = None  # share of the dense weight's squared norm within the factors' subspaces
+    relative_error: float | None = None  # ||W - U V||_F / ||W||_F, of the factors as stored
+    spectral_error: float | None = None  # largest singular value left out / largest; measured: ||W - U V||_2 / ||W||_2
     before: EffectiveRanks | None = None
     after: EffectiveRanks | None = None
-    flops_before: int | None = None  # of a token, or of a position of a conv's output: 2 a multiply-add
+    flops_before: int | None = None  # of a token, or of a position of a convolution's output: 2 a multiply-add
     flops_after: int | None = None
     spectrum_before: Points | None = None
     spectrum_after: Points | None = None
     overlap: Overlap | None = None  # of the dense and the factorised leading directions
     ladder: tuple[Rung, ...] | None = None
-    weighted_error: float | None = None  # ||G^(1/2) (W - U V) C^(1/2)||_F, relative to W's, in calibration's metric
-    predicted_loss: float | None = None  # what the layer adds to the loss, to second order: nats a token or image
-    balance: float | None = None  # ||U^T U - V V^T||_F / ||U^T U||_F; 0 as surgery leaves it
+    weighted_error: float | None = None  # ||G^(1/2) (W - U V) C^(1/2)||_F / ||G^(1/2) W C^(1/2)||_F, G and C calibrated
+    predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
+    balance: float | None = None  # ||U^T U - V V^T||_F / ||U^T U||_F; 0 right after surgery
 
     @property
     def break_even(self) -> int | None:
         """The largest rank that saves parameters; None for a layer that has no factorised form."""
-        return (
-            None if self.full_rank is None else break_even_rank(*KINDS[self.kind].matrix_shape(torch.Size(self.shape)))
-        )
+        if self.full_rank is None:
+            return None
+        return break_even_rank(*KINDS[self.kind].matrix_shape(torch.Size(self.shape)))
 
     @property
     def damage(self) -> float | None:
@@ -78,7 +86,7 @@ class Row:
             return None
         return predicted_damage(self.parameters_before, self.parameters_after, self.before.stable)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """The row's JSON object, with what follows from its fields."""
         body = asdict(self)
         if self.overlap is not None:  # named tuples would become bare lists
@@ -87,8 +95,8 @@ class Row:
         return {**body, "break_even": self.break_even, "damage": self.damage}
 
     @staticmethod
-    def from_dict(body: Mapping[str, Any]) -> Row:
-        """From its JSON object. Raises TypeError or KeyError where it is none."""
+    def from_dict(body: Json) -> Row:
+        """The row of a JSON object. Raises TypeError or KeyError where it holds anything else."""
         given = {f.name: body[f.name] for f in fields(Row) if f.name in body}
         for key in ("before", "after"):
             given[key] = EffectiveRanks(**body[key]) if body.get(key) else None
@@ -102,51 +110,172 @@ class Row:
         return Row(**{**given, "shape": tuple(body["shape"])})
 
 
+class BenchModel(TypedDict):
+    """A model whose speed was measured."""
+
+    name: str
+    parameters: int
+    bytes: int | None  # of its weight files
+    peak_memory: int | None  # bytes; None where this system does not tell
+
+
+class BenchFigures(TypedDict):
+    """Times of one model at one setting."""
+
+    flops: int
+    median_ms: float
+    p95_ms: float
+    throughput: float  # units a second
+
+
+class BenchCertainty(TypedDict):
+    """How much faster, and how surely."""
+
+    speedup: float | None
+    interval: list[float] | None  # of the speedup, at `confidence`
+    confidence: float
+    rounds: int
+    reached: bool  # whether the interval got as narrow as was asked for
+
+
+class BenchRun(BenchFigures, BenchCertainty):
+    """One kind of work at one batch size and length."""
+
+    work: str
+    batch: int
+    length: int
+    unit: str
+    against: BenchFigures | None
+    ideal: float | None  # speedup by FLOPs alone
+
+
+class BenchLayer(BenchCertainty):
+    """Factorised layers of one shape, rank and input against their dense form."""
+
+    names: list[str]
+    kind: str
+    shape: list[int]
+    rank: int
+    input: list[int]
+    dense_ms: float
+    factorised_ms: float
+    slower: bool
+
+
+class Bench(TypedDict):
+    """bench.json, as `lrsurgery bench --save` writes it."""
+
+    format_version: int
+    command: str | None
+    versions: dict[str, str]
+    machine: Json
+    options: Json
+    task: str
+    model: BenchModel
+    against: BenchModel | None
+    runs: list[BenchRun]
+    layers: list[BenchLayer]
+    notes: list[str]
+
+
 @dataclass(frozen=True)
 class Report:
-    """Rows and what made them."""
+    """What was done to a model, or would be: a row for each layer in the model's order, totals, and what made them.
+
+    `rank_report(module)` makes one of a model in memory, `factorise_checkpoint` returns one, and `Report.read(folder)`
+    reads the one beside a checkpoint. `to_json()` is the text of rank_report.json.
+    """
 
     rows: tuple[Row, ...]
     parameters_before: int  # of the whole model, tied tensors once
     parameters_after: int | None
     bytes_before: int | None = None  # of the weights in the files
     bytes_after: int | None = None
-    source: dict[str, Any] = field(default_factory=dict)  # reference, revision, digest of the tensors
+    _: KW_ONLY
+    source: Json = field(default_factory=dict)  # reference, revision, digest of the tensors
     command: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: Json = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    about: str = "factorised"  # or "plan": what would be done; "dense": nothing; "runs": only training is looked at
-    name: str | None = None  # the model's, or its folder's
+    about: str = "factorised"  # "plan": what would be done; "dense": a model as it is; "runs": training runs alone
+    name: str | None = None  # of the model or its folder
     ladder: tuple[Rung, ...] | None = None  # of the whole model
-    training: tuple[dict[str, Any], ...] = ()  # runs, as `history.read_run` gives them
-    bench: dict[str, Any] | None = None  # what `lrsurgery bench --save` wrote
-    calibration: dict[str, Any] | None = None  # the metric, the data and how much of it
+    training: tuple[Run, ...] = ()
+    bench: Bench | None = None
+    calibration: Json | None = None  # the importance, the data and how much of it
 
     @property
     def factorised(self) -> tuple[Row, ...]:
+        """The rows of factorised layers."""
         return tuple(row for row in self.rows if row.status == "factorised")
 
     @property
     def dense(self) -> tuple[Row, ...]:
+        """The rows of layers that stay dense."""
         return tuple(row for row in self.rows if row.status == "dense")
 
-    def to_dict(self) -> dict[str, Any]:
+    @property
+    def predicted_loss(self) -> float | None:
+        """Predicted increase of the loss (nats): the sum over the layers, as if they did not affect each other."""
+        known = [row.predicted_loss for row in self.factorised if row.predicted_loss is not None]
+        return sum(known) if known else None
+
+    @staticmethod
+    def read(folder: Path) -> Report:
+        """The report in a folder. Raises SourceError where it is missing, damaged or newer than this version reads."""
+        file = folder / FILE_NAME
+        if not file.is_file():
+            raise SourceError(f"{folder}: no {FILE_NAME} in it")
+        body = read_json(file, "a rank report")
+        try:
+            if body["format_version"] > FORMAT_VERSION:
+                raise SourceError(f"{file}: report format {body['format_version']} is newer than this lrsurgery reads")
+            return Report.from_dict(body)
+        except (ValueError, KeyError, TypeError) as e:
+            raise SourceError(f"{file}: not a rank report ({e!r})") from e
+
+    def to_json(self) -> str:
+        """Text of rank_report.json."""
+        return to_json(self.to_dict())
+
+    def to_dict(self) -> Json:
         """The JSON object (design, section 7)."""
-        body = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("rows", "ladder", *TOTALS)}
         layers = [row.to_dict() for row in self.rows]
         usual = median([row["damage"] for row in layers if row["damage"] is not None] or [0.0])
         for row in layers:
             row["damage_high"] = None if row["damage"] is None else row["damage"] > HIGH_DAMAGE * usual
-        ladder = None if self.ladder is None else [_model_rung(rung, self.parameters_before) for rung in self.ladder]
         return {
-            "format_version": FORMAT_VERSION, "about": body.pop("about"), "name": body.pop("name"),
-            "totals": self._totals(), "ladder": ladder, **body, "layers": layers,
-        }  # fmt: skip
+            "format_version": FORMAT_VERSION,
+            "about": self.about,
+            "name": self.name,
+            "totals": None if self.about == "runs" else self._totals(),
+            "ladder": None if self.ladder is None else [self._model_rung(rung) for rung in self.ladder],
+            "source": self.source,
+            "command": self.command,
+            "options": self.options,
+            "versions": self.versions,
+            "notes": self.notes,
+            "training": self.training,
+            "bench": self.bench,
+            "calibration": self.calibration,
+            "layers": layers,
+        }
 
-    def _totals(self) -> dict[str, Any] | None:
-        if self.about == "runs":
-            return None
+    @staticmethod
+    def from_dict(body: Json) -> Report:
+        """The report of a JSON object, of this version or an older. Raises TypeError or KeyError where it is none."""
+        given = {f.name: body[f.name] for f in fields(Report) if f.name in body}
+        given |= {name: (body["totals"] or {}).get(name) for name in TOTALS}
+        if body.get("ladder") is not None:
+            names = [f.name for f in fields(Rung)]
+            given["ladder"] = tuple(
+                Rung(**{name: rung["layers" if name == "to" else name] for name in names}) for rung in body["ladder"]
+            )
+        rows = tuple(Row.from_dict(row) for row in body["layers"])
+        lists = {name: tuple(body.get(name, ())) for name in ("notes", "training")}
+        return Report(**{**given, **lists, "rows": rows, "parameters_before": given["parameters_before"] or 0})
+
+    def _totals(self) -> Json:
         before, after = self.parameters_before, self.parameters_after
         return {
             "layers_factorised": len(self.factorised),
@@ -160,69 +289,55 @@ class Report:
             "predicted_loss": self.predicted_loss,
         }
 
-    @property
-    def predicted_loss(self) -> float | None:
-        """What surgery adds to the loss, to second order and as if layers did not disturb each other."""
-        known = [row.predicted_loss for row in self.factorised if row.predicted_loss is not None]
-        return sum(known) if known else None
-
     def _flops(self) -> dict[str, int | None]:
-        """Sums over the layers, for models that apply each of them to every token."""
+        """FLOPs a token, summed over the layers; None for models whose layers are not applied once a token."""
         known = [row for row in self.rows if row.flops_before is not None]
-        if not known or not all(row.kind in KINDS and KINDS[row.kind].takes_tokens for row in known):
+        kinds = [KINDS.get(row.kind) for row in known]
+        if not known or not all(kind is not None and kind.takes_tokens for kind in kinds):
             return {"flops_before": None, "flops_after": None}
         after = [row.flops_after for row in known]
         whole = sum(row.flops_before or 0 for row in known)
         return {"flops_before": whole, "flops_after": None if None in after else sum(n or 0 for n in after)}
 
-    def to_json(self) -> str:
-        return to_json(self.to_dict())
-
-    @staticmethod
-    def read(folder: Path) -> Report:
-        """The report in a folder. Raises SourceError where there is none, or it is damaged or newer than this."""
-        file = folder / FILE_NAME
-        try:
-            body = json.loads(file.read_text(encoding="utf-8"))
-            if body["format_version"] > FORMAT_VERSION:
-                raise SourceError(f"{file}: report format {body['format_version']} is newer than this lrsurgery reads")
-            return Report.from_dict(body)
-        except FileNotFoundError as e:
-            raise SourceError(f"{folder}: no {FILE_NAME} in it") from e
-        except (ValueError, KeyError, TypeError) as e:
-            raise SourceError(f"{file}: not a rank report ({e!r})") from e
-
-    @staticmethod
-    def from_dict(body: Mapping[str, Any]) -> Report:
-        """From its JSON object of this version or an older one. Raises TypeError or KeyError where it is none."""
-        given = {f.name: body[f.name] for f in fields(Report) if f.name in body}
-        given |= {name: (body["totals"] or {}).get(name) for name in TOTALS}
-        if body.get("ladder") is not None:
-            names = [f.name for f in fields(Rung)]
-            given["ladder"] = tuple(
-                Rung(**{n: rung["layers" if n == "to" else n] for n in names}) for rung in body["ladder"]
-            )
-        rows = tuple(Row.from_dict(row) for row in body["layers"])
-        lists = {name: tuple(body.get(name, ())) for name in ("notes", "training")}
-        return Report(**{**given, **lists, "rows": rows, "parameters_before": given["parameters_before"] or 0})
+    def _model_rung(self, rung: Rung) -> Json:
+        body = asdict(rung)
+        share = rung.parameters / self.parameters_before
+        return {"rank": body.pop("rank"), "layers": body.pop("to"), "share": share, **body}
 
 
 TOTALS = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")  # fields of a report
 
 
-def _model_rung(rung: Rung, before: int) -> dict[str, Any]:
-    body = asdict(rung)
-    return {"rank": body.pop("rank"), "layers": body.pop("to"), "share": rung.parameters / before, **body}
+def to_json(body: Mapping[str, object]) -> str:
+    """Indented JSON text with each list of numbers on one line."""
+    return NUMBERS.sub(_on_one_line, json.dumps(body, indent=2)) + "\n"
 
 
-def to_json(body: Mapping[str, Any]) -> str:
-    """Indented, with a list of numbers on one line. (A string of JSON holds no line break that could be taken out.)"""
-    text = json.dumps(body, indent=2)
-    return (
-        re.sub(
-            r"\[\n[-+.\deE,\s]+\]",
-            lambda found: re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]"),
-            text,
-        )
-        + "\n"
-    )
+def _on_one_line(found: re.Match[str]) -> str:
+    return re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]")
+
+
+def recorded_options(
+    surgery: SurgeryOptions,
+    source: SourceOptions | None = None,
+    dtype: torch.dtype | None = None,
+    calibration: Json | None = None,
+) -> Json:
+    """The options that decide the result of surgery, as a report records them; `dtype` None keeps each tensor's own."""
+    budget = surgery.budget
+    return {
+        "rank": None if budget is not None else str(surgery.target),
+        "budget": None if budget is None else str(budget),
+        "init": surgery.init,
+        "conv": surgery.conv,
+        "include": list(surgery.include),
+        "exclude": list(surgery.exclude),
+        "allow_larger": surgery.allow_larger,
+        "multiple_of": surgery.target.multiple_of,
+        "seed": surgery.seed,
+        "from_scratch": source is not None and source.from_scratch_seed is not None,
+        "dtype": next(name for name, known in DTYPES.items() if known == dtype),
+        "min_speedup": surgery.min_speedup,
+        "svd": surgery.svd,
+        "calibration": calibration,
+    }
