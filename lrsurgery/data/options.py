@@ -3,41 +3,107 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar
 
 from lrsurgery.errors import RecipeError
 
 TASKS = ("causal-lm", "masked-lm", "sequence-classification", "image-classification")
+DATA = "Data"  # panel of help
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What stands beside a field of options: its line of help, and bounds that hold for every model and all data."""
+
+    default: Any
+    help: str  # a noun phrase; the default is shown behind it
+    panel: str
+    metavar: str | None = None
+    short: str | None = None  # one-letter flag
+    choices: tuple[str, ...] = ()
+    table: tuple[str, str] | None = None  # module and name of a table whose keys are the choices
+    suggestions: tuple[str, ...] = ()  # choices that help lists among others
+    least: int | None = None
+    positive: bool = False
+
+
+def setting(
+    default: Value,
+    help: str,
+    *,
+    panel: str,
+    metavar: str | None = None,
+    short: str | None = None,
+    choices: tuple[str, ...] = (),
+    table: tuple[str, str] | None = None,
+    suggestions: tuple[str, ...] = (),
+    least: int | None = None,
+    positive: bool = False,
+) -> Value:
+    """A field of a dataclass with its `Setting`."""
+    about = Setting(
+        default=default,
+        help=help,
+        panel=panel,
+        metavar=metavar,
+        short=short,
+        choices=choices,
+        table=table,
+        suggestions=suggestions,
+        least=least,
+        positive=positive,
+    )
+    return field(default=default, metadata={"setting": about})
+
+
+def settings_of(options: type[DataOptions]) -> dict[str, Setting]:
+    """The settings by name, in the fields' order."""
+    return {each.name: each.metadata["setting"] for each in fields(options)}
 
 
 @dataclass(frozen=True)
 class DataOptions:
     """How text or images become examples; `finetune` and `evaluate` share these."""
 
-    task: str | None = None  # from the checkpoint's architecture where it is not named
-    subset: str | None = None  # of a hub dataset that has several
-    text_column: str | None = None  # two for sentence pairs, with a comma between
-    label_column: str | None = None
-    image_column: str | None = None
-    block_size: int | None = None  # tokens; the model's maximum where it is not named
-    image_size: int | None = None  # pixels; the checkpoint's own where it is not named
+    task: str | None = setting(
+        None, "Purpose of the model; from its architecture by default.", panel=DATA, choices=TASKS
+    )
+    subset: str | None = setting(None, "Configuration of a hub dataset that has several.", panel=DATA)
+    text_column: str | None = setting(
+        None, "Column of the text; for sentence pairs two, with a comma between.", panel=DATA
+    )
+    label_column: str | None = setting(None, "Column of the class.", panel=DATA)
+    image_column: str | None = setting(None, "Column of the image.", panel=DATA)
+    block_size: int | None = setting(None, "Tokens of a block; the model's maximum by default.", panel=DATA, least=2)
+    image_size: int | None = setting(
+        None, "Pixels of an image's side; the checkpoint's own size by default.", panel=DATA, least=1
+    )
 
     def check(self) -> None:
         """Raises RecipeError for a value that no data could make right."""
-        check_choice("task", self.task, (None, *TASKS))
-        check_at_least("block_size", self.block_size, 2)
-        check_at_least("image_size", self.image_size, 1)
+        for name, about in settings_of(type(self)).items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if about.choices:
+                check_choice(name, value, about.choices)
+            if isinstance(value, float):
+                check_finite(name, value, positive=about.positive)
+            elif about.least is not None:
+                check_at_least(name, value, about.least)
 
 
-def check_choice(name: str, value: str | None, known: tuple[str | None, ...]) -> None:
+def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     """Raises RecipeError that lists the known values."""
     if value not in known:
-        raise RecipeError(f"unknown {name} '{value}'; known: {', '.join(k for k in known if k)}")
+        raise RecipeError(f"unknown {name} '{value}'; known: {', '.join(known)}")
 
 
-def check_at_least(name: str, value: float | None, bound: int) -> None:
-    """Raises RecipeError for a value below a bound; None is no value."""
-    if value is not None and value < bound:
+def check_at_least(name: str, value: float, bound: int) -> None:
+    """Raises RecipeError for a value below a bound."""
+    if value < bound:
         raise RecipeError(f"{name} {value}: write at least {bound}")
 
 

@@ -1,108 +1,157 @@
-"""What a training run is asked for: the settings, their checks, and the YAML file that holds them."""
+"""Settings of a training run: their defaults and help texts, their checks, and the YAML file that holds them.
+
+To add a setting: a field of `Recipe`; `lrsurgery finetune` builds its options from the fields. Importing this module
+imports neither torch nor transformers, so that `--help` is fast.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
-from lrsurgery.checkpoints.source import Source
-from lrsurgery.data.options import DataOptions, check_at_least, check_choice, check_finite
+from lrsurgery.data.options import DATA, DataOptions, Setting, check_choice, setting
 from lrsurgery.errors import RecipeError
-from lrsurgery.linalg.inits import get_init
-from lrsurgery.surgery.ranks import parse_rank
 
+if TYPE_CHECKING:
+    from lrsurgery.checkpoints.source import Source
+    from lrsurgery.files import Json
+
+SURGERY, DECAY, TRAINING, RUN, MACHINE = "Surgery", "Decay", "Training", "The run", "Machine"  # panels of help
 DECAYS = ("frobenius", "l2", "none")
-OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}
+OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}  # transformers' names
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass(frozen=True)
 class Recipe(DataOptions):
-    """A whole training run; the CLI's options of the same names say more."""
+    """A whole training run. Recipe files keep the fields' order."""
 
-    model: str | None = None
-    data: str | None = None
-    eval_data: str | None = None
-    split: str | None = None
-    eval_split: str | None = None
-    streaming: bool = False
-    stride: int | None = None  # training blocks begin this many tokens apart; block_size where it is not named
-    augment: bool = True
-    new_head: bool = False
-    # surgery, where the model is dense
-    from_scratch: bool = False
-    dense: bool = False
-    dense_steps: int = 0
-    rank: tuple[str, ...] = ()
-    init: str = "spectral"
-    conv: str = "channel"
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-    multiple_of: int = 1
-    allow_larger: bool = False
-    switch_lr: float = 0.5
-    # decay
-    decay: str = "frobenius"
-    decay_strength: float = 0.01
-    decay_coupled: bool = False
-    weight_decay: float = 0.01
-    # optimisation
-    optimizer: str = "adamw"
-    momentum: float = 0.9
-    lr: float = 1e-3
-    schedule: str = "linear"
-    warmup_steps: int = 0
-    epochs: float | None = None
-    steps: int | None = None
-    batch_size: int = 8
-    eval_batch_size: int | None = None
-    accumulate: int = 1
-    seed: int = 0
-    precision: str = "auto"
-    gradient_checkpointing: bool = False
-    early_stopping: int | None = None
-    best: bool = False
-    teacher: str | None = None
-    temperature: float = 2.0
-    teacher_weight: float = 0.5
-    # the run
-    eval_steps: int | None = None
-    save_steps: int | None = None
-    log_steps: int | None = None
-    report_to: tuple[str, ...] = ()
-    against: str | None = None
-    device: str = "auto"
-    trust_remote_code: bool = False
-    set: Mapping[str, Any] = field(default_factory=dict)  # any other field of transformers' TrainingArguments
+    model: str | None = setting(
+        None, "Factorised folder, or dense model with --rank; here or in the recipe.", panel=RUN, metavar="MODEL"
+    )
+    data: str | None = setting(
+        None, "Training data: text, jsonl, csv, parquet, a folder or a hub dataset.", panel=DATA, metavar="DATA"
+    )
+    eval_data: str | None = setting(
+        None, "Held-out data to measure on while training, of the same forms.", panel=DATA, metavar="DATA"
+    )
+    split: str | None = setting(None, "Split to train on; train by default.", panel=DATA)
+    eval_split: str | None = setting(None, "Split to measure on: of --eval-data, or without it of --data.", panel=DATA)
+    streaming: bool = setting(
+        False, "Text that is read as training needs it, for data too large to hold; with --steps.", panel=DATA
+    )
+    stride: int | None = setting(
+        None, "Tokens between the starts of training blocks; the block size by default.", panel=DATA, least=1
+    )
+    augment: bool = setting(True, "Random crops and flips of training images.", panel=DATA)
+    new_head: bool = setting(False, "New head for the classes of the data.", panel=DATA)
+
+    from_scratch: bool = setting(False, "Fresh weights by the model's config and --seed.", panel=SURGERY)
+    dense: bool = setting(False, "Training of a dense model as it is, without factorising.", panel=SURGERY)
+    dense_steps: int = setting(0, "Steps of dense training before the model is factorised.", panel=SURGERY, least=0)
+    rank: tuple[str, ...] = setting(
+        (),
+        "Rank to factorise a dense model to: 0.5 (of full rank), 64, energy:0.9, params:0.5 or stable.",
+        panel=SURGERY,
+        metavar="RANK|GLOB=RANK",
+        short="-r",
+    )
+    init: str = setting(
+        "spectral", "Initialisation of the factors.", panel=SURGERY, table=("lrsurgery.linalg.inits", "INITS")
+    )
+    conv: str = setting(
+        "channel",
+        "Form of convolutions; channel: kh x kw then 1x1, spatial: kh x 1 then 1 x kw.",
+        panel=SURGERY,
+        table=("lrsurgery.surgery.kinds", "CONV_SCHEMES"),
+    )
+    include: tuple[str, ...] = setting(("*",), "Layers to factorise.", panel=SURGERY, metavar="GLOB")
+    exclude: tuple[str, ...] = setting((), "Layers to leave dense.", panel=SURGERY, metavar="GLOB")
+    multiple_of: int = setting(1, "Number that ranks are rounded to multiples of.", panel=SURGERY, least=1)
+    allow_larger: bool = setting(False, "Layers at or over break-even too, which grow by it.", panel=SURGERY)
+    switch_lr: float = setting(
+        0.5, "Scale of the learning rate from the end of the dense steps on.", panel=SURGERY, positive=True
+    )
+
+    decay: str = setting("frobenius", "Weight decay of the factors.", panel=DECAY, choices=DECAYS)
+    decay_strength: float = setting(0.01, "Strength (lambda) of --decay.", panel=DECAY)
+    decay_coupled: bool = setting(
+        False, "Frobenius decay added to the gradient, as Khodak et al. do, rather than decoupled.", panel=DECAY
+    )
+    weight_decay: float = setting(0.01, "Weight decay of all other weights, biases and norms excepted.", panel=DECAY)
+
+    optimizer: str = setting("adamw", "Optimizer.", panel=TRAINING, choices=tuple(OPTIMIZERS))
+    momentum: float = setting(0.9, "Momentum of sgd.", panel=TRAINING)
+    lr: float = setting(1e-3, "Peak learning rate.", panel=TRAINING, positive=True)
+    schedule: str = setting("linear", "Learning rate schedule; linear goes to 0.", panel=TRAINING, choices=SCHEDULES)
+    warmup_steps: int = setting(0, "Steps of linear warm-up.", panel=TRAINING, least=0)
+    epochs: float | None = setting(None, "Passes over the data; 1 without --steps.", panel=TRAINING, positive=True)
+    steps: int | None = setting(None, "Optimizer steps, in place of epochs.", panel=TRAINING, least=1)
+    batch_size: int = setting(8, "Examples of a batch, in each process.", panel=TRAINING, least=1)
+    eval_batch_size: int | None = setting(
+        None, "Examples of a batch when measuring; --batch-size by default.", panel=TRAINING, least=1
+    )
+    accumulate: int = setting(1, "Batches of an optimizer step; their gradients add up.", panel=TRAINING, least=1)
+    seed: int = setting(0, "Seed of data order, dropout, new heads and fresh weights.", panel=TRAINING, least=0)
+    precision: str = setting(
+        "auto", "Autocast; auto: bf16 on a GPU that has it, fp32 elsewhere.", panel=MACHINE, choices=PRECISIONS
+    )
+    gradient_checkpointing: bool = setting(
+        False, "Activations computed again in the backward pass: less memory, more time.", panel=MACHINE
+    )
+    early_stopping: int | None = setting(
+        None, "Evaluations without gain after which training stops.", panel=TRAINING, least=1
+    )
+    best: bool = setting(False, "Best model by the evaluations as output, not the last.", panel=TRAINING)
+    teacher: str | None = setting(None, "Model to distil from, by its logits.", panel=TRAINING, metavar="DENSE")
+    temperature: float = setting(2.0, "Temperature of distillation.", panel=TRAINING, positive=True)
+    teacher_weight: float = setting(0.5, "Share of the loss that distillation has, 0 to 1.", panel=TRAINING)
+
+    eval_steps: int | None = setting(
+        None, "Steps between evaluations; --save-steps or a tenth of the run by default.", panel=RUN, least=1
+    )
+    save_steps: int | None = setting(
+        None, "Steps between checkpoints; as many as between evaluations by default.", panel=RUN, least=1
+    )
+    log_steps: int | None = setting(
+        None, "Steps between logged losses; a twentieth of the run, at most 50, by default.", panel=RUN, least=1
+    )
+    report_to: tuple[str, ...] = setting(
+        (), "Installed tracker of experiments, such as tensorboard or wandb.", panel=RUN, metavar="NAME"
+    )
+    against: str | None = setting(None, "Dense model to measure beside the healed one.", panel=RUN, metavar="DENSE")
+    device: str = setting("auto", "Device to train on.", panel=MACHINE, suggestions=DEVICES)
+    trust_remote_code: bool = setting(
+        False, "Permission to run Python code that comes with the checkpoint; read it first.", panel=MACHINE
+    )
+    set: Mapping[str, object] = field(
+        default_factory=dict,
+        metadata={
+            "setting": Setting(
+                default=(),
+                help="Any other field of transformers' TrainingArguments.",
+                panel=RUN,
+                metavar="KEY=VALUE",
+            )
+        },
+    )
 
     def check(self) -> None:
         """Raises RecipeError (or RankError) for a value that no model or data could make right."""
-        super().check()
         for name in ("model", "data"):
             if not getattr(self, name):
                 raise RecipeError(f"no {name} given; name it on the command line or in the recipe")
-        check_choice("decay", self.decay, DECAYS)
-        check_choice("optimizer", self.optimizer, tuple(OPTIMIZERS))
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("precision", self.precision, PRECISIONS)
-        check_choice("conv", self.conv, ("channel", "spatial"))
-        for name in ("decay_strength", "weight_decay", "momentum", "lr", "switch_lr", "temperature"):
-            check_finite(name, getattr(self, name), positive=name in ("lr", "switch_lr", "temperature"))
         if not 0 <= self.teacher_weight <= 1:
             raise RecipeError(f"teacher_weight {self.teacher_weight}: write a number from 0 to 1")
-        for name in ("batch_size", "accumulate", "stride", "steps", "eval_batch_size", "early_stopping", "eval_steps",
-                     "save_steps", "log_steps", "multiple_of"):  # fmt: skip
-            check_at_least(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "dense_steps", "seed"):
-            check_at_least(name, getattr(self, name), 0)
         if self.epochs is not None and self.steps is not None:
             raise RecipeError("epochs and steps are both given; leave one out")
-        if self.epochs is not None:
-            check_finite("epochs", self.epochs, positive=True)
+        super().check()
         if self.streaming and self.steps is None:
             raise RecipeError("streaming data has no known length; say how many --steps to train")
         if (self.best or self.early_stopping) and self.eval_data is None and self.eval_split is None:
@@ -113,26 +162,85 @@ class Recipe(DataOptions):
             raise RecipeError("dense and rank are both given: train dense, or factorise; leave one out")
         if self.steps is not None and self.dense_steps >= self.steps > 0:
             raise RecipeError(f"dense_steps {self.dense_steps}: must be below the {self.steps} steps of the whole run")
+        self._check_surgery()
+
+    def _check_surgery(self) -> None:
+        from lrsurgery.linalg.inits import get_init
+        from lrsurgery.surgery.kinds import CONV_SCHEMES
+        from lrsurgery.surgery.ranks import parse_rank
+
+        check_choice("conv", self.conv, CONV_SCHEMES)
         if self.rank:
             parse_rank(self.rank, self.multiple_of)
         get_init(self.init)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Json:
         """Plain values, as YAML and JSON hold them."""
         plain = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
 
-    def merged(self, given: Mapping[str, Any]) -> Recipe:
+    def merged(self, given: Mapping[str, object]) -> Recipe:
         """With these settings in place of its own. Raises RecipeError that names a key or value it does not know."""
-        hints = get_type_hints(Recipe)
+        kinds = kinds_of_values()
         for key in given:
-            if key not in hints:
-                close = _closest(key, hints)
+            if key not in kinds:
+                close = _closest(key, kinds)
                 raise RecipeError(f"unknown setting '{key}'" + (f"; did you mean '{close}'?" if close else ""))
-        return dataclasses.replace(self, **{key: _typed(key, hints[key], value) for key, value in given.items()})
+        return dataclasses.replace(self, **{key: _typed(key, kinds[key], value) for key, value in given.items()})
 
 
-def read_recipe(file: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class ValueKind:
+    """What values a setting takes."""
+
+    type: type  # bool, int, float, str or dict; of a list, of its items
+    is_list: bool = False
+    is_optional: bool = False
+
+
+@cache
+def kinds_of_values() -> Mapping[str, ValueKind]:
+    """Setting -> what values it takes, read from the fields' annotations."""
+    return {name: _kind(str(hint)) for name, hint in get_type_hints(Recipe).items()}
+
+
+def _kind(hint: str) -> ValueKind:
+    if "Mapping" in hint:
+        return ValueKind(dict)
+    kind = next(t for t in (bool, int, float, str) if t.__name__ in hint)
+    return ValueKind(kind, hint.startswith("tuple"), "None" in hint)
+
+
+def _typed(key: str, kind: ValueKind, value: Any) -> Any:
+    """A YAML value in the setting's own type; text such as `1e-3`, which YAML takes for a string, becomes a number."""
+    wanted = kind.type
+    if value is None:
+        if kind.is_optional:
+            return None
+        raise RecipeError(f"{key}: needs a value")
+    if kind.is_list:
+        return tuple(str(v) for v in (value if isinstance(value, list | tuple) else [value]))
+    if wanted is dict:
+        if isinstance(value, Mapping):
+            return dict(value)
+        raise RecipeError(f"{key}: write it as 'NAME: value' lines")
+    if wanted is bool and not isinstance(value, bool):
+        raise RecipeError(f"{key} '{value}': write true or false")
+    try:
+        if wanted is int and (isinstance(value, bool) or float(value) != int(float(value))):
+            raise ValueError
+        return wanted(float(value)) if wanted is int else wanted(value)
+    except (TypeError, ValueError) as e:
+        raise RecipeError(f"{key} '{value}': write {'a whole number' if wanted is int else 'a number'}") from e
+
+
+def _closest(key: str, known: Mapping[str, object]) -> str | None:
+    import difflib
+
+    return next(iter(difflib.get_close_matches(key, list(known), 1)), None)
+
+
+def read_recipe(file: Path) -> Json:
     """The settings of a recipe file, checked by name. Raises RecipeError."""
     body = read_yaml(file)
     settings = {key.replace("-", "_"): value for key, value in body.items() if key != "made_with"}
@@ -143,8 +251,8 @@ def read_recipe(file: Path) -> dict[str, Any]:
     return settings
 
 
-def read_yaml(file: Path) -> dict[str, Any]:
-    """A YAML file of named values. Raises RecipeError where it is missing or anything else."""
+def read_yaml(file: Path) -> Json:
+    """A YAML file of named values. Raises RecipeError: it is missing, or holds anything else."""
     import yaml
 
     try:
@@ -159,7 +267,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def write_recipe(recipe: Recipe, file: Path, versions: Mapping[str, str]) -> None:
-    """The full recipe, every setting spelled out, so that `finetune --recipe` runs it again."""
+    """Write every setting of a recipe, so that `finetune --recipe` runs it again."""
     import yaml
 
     body = {**recipe.to_dict(), "made_with": dict(versions)}
@@ -169,7 +277,7 @@ def write_recipe(recipe: Recipe, file: Path, versions: Mapping[str, str]) -> Non
 def check_recipe_for(recipe: Recipe, source: Source) -> None:
     """Raises RecipeError where a recipe asks of a model what cannot be done with it."""
     model = source.reference
-    if (source.config.get("quantization_config") or {}).get("quant_method") == "lrsurgery":
+    if source.is_factorised:
         if recipe.rank or recipe.dense_steps or recipe.dense:
             raise RecipeError(f"{model}: is factorised already; leave --rank, --dense-steps and --dense out")
         if recipe.from_scratch:
@@ -181,33 +289,3 @@ def check_recipe_for(recipe: Recipe, source: Source) -> None:
             f"{model}: is dense; pass --rank R to factorise it first, --dense-steps N --rank R to factorise it after N"
             " steps, or --dense to train it as it is"
         )
-
-
-def _typed(key: str, hint: Any, value: Any) -> Any:
-    """A YAML value in the setting's own type; text such as `1e-3`, which YAML takes for a string, becomes a number."""
-    text = str(hint)
-    if value is None:
-        if "None" in text:
-            return None
-        raise RecipeError(f"{key}: needs a value")
-    if text.startswith("tuple"):
-        return tuple(str(v) for v in (value if isinstance(value, list | tuple) else [value]))
-    if "Mapping" in text:
-        if isinstance(value, Mapping):
-            return dict(value)
-        raise RecipeError(f"{key}: write it as 'NAME: value' lines")
-    wanted: type = next(t for t in (bool, int, float, str) if t.__name__ in text)
-    if wanted is bool and not isinstance(value, bool):
-        raise RecipeError(f"{key} '{value}': write true or false")
-    try:
-        if wanted is int and (isinstance(value, bool) or float(value) != int(float(value))):
-            raise ValueError
-        return wanted(float(value)) if wanted is int else wanted(value)
-    except (TypeError, ValueError) as e:
-        raise RecipeError(f"{key} '{value}': write {'a whole number' if wanted is int else 'a number'}") from e
-
-
-def _closest(key: str, known: Mapping[str, Any]) -> str | None:
-    import difflib
-
-    return next(iter(difflib.get_close_matches(key, list(known), 1)), None)
