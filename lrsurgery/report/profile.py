@@ -3,96 +3,145 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from lrsurgery.checkpoints.build import check_not_converted
 from lrsurgery.checkpoints.mapping import Checkpoint, list_entries, open_checkpoint
-from lrsurgery.checkpoints.source import Source
-from lrsurgery.checkpoints.spectra import SpectrumCache
+from lrsurgery.checkpoints.source import Source, SourceOptions
+from lrsurgery.checkpoints.spectra import SpectrumCache, SpectrumLookup
 from lrsurgery.errors import WeightError
-from lrsurgery.factorise.jobs import tensor_digest
-from lrsurgery.factorise.options import Options, pick_device
 from lrsurgery.linalg.spectrum import RESOLVED, EffectiveRanks, Points, predicted_damage
-from lrsurgery.linalg.svd import singular_values
-from lrsurgery.progress import Progress
+from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.rows import parameters_after, planned_row
-from lrsurgery.report.schema import Report, Row, Rung
-from lrsurgery.surgery.layers import KINDS
-from lrsurgery.surgery.plan import Kept, Replacement, find_heads, plan_rows
+from lrsurgery.report.schema import Report, Row, Rung, recorded_options
+from lrsurgery.runtime import Compute
+from lrsurgery.surgery.apply import decomposition_bytes
+from lrsurgery.surgery.plan import Kept, Replacement, SurgeryOptions, find_heads, make_plan, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec, parse_policy
-from lrsurgery.surgery.threads import in_order, layers_at_once, memory
 
 LADDER = (
     *("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"),
     *("params:0.25", "params:0.5", "params:0.75", "energy:0.8", "energy:0.9", "energy:0.95", "energy:0.99"),
 )
+WIDEST = 8  # bytes of a number, in fp64
 
 
-def iter_profile(source: Source, options: Options, *, planned: bool) -> Generator[Progress, None, Report]:
-    """The report of a dense checkpoint, one layer a step; with `planned`, what `options.rank` would do beside it.
+@dataclass(frozen=True, kw_only=True)
+class ProfileOptions:
+    """Which layers of a dense model are profiled, and the ranks planned for them, if any.
 
-    Weights are read one at a time, and not at all decomposed where the cache holds their singular values.
+    Raises SurgeryError for a value that no model could make right.
+    """
+
+    target: RankSpec | None = None  # a plan to show beside the spectra
+    conv: str = "channel"
+    include: Sequence[str] = ("*",)
+    exclude: Sequence[str] = ()
+    multiple_of: int = 1  # of the ladder's ranks; a target has its own, which is the same
+
+    def __post_init__(self) -> None:
+        assert self.target is None or self.target.multiple_of == self.multiple_of, self
+        _ = self.every_layer, RankSpec(None, (), self.multiple_of)  # which check their values
+
+    @property
+    def plan(self) -> SurgeryOptions | None:
+        """The surgery that is planned."""
+        if self.target is None:
+            return None
+        return SurgeryOptions(target=self.target, conv=self.conv, include=self.include, exclude=self.exclude)
+
+    @property
+    def every_layer(self) -> SurgeryOptions:
+        """Full rank for each layer that is profiled: a head is one where the target spells its name out."""
+        named = self.target.overrides if self.target is not None else ()
+        full = FractionRank(1.0)
+        return SurgeryOptions(
+            target=RankSpec(full, tuple((pattern, full) for pattern, _ in named)),
+            conv=self.conv,
+            include=self.include,
+            exclude=self.exclude,
+            allow_larger=True,
+        )
+
+
+def profile(
+    source: Source,
+    options: ProfileOptions,
+    compute: Compute,
+    *,
+    trust_remote_code: bool = False,
+    command: str | None = None,
+    listener: Listener = SILENT,
+) -> Report:
+    """The report of a dense checkpoint, and of what the options' target would do to it.
+
+    Weights are read one at a time; a weight whose singular values are in the cache is not decomposed.
 
     Raises SurgeryError: which file or layer, what is wrong.
     """
-    options.check()
     check_not_converted(source)
-    checkpoint = open_checkpoint(source, trust_remote_code=options.trust_remote_code)
-    # a layer that an override spells out is looked at though it is a head
-    named = options.spec.overrides if planned else ()
-    whole = RankSpec(FractionRank(1.0), tuple((pattern, FractionRank(1.0)) for pattern, _ in named))
-    candidates = plan_rows(
-        checkpoint.model, whole, conv=options.conv, include=options.include,
-        exclude=options.exclude, allow_larger=True, heads=find_heads(checkpoint.model), tied=checkpoint.tied,
-    )  # fmt: skip
-    plan = options.plan_for(checkpoint.model, checkpoint.tied) if planned else None
-    wanted = {row.name: row for row in plan.rows} if plan else {}
+    checkpoint = open_checkpoint(source, SourceOptions(trust_remote_code=trust_remote_code))
+    model, tied, heads = checkpoint.model, checkpoint.tied, find_heads(checkpoint.model)
+    candidates = plan_rows(model, options.every_layer, heads=heads, tied=tied)
+    plan = None if options.plan is None else make_plan(model, options.plan, heads=heads, tied=tied)
+    planned = {row.name: row for row in plan.rows} if plan is not None else {}
     layers = [row for row in candidates if isinstance(row, Replacement)]
     rows: dict[str, Row] = {}
     energies: dict[str, float] = {}
-    for done, (row, values) in enumerate(_all_values(checkpoint, layers, options), 1):
-        planning = wanted.get(row.name)
-        if plan and isinstance(planning, Replacement) and planning.rank is None:
-            planning = plan.decide(planning, values)
-        ladder = tuple(rung_of(text, row, values, options.multiple_of) for text in LADDER)
-        limit = RESOLVED if values.dtype == torch.float32 else math.inf
+    for done, (row, values) in enumerate(zip(layers, _all_values(checkpoint, layers, compute), strict=True), 1):
+        becomes = planned.get(row.name)
+        if plan is not None and isinstance(becomes, Replacement) and becomes.rank is None:
+            becomes = plan.decide(becomes, values)
+        resolved = RESOLVED if values.dtype == torch.float32 else math.inf
         rows[row.name] = replace(
-            _row(row, planning, values), before=EffectiveRanks.of(values.double(), limit=limit),
-            spectrum_before=Points.of(values), ladder=ladder,
-        )  # fmt: skip
+            _row(row, becomes, values),
+            before=EffectiveRanks.of(values.double(), limit=resolved),
+            spectrum_before=Points.of(values),
+            ladder=tuple(rung_of(text, row, values, options.multiple_of) for text in LADDER),
+        )
         energies[row.name] = float(values.double().square().sum())
-        yield Progress(row.name, done, len(layers))
+        listener.progress(row.name, done, len(layers))
     every = tuple(rows.get(row.name) or planned_row(row) for row in candidates)
-    if options.cache:
+    if compute.cache:
         SpectrumCache().trim()
-    ladders = [(row.ladder or (), energies[row.name], row) for row in rows.values()]
+    parameters = checkpoint.parameters
+    rungs = [(row.ladder or (), energies[row.name], row) for row in rows.values()]
     return Report(
-        every, checkpoint.parameters, parameters_after(every, checkpoint.parameters) if planned else None,
-        bytes_before=sum(file.stat().st_size for file in source.files),
+        every,
+        parameters,
+        None if plan is None else parameters_after(every, parameters),
+        bytes_before=source.bytes,
         source={"reference": source.reference, "hub_id": source.hub_id, "revision": source.revision},
-        command=options.command, options=options.recorded() if planned else {},
-        about="plan" if planned else "dense", name=source.name,
-        ladder=tuple(_model_rung(i, ladders, checkpoint.parameters) for i in range(len(LADDER))) if ladders else None,
-    )  # fmt: skip
+        command=command,
+        options={} if options.plan is None else recorded_options(options.plan),
+        about="dense" if plan is None else "plan",
+        name=source.name,
+        ladder=tuple(_model_rung(i, rungs, parameters) for i in range(len(LADDER))) if rungs else None,
+    )
 
 
-def _row(row: Replacement, planning: Replacement | Kept | None, values: Tensor) -> Row:
-    """The layer as it is, or as it is planned, with the errors that the plan would have (Eckart & Young)."""
-    if not isinstance(planning, Replacement):
-        kept = Kept(row.name, row.kind, row.shape, row.parameters, planning.reason if planning else "")
-        shown = replace(planned_row(kept), reason=planning.reason if planning else None)
-        return replace(shown, full_rank=row.full_rank, flops_before=row.flops, flops_after=row.flops)
-    assert planning.rank is not None
-    kept_energy, error = _kept(values, planning.rank)
+def _row(row: Replacement, planned: Replacement | Kept | None, values: Tensor) -> Row:
+    """The layer as it is or is planned, with the errors of the planned rank's best approximation (Eckart & Young)."""
+    if not isinstance(planned, Replacement):
+        kept = Kept(row.name, row.kind, row.shape, row.parameters, "")
+        return replace(
+            planned_row(kept),
+            reason=planned.reason if planned is not None else None,
+            full_rank=row.full_rank,
+            flops_before=row.flops,
+            flops_after=row.flops,
+        )
+    assert planned.rank is not None
+    energy, error = _kept(values, planned.rank)
     top = float(values[0])
-    left_out = float(values[planning.rank]) if planning.rank < row.full_rank else 0.0
+    left_out = float(values[planned.rank]) if planned.rank < row.full_rank else 0.0
     return replace(
-        planned_row(planning),
-        energy_kept=kept_energy,
+        planned_row(planned),
+        energy_kept=energy,
         relative_error=error,
         spectral_error=left_out / top if top else 0.0,
     )
@@ -122,7 +171,7 @@ def rung_of(text: str, row: Replacement, values: Tensor, multiple_of: int = 1) -
 
 
 def _model_rung(i: int, ladders: Sequence[tuple[Sequence[Rung], float, Row]], parameters: int) -> Rung:
-    """The same rung of every layer together: energies and errors weighted by each layer's squared norm."""
+    """The i-th rung of every layer together: energies and errors weighted by each layer's squared norm."""
     rungs = [(ladder[i], energy, row) for ladder, energy, row in ladders]
     before = sum(row.parameters_before for *_, row in rungs)
     after = sum(rung.parameters for rung, *_ in rungs)
@@ -130,49 +179,34 @@ def _model_rung(i: int, ladders: Sequence[tuple[Sequence[Rung], float, Row]], pa
     lost = sum(energy * rung.relative_error**2 for rung, energy, _ in rungs) / total if total else 0.0
     stable = sum(row.before.stable for *_, row in rungs if row.before) / len(rungs)
     return Rung(
-        rungs[0][0].rank, sum(rung.to is not None for rung, *_ in rungs), parameters - before + after,
-        1 - lost, math.sqrt(lost), predicted_damage(before, after, stable),
-    )  # fmt: skip
+        rank=rungs[0][0].rank,
+        to=sum(rung.to is not None for rung, *_ in rungs),
+        parameters=parameters - before + after,
+        energy_kept=1 - lost,
+        relative_error=math.sqrt(lost),
+        damage=predicted_damage(before, after, stable),
+    )
 
 
-def _all_values(
-    checkpoint: Checkpoint, layers: Sequence[Replacement], options: Options
-) -> Generator[tuple[Replacement, Tensor], None, None]:
-    """Each layer with its singular values, several layers at once."""
+def _all_values(checkpoint: Checkpoint, layers: Sequence[Replacement], compute: Compute) -> Iterator[Tensor]:
+    """The singular values (full rank,) of each layer, several layers at once."""
     names = {row.name for row in layers}
     entries = {
         entry.target.removesuffix(".weight"): entry
         for entry in list_entries(checkpoint, names)
         if entry.target and entry.target.endswith(".weight")
     }
-    cache = SpectrumCache() if options.cache else None
-    device = pick_device(options.device)
 
     def values_of(row: Replacement) -> Tensor:
-        tensor = entries[row.name].read()
-        digest = tensor_digest(tensor.dtype, tuple(tensor.shape), [tensor])
-
-        def find(what: str, matrix: Callable[[], Tensor]) -> Tensor:
-            known = cache.get(digest, what) if cache else None
-            if known is not None:
-                return known.values
-            values = singular_values(matrix()).cpu()
-            if cache:
-                cache.put(digest, what, values)
-            return values
-
+        lookup = SpectrumLookup(entries[row.name].read(), row.layout, compute)
         try:
-            values = find(row.kind, lambda: KINDS[row.kind].to_matrix(tensor.to(device)))
-            if not _resolved(values):  # the small ones drown in fp32's Gram matrix
-                values = find(f"{row.kind}-fp64", lambda: KINDS[row.kind].to_matrix(tensor.to(device)).double())
+            values = lookup.values().cpu()
+            # fp32's Gram matrix does not resolve the small ones
+            return values if _resolved(values) else lookup.wide_values().cpu()
         except WeightError as e:
             raise WeightError(f"{checkpoint.source.reference}: {row.name}: {e}") from e
-        return values
 
-    threads = torch.get_num_threads()
-    needs = [memory(row, 8) for row in layers]
-    at_once = (options.jobs or layers_at_once(needs, threads)) if device.type == "cpu" else 1
-    yield from zip(layers, in_order(values_of, layers, at_once, threads), strict=True)
+    return compute.in_order(values_of, layers, [decomposition_bytes(row, WIDEST) for row in layers])
 
 
 def _resolved(values: Tensor) -> bool:

@@ -2,108 +2,143 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import cast
 
-import torch
+from torch import Tensor
 
-from lrsurgery.checkpoints.load import FactorisedCheckpoint, is_factorised, open_factorised
+from lrsurgery.checkpoints.load import FactorisedCheckpoint, open_factorised
 from lrsurgery.checkpoints.mapping import list_entries, open_checkpoint
-from lrsurgery.checkpoints.source import Source, resolve
+from lrsurgery.checkpoints.source import Source, SourceOptions, resolve
 from lrsurgery.errors import PlanError, SourceError, SurgeryError, WeightError
-from lrsurgery.factorise.options import Options, pick_device
-from lrsurgery.measure.bench import read_bench
-from lrsurgery.progress import Progress, result_of
-from lrsurgery.report.profile import iter_profile
+from lrsurgery.files import read_json
+from lrsurgery.progress import SILENT, Listener
+from lrsurgery.report.profile import WIDEST, ProfileOptions, profile
 from lrsurgery.report.rows import compared_row, rank_report, replaced_of, trained_row
 from lrsurgery.report.runs import is_run, read_run
-from lrsurgery.report.schema import FILE_NAME, Report, Row
-from lrsurgery.surgery.layers import KINDS
-from lrsurgery.surgery.threads import in_order, layers_at_once, memory
+from lrsurgery.report.schema import FILE_NAME, Bench, Report, Row
+from lrsurgery.runtime import Compute
+from lrsurgery.surgery.apply import decomposition_bytes
+
+BENCH_FILE = "bench.json"
+BENCH_FORMAT = 1
 
 
-def read_report(reference: str) -> Report:
-    """The report of a factorised folder. Raises SourceError for any other model."""
-    source = resolve(reference)
-    if not is_factorised(source):
-        raise SourceError(f"{reference}: not a factorised checkpoint; make one with lrsurgery factorise")
-    return result_of(iter_report([reference], Options(rank="0.5")))
+def read_report(
+    references: Sequence[str],
+    compute: Compute,
+    *,
+    source_options: SourceOptions | None = None,
+    profile_options: ProfileOptions | None = None,
+    against: str | None = None,
+    command: str | None = None,
+    listener: Listener = SILENT,
+) -> Report:
+    """The report of one model, or of several training runs side by side.
 
-
-def iter_report(
-    references: Sequence[str], options: Options, *, planned: bool = False, against: str | None = None
-) -> Generator[Progress, None, Report]:
-    """The report of one model, or of several training runs side by side; a step for each layer that is looked at.
-
-    `planned`: `options.rank` is what to plan for a dense model; else its rank is not looked at. `against` is the dense
-    model that a factorised one came from.
+    `profile_options` say what to look at in a dense model and what to plan for it; `against` is the dense model that a
+    factorised one came from.
 
     Raises SurgeryError: which folder, file or layer, what is wrong, what to do.
     """
-    options.check()
+    source_options, profile_options = source_options or SourceOptions(), profile_options or ProfileOptions()
+    planned = profile_options.target is not None
     folders = [Path(reference).expanduser() for reference in references]
     if len(references) > 1 or (is_run(folders[0]) and not (folders[0] / "config.json").is_file()):
         if planned or against:
             raise SurgeryError(f"--{'rank' if planned else 'against'} takes one model, not {len(references)} runs")
         runs = tuple(read_run(folder) for folder in folders)
         return Report((), 0, None, about="runs", name=" · ".join(run["name"] for run in runs), training=runs)
-    source = resolve(references[0], revision=options.revision, architecture=options.architecture)
-    if is_factorised(source):
+    source = source_options.resolve(references[0])
+    trust_remote_code = source_options.trust_remote_code
+    if source.is_factorised:
         if planned:
             raise SurgeryError(f"{references[0]}: is factorised already; --rank plans surgery on a dense model")
-        report = yield from _factorised(source, options, against)
+        report = _factorised(source, against, compute, trust_remote_code, listener)
     elif against:
         raise SurgeryError(f"{references[0]}: is a dense model; --against compares a factorised one with it")
     else:
-        report = yield from iter_profile(source, options, planned=planned)
+        report = profile(
+            source,
+            profile_options,
+            compute,
+            trust_remote_code=trust_remote_code,
+            command=command,
+            listener=listener,
+        )
     if source.folder is None:
         return replace(report, name=source.name)
     training = (read_run(source.folder),) if is_run(source.folder) else ()
     return replace(report, name=source.name, training=training, bench=read_bench(source.folder))
 
 
-def _factorised(source: Source, options: Options, against: str | None) -> Generator[Progress, None, Report]:
-    """What surgery or training wrote down; what it did not, from the factors; and against the dense weights."""
+def read_bench(folder: Path) -> Bench | None:
+    """What `bench --save` wrote into a model's folder; None where it wrote nothing.
+
+    Raises SourceError where the file is damaged or newer than this version reads.
+    """
+    file = folder / BENCH_FILE
+    if not file.exists():
+        return None
+    body = read_json(file, "what bench --save writes; run it again")
+    try:
+        if body["format_version"] > BENCH_FORMAT:
+            raise SourceError(f"{file}: bench format {body['format_version']} is newer than this lrsurgery reads")
+        for name, kind in (("machine", dict), ("model", dict), ("runs", list), ("layers", list)):
+            if not isinstance(body[name], kind):
+                raise TypeError(name)
+    except (KeyError, TypeError) as e:
+        raise SourceError(f"{file}: not what bench --save writes; run it again ({e!r})") from e
+    return cast(Bench, body)
+
+
+def _factorised(
+    source: Source, against: str | None, compute: Compute, trust_remote_code: bool, listener: Listener
+) -> Report:
+    """What surgery or training wrote down; failing that, what the factors tell; and the comparison with `against`."""
     assert source.folder is not None
     written = Report.read(source.folder) if (source.folder / FILE_NAME).is_file() else None
     if written is not None and not against:
         return written
-    checkpoint = open_factorised(source, trust_remote_code=options.trust_remote_code)
-    bare = written or replace(rank_report(checkpoint.model, measured=False), source={"reference": source.reference})
-    rows = {row.name: row for row in bare.rows}
-    dense = _dense_weights(against, checkpoint, options) if against else None
-    names = list(checkpoint.factors)
-    layers = dict(checkpoint.layers)
-    device = pick_device(options.device)
+    checkpoint = open_factorised(source, trust_remote_code=trust_remote_code)
+    report = written or replace(rank_report(checkpoint.model, measured=False), source={"reference": source.reference})
+    rows = {row.name: row for row in report.rows}
+    dense = _dense_weights(against, checkpoint, trust_remote_code) if against else None
 
     def row_of(name: str) -> Row:
-        factors = checkpoint.factors[name](device)
-        row = rows[name]
+        factors = checkpoint.factors[name](compute.device)
         try:
             if dense is None:
-                return trained_row(row, factors)
-            return compared_row(row, KINDS[row.kind].to_matrix(dense[name]().to(device)), factors)
+                return trained_row(rows[name], factors)
+            matrix = checkpoint.layers[name].layout.to_matrix(dense[name]().to(compute.device))
+            return compared_row(rows[name], matrix, factors)
         except WeightError as e:
             raise WeightError(f"{against or source.reference}: {name}: {e}") from e
 
-    threads = torch.get_num_threads()
-    needs = [memory(replaced_of(name, layers[name]), 8) for name in names]
-    at_once = (options.jobs or layers_at_once(needs, threads)) if device.type == "cpu" else 1
-    for done, (name, row) in enumerate(zip(names, in_order(row_of, names, at_once, threads), strict=True), 1):
-        rows[name] = row
-        yield Progress(name, done, len(names))
+    names = list(checkpoint.factors)
+    needs = [decomposition_bytes(replaced_of(name, checkpoint.layers[name]), WIDEST) for name in names]
+    found = {}
+    for done, (name, row) in enumerate(zip(names, compute.in_order(row_of, names, needs), strict=True), 1):
+        found[name] = row
+        listener.progress(name, done, len(names))
     notes = (f"errors, energy and directions are against {against}",) if against else ()
-    return replace(bare, rows=tuple(rows[row.name] for row in bare.rows), notes=(*bare.notes, *notes))
+    return replace(report, rows=tuple(found.get(row.name, row) for row in report.rows), notes=(*report.notes, *notes))
 
 
-def _dense_weights(reference: str, checkpoint: FactorisedCheckpoint, options: Options) -> Mapping[str, Any]:
-    """Layer -> what reads its dense weight. Raises where the dense model lacks a layer, or has it in another shape."""
+def _dense_weights(
+    reference: str, checkpoint: FactorisedCheckpoint, trust_remote_code: bool
+) -> Mapping[str, Callable[[], Tensor]]:
+    """Layer -> what reads its dense weight.
+
+    Raises PlanError where the dense model lacks a layer or has it in another shape, SurgeryError where it is no dense
+    model.
+    """
     source = resolve(reference)
-    if is_factorised(source):
+    if source.is_factorised:
         raise SurgeryError(f"{reference}: is factorised itself; --against takes the dense model")
-    dense = open_checkpoint(source, trust_remote_code=options.trust_remote_code)
+    dense = open_checkpoint(source, SourceOptions(trust_remote_code=trust_remote_code))
     entries = {e.target.removesuffix(".weight"): e for e in list_entries(dense, set()) if e.target}
     found = {}
     for name, layer in checkpoint.layers.items():
