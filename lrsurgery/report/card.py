@@ -97,7 +97,7 @@ def dense_card(source: Source, name: str, config: Mapping[str, Any], command: st
             f"| parameters | {report.parameters_after:,} | {report.parameters_before:,} |",
             "",
         ]
-    table = _quality(_stages(source.folder)) if source.folder else []
+    table = quality_lines(_stages(source.folder)) if source.folder else []
     lines += [*table, ""] if table else []
     return _card(card_data(source, config), name, lines)
 
@@ -113,17 +113,17 @@ def _report_of(source: Source) -> Report | None:
 def training_lines(recipe: Any, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The card's lines about a training run: its settings in one sentence, and what was measured at each stage."""
     decay = f"{recipe.decay} decay of strength {recipe.decay_strength:g}" if recipe.decay != "none" else "no decay"
-    teacher = f", teacher `{_public(recipe.teacher)}`" if recipe.teacher else ""
+    teacher = f", teacher `{public_name(recipe.teacher)}`" if recipe.teacher else ""
     lines = [
-        f"Trained for {steps} steps on `{_public(recipe.data or '')}` with {recipe.optimizer}, learning rate"
+        f"Trained for {steps} steps on `{public_name(recipe.data or '')}` with {recipe.optimizer}, learning rate"
         f" {recipe.lr:g} ({recipe.schedule}), {decay} on the factors{teacher}; `recipe.yaml` has every setting,"
         " `metrics.jsonl` the course of the run.",
     ]
-    table = _quality(stages)
+    table = quality_lines(stages)
     if not table:
         return lines
     split = f", split `{recipe.eval_split}`" if recipe.eval_split else ""
-    return [*lines, "", f"Measured on `{_public(recipe.eval_data or recipe.data or '')}`{split}:", "", *table]
+    return [*lines, "", f"Measured on `{public_name(recipe.eval_data or recipe.data or '')}`{split}:", "", *table]
 
 
 def _card(data: ModelCardData, name: str, lines: Sequence[str]) -> str:
@@ -158,7 +158,7 @@ def _link(source: Source) -> str:
     return f"[{source.hub_id}]({HUB}/{source.hub_id})" if source.hub_id else f"`{source.name}`"
 
 
-def _public(reference: str) -> str:
+def public_name(reference: str) -> str:
     """A model or data as a card names it: a hub id, and of what lies on a disk the name alone."""
     return reference if is_hub_id(reference) else Path(reference).name
 
@@ -248,7 +248,7 @@ def _layers(report: Report) -> list[str]:
     return [*lines, ""]
 
 
-def _quality(stages: Mapping[str, Mapping[str, float]]) -> list[str]:
+def quality_lines(stages: Mapping[str, Mapping[str, float]]) -> list[str]:
     """A table of what was measured at each stage; no lines where nothing was."""
     measured = {name: values for name, values in stages.items() if values}
     if not measured:
