@@ -58,9 +58,8 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
         with tempfile.TemporaryDirectory(prefix="lrsurgery-") as folder:
             statistics = _calibrate(source, plan, options, Path(folder), listener)
             plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
-    return plan_report(
-        plan,
-        checkpoint.parameters,
+    return replace(
+        plan_report(plan, checkpoint.parameters),
         command=options.output.command,
         options=options.recorded(),
         about="plan",
@@ -170,10 +169,8 @@ def run_factorise(
                 raise SurgeryError(
                     f"nothing to factorise at {plan.target.asked}: every layer stays dense ({_why(rewriter)})"
                 )
-            report = plan_report(
-                plan.with_rows(rewriter.decided),
-                parameters,
-                rewriter.measured,
+            report = replace(
+                plan_report(plan.with_rows(rewriter.decided), parameters, rewriter.measured),
                 bytes_before=rewriter.bytes_before,
                 bytes_after=rewriter.bytes_after,
                 source={

@@ -14,7 +14,8 @@ from lrsurgery.data.options import DataOptions
 from lrsurgery.errors import CalibrationError, RankError, RecipeError, SurgeryError
 from lrsurgery.files import Json
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
-from lrsurgery.runtime import DTYPES, Compute, pick_device, pick_dtype
+from lrsurgery.report.schema import recorded_options
+from lrsurgery.runtime import Compute, pick_device, pick_dtype
 from lrsurgery.surgery.budget import parse_budget
 from lrsurgery.surgery.plan import SurgeryOptions, Target
 from lrsurgery.surgery.ranks import READABLE, RankLike, parse_rank
@@ -130,25 +131,8 @@ class FactoriseOptions:
 
     def recorded(self) -> Json:
         """The options that decide the result, as JSON."""
-        surgery = self.surgery
-        budget = surgery.budget
-        dtype = next(name for name, dtype in DTYPES.items() if dtype == self.output.dtype)
-        return {
-            "rank": None if budget is not None else str(surgery.target),
-            "budget": None if budget is None else str(budget),
-            "init": surgery.init,
-            "conv": surgery.conv,
-            "include": list(surgery.include),
-            "exclude": list(surgery.exclude),
-            "allow_larger": surgery.allow_larger,
-            "multiple_of": surgery.target.multiple_of,
-            "seed": surgery.seed,
-            "from_scratch": self.source.from_scratch_seed is not None,
-            "dtype": dtype,
-            "min_speedup": surgery.min_speedup,
-            "svd": surgery.svd,
-            "calibration": None if self.calibration is None else self.calibration.recorded(),
-        }
+        calibration = None if self.calibration is None else self.calibration.recorded()
+        return recorded_options(self.surgery, self.source, self.output.dtype, calibration)
 
 
 def parse_target(

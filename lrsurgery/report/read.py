@@ -16,7 +16,7 @@ from lrsurgery.errors import PlanError, SourceError, SurgeryError, WeightError
 from lrsurgery.files import read_json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.profile import WIDEST, ProfileOptions, profile
-from lrsurgery.report.rows import compared_row, rank_report, replaced_of, trained_row
+from lrsurgery.report.rows import compared_row, rank_report, replacement_of, trained_row
 from lrsurgery.report.runs import is_run, read_run
 from lrsurgery.report.schema import FILE_NAME, Bench, Report, Row
 from lrsurgery.runtime import Compute
@@ -118,7 +118,7 @@ def _factorised(
             raise WeightError(f"{against or source.reference}: {name}: {e}") from e
 
     names = list(checkpoint.factors)
-    needs = [decomposition_bytes(replaced_of(name, checkpoint.layers[name]), WIDEST) for name in names]
+    needs = [decomposition_bytes(replacement_of(name, checkpoint.layers[name]), WIDEST) for name in names]
     found = {}
     for done, (name, row) in enumerate(zip(names, compute.in_order(row_of, names, needs), strict=True), 1):
         found[name] = row
@@ -142,7 +142,7 @@ def _dense_weights(
     entries = {e.target.removesuffix(".weight"): e for e in list_entries(dense, set()) if e.target}
     found = {}
     for name, layer in checkpoint.layers.items():
-        shape = replaced_of(name, layer).shape
+        shape = replacement_of(name, layer).shape
         entry = entries.get(name)
         if entry is None or entry.shape != shape:
             raise PlanError(f"{name}: {reference}, the model to compare with, has no such layer of shape {shape}")

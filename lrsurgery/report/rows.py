@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,21 +25,21 @@ from lrsurgery.surgery.ranks import FractionRank, RankSpec
 def measured_row(
     row: Replacement, matrix: Tensor, factors: Factors, found: Decomposed, *, in_loss: bool = False
 ) -> Row:
-    """The row of a layer after surgery: matrix (rows, columns), factors as stored, what decomposing found.
+    """The row of a layer after surgery: matrix (rows, columns), factors as stored, what decomposing it found.
 
-    `in_loss`: whether a metric's singular values are in units of the loss, as those of the Fisher information are.
+    `in_loss` says that singular values in the metric are in units of the loss, as those of the Fisher information are.
     """
     assert row.rank is not None
     values = found.values.double()
     top = float(values[0])
     left_out = float(values[row.rank]) if row.rank < row.full_rank else 0.0
-    unknown = bool(values.isnan().any())  # "fast" looks at some alone
-    # every init gives factors in balanced form: the norms of u's columns times those of v's rows are its values
+    unknown = bool(values.isnan().any())  # "fast" computes the largest alone
+    # every init gives balanced factors: the product's singular values are the norms of u's columns times v's rows
     kept = _norms(factors.u, 0) * _norms(factors.v, 1)
     energy_kept = float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0
     spectral_error = None if math.isnan(left_out) else left_out / top if top else 0.0
     weighted_error, predicted = _in_metric(found.weighted, row.rank, in_loss)
-    if found.weighted is not None:  # the directions are the metric's, not those of the weight's singular values
+    if found.weighted is not None:  # the directions kept are the metric's, not the weight's own leading ones
         energy_kept = _energy_within(matrix, directions(factors), found.energy)
         spectral_error = _spectral_norm_of_difference(matrix, factors) / top if top else 0.0
     return replace(
@@ -59,7 +58,7 @@ def measured_row(
 
 
 def _in_metric(values: Tensor | None, rank: int, in_loss: bool) -> tuple[float | None, float | None]:
-    """What was lost in the metric: the share of its norm, and its second order of the loss where it is in its units."""
+    """(relative error in the metric, predicted increase of the loss where the metric is in its units)."""
     if values is None:
         return None, None
     squares = values.double().square()
@@ -80,28 +79,37 @@ def _norms(factor: Tensor, dim: int) -> Tensor:
 
 
 def planned_row(row: Replacement | Kept) -> Row:
-    """A row of a plan, before anything is measured."""
+    """The row of a plan, before anything is measured."""
     if isinstance(row, Kept):
         return Row(row.name, row.kind, row.shape, "dense", row.reason, None, None, row.parameters, row.parameters)
     return Row(
-        row.name, row.kind, row.shape, "factorised", None, row.full_rank, row.rank,
-        row.parameters, row.factorised_parameters, flops_before=row.flops, flops_after=row.factorised_flops,
+        name=row.name,
+        kind=row.kind,
+        shape=row.shape,
+        status="factorised",
+        reason=None,
+        full_rank=row.full_rank,
+        rank=row.rank,
+        parameters_before=row.parameters,
+        parameters_after=row.factorised_parameters,
+        flops_before=row.flops,
+        flops_after=row.factorised_flops,
         predicted_loss=row.predicted_loss,
-    )  # fmt: skip
+    )
 
 
 def trained_row(row: Row, factors: Factors) -> Row:
-    """With what factors say by themselves, balanced or not: they need not be so any more after training."""
+    """The row with the spectrum and balance of factors, which training may have left unbalanced."""
     values = product_values(factors)
     after = EffectiveRanks.of(values.double(), limit=math.inf)
     return replace(row, after=after, spectrum_after=Points.of(values), balance=balance_of(factors))
 
 
 def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
-    """With what factors (of any origin) keep of the dense matrix (rows, columns): errors, energy, directions.
+    """The row with what factors of any origin keep of the dense matrix (rows, columns): errors, energy, directions.
 
-    `energy_kept` is ||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces; after a
-    spectral init that is the sum of the kept squared singular values over that of all.
+    `energy_kept` is ||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces. After a
+    spectral init it equals the sum of the kept squared singular values over that of all.
     """
     assert row.rank is not None
     dense = spectral_factors(matrix, row.rank)
@@ -126,29 +134,32 @@ def _spectral_norm_of_difference(matrix: Tensor, factors: Factors) -> float:
     return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
 
 
-def plan_report(plan: Plan, parameters: int, measured: Mapping[str, Row] | None = None, **facts: Any) -> Report:
-    """The report of a plan over a model of this many parameters, with measured rows where there are some."""
+def plan_report(plan: Plan, parameters: int, measured: Mapping[str, Row] | None = None) -> Report:
+    """The rows and totals of a plan over a model of this many parameters; `measured` rows replace planned ones."""
     rows = tuple((measured or {}).get(row.name) or planned_row(row) for row in plan.rows)
-    return Report(rows, parameters, parameters_after(rows, parameters), **facts)
+    return Report(rows, parameters, parameters_after(rows, parameters))
 
 
 def parameters_after(rows: tuple[Row, ...], parameters: int) -> int | None:
-    """Of the whole model, once every rank is known."""
+    """The model's parameters once `rows` are done; None while a rank is not known."""
     if any(row.parameters_after is None for row in rows):
         return None
     return parameters - sum(row.parameters_before - (row.parameters_after or 0) for row in rows)
 
 
 def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured: bool = True) -> Report:
-    """What is factorised in a model in memory; with `against`, the dense model, also what was lost of it.
+    """The report of a model in memory: factorised layers with their spectra, and why others stayed dense.
 
-    Without `measured` no weight is looked at, so they may lie on the meta device.
+    With `against`, the dense model, also errors, energy and directions. Without `measured` no weight is read, so they
+    may lie on the meta device.
 
     Raises PlanError where `against` lacks a layer; WeightError where one of its weights is not finite.
     """
     others = dict(against.named_modules()) if against is not None else {}
     rows = [
-        _row_of(name, layer, others.get(name), against is None) if measured else planned_row(replaced_of(name, layer))
+        _row_of(name, layer, others.get(name), against is None)
+        if measured
+        else planned_row(replacement_of(name, layer))
         for name, layer in factorised_layers(module).items()
     ]
     order = {name: i for i, (name, _) in enumerate(module.named_modules())}
@@ -158,8 +169,8 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
     return Report(tuple(rows), before, after)
 
 
-def replaced_of(name: str, layer: FactorisedLayer) -> Replacement:
-    """The plan's row that a factorised layer answers to."""
+def replacement_of(name: str, layer: FactorisedLayer) -> Replacement:
+    """The row of a plan that would give this factorised layer."""
     u, v = layer.factors
     bias = layer.bias.numel() if layer.bias is not None else 0
     shape = tuple(layer.weight.shape)
@@ -168,7 +179,7 @@ def replaced_of(name: str, layer: FactorisedLayer) -> Replacement:
 
 def _row_of(name: str, layer: FactorisedLayer, dense: nn.Module | None, alone: bool) -> Row:
     factors = Factors(*(f.detach() for f in layer.factors))
-    row = planned_row(replaced_of(name, layer))
+    row = planned_row(replacement_of(name, layer))
     if alone:
         return trained_row(row, factors)
     weight = getattr(dense, "weight", None)
