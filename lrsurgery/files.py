@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -69,7 +70,8 @@ def replace_file(file: Path, content: str | bytes) -> None:
     except OSError as e:
         raise OutputError(f"{file}: cannot be written ({e.strerror or e})") from e
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that is none, say; what happened was told above
+            partial.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:

@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from enum import Enum
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,9 @@ if TYPE_CHECKING:
     from lrsurgery.cli.console import Screen
 
 CUT, DATA, OUTPUT, MACHINE = "What to cut", "Data", "Output", "Machine"  # panels of help
+
+
+PACKAGE = Path(__file__).parents[1]
 
 
 class Choice(str, Enum):
@@ -30,10 +32,8 @@ def table_names(module: str, table: str) -> list[str]:
 
     The table is a dict or a tuple with its texts spelled out.
     """
-    spec = find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    for node in ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body:
+    source = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+    for node in ast.parse(source).body:
         target = (
             node.target
             if isinstance(node, ast.AnnAssign)

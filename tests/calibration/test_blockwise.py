@@ -17,8 +17,9 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
-from lrsurgery.calibration.blockwise import find_blocks, in_memory, load_offloaded
+from lrsurgery.calibration.blocks import find_blocks
 from lrsurgery.calibration.blockwise import lockstep as visits
+from lrsurgery.calibration.offload import in_memory, load_offloaded
 from lrsurgery.surgery.apply import replace_module_
 
 SMALL: dict[str, Any] = {

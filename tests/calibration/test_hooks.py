@@ -13,15 +13,15 @@ from torch.nn import functional as F
 
 import lrsurgery
 from lrsurgery.calibration.collect import Memory as InMemory
-from lrsurgery.calibration.collect import SampledLoss, iter_collect, split
+from lrsurgery.calibration.collect import collect, split
+from lrsurgery.calibration.loss import SampledLoss
 from lrsurgery.calibration.statistics import LayerUse, Moments, StatisticsWriter
+from lrsurgery.checkpoints.upstream.transformers import checkpoint_blocks_
 from lrsurgery.errors import BudgetError, CalibrationError
-from lrsurgery.factorise.calibrate import run_again_
 from lrsurgery.linalg.weighted import Metric, weighted_norm
-from lrsurgery.progress import result_of
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.layers import KINDS
-from lrsurgery.surgery.plan import Replacement, plan_rows
+from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.plan import Replacement, SurgeryOptions, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
 
 CONVS: dict[str, dict[str, Any]] = {
@@ -35,7 +35,7 @@ CONVS: dict[str, dict[str, Any]] = {
 
 
 def rows_of(model: nn.Module, conv: str = "channel") -> list[Replacement]:
-    rows = plan_rows(model, RankSpec(FractionRank(1.0)), conv=conv, allow_larger=True)
+    rows = plan_rows(model, SurgeryOptions(target=RankSpec(FractionRank(1.0)), conv=conv, allow_larger=True))
     return [row for row in rows if isinstance(row, Replacement)]
 
 
@@ -52,7 +52,7 @@ def test_a_convolution_is_the_matrix_of_its_scheme(scheme: str, options: dict[st
     model = nn.Sequential(nn.Conv2d(3, 5, **options), nn.ReLU(inplace=True))
     x, other = torch.randn(4, 3, 9, 8), torch.randn(3, 3, 7, 8)
     statistics = lrsurgery.collect_statistics(model, [x, (other,)], conv=scheme, loss=squares)
-    seen, moments = statistics.seen["0"], statistics.moments("0")
+    seen, moments = statistics.uses["0"], statistics.moments("0")
 
     factorised = nn.Sequential(nn.Conv2d(3, 5, **options))
     factorised.load_state_dict(model.state_dict())
@@ -137,10 +137,10 @@ def test_padding_does_not_count() -> None:
     whole = {"input_ids": ids, "attention_mask": mask}
     alone = [{"input_ids": ids[i : i + 1, :n], "attention_mask": mask[i : i + 1, :n]} for i, n in ((0, 6), (1, 3))]
     for metric in ("fisher", "activations"):
-        together = lrsurgery.collect_statistics(model, [whole], metric=metric, loss=certain)
-        apart = lrsurgery.collect_statistics(model, alone, metric=metric, loss=certain)
-        for name, seen in together.seen.items():
-            assert seen == apart.seen[name]
+        together = lrsurgery.collect_statistics(model, [whole], importance=metric, loss=certain)
+        apart = lrsurgery.collect_statistics(model, alone, importance=metric, loss=certain)
+        for name, seen in together.uses.items():
+            assert seen == apart.uses[name]
             assert seen.positions == 9
             ours, theirs = together.moments(name), apart.moments(name)
             torch.testing.assert_close(ours.inputs, theirs.inputs, rtol=1e-4, atol=1e-5)
@@ -159,7 +159,7 @@ def test_a_shared_layer_adds_up_and_an_unused_one_says_so() -> None:
 
     torch.manual_seed(0)
     model, x = Twice(), torch.randn(8, 4)
-    statistics = lrsurgery.collect_statistics(model, [x], metric="activations")
+    statistics = lrsurgery.collect_statistics(model, [x], importance="activations")
     again = model.layer(x).detach()
     torch.testing.assert_close(statistics.moments("layer").inputs, (x.T @ x + again.T @ again) / 16)
     assert statistics.unseen() == ["unused"]
@@ -177,7 +177,7 @@ def test_inputs_that_are_not_finite_name_the_first_layer() -> None:
         model[0].weight[0, 0] = torch.inf
     for metric in ("activations", "fisher"):
         with pytest.raises(CalibrationError, match=r"^1: its inputs hold NaN or Inf"):
-            lrsurgery.collect_statistics(model, [torch.randn(3, 4)], metric=metric)
+            lrsurgery.collect_statistics(model, [torch.randn(3, 4)], importance=metric)
     assert all(p.requires_grad for p in model.parameters())
 
 
@@ -192,16 +192,14 @@ def test_several_passes_and_running_blocks_again_change_nothing() -> None:
     rows = rows_of(model)
 
     def collected(limit: int | None) -> dict[str, Any]:
-        found = result_of(
-            iter_collect(model, batches, rows, metric="fisher", loss=Cycle(), store=InMemory(), limit=limit)
-        )
-        return {name: (found.seen[name], found.moments(name)) for name in found.seen}
+        found = collect(model, batches, rows, importance="fisher", loss=Cycle(), store=InMemory(), limit=limit)
+        return {name: (found.uses[name], found.moments(name)) for name in found.uses}
 
     once = collected(None)
     limit = 4 * 3 * (24**2 + 16**2)
     assert 2 < len(split(rows, limit)) < len(rows)
     several = collected(limit)
-    run_again_(model)
+    checkpoint_blocks_(model)
     again = collected(None)
     for name, (seen, moments) in once.items():
         for other in (several, again):
@@ -221,12 +219,12 @@ class Cycle(SampledLoss):
         return super().__call__(outputs, batch)
 
 
-def test_batches_that_are_none_and_metrics_that_are_none_are_refused() -> None:
+def test_batches_that_are_none_and_unknown_importances_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(CalibrationError, match="no calibration batch"):
         lrsurgery.collect_statistics(model, [])
-    with pytest.raises(CalibrationError, match="unknown metric 'cosine'; known: fisher, activations"):
-        lrsurgery.collect_statistics(model, [torch.randn(2, 4)], metric="cosine")
+    with pytest.raises(CalibrationError, match="unknown importance 'cosine'; known: fisher, activations"):
+        lrsurgery.collect_statistics(model, [torch.randn(2, 4)], importance="cosine")
     with pytest.raises(CalibrationError, match="without logits; pass a loss"):
         lrsurgery.collect_statistics(nn.Sequential(nn.Linear(4, 4), nn.Flatten(0)), [torch.randn(2, 4)])
 
@@ -235,7 +233,7 @@ def test_a_bfloat16_model_is_summed_in_fp32() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4)).bfloat16()
     x = torch.randn(3000, 6).bfloat16()
-    moments = lrsurgery.collect_statistics(model, list(x.split(100)), metric="activations").moments("0")
+    moments = lrsurgery.collect_statistics(model, list(x.split(100)), importance="activations").moments("0")
     wanted = x.double().T @ x.double() / len(x)
     torch.testing.assert_close(moments.inputs.double(), wanted, rtol=1e-5, atol=1e-5)
     lrsurgery.factorise_(model, rank=2, statistics=lrsurgery.collect_statistics(model, [x]))
@@ -258,7 +256,7 @@ def test_flattened_inputs_are_masked_too() -> None:
     x, mask = torch.randn(2, 5, 4), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
     statistics = lrsurgery.collect_statistics(Flat(), [{"x": x, "attention_mask": mask}])
     counted = x[mask.bool()]
-    assert statistics.seen["layer"].positions == 7
+    assert statistics.uses["layer"].positions == 7
     torch.testing.assert_close(statistics.moments("layer").inputs, counted.T @ counted / 7)
 
 
@@ -272,7 +270,7 @@ def test_an_input_that_was_changed_in_between_is_another_one() -> None:
             x = x.clone()
             return self.one(x) + self.two(x.mul_(2))  # type: ignore[no-any-return]
 
-    statistics = lrsurgery.collect_statistics(InPlace(), [torch.randn(6, 4)], metric="activations")
+    statistics = lrsurgery.collect_statistics(InPlace(), [torch.randn(6, 4)], importance="activations")
     one, two = (statistics.moments(name).inputs for name in ("one", "two"))
     torch.testing.assert_close(two, 4 * one)
 
@@ -282,7 +280,7 @@ def test_gradients_that_are_not_finite_name_the_layer() -> None:
         return (outputs - outputs.detach()).abs().sqrt().sum(), len(outputs)
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    with pytest.raises(CalibrationError, match=r"^1: its gradients hold NaN or Inf; --metric activations needs none"):
+    with pytest.raises(CalibrationError, match=r"^1: its gradients hold NaN or Inf; --importance activations needs none"):
         lrsurgery.collect_statistics(model, [torch.randn(3, 4)], loss=steep)
 
 
@@ -315,7 +313,7 @@ def test_flops_of_layers_that_saw_nothing_are_not_known() -> None:
             return self.layer(x)  # type: ignore[no-any-return]
 
     model = Unused()
-    statistics = lrsurgery.collect_statistics(model, [torch.randn(9, 20)], metric="activations")
+    statistics = lrsurgery.collect_statistics(model, [torch.randn(9, 20)], importance="activations")
     with pytest.raises(BudgetError, match="none of its layers saw calibration data"):
         lrsurgery.factorise_(model, budget="flops:0.5", statistics=statistics, include=["unused"])
 
@@ -344,14 +342,14 @@ def test_what_was_seen_on_two_occasions_adds_up(kept: str, tmp_path: Path) -> No
         part, seen = x[rows], LayerUse("linear", 3, 4, len(x[rows]), len(x[rows]))
         store.add("layer", seen, Moments(part.T @ part / len(part), g[rows].T @ g[rows]))
     found = store.finish({"metric": "fisher"})
-    assert (found.seen["layer"].positions, found.seen["layer"].outputs) == (9, 9)
+    assert (found.uses["layer"].positions, found.uses["layer"].outputs) == (9, 9)
     torch.testing.assert_close(found.moments("layer").inputs, x.T @ x / 9)
     torch.testing.assert_close(found.moments("layer").gradients, g.T @ g)
 
 
 def test_statistics_of_another_scheme_or_shape_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3))
-    statistics = lrsurgery.collect_statistics(model, [torch.randn(2, 3, 6, 6)], metric="activations")
+    statistics = lrsurgery.collect_statistics(model, [torch.randn(2, 3, 6, 6)], importance="activations")
     with pytest.raises(CalibrationError, match="0 was seen as conv2d-channel and is to become conv2d-spatial"):
         lrsurgery.factorise_(model, rank=1, conv="spatial", statistics=statistics)
     with pytest.raises(CalibrationError, match=r"0 was \(5, 27\) and is \(6, 27\) here"):
@@ -376,7 +374,7 @@ def test_without_gradients_statistics_are_those_of_the_activations() -> None:
     both = lrsurgery.collect_statistics(model, [x])
     assert both.has_gradients
     inputs = both.without_gradients()
-    alone = lrsurgery.collect_statistics(model, [x], metric="activations")
+    alone = lrsurgery.collect_statistics(model, [x], importance="activations")
     assert not inputs.has_gradients
     for name in ("0", "1"):
         ours, theirs = inputs.metric(name), alone.metric(name)

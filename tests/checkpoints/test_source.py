@@ -17,7 +17,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from support import zoo
-from test_zoo import assert_close, assert_same_layers, load, run
+from support.checks import assert_close, assert_same_layers, load, run
 from torch import Tensor, nn
 
 import lrsurgery

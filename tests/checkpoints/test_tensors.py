@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order, open_tensors, parse_size
+from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order, open_tensors
 from lrsurgery.errors import OutputError
+from lrsurgery.units import parse_size
 
 DTYPES = [torch.float64, torch.int64, torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.bool]
 

@@ -21,13 +21,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lrsurgery
 from lrsurgery.calibration import collect as calibration
-from lrsurgery.calibration.collect import Memory, iter_collect_sequentially
+from lrsurgery.calibration.collect import Memory, collect_sequentially
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.factorise import calibrate
-from lrsurgery.factorise.options import Options
-from lrsurgery.progress import result_of
+from lrsurgery.factorise.options import parse_options
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.plan import make_plan
+from lrsurgery.surgery.plan import SurgeryOptions, make_plan
 from lrsurgery.surgery.ranks import parse_rank
 
 
@@ -305,7 +304,7 @@ def test_blocks_on_disk_give_the_same_factors(place: Path, tmp_path: Path, monke
         return model  # type: ignore[no-any-return]
 
     monkeypatch.setattr(calibrate, "load_offloaded", counted)
-    monkeypatch.setattr(calibrate, "_available", lambda device: 100_000)
+    monkeypatch.setattr(calibrate, "free_memory", lambda device: 100_000)
     monkeypatch.setattr(calibration, "split", lambda rows, limit: [list(rows)])  # another pass would draw anew
     assert tiny.run(*command, "-o", tmp_path / "disk") == 0
     assert len(runs) == 2  # one batch, whose blocks are run again on the way back: their weights are not kept
@@ -333,18 +332,17 @@ def test_a_checkpoint_without_its_head_calibrates_under_one(place: Path, tmp_pat
 def test_sequential_sees_blocks_after_those_before_are_replaced(place: Path) -> None:
     model: Any = lrsurgery.load_model(place / "llama")
     batches = [{"input_ids": torch.randint(0, tiny.VOCABULARY, (2, 20))} for _ in range(3)]
-    plan = make_plan(model, parse_rank(0.4), exclude=["lm_head"])
+    plan = make_plan(model, SurgeryOptions(target=parse_rank(0.4), exclude=["lm_head"]))
     by_hand: dict[str, torch.Tensor] = {}
     step = copy.deepcopy(model)
     for i in range(3):
         block = [f"model.layers.{i}.*"]
-        known = lrsurgery.collect_statistics(step, batches, metric="activations", include=block)
-        by_hand |= {name: known.moments(name).inputs for name in known.seen}
+        known = lrsurgery.collect_statistics(step, batches, importance="activations", include=block)
+        by_hand |= {name: known.moments(name).inputs for name in known.uses}
         lrsurgery.factorise_(step, rank=0.4, include=block, statistics=known)
     done = copy.deepcopy(model)
-    steps = iter_collect_sequentially(done, batches, plan, lambda name: None, init="spectral", seed=0, store=Memory())
-    found = result_of(steps)
-    assert set(found.seen) == set(by_hand)
+    found = collect_sequentially(done, batches, plan, lambda name: None, init="spectral", seed=0, store=Memory())
+    assert set(found.uses) == set(by_hand)
     for name, wanted in by_hand.items():
         torch.testing.assert_close(found.moments(name).inputs, wanted, rtol=1e-4, atol=1e-5)
     for name, layer in factorised_layers(step).items():
@@ -487,6 +485,6 @@ def test_unused_experts_take_the_share_of_the_whole() -> None:
 
 
 def test_what_was_asked_for_is_recorded() -> None:
-    assert Options(None, budget="flops:0.5").recorded()["budget"] == "flops:0.5"
-    assert Options(None, budget=0.5).recorded()["rank"] is None
-    assert Options("params:0.5").recorded()["rank"] == "params:0.5"
+    assert parse_options(budget="flops:0.5").recorded()["budget"] == "flops:0.5"
+    assert parse_options(budget=0.5).recorded()["rank"] is None
+    assert parse_options(rank="params:0.5").recorded()["rank"] == "params:0.5"

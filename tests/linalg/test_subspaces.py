@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lrsurgery.linalg.factors import Factors
 from lrsurgery.linalg.subspaces import directions, overlap
-from lrsurgery.linalg.svd import Factors
 
 
 def orthonormal(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:

@@ -12,16 +12,8 @@ from torch import Tensor
 
 from lrsurgery.errors import RankError, SurgeryError, WeightError
 from lrsurgery.linalg import svd as linalg
-from lrsurgery.linalg.svd import (
-    Factors,
-    balance,
-    direction_factors,
-    product_values,
-    relative_error,
-    singular_values,
-    spectral_factors,
-    truncated_svd,
-)
+from lrsurgery.linalg.factors import Factors, balance, product_values, relative_error
+from lrsurgery.linalg.svd import direction_factors, singular_values, spectral_factors, truncated_svd
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {"tall": (160, 48), "wide": (48, 160), "square": (96, 96), "row": (1, 50), "column": (50, 1), "single": (1, 1)}

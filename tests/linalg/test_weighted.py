@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrsurgery.errors import WeightError
-from lrsurgery.linalg.inits import INITS, WITHOUT_DIRECTIONS, Given
+from lrsurgery.linalg.factors import balance_of
+from lrsurgery.linalg.inits import INITS, WITHOUT_DIRECTIONS, InitProblem
 from lrsurgery.linalg.subspaces import directions
-from lrsurgery.linalg.svd import balance_of, truncated_svd
+from lrsurgery.linalg.svd import truncated_svd
 from lrsurgery.linalg.weighted import Metric, damped, weighted_factors, weighted_norm, weighted_values
 
 SHAPES = {"tall": (23, 11), "wide": (9, 20), "square": (12, 12)}
@@ -132,7 +133,7 @@ def test_inits_take_their_directions_from_the_metric(init: str) -> None:
     weight, metric = problem(9, 20)
     best = directions(weighted_factors(weight, 4, metric).factors)
     generator = torch.Generator().manual_seed(0)
-    found = INITS[init](Given(weight, 4, 20, generator, metric))
+    found = INITS[init](InitProblem(weight, 4, 20, generator, metric))
     ours = directions(found.factors)
     assert found.weighted is not None
     torch.testing.assert_close(ours.u @ ours.u.T, best.u @ best.u.T)

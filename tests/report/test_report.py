@@ -14,7 +14,6 @@ import lrsurgery
 import lrsurgery.checkpoints.quantizer
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.linalg.spectrum import entropy_rank, nuclear_rank, stable_rank
-from lrsurgery.report.read import read_report
 from lrsurgery.report.schema import Report
 
 
@@ -30,7 +29,7 @@ def test_rows_hold_what_lapack_says(folders: tuple[Path, Path]) -> None:
     dense, half = (AutoModelForCausalLM.from_pretrained(folder).requires_grad_(False) for folder in folders)
     weights: dict[str, Any] = dict(dense.named_modules())
     layers: dict[str, Any] = dict(half.named_modules())
-    rows = read_report(str(folders[1])).factorised
+    rows = Report.read(folders[1]).factorised
     assert len(rows) == 8
     for row in rows:
         weight, product = weights[row.name].weight.double(), layers[row.name].weight.double()
@@ -49,7 +48,7 @@ def test_rows_hold_what_lapack_says(folders: tuple[Path, Path]) -> None:
 
 
 def test_totals_count_the_model_and_the_files(folders: tuple[Path, Path]) -> None:
-    report = read_report(str(folders[1]))
+    report = Report.read(folders[1])
     dense, half = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
     assert (report.parameters_before, report.parameters_after) == (dense.num_parameters(), half.num_parameters())
     assert report.bytes_before == dense.num_parameters() * 4
@@ -59,7 +58,7 @@ def test_totals_count_the_model_and_the_files(folders: tuple[Path, Path]) -> Non
 
 def test_report_in_memory_agrees_with_the_one_on_disk(folders: tuple[Path, Path]) -> None:
     dense, half = (AutoModelForCausalLM.from_pretrained(folder) for folder in folders)
-    written = {row.name: row for row in read_report(str(folders[1])).factorised}
+    written = {row.name: row for row in Report.read(folders[1]).factorised}
     found = lrsurgery.rank_report(half, against=dense)
     assert found.parameters_before == dense.num_parameters()
     assert {row.name for row in found.factorised} == set(written)
@@ -73,13 +72,13 @@ def test_report_in_memory_agrees_with_the_one_on_disk(folders: tuple[Path, Path]
 def test_report_without_its_file_is_made_from_the_factors(folders: tuple[Path, Path], tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folders[1]).save_pretrained(tmp_path)
     assert not (tmp_path / "rank_report.json").exists()
-    found, written = read_report(str(tmp_path)), read_report(str(folders[1]))
+    found, written = read_report(str(tmp_path)), Report.read(folders[1])
     assert {(r.name, r.rank) for r in found.factorised} == {(r.name, r.rank) for r in written.factorised}
     assert (found.parameters_before, found.parameters_after) == (written.parameters_before, written.parameters_after)
 
 
 def test_json_comes_back_as_it_went(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    report = read_report(str(folders[1]))
+    report = Report.read(folders[1])
     (tmp_path / "rank_report.json").write_text(report.to_json())
     assert Report.read(tmp_path) == report
 

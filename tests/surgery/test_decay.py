@@ -86,7 +86,7 @@ def test_adamw_decays_beside_its_moments() -> None:
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_many_layers_of_one_shape(monkeypatch: pytest.MonkeyPatch, decoupled: bool, grouped: int) -> None:
     """Each moves by its own product, rate and freedom, whether or not it is computed in one batch with the others."""
-    monkeypatch.setattr("lrsurgery.decay.GROUPED", grouped)
+    monkeypatch.setattr("lrsurgery.surgery.decay.GROUPED", grouped)
     model = nn.ModuleList(build(kind)[0] for kind in KINDS for _ in range(4))
     for number, p in enumerate(model.parameters()):  # factors that differ, some of them frozen
         p.data.mul_(1 + number / 10)

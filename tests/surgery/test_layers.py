@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 import lrsurgery
 from lrsurgery.surgery.apply import factorised_layers, replace_module_
-from lrsurgery.surgery.layers import KINDS, FactorisedConv2d, FactorisedLayer, FactorisedLinear
+from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.layers import FactorisedConv2d, FactorisedLayer, FactorisedLinear
 
 GEOMETRIES = [
     {"kernel_size": k, "stride": s, "padding": p, "dilation": d}
@@ -170,7 +171,7 @@ def test_computing_with_the_weight_is_computing_with_the_product(name: str) -> N
     layer = factorised(dense, 3, conv=conv).double()
     with torch.no_grad():
         layer.v.weight.mul_(3)  # it follows the factors
-    wanted = KINDS[layer.kind].to_weight(layer.factors.u @ layer.factors.v, layer)
+    wanted = layer.layout.to_weight(layer.factors.u @ layer.factors.v, layer)
     assert torch.equal(layer.weight, wanted)
     assert torch.equal(layer.weight.detach()[1:].mT, wanted.detach()[1:].mT)
     assert (layer.weight + 0).tolist() == wanted.tolist()

@@ -10,14 +10,15 @@ from support import zoo
 from torch import nn
 
 import lrsurgery
+from lrsurgery.checkpoints.mapping import tied_weights
 from lrsurgery.errors import PlanError, RankError
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, find_heads, make_plan
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, find_heads, make_plan
 from lrsurgery.surgery.ranks import parse_rank
 
 
-def plan(model: nn.Module, rank: Any = 0.5, **options: Any) -> Plan:
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    return make_plan(model, parse_rank(rank), heads=find_heads(model), tied=tied, **options)
+def plan(model: nn.Module, rank: Any = 0.5, **given: Any) -> Plan:
+    options = SurgeryOptions(target=parse_rank(rank), **given)
+    return make_plan(model, options, heads=find_heads(model), tied=tied_weights(model))
 
 
 def reasons(found: Plan) -> dict[str, str]:
@@ -43,7 +44,7 @@ class Mixed(nn.Module):
 
 def test_what_stays_dense_says_why() -> None:
     found = plan(Mixed())
-    assert [row.name for row in found.replaced] == ["wide"]
+    assert [row.name for row in found.replacements] == ["wide"]
     assert reasons(found) == {
         "table": "a bare parameter, not a layer",
         "embed": "embedding",
@@ -75,7 +76,7 @@ def test_counts_match_the_model_after_surgery() -> None:
     model = zoo.build_timm("resnet18")
     found = plan(model, "params:0.4")
     before = sum(p.numel() for p in model.parameters())
-    saved = sum(row.parameters - (row.factorised_parameters or 0) for row in found.replaced)
+    saved = sum(row.parameters - (row.factorised_parameters or 0) for row in found.replacements)
     lrsurgery.factorise_(model, rank="params:0.4")
     assert sum(p.numel() for p in model.parameters()) == before - saved
 
@@ -124,7 +125,7 @@ def test_head_is_factorised_only_where_its_name_is_spelled_out() -> None:
     classifier = zoo.build_transformers("distilbert")
     assert reasons(plan(classifier, ["0.5", "*=0.25"]))["pre_classifier"] == "output head"
     named = plan(classifier, ["0.5", "pre_classifier=0.25"])
-    assert [row.rank for row in named.replaced if row.name == "pre_classifier"] == [12]
+    assert [row.rank for row in named.replacements if row.name == "pre_classifier"] == [12]
 
 
 def test_torchvision_style_heads_are_found() -> None:
@@ -138,13 +139,13 @@ def test_torchvision_style_heads_are_found() -> None:
 def test_break_even_keeps_a_layer_unless_larger_is_allowed() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 256))
     assert reasons(plan(model)) == {"0": "rank 32 is over break-even (31)"}
-    assert len(plan(model, allow_larger=True).replaced) == 2
+    assert len(plan(model, allow_larger=True).replacements) == 2
 
 
 def test_globs_choose_layers() -> None:
     model = zoo.build_transformers("llama")
     found = plan(model, include=["*.mlp.*"], exclude=["*.1.*"])
-    assert {row.name for row in found.replaced} == {
+    assert {row.name for row in found.replacements} == {
         f"model.layers.0.mlp.{part}_proj" for part in ("gate", "up", "down")
     }
     assert reasons(found)["model.layers.1.mlp.up_proj"] == "excluded"
@@ -175,7 +176,7 @@ def test_named_rank_above_full_rank_is_an_error() -> None:
 def test_energy_policy_waits_for_values() -> None:
     found = plan(nn.Sequential(nn.Linear(8, 64)), "energy:0.5")
     assert found.needs_spectra
-    (row,) = found.replaced
-    settled = found.settle(row, torch.tensor([10.0] + [0.1] * 7))
-    assert isinstance(settled, Replacement)
-    assert settled.rank == 1
+    (row,) = found.replacements
+    decided = found.decide(row, torch.tensor([10.0] + [0.1] * 7))
+    assert isinstance(decided, Replacement)
+    assert decided.rank == 1

@@ -24,7 +24,8 @@ from lrsurgery.cli.app import app
 from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.surgery import speed
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all, make_plan
+from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, decide_all, make_plan
 from lrsurgery.surgery.ranks import parse_rank
 from lrsurgery.surgery.speed import SpeedTable, measured_speedup, refusal
 
@@ -63,7 +64,7 @@ def fake(dense: Any, kind: str, rank: int) -> float:
 
 def plan_at(model: nn.Module, rank: Any, least: float, speedup: speed.Speedup = fake) -> Plan:
     refuse = refusal(model, "channel", least, CPU, speedup)
-    return make_plan(model, parse_rank(rank), allow_larger=True, refuse=refuse)
+    return make_plan(model, SurgeryOptions(target=parse_rank(rank), allow_larger=True), refuse=refuse)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +108,7 @@ def test_a_higher_bar_only_leaves_more_dense(least: float, more: float, rank: in
         except PlanError:
             names.append(set())
             continue
-        names.append({row.name for row in found.replaced})
+        names.append({row.name for row in found.replacements})
         modules = dict(model.named_modules())
         for row in found.rows:
             fast = times(modules[row.name], row.kind, 1 if row.name == "conv" else min(rank, *row.shape[:2])) >= bar
@@ -132,10 +133,10 @@ def test_ranks_that_come_late_are_judged_when_they_come(rank: str) -> None:
     assert waiting.needs_spectra
     assert not asked
     settled = decide_all(waiting, values_of)
-    assert len(asked) == len(waiting.replaced) == 4
-    assert not settled.replaced
-    free = decide_all(make_plan(model, parse_rank(rank), allow_larger=True), values_of)
-    assert [row.rank for row in free.replaced] == asked
+    assert len(asked) == len(waiting.replacements) == 4
+    assert not settled.replacements
+    free = decide_all(make_plan(model, SurgeryOptions(target=parse_rank(rank), allow_larger=True)), values_of)
+    assert [row.rank for row in free.replacements] == asked
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -145,7 +146,7 @@ def test_every_kind_is_measured(layer: str) -> None:
     found = measured_speedup(dense, kind, 3, CPU, torch.float32)
     assert 0 < found < math.inf
     assert torch.equal(torch.get_rng_state(), before)
-    x = torch.zeros(speed._input_shape(dense, kind))
+    x = torch.zeros(KINDS[kind].sample_input(dense, speed.POSITIONS))
     positions = dense(x).numel() // (8 if isinstance(dense, nn.Conv2d) else 40)
     assert positions == (1 if layer == "spatial, huge kernel" else pytest.approx(speed.POSITIONS, rel=0.25))
 

@@ -1,0 +1,43 @@
+"""What tests of whole commands share: running one, loading strictly, comparing models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from lrsurgery.cli.app import app
+from lrsurgery.surgery.apply import factorised_layers
+
+
+def run(*arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"], catch_exceptions=False)
+    assert result.exit_code == 0
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def load(cls: Any, folder: Path) -> nn.Module:
+    """Loads and insists on a clean load."""
+    model, info = cls.from_pretrained(folder, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        assert not info[problem], (problem, info[problem])
+    return model.eval()  # type: ignore[no-any-return]
+
+
+def assert_same_layers(factorised: nn.Module, dense: nn.Module) -> None:
+    originals = dict(dense.named_modules())
+    layers = factorised_layers(factorised)
+    assert layers
+    for name, layer in layers.items():
+        weight: Any = originals[name].weight
+        assert layer.weight.shape == weight.shape, name
+        assert (layer.weight - weight).norm() <= 1e-5 * weight.norm(), name
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
+    assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
