@@ -2,35 +2,79 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
-from lrsurgery.checkpoints.mapping import Checkpoint, output_config
-from lrsurgery.checkpoints.quantizer import attach_, with_tripwire
-from lrsurgery.checkpoints.tensors import DictSource, ShardWriter, in_write_order, parse_size, write_text
+from lrsurgery.checkpoints.output import copy_companions, output_config, write_timm, write_transformers
 from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import SourceError, TrainingError
-from lrsurgery.factorise.checkpoint import versions
-from lrsurgery.files import copy_companions, staged
-from lrsurgery.report.card import model_card, training_lines
+from lrsurgery.files import Json, read_json, staged, write_text
+from lrsurgery.report.card import model_card, public_name, quality_lines
 from lrsurgery.report.rows import rank_report
+from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME, Report
+from lrsurgery.runtime import versions
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.training.dynamics import whole
 from lrsurgery.training.recipe import Recipe, write_recipe
-from lrsurgery.training.run_folder import METRICS, RECIPE
+from lrsurgery.training.run_folder import RunFolder
+from lrsurgery.training.switch import give_structure_
+from lrsurgery.training.trainer import LowRankTrainer, release_
 
-SHARD_SIZE = "5GB"
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    output: Path
+    report: Report
+    stages: dict[str, dict[str, float]]  # "dense", "factorised", "healed" (or "trained"): what was measured at each
+    steps: int
+    seconds: float = 0.0  # that this process spent on training steps, without evaluations, saving and imports
+
+    def to_dict(self) -> Json:
+        """The run as JSON, with its report."""
+        return {
+            "output": str(self.output),
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "stages": self.stages,
+            "report": self.report.to_dict(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinishedRun:
+    """What the report and the card of a trained model say of its training."""
+
+    recipe: Recipe
+    command: str | None
+    notes: tuple[str, ...]
+    steps: int
+    stages: Mapping[str, Mapping[str, float]]  # figures at each
+
+
+def gather(trainer: LowRankTrainer, subject: Subject, build: Callable[[], Subject]) -> Subject:
+    """The trained subject, with whole weights on the CPU where FSDP holds shards of them; `build` makes its like."""
+    if not trainer.is_fsdp_enabled:
+        release_(trainer)
+        return subject
+    state = {key: whole(value).cpu() for key, value in trainer.model.state_dict().items()}
+    twin = build()
+    if not subject.is_factorised:
+        give_structure_(twin, _specs(subject.body))
+    twin.model.load_state_dict(state)
+    return replace(twin, stored=subject.stored, notes=subject.notes)
 
 
 @torch.no_grad()
 def round_to_stored_(subject: Subject) -> None:
-    """Rounds the weights to the checkpoint's dtype, in which they will be written: what is measured is what is shipped.
+    """Round the weights to the checkpoint's dtype, in which they are written: what is measured is what is shipped.
 
     Raises TrainingError for a weight that overflows it.
     """
@@ -44,65 +88,74 @@ def round_to_stored_(subject: Subject) -> None:
             tensor.copy_(rounded)
 
 
-def publish(
-    subject: Subject, output: Path, run: Path, recipe: Recipe, facts: dict[str, Any], steps: int,
-    stages: Mapping[str, Mapping[str, float]], overwrite: bool,
-) -> Report:  # fmt: skip
-    """The output folder of a run, whole or not at all: the model, its recipe, the run's metrics and trackers' logs."""
+def publish(subject: Subject, output: Path, folder: RunFolder, run: FinishedRun, *, overwrite: bool) -> Report:
+    """Write a run's output, whole or not at all: the model, its recipe, the metrics and trackers' logs in `folder`."""
     with staged(output, overwrite=overwrite) as stage:
-        report = save_subject(subject, stage, output.name, facts, training_lines(recipe, steps, stages))
-        write_recipe(recipe, stage / RECIPE, versions())
-        if (run / METRICS).is_file():
-            shutil.copyfile(run / METRICS, stage / METRICS)
-        for logs in run.glob("*/runs"):  # TensorBoard's
+        report = save_subject(subject, stage, output.name, run)
+        write_recipe(run.recipe, stage / RECIPE, versions())
+        if (folder.path / METRICS).is_file():
+            shutil.copyfile(folder.path / METRICS, stage / METRICS)
+        for logs in folder.path.glob("*/runs"):  # TensorBoard's
             shutil.copytree(logs, stage / "runs" / logs.parent.name)
     return report
 
 
-def save_subject(subject: Subject, stage: Path, name: str, facts: dict[str, Any], training: Sequence[str]) -> Report:
-    """Writes the model into `stage` as a folder that transformers or timm loads, and tells what it is.
-
-    `facts` are fields of the report (source, command, options, versions, notes); `training` the card's lines about it.
-    """
+def save_subject(subject: Subject, stage: Path, name: str, run: FinishedRun) -> Report:
+    """Write the model into `stage` as a folder that transformers or timm loads; `name` is the card's title."""
     source, body = subject.source, subject.body
     copy_companions(source, stage)
     body.to(subject.stored)
     if source.library == "timm":
-        _save_timm(subject, stage)
+        _write_timm(subject, stage)
     else:
-        transformers_model: Any = body
-        if factorised_layers(body):
-            attach_(transformers_model)
-        transformers_model.save_pretrained(stage)
+        write_transformers(body, stage)
     files = sorted(stage.glob("*.safetensors"))
     report = replace(
-        _with_former(rank_report(body), source.folder), bytes_after=sum(file.stat().st_size for file in files), **facts
+        _with_former(rank_report(body), source.folder),
+        bytes_after=sum(file.stat().st_size for file in files),
+        source={"reference": source.reference, "revision": source.revision},
+        command=run.command,
+        options=run.recipe.to_dict(),
+        versions=versions(),
+        notes=run.notes,
     )
     write_text(stage / FILE_NAME, report.to_json())
-    config = json.loads((stage / "config.json").read_text(encoding="utf-8"))
-    write_text(stage / "README.md", model_card(report, source, name, config, training))
+    config = read_json(stage / "config.json")
+    lines = training_lines(run.recipe, run.steps, run.stages)
+    write_text(stage / "README.md", model_card(report, source, name, config, lines))
     return report
 
 
-def _save_timm(subject: Subject, stage: Path) -> None:
+def _write_timm(subject: Subject, stage: Path) -> None:
     source, body = subject.source, subject.body
-    layers = {name: {"kind": layer.kind, "rank": layer.rank} for name, layer in factorised_layers(body).items()}
-    config = output_config(Checkpoint(source, body, DictSource({})), layers, None)
-    if source.config.get("pretrained_cfg"):  # with what training changed in it: classes, image size
-        config["pretrained_cfg"] = {**config.get("pretrained_cfg", {}), **source.config["pretrained_cfg"]}
-    state = with_tripwire(body, body.state_dict())
-    writer = ShardWriter(stage, shard_size=parse_size(SHARD_SIZE))
-    try:
-        for key in in_write_order([(tensor.dtype, key) for key, tensor in state.items()]):
-            writer.add(key, state[key].detach().cpu().contiguous())
-        writer.finish()
-    finally:
-        writer.close()
-    write_text(stage / "config.json", json.dumps(config, indent=2) + "\n")
+    config = output_config(source, body, _specs(body))
+    if source.pretrained_cfg:  # with what training changed in it: classes, image size
+        config["pretrained_cfg"] = {**config.get("pretrained_cfg", {}), **source.pretrained_cfg}
+    write_timm(body, config, stage)
+
+
+def _specs(body: nn.Module) -> dict[str, tuple[str, int]]:
+    return {name: (layer.kind, layer.rank) for name, layer in factorised_layers(body).items()}
+
+
+def training_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The card's lines about a run: its settings in one sentence, and what was measured at each stage."""
+    decay = f"{recipe.decay} decay of strength {recipe.decay_strength:g}" if recipe.decay != "none" else "no decay"
+    teacher = f", teacher `{public_name(recipe.teacher)}`" if recipe.teacher else ""
+    lines = [
+        f"Trained for {steps} steps on `{public_name(recipe.data or '')}` with {recipe.optimizer}, learning rate"
+        f" {recipe.lr:g} ({recipe.schedule}), {decay} on the factors{teacher}; `recipe.yaml` has every setting,"
+        " `metrics.jsonl` the course of the run.",
+    ]
+    table = quality_lines(stages)
+    if not table:
+        return lines
+    split = f", split `{recipe.eval_split}`" if recipe.eval_split else ""
+    return [*lines, "", f"Measured on `{public_name(recipe.eval_data or recipe.data or '')}`{split}:", "", *table]
 
 
 def _with_former(report: Report, folder: Path | None) -> Report:
-    """With what the source's own report knows: of the dense weights their spectra, why layers stayed dense."""
+    """The report with what the source's own knows of its dense weights: their spectra, and why layers stayed dense."""
     try:
         former = Report.read(folder) if folder is not None else None
     except SourceError:

@@ -1,100 +1,169 @@
-"""A run's folder: its recipe, its metrics, its notes and its checkpoints, and what a resumed run makes of them."""
+"""A run's folder, OUTPUT.run: recipe, metrics, notes, checkpoints, and what a resumed run reads of them."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from lrsurgery.errors import RecipeError
-from lrsurgery.training.recipe import Recipe, read_recipe
+from lrsurgery.checkpoints.source import Source
+from lrsurgery.data.datasets import digest_of
+from lrsurgery.errors import OutputError, RecipeError
+from lrsurgery.files import Json, fingerprint, json_text, read_json
+from lrsurgery.report.runs import METRICS, RECIPE, read_metrics
+from lrsurgery.runtime import versions
+from lrsurgery.training.recipe import Recipe, read_recipe, write_recipe
 
-RECIPE = "recipe.yaml"
-METRICS = "metrics.jsonl"
-NOTES = "notes.jsonl"  # told to the user in the run, and in its report
-FACTS = "run.json"  # fingerprints of the model and the data
+NOTES = "notes.jsonl"  # what the user was told in the run, for its report
+FACTS = "run.json"
 LAYERS = "layers.json"  # kind and rank of each layer that was factorised within the run
 COMPLETE = "complete"  # a file that is written into a checkpoint last
 MAY_DIFFER = ("device", "report_to")  # on resuming
 
 
-def append_metrics(folder: Path, record: dict[str, Any]) -> None:
-    """One line more in the run's metrics.jsonl."""
-    with (folder / METRICS).open("a", encoding="utf-8") as handle:
-        handle.write(json.dumps(record) + "\n")
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What a run is begun with: fingerprints of the model and the data, the number of processes."""
+
+    model: str
+    data: str
+    eval_data: str
+    world_size: int
+
+    @staticmethod
+    def of(recipe: Recipe, source: Source, world_size: int) -> Facts:
+        """Fingerprints of the files that a recipe names, as they are now."""
+        files = [*source.files, *([source.folder / "config.json"] if source.folder else [])]
+        return Facts(
+            model=fingerprint(files, source.reference if not files else ""),
+            data=digest_of(recipe.data, recipe.split, recipe.subset),
+            eval_data=digest_of(recipe.eval_data, recipe.eval_split, recipe.subset),
+            world_size=world_size,
+        )
 
 
-def cut_metrics(folder: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
-    """Drops the lines of steps that a resumed run takes again."""
-    kept = [record for record in read_metrics(folder) if keep(record)]
-    (folder / METRICS).write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+class RunFolder:
+    """OUTPUT.run on the disk. Of several processes, only the one that leads writes to it."""
 
+    def __init__(self, output: Path) -> None:
+        self.path = output.with_name(f"{output.name}.run")
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a last line that a kill cut short is left out."""
-    file = folder / METRICS
-    records = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether there is a run to resume."""
+        return (self.path / FACTS).is_file()
+
+    def begin(self, recipe: Recipe, facts: Facts, notes: Sequence[str]) -> None:
+        """Write a new run in place of what was there. Raises OutputError."""
+        self.remove()
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+            self.path.mkdir(parents=True)
+            write_recipe(recipe, self.path / RECIPE, versions())
+            (self.path / NOTES).touch()
+            for note in notes:
+                self.append_note(note)
+            (self.path / FACTS).write_text(json_text(asdict(facts)), encoding="utf-8")
+        except OSError as e:
+            raise OutputError(f"{self.path}: cannot be written ({e.strerror})") from e
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def resumed_recipe(self, asked: Mapping[str, object]) -> Recipe:
+        """The recipe of the unfinished run. Raises RecipeError for a setting that was another when it was begun."""
+        saved = Recipe().merged(read_recipe(self.path / RECIPE))
+        wanted = saved.merged(asked)
+        for name in asked:
+            old, new = getattr(saved, name), getattr(wanted, name)
+            if old != new and name not in MAY_DIFFER:
+                raise RecipeError(
+                    f"{self.path}: was begun with {name} {old}, now it is {new}; resume with what it was begun with,"
+                    " or begin anew with --overwrite"
+                )
+        return replace(saved, **{name: getattr(wanted, name) for name in MAY_DIFFER if name in asked})
+
+    def check_facts(self, facts: Facts, recipe: Recipe) -> str | None:
+        """A note about what keeps a resumed run from going on exactly; None where nothing does.
+
+        Raises RecipeError: the model or the data has changed.
+        """
+        former = Facts(**read_json(self.path / FACTS, "a run's facts", RecipeError))
+        for name in ("model", "data", "eval_data"):
+            if getattr(former, name) != getattr(facts, name):
+                raise RecipeError(
+                    f"{getattr(recipe, name)}: has changed since the run in {self.path} was begun;"
+                    " begin anew with --overwrite, or put back what was there"
+                )
+        if former.world_size != facts.world_size:
+            return f"the run was begun with {former.world_size} processes, so it does not go on exactly"
+        return None
+
+    # notes and metrics
+
+    def append_note(self, note: str) -> None:
+        with (self.path / NOTES).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(note) + "\n")
+
+    def read_notes(self) -> list[str]:
+        file = self.path / NOTES
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+
+    def append_metrics(self, record: Mapping[str, object]) -> None:
+        """One line more in metrics.jsonl."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as handle:
+            handle.write(json.dumps(record) + "\n")
+
+    def cut_metrics(self, stage: str, step: int) -> None:
+        """Drop the lines of steps that a run takes again when it is resumed in `stage` after `step` steps."""
+        kept = [
+            r for r in read_metrics(self.path) if (r["step"] <= step if r["stage"] == stage else r["stage"] == "dense")
+        ]
+        (self.path / METRICS).write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+    def evaluations(self) -> list[Json]:
+        """The records of metrics.jsonl that hold an evaluation."""
+        return [record for record in read_metrics(self.path) if "eval" in record]
+
+    # layers
+
+    def write_layers(self, layers: Mapping[str, tuple[str, int]]) -> None:
+        """Keep (kind, rank) of each layer that was factorised within the run."""
+        (self.path / LAYERS).write_text(json_text(layers), encoding="utf-8")
+
+    def read_layers(self) -> dict[str, tuple[str, int]]:
+        """What `write_layers` kept. Raises RecipeError for a damaged file."""
+        body = read_json(self.path / LAYERS, "a run's layers", RecipeError)
+        return {name: (kind, rank) for name, (kind, rank) in body.items()}
+
+    # checkpoints
+
+    def last_good(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return last_checkpoint(self.path / "factorised") or last_checkpoint(self.path / "dense")
+
+    def drop_incomplete(self) -> None:
+        """Remove the checkpoints that a kill left half-written."""
+        for stale in self.path.glob("*/checkpoint-*"):
+            if not (stale / COMPLETE).is_file():
+                shutil.rmtree(stale)
+
+
+def last_checkpoint(stage: Path) -> Path | None:
+    """The newest complete checkpoint of a stage."""
+    found = [c for c in stage.glob("checkpoint-*") if (c / COMPLETE).is_file()]
+    return max(found, key=step_of, default=None)
 
 
 def mark_complete(checkpoint: Path) -> None:
-    """Says that all of a checkpoint is on the disk; one without the mark is never resumed from."""
+    """Mark a checkpoint that is on the disk in full; one without the mark is never resumed from."""
     for file in (f for f in checkpoint.rglob("*") if f.is_file()):
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
     (checkpoint / COMPLETE).touch()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written to its end."""
-    found = [c for c in folder.glob("checkpoint-*") if (c / COMPLETE).is_file()]
-    return max(found, key=step_of, default=None)
-
-
-def drop_incomplete(run: Path) -> None:
-    """Removes the checkpoints that a kill left half-written."""
-    for stale in run.glob("*/checkpoint-*"):
-        if not (stale / COMPLETE).is_file():
-            shutil.rmtree(stale)
-
-
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def read_notes(folder: Path) -> list[str]:
-    """What a run has told its user."""
-    file = folder / NOTES
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-
-
-def stages_of(records: list[dict[str, Any]], stage: str) -> dict[str, dict[str, float]]:
-    """What was measured at each stage of a run, from its metrics' evaluations in order."""
-    dense = [r["eval"] for r in records if r["stage"] == "dense"]
-    factorised = [r["eval"] for r in records if r["stage"] == "factorised"]
-    if stage == "dense":
-        return {"before": dense[0], "trained": dense[-1]} if dense else {}
-    found = {"dense": dense[-1]} if dense else {}
-    return {**found, "factorised": factorised[0], "healed": factorised[-1]} if factorised else found
-
-
-def resumed_recipe(folder: Path, asked: Mapping[str, Any]) -> Recipe:
-    saved = Recipe().merged(read_recipe(folder / RECIPE))
-    wanted = saved.merged(asked)
-    for name in asked:
-        old, new = getattr(saved, name), getattr(wanted, name)
-        if old != new and name not in MAY_DIFFER:
-            raise RecipeError(
-                f"{folder}: was begun with {name} {old}, now it is {new}; resume with what it was begun with,"
-                " or begin anew with --overwrite"
-            )
-    return replace(saved, **{name: getattr(wanted, name) for name in MAY_DIFFER if name in asked})

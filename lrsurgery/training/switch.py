@@ -9,65 +9,82 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias, TypedDict
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from lrsurgery.checkpoints.mapping import tied_weights
 from lrsurgery.data.tasks import Subject
-from lrsurgery.factorise.memory import factorise_
-from lrsurgery.factorise.options import Options
+from lrsurgery.factorise.memory import factorise_module_
+from lrsurgery.factorise.options import parse_target
+from lrsurgery.files import Json, json_text
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.apply import factorised_layers, swap_
-from lrsurgery.surgery.layers import KINDS, factor_weights
+from lrsurgery.surgery.layers import FactorisedLayer, factor_weights
+from lrsurgery.surgery.plan import SurgeryOptions
+from lrsurgery.surgery.speed import plan_layers
 from lrsurgery.training.recipe import Recipe
-from lrsurgery.training.run_folder import LAYERS, mark_complete, step_of
-from lrsurgery.training.trainer import WEIGHTS, parameter_groups
+from lrsurgery.training.run_folder import RunFolder, mark_complete, step_of
+from lrsurgery.training.trainer import WEIGHTS, Groups, parameter_groups
 
 LINEAR = ("exp_avg", "momentum_buffer")  # running means of the gradient, which is linear in it
 SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # running means of its square
 
-Groups = list[tuple[list[str], dict[str, float]]]
+ParameterState: TypeAlias = dict[str, object]  # an optimizer's, of one parameter: tensors and numbers
 
 
-def surgery_of(recipe: Recipe) -> Options:
-    """What a recipe asks of `factorise`."""
-    return Options(
-        recipe.rank, recipe.init, recipe.conv, recipe.include, recipe.exclude, recipe.allow_larger, recipe.multiple_of,
-        recipe.seed,
-    )  # fmt: skip
+class OptimizerState(TypedDict):
+    """A torch optimizer's state dict."""
+
+    state: dict[int, ParameterState]  # by the parameter's place in the groups
+    param_groups: list[Json]
 
 
-def factorise_subject_(subject: Subject, recipe: Recipe, folder: Path | None) -> None:
-    """Factorises a model within a run, and writes down in the run's `folder` which layers became what."""
-    options = surgery_of(recipe)
-    factorise_(
-        subject.body, rank=options.rank, init=options.init, conv=options.conv, include=options.include,
-        exclude=options.exclude, allow_larger=options.allow_larger, multiple_of=options.multiple_of, seed=options.seed,
-    )  # fmt: skip
-    layers = {name: [layer.kind, layer.rank] for name, layer in factorised_layers(subject.body).items()}
-    if folder is not None:
-        (folder / LAYERS).write_text(json.dumps(layers, indent=2) + "\n", encoding="utf-8")
+def surgery_of(recipe: Recipe) -> SurgeryOptions:
+    """What a recipe with a rank asks of `factorise`. Raises RankError or SurgeryError for a value that none can do."""
+    return SurgeryOptions(
+        target=parse_target(recipe.rank, None, multiple_of=recipe.multiple_of),
+        init=recipe.init,
+        conv=recipe.conv,
+        include=recipe.include,
+        exclude=recipe.exclude,
+        allow_larger=recipe.allow_larger,
+        seed=recipe.seed,
+    )
 
 
-def give_structure_(subject: Subject, layers: Mapping[str, Any]) -> None:
-    """Factorised layers with room for weights that are loaded next."""
-    swap_(subject.body, {name: (kind, rank) for name, (kind, rank) in layers.items()})
+def check_surgery(subject: Subject, recipe: Recipe) -> None:
+    """Raises PlanError or RankError where the recipe's surgery does not fit the model."""
+    body = subject.body
+    plan_layers(body, surgery_of(recipe), tied=tied_weights(body), device=torch.device("cpu"))
+
+
+def factorise_subject_(subject: Subject, recipe: Recipe, run: RunFolder | None) -> None:
+    """Factorise a model within a run, and note in the run's folder which layers became what."""
+    factorise_module_(subject.body, surgery_of(recipe))
+    if run is not None:
+        run.write_layers({name: (layer.kind, layer.rank) for name, layer in factorised_layers(subject.body).items()})
+
+
+def give_structure_(subject: Subject, layers: Mapping[str, tuple[str, int]]) -> None:
+    """Put factorised layers into a dense model, name -> (kind, rank), with room for weights that are loaded next."""
+    swap_(subject.body, layers)
     for layer in factorised_layers(subject.body).values():
         layer.to_empty(device="cpu")
 
 
-def switch_(subject: Subject, recipe: Recipe, dense: Path, run: Path, leads: bool) -> tuple[Path, list[str]]:
-    """Factorises the model in place, as each process does, and lets one write the checkpoint to go on from.
+def switch_(subject: Subject, recipe: Recipe, dense: Path, run: RunFolder, leads: bool) -> tuple[Path, list[str]]:
+    """Factorise the model in place, in each process; the one that leads writes the checkpoint to go on from.
 
     Returns that checkpoint, and the layers whose optimizer state was reset.
     """
     before = parameter_groups(subject.model, recipe, _decayed(subject))
     factorise_subject_(subject, recipe, run if leads else None)
     after = parameter_groups(subject.model, recipe, _decayed(subject))
-    target = run / "factorised" / dense.name
+    target = run.path / "factorised" / dense.name
     if not leads:
         return target, []
     partial = target.with_name(f"partial-{step_of(dense)}")
@@ -86,7 +103,7 @@ def _decayed(subject: Subject) -> set[str]:
 def write_switched(
     dense: Path, target: Path, model: nn.Module, before: Groups, after: Groups, lr_scale: float
 ) -> list[str]:
-    """Writes the checkpoint that factorised training begins with, out of the last one of dense training.
+    """Write the first checkpoint of factorised training, made of the last one of dense training.
 
     `model` is factorised by now; `before` and `after` are the parameter groups of both stages. The optimizer's state of
     untouched parameters is kept. Of a replaced one, moments of the gradient G are projected to the factors, whose
@@ -105,17 +122,16 @@ def write_switched(
     state = json.loads((dense / "trainer_state.json").read_text(encoding="utf-8"))
     # the best dense model is no candidate for the best factorised one
     state |= {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
-    (target / "trainer_state.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    (target / "trainer_state.json").write_text(json_text(state), encoding="utf-8")
     return reset
 
 
 def switch_optimizer(
-    saved: Mapping[str, Any], model: nn.Module, before: Groups, after: Groups, lr_scale: float
-) -> tuple[dict[str, Any], list[str]]:
+    saved: OptimizerState, model: nn.Module, before: Groups, after: Groups, lr_scale: float
+) -> tuple[OptimizerState, list[str]]:
     """An optimizer's state dict for the factorised model's groups, and the layers that begin without state."""
     places = [name for names, _ in before for name in names]
-    old = {name: saved["state"].get(index, {}) for index, name in enumerate(places)}
-    new: dict[str, dict[str, Any]] = dict(old)
+    new: dict[str, ParameterState] = {name: saved["state"].get(index, {}) for index, name in enumerate(places)}
     reset = []
     for name, layer in factorised_layers(model).items():
         state = new.pop(f"{name}.weight", {})
@@ -126,21 +142,21 @@ def switch_optimizer(
         if f"{name}.bias" in new:
             new[f"{name}.u.bias"] = new.pop(f"{name}.bias")
     template = saved["param_groups"][0]
-    state_by_index: dict[int, Any] = {}
+    state_by_index: dict[int, ParameterState] = {}
     groups = []
     for names, settings in after:
         indices = list(range(len(state_by_index), len(state_by_index) + len(names)))
         for index, name in zip(indices, names, strict=True):
             state_by_index[index] = new.get(name, {})
-        rates = {key: template[key] * lr_scale for key in ("lr", "initial_lr") if key in template}
+        rates: Json = {key: template[key] * lr_scale for key in ("lr", "initial_lr") if key in template}
         groups.append({**template, **settings, **rates, "params": indices})
     kept = {index: state for index, state in state_by_index.items() if state}
-    return {"state": kept, "param_groups": groups}, reset
+    return OptimizerState(state=kept, param_groups=groups), reset
 
 
-def _projected(state: Mapping[str, Any], layer: Any, part: str) -> dict[str, Any]:
+def _projected(state: ParameterState, layer: FactorisedLayer, part: str) -> ParameterState:
     """The state of one factor, from that of the dense weight; {} where it holds tensors of another meaning."""
-    found: dict[str, Any] = {}
+    found: ParameterState = {}
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             found[key] = value.clone() if isinstance(value, Tensor) else value
@@ -152,18 +168,16 @@ def _projected(state: Mapping[str, Any], layer: Any, part: str) -> dict[str, Any
 
 
 @torch.no_grad()
-def _project(moment: Tensor, layer: Any, part: str, *, squared: bool) -> Tensor:
-    kind = KINDS[layer.kind]
+def _project(moment: Tensor, layer: FactorisedLayer, part: str, *, squared: bool) -> Tensor:
     u, v = (factor.detach().to("cpu", torch.float32) for factor in layer.factors)
     if squared:
         u, v = u.square(), v.square()
-    matrix = kind.to_matrix(moment.float())
-    weights = factor_weights(layer.kind, moment, Factors(matrix @ v.T, u.T @ matrix))
-    chosen: Tensor = weights[0 if part == "u" else 1]
-    return chosen.to(moment.dtype).contiguous()
+    matrix = layer.layout.to_matrix(moment.float())
+    weights = factor_weights(layer.layout, moment, Factors(matrix @ v.T, u.T @ matrix))
+    return weights[0 if part == "u" else 1].to(moment.dtype).contiguous()
 
 
-def switch_schedule(saved: Mapping[str, Any], groups: int, lr_scale: float) -> dict[str, Any]:
+def switch_schedule(saved: Json, groups: int, lr_scale: float) -> Json:
     """A learning rate schedule's state dict that goes on where it was, scaled, for another number of groups."""
     found = dict(saved)
     for key in ("base_lrs", "_last_lr"):

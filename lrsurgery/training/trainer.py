@@ -4,39 +4,52 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
+from torch.utils.data import DataLoader, Dataset
+from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, Trainer
 from transformers import TrainingArguments as Arguments
 
+from lrsurgery.checkpoints.upstream.transformers import forget_preparation_, train_on_one_gpu_
 from lrsurgery.data.examples import Examples
 from lrsurgery.data.tasks import Subject, distillation, measure, summarise
 from lrsurgery.errors import RecipeError, TrainingError
-from lrsurgery.factorise.options import pick_device
+from lrsurgery.progress import Listener
+from lrsurgery.runtime import pick_device
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.decay import FrobeniusDecay
-from lrsurgery.training.callbacks import EvaluationCallback
-from lrsurgery.training.dynamics import steepest_decay, whole
+from lrsurgery.training.callbacks import EvaluationCallback, figures_of
+from lrsurgery.training.dynamics import steepest_gradient, whole
 from lrsurgery.training.recipe import OPTIMIZERS, Recipe
 
 WEIGHTS = "model.safetensors"
 REMEDY = "try a lower --lr, more --warmup-steps or less decay"
-
-
 # fields of TrainingArguments that --set cannot have, with what to use instead
 OWN_ARGUMENTS = {
-    "output_dir": "; use --output", "remove_unused_columns": "", "label_names": "", "resume_from_checkpoint":
-    "; use --resume", "max_steps": "; use --steps", "num_train_epochs": "; use --epochs", "eval_on_start": "",
-    "load_best_model_at_end": "; use --best", "eval_strategy": "; use --eval-steps",
+    "output_dir": "; use --output",
+    "remove_unused_columns": "",
+    "label_names": "",
+    "resume_from_checkpoint": "; use --resume",
+    "max_steps": "; use --steps",
+    "num_train_epochs": "; use --epochs",
+    "eval_on_start": "",
+    "load_best_model_at_end": "; use --best",
+    "eval_strategy": "; use --eval-steps",
     "save_strategy": "; use --save-steps",
-}  # fmt: skip
+}
+
+# names of parameters, with the optimizer's settings for them
+Groups: TypeAlias = list[tuple[list[str], dict[str, float]]]
+Batch: TypeAlias = dict[str, Tensor]
 
 
-def parameter_groups(model: nn.Module, recipe: Recipe, decayed: set[str]) -> list[tuple[list[str], dict[str, float]]]:
+def parameter_groups(model: nn.Module, recipe: Recipe, decayed: set[str]) -> Groups:
     """Names and weight decay of each of the optimizer's groups: factors, other weights, biases and norms.
 
     `decayed` names what ordinary AdamW decay is for. Frozen parameters are in none; empty groups are left out.
@@ -67,39 +80,37 @@ def training_arguments(
         )
     _check_trackers(recipe.report_to)
     bf16, fp16 = _precision(recipe.precision, device)
-    own: dict[str, Any] = {
+    own: dict[str, object] = {
         "output_dir": str(folder),
-        "learning_rate": recipe.lr, "lr_scheduler_type": recipe.schedule, "warmup_steps": recipe.warmup_steps,
-        "optim": OPTIMIZERS[recipe.optimizer], "weight_decay": recipe.weight_decay,
+        "learning_rate": recipe.lr,
+        "lr_scheduler_type": recipe.schedule,
+        "warmup_steps": recipe.warmup_steps,
+        "optim": OPTIMIZERS[recipe.optimizer],
+        "weight_decay": recipe.weight_decay,
         "per_device_train_batch_size": recipe.batch_size,
         "per_device_eval_batch_size": recipe.eval_batch_size or recipe.batch_size,
-        "gradient_accumulation_steps": recipe.accumulate, "seed": recipe.seed, "bf16": bf16, "fp16": fp16,
-        "use_cpu": device.type == "cpu", "report_to": list(recipe.report_to) or "none",
+        "gradient_accumulation_steps": recipe.accumulate,
+        "seed": recipe.seed,
+        "bf16": bf16,
+        "fp16": fp16,
+        "use_cpu": device.type == "cpu",
+        "report_to": list(recipe.report_to) or "none",
         "dataloader_pin_memory": device.type == "cuda",
-        "disable_tqdm": True, "logging_nan_inf_filter": False, "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "logging_nan_inf_filter": False,
+        "remove_unused_columns": False,
         "label_names": ["labels"],
-        "save_total_limit": 2, "save_strategy": "steps", "eval_strategy": "steps" if evaluates else "no",
-    }  # fmt: skip
+        "save_total_limit": 2,
+        "save_strategy": "steps",
+        "eval_strategy": "steps" if evaluates else "no",
+    }
     if recipe.gradient_checkpointing:
         known = Arguments.__dataclass_fields__  # the newer of the two names, where this transformers has it
         own["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
     if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         own["ddp_backend"] = "gloo"
     if total is not None:
-        own["max_steps"] = total
-        every = max(1, math.ceil(total / 10))
-        own["eval_steps"] = recipe.eval_steps or recipe.save_steps or every
-        own["save_steps"] = recipe.save_steps or own["eval_steps"]
-        own["logging_steps"] = recipe.log_steps or max(1, min(50, total // 20))
-        if judged:
-            if own["save_steps"] % own["eval_steps"]:
-                raise RecipeError(
-                    f"save_steps {own['save_steps']}: must be a multiple of eval_steps {own['eval_steps']}, to keep the"
-                    " best"
-                )
-            own |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
-            # one more: the one before the newest has to stay until the newest is whole
-            own["save_total_limit"] = 3
+        own |= _step_arguments(recipe, total, judged)
     for name in recipe.set:
         if name not in Arguments.__dataclass_fields__:
             raise RecipeError(f"set {name}: transformers' TrainingArguments has no such field")
@@ -107,35 +118,31 @@ def training_arguments(
             raise RecipeError(f"set {name}: is decided by lrsurgery{OWN_ARGUMENTS[name]}")
     try:
         arguments = Arguments(**{**own, **recipe.set})
-        if arguments.n_gpu > 1:
-            arguments._n_gpu = 1  # several GPUs are for torchrun; DataParallel in one process is slower than one GPU
+        train_on_one_gpu_(arguments)
         return arguments
     except (ValueError, TypeError, ImportError, RuntimeError) as e:
         raise RecipeError(f"the settings do not go together: {' '.join(str(e).split())[:300]}") from e
 
 
-def total_steps(recipe: Recipe, args: Arguments, train: Examples) -> int:
-    """Optimizer steps of a whole run, as the Trainer counts them."""
-    if recipe.steps is not None:
-        return recipe.steps
-    batches = math.ceil(math.ceil(len(train.dataset) / args.train_batch_size) / args.world_size)
-    a_pass: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return max(1, math.ceil((1.0 if recipe.epochs is None else recipe.epochs) * a_pass))
-
-
-def overshoot(model: nn.Module, recipe: Recipe, lr: float) -> str | None:
-    """A warning with the bound, where the first step of Frobenius decay alone would carry a factor past zero."""
-    drives = recipe.decay == "frobenius" and (not recipe.decay_coupled or recipe.optimizer == "sgd")
-    if not drives or not factorised_layers(model):
-        return None
-    layer, square = steepest_decay(model)
-    reach = lr * recipe.decay_strength * square
-    if reach <= 1:
-        return None
-    return (
-        f"decay_strength {recipe.decay_strength:g} overshoots: lr * strength * sigma_max^2 is {reach:.3g} at"
-        f" {layer.removeprefix('body.')}, and must stay below 1; write at most {1 / (lr * square):.2g}"
-    )
+def _step_arguments(recipe: Recipe, total: int, judged: bool) -> dict[str, object]:
+    """The arguments that count steps, for a run of `total`."""
+    eval_steps = recipe.eval_steps or recipe.save_steps or max(1, math.ceil(total / 10))
+    save_steps = recipe.save_steps or eval_steps
+    found: dict[str, object] = {
+        "max_steps": total,
+        "eval_steps": eval_steps,
+        "save_steps": save_steps,
+        "logging_steps": recipe.log_steps or max(1, min(50, total // 20)),
+    }
+    if judged:
+        if save_steps % eval_steps:
+            raise RecipeError(
+                f"save_steps {save_steps}: must be a multiple of eval_steps {eval_steps}, to keep the best"
+            )
+        found |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
+        # one more: the one before the newest has to stay until the newest is whole
+        found["save_total_limit"] = 3
+    return found
 
 
 def _check_trackers(names: tuple[str, ...]) -> None:
@@ -157,23 +164,40 @@ def _precision(name: str, device: torch.device) -> tuple[bool, bool]:
     return name == "bf16", name == "fp16"
 
 
+def total_steps(recipe: Recipe, args: Arguments, train: Examples) -> int:
+    """Optimizer steps of a whole run, as the Trainer counts them."""
+    if recipe.steps is not None:
+        return recipe.steps
+    batches = math.ceil(math.ceil(len(train.dataset) / args.train_batch_size) / args.world_size)
+    a_pass: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    return max(1, math.ceil((1.0 if recipe.epochs is None else recipe.epochs) * a_pass))
+
+
 class LowRankTrainer(Trainer):  # type: ignore[misc]
     """The Trainer with what low-rank models ask for; the loop, the devices and the data loading are transformers'."""
 
     def __init__(
-        self, subject: Subject, recipe: Recipe, args: Arguments, train: Examples | None, evaluation: Examples | None,
-        teacher: nn.Module | None = None, callback: EvaluationCallback | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        subject: Subject,
+        recipe: Recipe,
+        args: Arguments,
+        train: Examples | None,
+        evaluation: Examples | None,
+        teacher: nn.Module | None = None,
+        callback: EvaluationCallback | None = None,
+    ) -> None:
         self.subject, self.recipe, self.teacher = subject, recipe, teacher
         self._collate_evaluation = evaluation.collate if evaluation else None
-        self.use_cache = getattr(getattr(subject.model, "config", None), "use_cache", None)
+        self.use_cache: bool | None = getattr(getattr(subject.model, "config", None), "use_cache", None)
         super().__init__(
-            model=subject.model, args=args, train_dataset=train.dataset if train else None,
+            model=subject.model,
+            args=args,
+            train_dataset=train.dataset if train else None,
             eval_dataset=evaluation.dataset if evaluation else None,
             data_collator=train.collate if train else None,
-            compute_metrics=lambda found: summarise(subject.task, torch.as_tensor(found.predictions)),
+            compute_metrics=self._summarise,
             callbacks=[callback] if callback else None,
-        )  # fmt: skip
+        )
         self.remove_callback(PrinterCallback)
         if callback is not None:
             callback.trainer = self
@@ -181,6 +205,9 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             self.add_callback(EarlyStoppingCallback(early_stopping_patience=recipe.early_stopping))
         if teacher is not None:
             self.teacher = teacher.to(args.device).eval().requires_grad_(False)
+
+    def _summarise(self, found: EvalPrediction) -> dict[str, float]:
+        return summarise(self.subject.task, torch.as_tensor(found.predictions))
 
     # optimisation
 
@@ -205,21 +232,28 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         self.optimizer = optimizer
         return optimizer
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: Batch, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"the loss is {float(loss)} at step {self.state.global_step + 1}; the largest gradient is that of"
-                f" {_steepest(self.model)}; {REMEDY}"
+                f" {steepest_gradient(self.model)}; {REMEDY}"
             )
         return loss
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
         labels = inputs.get("labels")
         if self.teacher is None or not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            found: Tensor | tuple[Tensor, Mapping[str, Tensor]] = super().compute_loss(
+                model, inputs, return_outputs, num_items_in_batch
+            )
+            return found
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
             answers = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
@@ -238,16 +272,17 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     # evaluation
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Dataset[object] | None = None) -> DataLoader[object]:
         training = vars(self)["data_collator"]
         self.data_collator = self._collate_evaluation or training
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            loader: DataLoader[object] = super().get_eval_dataloader(eval_dataset)
+            return loader
         finally:
             self.data_collator = training
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+        self, model: nn.Module, inputs: Batch, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[None, Tensor, Tensor]:
         """Sums of each example in place of logits: exact over the whole set, whatever the batches and the padding."""
         inputs = self._prepare_inputs(inputs)
@@ -259,25 +294,25 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     # checkpoints: one way for transformers' and timm's models, loaded strictly
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
         # an overflow shows in the loss one step later; until then the last checkpoint has to stay the last good one
         for name, parameter in self.model.named_parameters():
             if not bool(torch.isfinite(whole(parameter)).all()):
                 raise TrainingError(
                     f"{name.removeprefix('body.')} holds NaN or Inf after step {self.state.global_step}, whose largest"
-                    f" gradient is that of {_steepest(self.model)}; {REMEDY}"
+                    f" gradient is that of {steepest_gradient(self.model)}; {REMEDY}"
                 )
         super()._save_checkpoint(model, trial)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             folder = Path(output_dir or self.args.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             if state_dict is None:
                 safetensors.torch.save_model(self.model, str(folder / WEIGHTS))
             else:  # gathered from FSDP's shards
-                whole = {k: v.contiguous().clone() for k, v in state_dict.items()}
-                safetensors.torch.save_file(whole, folder / WEIGHTS)
+                gathered = {k: v.contiguous().clone() for k, v in state_dict.items()}
+                safetensors.torch.save_file(gathered, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self.is_fsdp_enabled:
@@ -293,22 +328,19 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
 
 def release_(trainer: LowRankTrainer) -> None:
-    """Gives a model back as it was before its Trainer prepared it, so that another Trainer can prepare it anew."""
+    """Give a model back as it was before its Trainer prepared it, so that another Trainer can prepare it anew."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     trainer.accelerator.free_memory()
-    # accelerate wraps nothing that bears its mark, be it only prepared for evaluation: no DDP, no autocast
-    for module in (model, trainer.model, trainer.subject.model):
-        vars(module).pop("_is_accelerate_prepared", None)
+    forget_preparation_([model, trainer.model, trainer.subject.model])
     if trainer.use_cache is not None:  # training turns it off, generating from the saved model wants it
         trainer.model.config.use_cache = trainer.use_cache
 
 
-def _steepest(model: nn.Module) -> str:
-    """The parameter with the largest gradient; one that is not finite beats every other."""
-    sizes = {}
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            norm = float(parameter.grad.detach().float().norm())
-            sizes[name.removeprefix("body.")] = norm if math.isfinite(norm) else math.inf
-    worst = max(sizes, key=lambda name: sizes[name], default="no parameter")
-    return f"{worst} (norm {sizes[worst]:.3g})" if worst in sizes else worst
+def quality(subject: Subject, recipe: Recipe, examples: Examples, listener: Listener) -> dict[str, float]:
+    """The figures of a model on examples, without training it: loss (nats), scored (positions), and the task's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(recipe, Path(folder), evaluates=True, total=1)
+        trainer = LowRankTrainer(subject, recipe, args, None, examples, callback=EvaluationCallback(listener))
+        found = trainer.evaluate()
+        release_(trainer)
+    return figures_of(found)

@@ -116,3 +116,15 @@ def enable_checkpointing_(model: Any) -> None:
     """Turn gradient checkpointing on, by the newer of two names where this transformers has it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def train_on_one_gpu_(arguments: Any) -> None:
+    """Take one GPU of several: they are for torchrun, and DataParallel in one process is slower than one GPU."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+
+
+def forget_preparation_(modules: Iterable[nn.Module]) -> None:
+    """Let accelerate prepare modules anew: it wraps nothing that bears its mark, neither for DDP nor for autocast."""
+    for module in modules:
+        vars(module).pop("_is_accelerate_prepared", None)
