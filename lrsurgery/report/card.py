@@ -1,4 +1,4 @@
-"""Model cards: README.md of an output folder, as the hub reads it."""
+"""Model cards: README.md of an output folder, as the hub reads it; the text is in card.md.jinja."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.errors import SourceError
+from lrsurgery.files import Json
 from lrsurgery.report.hub import HUB, card_data, head_of, is_hub_id
 from lrsurgery.report.runs import read_metrics, stages_of
 from lrsurgery.report.schema import Report, Row
@@ -17,20 +18,10 @@ from lrsurgery.report.schema import Report, Row
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
 
+TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TABLE_ROWS = 40
 NO_PART_OF_IT = ("--resume",)  # of a command: it changes nothing in the output, so nothing in its card
-CITATION = """\
-Cite the base model as its authors ask for it, and the method as
-
-```bibtex
-@article{kamalakara2022exploring,
-  title   = {Exploring Low Rank Training of Deep Neural Networks},
-  author  = {Kamalakara, Siddhartha Rao and Locatelli, Acyr and Venkitesh, Bharat and Ba, Jimmy and Gal, Yarin and
-             Gomez, Aidan N.},
-  journal = {arXiv preprint arXiv:2209.13569},
-  year    = {2022}
-}
-```"""
+QUALITIES = ("loss", "perplexity", "top1", "top5")
 
 # column, what a row shows there; None where it is not known. A column that no row knows is left out
 COLUMNS: dict[str, Callable[[Row], str | None]] = {
@@ -46,60 +37,116 @@ COLUMNS: dict[str, Callable[[Row], str | None]] = {
 }
 
 
-def model_card(
-    report: Report, source: Source, name: str, config: Mapping[str, Any], training: Sequence[str] = ()
-) -> str:
-    """What was done, at what cost, how to load the result.
+def model_card(report: Report, source: Source, name: str, config: Json, training: Sequence[str] = ()) -> str:
+    """The card of a model made from `source`: what was done, at what cost, how to load the result.
 
     `name` is the output folder's, `config` its config.json, `training` are Markdown lines about a training run.
     """
     options, former = report.options, _report_of(source)
-    data = card_data(
-        source, config, trained=bool(training), fresh=bool(options.get("from_scratch")), data=options.get("data")
-    )
-    low_rank = bool(report.factorised)
     count = len(report.factorised)
-    done = [f"{count} layers made low rank"] if low_rank else []
+    done = [f"{count} layers made low rank"] if count else []
     done += ["trained"] if training else []
-    lines = [
-        f"{_link(source)}, {' and '.join(done)} by lrsurgery.",
-        "",
-        *_loading(source, name, config, low_rank),
-        "## What was done",
-        "",
-        *_commands(former.command if former else None, report.command),
-        *([] if training or report.command else [f"Options: `{json.dumps(options)}`", ""]),
-        *([*training, ""] if training else []),
-        *(f"Note: {note}.\n" for note in report.notes),
-        *_size(report),
-        *(_layers(report) if low_rank else []),
-    ]
-    return _card(data, name, lines)
+    paragraphs = [] if training or report.command else [f"Options: `{json.dumps(options)}`"]
+    paragraphs += ["\n".join(training)] if training else []
+    paragraphs += [f"Note: {note}." for note in report.notes]
+    return _filled(
+        source,
+        name,
+        config,
+        trained=bool(training),
+        fresh=bool(options.get("from_scratch")),
+        data=options.get("data"),
+        low_rank=bool(count),
+        done=f"{' and '.join(done)} by lrsurgery.",
+        commands=[former.command if former else None, report.command],
+        paragraphs=paragraphs,
+        report=report,
+    )
 
 
-def dense_card(source: Source, name: str, config: Mapping[str, Any], command: str | None = None) -> str:
+def dense_card(source: Source, name: str, config: Json, command: str | None = None) -> str:
     """The card of a dense export of the folder `source`; `name`, `config` as for `model_card`."""
-    report = _report_of(source)
-    lines = [
-        f"{_link(source)}, a model made low rank by lrsurgery, multiplied out into ordinary layers again. It loads with"
-        " nothing but its own library; it is as large as a dense model, and as good as the low-rank one.",
-        "",
-        *_loading(source, name, config, low_rank=False),
-        "## What was done",
-        "",
-        *_commands(report.command if report else None, command),
-    ]
-    if report is not None and report.parameters_after is not None:
-        lines += [f"{len(report.factorised)} layers had been made low rank.", ""]
-        lines += [
-            "| | low rank | this model |",
-            "|---|---|---|",
-            f"| parameters | {report.parameters_after:,} | {report.parameters_before:,} |",
-            "",
+    former = _report_of(source)
+    paragraphs = []
+    if former is not None and former.parameters_after is not None:
+        paragraphs = [
+            f"{len(former.factorised)} layers had been made low rank.",
+            "| | low rank | this model |\n|---|---|---|\n"
+            f"| parameters | {former.parameters_after:,} | {former.parameters_before:,} |",
         ]
     table = quality_lines(_stages(source.folder)) if source.folder else []
-    lines += [*table, ""] if table else []
-    return _card(card_data(source, config), name, lines)
+    return _filled(
+        source,
+        name,
+        config,
+        done="a model made low rank by lrsurgery, multiplied out into ordinary layers again. It loads with nothing but"
+        " its own library; it is as large as a dense model, and as good as the low-rank one.",
+        commands=[former.command if former else None, command],
+        paragraphs=[*paragraphs, "\n".join(table)] if table else paragraphs,
+    )
+
+
+def _filled(
+    source: Source,
+    name: str,
+    config: Json,
+    *,
+    done: str,
+    commands: Sequence[str | None],
+    paragraphs: Sequence[str],
+    report: Report | None = None,
+    low_rank: bool = False,
+    trained: bool = False,
+    fresh: bool = False,
+    data: str | None = None,
+) -> str:
+    """The template with all that it names. `fresh`, `trained` on `data`: see `hub.card_data`."""
+    from huggingface_hub import ModelCard
+
+    metadata = card_data(source, config, trained=trained, fresh=fresh, data=data)
+    trusted = source.library == "transformers" and config.get("auto_map")
+    rows, dense = (report.factorised, report.dense) if report is not None else ((), ())
+    shown = {title: [show(row) for row in rows[:TABLE_ROWS]] for title, show in COLUMNS.items()}
+    shown = {title: cells for title, cells in shown.items() if any(cells)}
+    card = ModelCard.from_template(
+        metadata,
+        template_path=str(TEMPLATE),
+        name=name,
+        library=source.library,
+        low_rank=low_rank,
+        limit=TABLE_ROWS,
+        quote=shlex.quote,
+        link=f"[{source.hub_id}]({HUB}/{source.hub_id})" if source.hub_id else f"`{source.name}`",
+        done=done,
+        needs="With lrsurgery installed (`pip install lrsurgery`)" if low_rank else "With nothing but its own library",
+        auto_class="AutoModelForImageClassification" if source.library == "timm" else head_of(config)[0],
+        trusted=", trust_remote_code=True" if trusted else "",
+        commands=[_cleaned(command) for command in commands if isinstance(command, str) and command],
+        paragraphs=paragraphs,
+        sizes=_sizes(report) if report is not None else (),
+        factorised=len(rows),
+        columns=list(shown),
+        layers=[[cell or "" for cell in cells] for cells in zip(*shown.values(), strict=True)],
+        dense=dense,
+        reasons=_reasons(dense),
+        licence=_licence(metadata),
+    )
+    return f"{card}\n"
+
+
+def public_name(reference: str) -> str:
+    """A model or data as a card names it: a hub id, or of a file or folder the last part of its path."""
+    return reference if is_hub_id(reference) else Path(reference).name
+
+
+def quality_lines(stages: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """A Markdown table of what was measured at each stage; no lines where nothing was."""
+    measured = {name: values for name, values in stages.items() if values}
+    if not measured:
+        return []
+    columns = [c for c in QUALITIES if all(c in values for values in measured.values())]
+    lines = [f"| quality | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    return [*lines, *(f"| {name} | {' | '.join(f'{v[c]:.4f}' for c in columns)} |" for name, v in measured.items())]
 
 
 def _report_of(source: Source) -> Report | None:
@@ -110,102 +157,13 @@ def _report_of(source: Source) -> Report | None:
         return None
 
 
-def training_lines(recipe: Any, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The card's lines about a training run: its settings in one sentence, and what was measured at each stage."""
-    decay = f"{recipe.decay} decay of strength {recipe.decay_strength:g}" if recipe.decay != "none" else "no decay"
-    teacher = f", teacher `{public_name(recipe.teacher)}`" if recipe.teacher else ""
-    lines = [
-        f"Trained for {steps} steps on `{public_name(recipe.data or '')}` with {recipe.optimizer}, learning rate"
-        f" {recipe.lr:g} ({recipe.schedule}), {decay} on the factors{teacher}; `recipe.yaml` has every setting,"
-        " `metrics.jsonl` the course of the run.",
-    ]
-    table = quality_lines(stages)
-    if not table:
-        return lines
-    split = f", split `{recipe.eval_split}`" if recipe.eval_split else ""
-    return [*lines, "", f"Measured on `{public_name(recipe.eval_data or recipe.data or '')}`{split}:", "", *table]
-
-
-def _card(data: ModelCardData, name: str, lines: Sequence[str]) -> str:
-    licence = data.get("license")
-    named = ", ".join(licence) if isinstance(licence, list) else data.get("license_name") or licence
-    link = data.get("license_link")
-    named = f"[{named}]({link})" if link else named
-    about = (
-        f"That of the base model: {named}."
-        if named
-        else "The model that this was made from names none; look for its terms before you share this one."
-    )
-    return "\n".join(
-        [
-            f"---\n{data.to_yaml()}\n---",
-            f"# {name}",
-            "",
-            *lines,
-            "## Licence",
-            "",
-            about,
-            "",
-            "## Citation",
-            "",
-            CITATION,
-            "",
-        ]
-    )
-
-
-def _link(source: Source) -> str:
-    return f"[{source.hub_id}]({HUB}/{source.hub_id})" if source.hub_id else f"`{source.name}`"
-
-
-def public_name(reference: str) -> str:
-    """A model or data as a card names it: a hub id, and of what lies on a disk the name alone."""
-    return reference if is_hub_id(reference) else Path(reference).name
-
-
-def _loading(source: Source, name: str, config: Mapping[str, Any], low_rank: bool) -> list[str]:
-    auto = "AutoModelForImageClassification" if source.library == "timm" else head_of(config)[0]
-    trusted = ", trust_remote_code=True" if source.library == "transformers" and config.get("auto_map") else ""
-    through_transformers = [
-        f"from transformers import {auto}",
-        "",
-        f'model = {auto}.from_pretrained("{name}"{trusted})',
-    ]
-    if source.library == "timm":
-        timm = [
-            "import timm",
-            "",
-            f'model = timm.create_model("local-dir:{name}", pretrained=True)  # "hf-hub:ID" once it is on the hub',
-        ]
-        ours = ["import lrsurgery", "", f'model = lrsurgery.load_model("{name}")  # the timm module']
-        first = ours if low_rank else timm
-    else:
-        first = []
-    if low_rank:
-        through_transformers = [
-            "import lrsurgery.hf  # registers the format with transformers",
-            *through_transformers,
-        ]
-    needs = "With lrsurgery installed (`pip install lrsurgery`)" if low_rank else "With nothing but its own library"
-    lines = ["## How to load it", "", f"{needs}; put the hub id in place of the folder where it is on the hub.", ""]
-    for code in filter(None, (first, through_transformers)):
-        lines += ["```python", *code, "```", ""]
-    if low_rank:
-        folder = shlex.quote(name)
-        lines += [
-            "As ordinary dense layers, for programs that know nothing of lrsurgery:",
-            "",
-            "```bash",
-            f"lrsurgery export {folder} --to dense --output {shlex.quote(f'{name}-dense')}",
-            "```",
-            "",
-        ]
-    return lines
-
-
-def _commands(*commands: str | None) -> list[str]:
-    shown = [_cleaned(command) for command in commands if isinstance(command, str) and command]
-    return ["Made by", "", "```bash", *shown, "```", ""] if shown else []
+def _stages(folder: Path) -> dict[str, dict[str, float]]:
+    """What the run that made a folder measured at each stage; empty where there was none."""
+    records = read_metrics(folder)
+    try:
+        return stages_of([r for r in records if "eval" in r], records[-1]["stage"]) if records else {}
+    except (KeyError, TypeError):  # somebody else's file of that name
+        return {}
 
 
 def _cleaned(command: str) -> str:
@@ -215,56 +173,37 @@ def _cleaned(command: str) -> str:
         return command
 
 
-def _size(report: Report) -> list[str]:
+def _sizes(report: Report) -> list[list[str]]:
     sizes = (
         ("parameters", report.parameters_before, report.parameters_after),
         ("bytes of the weights", report.bytes_before, report.bytes_after),
     )
-    lines = ["## Size", "", "| | before | after | kept |", "|---|---|---|---|"]
+    rows = []
     for what, before, after in sizes:
         if after is not None:
-            former = ("", "") if before is None else (f"{before:,}", f"{after / before:.1%}" if before else "")
-            lines.append(f"| {what} | {former[0]} | {after:,} | {former[1]} |")
-    return [*lines, ""]
+            share = f"{after / before:.1%}" if before else ""
+            rows.append([what, "" if before is None else f"{before:,}", f"{after:,}", share])
+    return rows
 
 
-def _layers(report: Report) -> list[str]:
-    rows, dense = report.factorised, report.dense
-    lines = [f"## Layers\n\n{len(rows)} are low rank, {len(dense)} stayed dense.", ""]
-    shown = {title: [show(row) for row in rows[:TABLE_ROWS]] for title, show in COLUMNS.items()}
-    shown = {title: cells for title, cells in shown.items() if any(cells)}
-    lines += [f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
-    lines += [f"| {' | '.join(cell or '' for cell in cells)} |" for cells in zip(*shown.values(), strict=True)]
-    if len(rows) > TABLE_ROWS:
-        lines.append(f"\n{len(rows) - TABLE_ROWS} more stand in `rank_report.json`.")
-    if dense:
-        reasons: dict[str, list[Row]] = {}
-        for row in dense:
-            reasons.setdefault(row.reason or "", []).append(row)
-        lines += ["", "| why they stayed dense | layers | parameters | the first |", "|---|---|---|---|"]
-        for reason, kept in list(reasons.items())[:TABLE_ROWS]:
-            parameters = sum(row.parameters_before for row in kept)
-            lines.append(f"| {reason} | {len(kept)} | {parameters:,} | `{kept[0].name}` |")
-    return [*lines, ""]
+def _reasons(dense: Sequence[Row]) -> list[list[str]]:
+    """Why layers stayed dense, how many, their parameters and the first of them."""
+    by_reason: dict[str, list[Row]] = {}
+    for row in dense:
+        by_reason.setdefault(row.reason or "", []).append(row)
+    return [
+        [reason, str(len(rows)), f"{sum(row.parameters_before for row in rows):,}", f"`{rows[0].name}`"]
+        for reason, rows in by_reason.items()
+    ]
 
 
-def quality_lines(stages: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """A table of what was measured at each stage; no lines where nothing was."""
-    measured = {name: values for name, values in stages.items() if values}
-    if not measured:
-        return []
-    columns = [c for c in ("loss", "perplexity", "top1", "top5") if all(c in v for v in measured.values())]
-    lines = [f"| quality | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
-    return [*lines, *(f"| {name} | {' | '.join(f'{v[c]:.4f}' for c in columns)} |" for name, v in measured.items())]
-
-
-def _stages(folder: Path) -> dict[str, dict[str, float]]:
-    """What the run that made a folder measured at each stage; empty where there was none."""
-    records = read_metrics(folder)
-    try:
-        return stages_of([r for r in records if "eval" in r], records[-1]["stage"]) if records else {}
-    except (KeyError, TypeError):  # somebody else's file of that name
-        return {}
+def _licence(metadata: ModelCardData) -> str:
+    licence = metadata.get("license")
+    named = ", ".join(licence) if isinstance(licence, list) else metadata.get("license_name") or licence
+    link = metadata.get("license_link")
+    if not named:
+        return "The model that this was made from names none; look for its terms before you share this one."
+    return f"That of the base model: {f'[{named}]({link})' if link else named}."
 
 
 def _percent(value: float | None) -> str | None:
