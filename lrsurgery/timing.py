@@ -49,7 +49,7 @@ class Timed:
         return Timed(run, per=count)
 
     def once(self) -> int:
-        """Runs to the end, and says how many times it did its work."""
+        """Run to the end, and says how many times it did its work."""
         return self.per * sum(1 for _ in self.run(self.prepare()))
 
 
@@ -86,10 +86,14 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def compare(
-    candidates: Sequence[Timed], *, precision: float, seconds: float, device: torch.device,
+    candidates: Sequence[Timed],
+    *,
+    precision: float,
+    seconds: float,
+    device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
-) -> Timings:  # fmt: skip
-    """Times one candidate, or two against each other, until the interval's half width is at most `precision` of it.
+) -> Timings:
+    """Time one candidate, or two against each other, until the interval's half width is at most `precision` of it.
 
     Ends after `seconds`, but never before `LEAST_ROUNDS` rounds.
     """

@@ -9,7 +9,7 @@ from torch import nn
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of a model's repeated blocks, in its modules' order; none inside another, each shared one once.
+    """Name of a model's repeated blocks, in its modules' order; none inside another, each shared one once.
 
     They are the children of the outermost ModuleLists and Sequentials of which at least half are of one class that has
     several layers: `model.layers.0`, `bert.encoder.layer.0`, `layer1.0`. Experts in a block are part of it. Stages

@@ -29,13 +29,13 @@ class Visit:
         self._batches, self._renew, self._done = batches, renew, False
 
     def replay(self) -> None:
-        """Runs the block on every batch for nothing, on copies of its arguments; only before `run`."""
+        """Run the block on every batch for nothing, on copies of its arguments; only before `run`."""
         assert not self._done, f"{self.name}: its batches are past it"
         for batch in self._batches:
             batch.resume("replay")
 
     def run(self) -> None:
-        """Runs the block on every batch, with what was put in its place or in it; once, by itself if not called."""
+        """Run the block on every batch, with what was put in its place or in it; once, by itself if not called."""
         if self._done:
             return
         self._done = True
@@ -47,7 +47,7 @@ class Visit:
 def lockstep(
     model: nn.Module, blocks: Sequence[str], calls: Sequence[Callable[[], Any]]
 ) -> Generator[Visit, None, None]:
-    """Runs every call, which each run the model on one batch, so that all of them pass a block before any has the next.
+    """Run every call, which each run the model on one batch, so that all of them pass a block before any has the next.
 
     Yields a visit for each block: the batches run it when they are told to, at the latest when the next visit is asked
     for. Blocks are visited in the order of `blocks`; batches that skip one are waited for at the next, and a block that
@@ -68,7 +68,7 @@ def lockstep(
     batches = [_Batch(i, call) for i, call in enumerate(calls)]
 
     def renew(name: str) -> None:
-        """Lets the batches run what was put in a block's place."""
+        """Let the batches run what was put in a block's place."""
         if (new := model.get_submodule(name)) is not modules[name]:
             del modules[name].__dict__["_call_impl"]
             modules[name] = new
@@ -113,7 +113,7 @@ class _Batch(Thread):
         self._error: BaseException | None = None
 
     def resume(self, order: str = "run") -> None:
-        """Lets the batch run until it waits again or is done ("run"), or run its block only ("replay").
+        """Let the batch run until it waits again or is done ("run"), or run its block only ("replay").
 
         Raises what that raises.
         """
@@ -128,7 +128,7 @@ class _Batch(Thread):
             raise error
 
     def end(self) -> None:
-        """Ends the batch, one that still runs where it would wait next."""
+        """End the batch, one that still runs where it would wait next."""
         if self.is_alive():
             self._order = "end"
             self._go.release()
@@ -167,7 +167,7 @@ class _Batch(Thread):
 
 
 def _stop_at(modules: dict[str, nn.Module], name: str) -> None:
-    """Makes batches wait where they call a block, before any of its hooks: those set in the meantime see the call."""
+    """Make batches wait where they call a block, before any of its hooks: those set in the meantime see the call."""
 
     def plain(*args: Any, **kwargs: Any) -> Any:
         block = modules[name]  # looked up late: the visitor may have put another there

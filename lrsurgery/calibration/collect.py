@@ -34,7 +34,7 @@ def collect_statistics(
     loss: Loss | None = None,
     seed: int = 0,
 ) -> Statistics:
-    """Runs batches through a model in memory, where it lies, and returns what `factorise_(..., statistics=...)` takes.
+    """Run batches through a model in memory, where it lies, and returns what `factorise_(..., statistics=...)` takes.
 
     `batches` are dicts of keyword arguments (labels are left out), tensors or tuples. `importance`: "fisher" for second
     moments of inputs and of output gradients, "activations" for the inputs alone. `loss` maps the model's outputs and

@@ -62,7 +62,7 @@ class Collector:
 
     @contextmanager
     def watching(self, names: Collection[str] | None = None) -> Iterator[None]:
-        """Adds up while this lasts, for these layers or all."""
+        """Add up while this lasts, for these layers or all."""
         handles = [
             module.register_forward_hook(self._hook(name))
             for name, module in self._modules.items()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def in_memory(block: nn.Module) -> Iterator[None]:
-    """Holds the weights that accelerate keeps on disk for a block in memory, from the first line to the last.
+    """Hold the weights that accelerate keeps on disk for a block in memory, from the first line to the last.
 
     Nothing happens to other models. A layer put in place of one from disk stays in memory afterwards.
     """

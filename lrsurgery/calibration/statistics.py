@@ -60,9 +60,12 @@ class Statistics:
     """The moments of a model's layers, in memory or read from a folder one layer at a time."""
 
     def __init__(
-        self, uses: Mapping[str, LayerUse], facts: Json, read: Callable[[str], Moments],
+        self,
+        uses: Mapping[str, LayerUse],
+        facts: Json,
+        read: Callable[[str], Moments],
         digests: Mapping[str, str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.uses, self.facts, self._read = dict(uses), dict(facts), read
         self.digests = dict(digests or {})  # of what is in the files
 
@@ -163,7 +166,7 @@ class StatisticsWriter:
         return self._original.get(name, name) in self._layers
 
     def add(self, name: str, seen: LayerUse, moments: Moments) -> None:
-        """Keeps what was seen of one layer, together with what was kept of it before."""
+        """Keep what was seen of one layer, together with what was kept of it before."""
         name = self._original.get(name, name)
         if name in self._layers:
             former = self._layers.pop(name)

@@ -23,7 +23,7 @@ from lrsurgery.surgery.layers import FactorisedLayer
 def load_model(
     path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **options: Any
 ) -> nn.Module:
-    """Loads a factorised or dense checkpoint, in eval mode: the timm module of a timm folder, else transformers' class.
+    """Load a factorised or dense checkpoint, in eval mode: the timm module of a timm folder, else transformers' class.
 
     `options` go to transformers' `from_pretrained` (`device_map`, `attn_implementation`, ...).
 
@@ -58,7 +58,7 @@ def load_model(
 
 
 def _check_whole(source: Source) -> None:
-    """Says which file is cut short, where transformers would not; pickles would have to be read for that."""
+    """Say which file is cut short, where transformers would not; pickles would have to be read for that."""
     if all(file.suffix == ".safetensors" for file in source.files):
         open_tensors(list(source.files))
 

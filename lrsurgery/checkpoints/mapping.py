@@ -47,7 +47,7 @@ class Checkpoint:
 
 
 def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
-    """Builds the skeleton and opens the files; with a seed, initialises the model anew from its config instead.
+    """Build the skeleton and opens the files; with a seed, initialises the model anew from its config instead.
 
     Raises SourceError.
     """

@@ -122,7 +122,7 @@ def names_in_config(model: PreTrainedModel, layers: dict[str, Json]) -> dict[str
 
 
 def expect_tripwire(model: PreTrainedModel, names: set[str]) -> None:
-    """Lets a load pass over the zero-length tensors under these keys, in any spelling of the prefix."""
+    """Let a load pass over the zero-length tensors under these keys, in any spelling of the prefix."""
     prefix = model.base_model_prefix + "."
     patterns = {f"^{_escape(spelling)}$" for n in names for spelling in (n, n.removeprefix(prefix), prefix + n)}
     ignore_unexpected(model, patterns)

@@ -116,7 +116,7 @@ def check_layers(layers: object) -> dict[str, Json]:
 def resolve(
     reference: str, *, revision: str | None = None, architecture: str | None = None, weights: bool = True
 ) -> Source:
-    """Finds the model; hub ids are fetched to the hub's cache first. With `weights` False only the config is needed.
+    """Find the model; hub ids are fetched to the hub's cache first. With `weights` False only the config is needed.
 
     Raises SourceError: which file or name, what is wrong, what to do.
     """

@@ -220,7 +220,7 @@ class ShardWriter:
     HEADER_BYTES = 1 << 16  # grown by rewriting the shard where its names need more
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Appends a tensor under a name that is new to the checkpoint."""
+        """Append a tensor under a name that is new to the checkpoint."""
         self.add_slices(name, tensor.dtype, tuple(tensor.shape), [tensor])
 
     def add_slices(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], slices: Iterable[Tensor]) -> None:
@@ -271,7 +271,7 @@ class ShardWriter:
         self._file = None
 
     def finish(self) -> int:
-        """Names the shards, writes the index where there are several, and returns the bytes of all tensors."""
+        """Name the shards, writes the index where there are several, and returns the bytes of all tensors."""
         self._close_shard()
         total = sum(size for _, _, size in self._shards)
         count = len(self._shards)
@@ -288,14 +288,14 @@ class ShardWriter:
         return total
 
     def close(self) -> None:
-        """Lets go of the open file without finishing it."""
+        """Let go of the open file without finishing it."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def in_write_order(items: list[tuple[torch.dtype, str]]) -> Iterator[str]:
-    """Names in the order that `ShardWriter` needs, stable over runs: wide dtypes first, then by natural name."""
+    """Name in the order that `ShardWriter` needs, stable over runs: wide dtypes first, then by natural name."""
 
     def natural(name: str) -> list[tuple[int, int, str]]:
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

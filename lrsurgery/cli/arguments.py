@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share, in panels by what they decide; choices that help and completion list."""
+"""Arguments and options that several commands share, in panels by what they decide, with choices that help lists."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import shlex
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 if TYPE_CHECKING:
     from lrsurgery.cli.console import Screen
 
-CUT, DATA, OUTPUT, MACHINE = "What to cut", "Data", "Output", "Machine"  # panels of help
+# panels of help
+CUT, CALIBRATION, DATA, OUTPUT, MACHINE = "What to cut", "Calibration", "Data", "Output", "Machine"
 
 
 PACKAGE = Path(__file__).parents[1]
@@ -50,11 +51,16 @@ def table_names(module: str, table: str) -> list[str]:
 def choice(name: str, module: str, table: str, *others: str) -> type[Choice]:
     """The names in a table of another module, and some others, as an enum for typer."""
     names = [*table_names(module, table), *others]
-    return Choice(name, {each: each for each in names})  # type: ignore[return-value]
+    return Choice(name, {each: each for each in names})  # type: ignore
 
 
 if TYPE_CHECKING:
-    Conv = DtypeName = EngineName = Importance = Init = Task = str
+    Conv: TypeAlias = str
+    DtypeName: TypeAlias = str
+    EngineName: TypeAlias = str
+    Importance: TypeAlias = str
+    Init: TypeAlias = str
+    Task: TypeAlias = str
 else:
     Conv = choice("Conv", "lrsurgery.surgery.kinds", "CONV_SCHEMES")
     DtypeName = choice("Dtype", "lrsurgery.runtime", "DTYPES")
@@ -62,6 +68,16 @@ else:
     Importance = choice("Importance", "lrsurgery.calibration.loss", "IMPORTANCES", "none")
     Init = choice("Init", "lrsurgery.linalg.inits", "INITS")
     Task = choice("Task", "lrsurgery.data.options", "TASKS")
+
+
+def option(*names: str, panel: str, text: str, metavar: str | None = None, default: bool = True) -> Any:
+    """An option in a panel of help, which shows its default unless that says nothing."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=default)
+
+
+def _calibration(*names: str, text: str, metavar: str | None = None, default: bool = False) -> Any:
+    return option(*names, panel=CALIBRATION, text=text, metavar=metavar, default=default)
+
 
 ModelArgument = Annotated[
     str,
@@ -74,80 +90,89 @@ ModelArgument = Annotated[
 FolderArgument = Annotated[
     str, typer.Argument(metavar="DIR", help="A folder that lrsurgery wrote.", show_default=False)
 ]
+
+# what to cut
+RANKS = "0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers."
 RankOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--rank",
-        "-r",
-        metavar="RANK|GLOB=RANK",
-        help="0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers.",
-        show_default=False,
-        rich_help_panel=CUT,
-    ),
+    list[str] | None, option("--rank", "-r", panel=CUT, metavar="RANK|GLOB=RANK", text=RANKS, default=False)
 ]
-IncludeOption = Annotated[
-    list[str] | None, typer.Option("--include", metavar="GLOB", help="Only these layers.", rich_help_panel=CUT)
+IncludeOption = Annotated[list[str] | None, option("--include", panel=CUT, metavar="GLOB", text="Only these layers.")]
+ExcludeOption = Annotated[list[str] | None, option("--exclude", panel=CUT, metavar="GLOB", text="Not these layers.")]
+MultipleOption = Annotated[int, option("--multiple-of", panel=CUT, metavar="N", text="Round ranks to multiples of N.")]
+SCHEMES = "channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw."
+ConvOption = Annotated[Conv, option("--conv", panel=CUT, text=SCHEMES)]
+
+# calibration
+CalibrationOption = Annotated[
+    str | None,
+    _calibration("--calibration", metavar="DATA", text="Data that weighs errors; whatever finetune --data takes."),
 ]
-ExcludeOption = Annotated[
-    list[str] | None, typer.Option("--exclude", metavar="GLOB", help="Not these layers.", rich_help_panel=CUT)
+IMPORTANCES = "fisher: inputs and output gradients; activations: inputs; none: weights alone."
+ImportanceOption = Annotated[Importance, _calibration("--importance", text=IMPORTANCES, default=True)]
+MetricOption = Annotated[Importance | None, typer.Option("--metric", hidden=True)]  # what --importance was called
+SamplesOption = Annotated[
+    int,
+    _calibration("--samples", metavar="N", text="Sequences, sentences or images of the data.", default=True),
 ]
-MultipleOption = Annotated[
-    int, typer.Option("--multiple-of", metavar="N", help="Round ranks to multiples of N.", rich_help_panel=CUT)
+BlockSizeOption = Annotated[
+    int | None, _calibration("--block-size", metavar="N", text="Tokens of a sequence; 512, or the model's maximum.")
 ]
-ConvOption = Annotated[
-    Conv,
-    typer.Option("--conv", help="channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw.", rich_help_panel=CUT),
+SequentialOption = Annotated[
+    bool, _calibration("--sequential", text="Inputs of each block as they are once those before it are replaced.")
 ]
+StatisticsOption = Annotated[
+    Path | None, _calibration("--statistics", metavar="DIR", text="What --save-statistics kept, in place of data.")
+]
+SaveStatisticsOption = Annotated[
+    Path | None,
+    _calibration("--save-statistics", metavar="DIR", text="Folder to keep them in, for other ranks and budgets."),
+]
+TaskOption = Annotated[
+    Task | None, _calibration("--task", text="What the model is for, where its config does not say.")
+]
+SubsetOption = Annotated[str | None, _calibration("--subset", text="Configuration of a hub dataset.")]
+SplitOption = Annotated[str | None, _calibration("--split", text="Split of the data; train if it is there.")]
+TextColumnOption = Annotated[str | None, _calibration("--text-column", text="Column of the text.")]
+ImageColumnOption = Annotated[str | None, _calibration("--image-column", text="Column of the image.")]
+ImageSizeOption = Annotated[
+    int | None, _calibration("--image-size", text="Pixels; the checkpoint's own size if left out.")
+]
+
+# output
 OutputOption = Annotated[
     Path | None,
-    typer.Option(
-        "--output",
-        "-o",
-        metavar="DIR",
-        help="Output folder; named from model and rank if left out.",
-        rich_help_panel=OUTPUT,
-    ),
+    option("--output", "-o", panel=OUTPUT, metavar="DIR", text="Output folder; named from model and rank if left out."),
 ]
-OverwriteOption = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an existing model folder.", rich_help_panel=OUTPUT)
-]
+OverwriteOption = Annotated[bool, option("--overwrite", panel=OUTPUT, text="Replace an existing model folder.")]
 ShardOption = Annotated[
-    str,
-    typer.Option(
-        "--shard-size", metavar="SIZE", help="Largest weight file, such as 5GB or 500MB.", rich_help_panel=OUTPUT
-    ),
+    str, option("--shard-size", panel=OUTPUT, metavar="SIZE", text="Largest weight file, such as 5GB or 500MB.")
 ]
 JsonOption = Annotated[
-    bool,
-    typer.Option("--json", help="One JSON object on stdout; words for people go to stderr.", rich_help_panel=OUTPUT),
+    bool, option("--json", panel=OUTPUT, text="One JSON object on stdout; words for people go to stderr.")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Errors alone.", rich_help_panel=OUTPUT)]
-DebugOption = Annotated[bool, typer.Option("--debug", help="Tracebacks of errors.", rich_help_panel=OUTPUT)]
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel=MACHINE)]
+QuietOption = Annotated[bool, option("--quiet", "-q", panel=OUTPUT, text="Errors alone.")]
+DebugOption = Annotated[bool, option("--debug", panel=OUTPUT, text="Tracebacks of errors.")]
+
+# machine
+DeviceOption = Annotated[str, option("--device", panel=MACHINE, text="auto, cpu, cuda or cuda:N.")]
 JobsOption = Annotated[
     int | None,
-    typer.Option(
-        "--jobs", "-j", metavar="N", help="Layers at once; as threads and memory allow.", rich_help_panel=MACHINE
-    ),
+    option("--jobs", "-j", panel=MACHINE, metavar="N", text="Layers at once; as threads and memory allow."),
 ]
-NoCacheOption = Annotated[
-    bool, typer.Option("--no-cache", help="Neither use nor keep singular values.", rich_help_panel=MACHINE)
-]
+NoCacheOption = Annotated[bool, option("--no-cache", panel=MACHINE, text="Neither use nor keep singular values.")]
 RevisionOption = Annotated[
-    str | None, typer.Option("--revision", help="Branch, tag or commit of a hub model.", rich_help_panel=MACHINE)
+    str | None, option("--revision", panel=MACHINE, text="Branch, tag or commit of a hub model.")
 ]
 ArchitectureOption = Annotated[
     str | None,
-    typer.Option(
-        "--architecture", metavar="NAME", help="timm model name of a bare weight file.", rich_help_panel=MACHINE
-    ),
+    option("--architecture", panel=MACHINE, metavar="NAME", text="timm model name of a bare weight file."),
 ]
 TrustOption = Annotated[
     bool,
-    typer.Option(
+    option(
         "--trust-remote-code",
-        help="Run Python code that comes with the checkpoint. Read it first.",
-        rich_help_panel=MACHINE,
+        panel=MACHINE,
+        text="Run Python code that comes with the checkpoint. Read it first.",
     ),
 ]
 

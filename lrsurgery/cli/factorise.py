@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -13,6 +13,8 @@ from lrsurgery.cli.arguments import (
     MACHINE,
     OUTPUT,
     ArchitectureOption,
+    BlockSizeOption,
+    CalibrationOption,
     ConvOption,
     DebugOption,
     DeviceOption,
@@ -20,11 +22,14 @@ from lrsurgery.cli.arguments import (
     EngineName,
     ExcludeOption,
     FolderArgument,
-    Importance,
+    ImageColumnOption,
+    ImageSizeOption,
+    ImportanceOption,
     IncludeOption,
     Init,
     JobsOption,
     JsonOption,
+    MetricOption,
     ModelArgument,
     MultipleOption,
     NoCacheOption,
@@ -33,24 +38,31 @@ from lrsurgery.cli.arguments import (
     QuietOption,
     RankOption,
     RevisionOption,
+    SamplesOption,
+    SaveStatisticsOption,
+    SequentialOption,
     ShardOption,
-    Task,
+    SplitOption,
+    StatisticsOption,
+    SubsetOption,
+    TaskOption,
+    TextColumnOption,
     TrustOption,
     choice,
     command_line,
     make_screen,
+    option,
 )
 from lrsurgery.cli.report import show_report
 
 if TYPE_CHECKING:
     from lrsurgery.surgery.plan import Target
 
-    BudgetOf = ExportName = str
+    BudgetOf: TypeAlias = str
+    ExportName: TypeAlias = str
 else:
     BudgetOf = choice("BudgetOf", "lrsurgery.surgery.budget", "SCOPES")
     ExportName = choice("Export", "lrsurgery.factorise.export", "EXPORTS")
-
-CALIBRATION = "Calibration"
 
 
 def factorise(
@@ -59,180 +71,73 @@ def factorise(
     output: OutputOption = None,
     budget: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--budget",
+            panel=CUT,
             metavar="SHARE",
-            show_default=False,
-            help="In place of --rank: 0.5 of the parameters, flops:0.5 or bytes:500MB, where they lose least.",
-            rich_help_panel=CUT,
+            text="In place of --rank: 0.5 of the parameters, flops:0.5 or bytes:500MB, where they lose least.",
+            default=False,
         ),
     ] = None,
     budget_of: Annotated[
-        BudgetOf,
-        typer.Option(
-            "--budget-of", help="layers: those that may be factorised; model: all of it.", rich_help_panel=CUT
-        ),
+        BudgetOf, option("--budget-of", panel=CUT, text="layers: those that may be factorised; model: all of it.")
     ] = "layers",
-    calibration: Annotated[
-        str | None,
-        typer.Option(
-            "--calibration",
-            metavar="DATA",
-            show_default=False,
-            help="Data that weighs errors; whatever finetune --data takes.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    importance: Annotated[
-        Importance,
-        typer.Option(
-            "--importance",
-            help="fisher: inputs and output gradients; activations: inputs; none: weights alone.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = "fisher",
-    metric: Annotated[Importance | None, typer.Option("--metric", hidden=True)] = None,
-    samples: Annotated[
-        int,
-        typer.Option(
-            "--samples",
-            metavar="N",
-            help="Sequences, sentences or images of the data.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = 128,
-    block_size: Annotated[
-        int | None,
-        typer.Option(
-            "--block-size",
-            metavar="N",
-            show_default=False,
-            help="Tokens of a sequence; 512, or the model's maximum.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    sequential: Annotated[
-        bool,
-        typer.Option(
-            "--sequential",
-            help="Inputs of each block as they are once those before it are replaced.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = False,
-    statistics: Annotated[
-        Path | None,
-        typer.Option(
-            "--statistics",
-            metavar="DIR",
-            show_default=False,
-            help="What --save-statistics kept, in place of data.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    save_statistics: Annotated[
-        Path | None,
-        typer.Option(
-            "--save-statistics",
-            metavar="DIR",
-            show_default=False,
-            help="Folder to keep them in, for other ranks and budgets.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    task: Annotated[
-        Task | None,
-        typer.Option(
-            "--task",
-            show_default=False,
-            help="What the model is for, where its config does not say.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    subset: Annotated[
-        str | None,
-        typer.Option(
-            "--subset", show_default=False, help="Configuration of a hub dataset.", rich_help_panel=CALIBRATION
-        ),
-    ] = None,
-    split: Annotated[
-        str | None,
-        typer.Option(
-            "--split",
-            show_default=False,
-            help="Split of the data; train if it is there.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
-    text_column: Annotated[
-        str | None,
-        typer.Option("--text-column", show_default=False, help="Column of the text.", rich_help_panel=CALIBRATION),
-    ] = None,
-    image_column: Annotated[
-        str | None,
-        typer.Option("--image-column", show_default=False, help="Column of the image.", rich_help_panel=CALIBRATION),
-    ] = None,
-    image_size: Annotated[
-        int | None,
-        typer.Option(
-            "--image-size",
-            show_default=False,
-            help="Pixels; the checkpoint's own size if left out.",
-            rich_help_panel=CALIBRATION,
-        ),
-    ] = None,
+    calibration: CalibrationOption = None,
+    importance: ImportanceOption = "fisher",
+    metric: MetricOption = None,
+    samples: SamplesOption = 128,
+    block_size: BlockSizeOption = None,
+    sequential: SequentialOption = False,
+    statistics: StatisticsOption = None,
+    save_statistics: SaveStatisticsOption = None,
+    task: TaskOption = None,
+    subset: SubsetOption = None,
+    split: SplitOption = None,
+    text_column: TextColumnOption = None,
+    image_column: ImageColumnOption = None,
+    image_size: ImageSizeOption = None,
     init: Annotated[
-        Init,
-        typer.Option(
-            "--init",
-            help="spectral keeps the model; the others have to be trained again.",
-            rich_help_panel=CUT,
-        ),
+        Init, option("--init", panel=CUT, text="spectral keeps the model; the others have to be trained again.")
     ] = "spectral",
     conv: ConvOption = "channel",
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     multiple_of: MultipleOption = 1,
     allow_larger: Annotated[
-        bool,
-        typer.Option("--allow-larger", help="Layers at or over break-even too.", rich_help_panel=CUT),
+        bool, option("--allow-larger", panel=CUT, text="Layers at or over break-even too.")
     ] = False,
     min_speedup: Annotated[
         float | None,
-        typer.Option(
+        option(
             "--min-speedup",
+            panel=CUT,
             metavar="X",
-            show_default=False,
-            help="Least speedup of a layer, measured on --device and remembered; slower ones stay dense.",
-            rich_help_panel=CUT,
+            text="Least speedup of a layer, measured on --device and remembered; slower ones stay dense.",
+            default=False,
         ),
     ] = None,
     from_scratch: Annotated[
-        bool,
-        typer.Option("--from-scratch", help="The model initialised anew from its config first.", rich_help_panel=CUT),
+        bool, option("--from-scratch", panel=CUT, text="The model initialised anew from its config first.")
     ] = False,
-    seed: Annotated[
-        int, typer.Option("--seed", help="For --from-scratch, calibration and --init he.", rich_help_panel=CUT)
-    ] = 0,
+    seed: Annotated[int, option("--seed", panel=CUT, text="For --from-scratch, calibration and --init he.")] = 0,
     device: DeviceOption = "auto",
-    dtype: Annotated[
-        DtypeName, typer.Option("--dtype", help="Of the written weights.", rich_help_panel=OUTPUT)
-    ] = "keep",
+    dtype: Annotated[DtypeName, option("--dtype", panel=OUTPUT, text="Of the written weights.")] = "keep",
     svd: Annotated[
         EngineName,
-        typer.Option(
+        option(
             "--svd",
-            help="auto: within 1e-5 of the best error; fast: within 1%, to explore; full: LAPACK's.",
-            rich_help_panel=MACHINE,
+            panel=MACHINE,
+            text="auto: within 1e-5 of the best error; fast: within 1%, to explore; full: LAPACK's.",
         ),
     ] = "auto",
     jobs: JobsOption = None,
     no_cache: NoCacheOption = False,
     keep_vectors: Annotated[
         bool,
-        typer.Option(
+        option(
             "--keep-vectors",
-            help="Singular vectors in the cache too: another rank costs one product a layer.",
-            rich_help_panel=MACHINE,
+            panel=MACHINE,
+            text="Singular vectors in the cache too: another rank costs one product a layer.",
         ),
     ] = False,
     shard_size: ShardOption = "5GB",
@@ -241,12 +146,9 @@ def factorise(
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
     resume: Annotated[
-        bool,
-        typer.Option("--resume", help="Go on where this command was interrupted or killed.", rich_help_panel=OUTPUT),
+        bool, option("--resume", panel=OUTPUT, text="Go on where this command was interrupted or killed.")
     ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="The plan alone; nothing is written.", rich_help_panel=OUTPUT)
-    ] = False,
+    dry_run: Annotated[bool, option("--dry-run", panel=OUTPUT, text="The plan alone; nothing is written.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -344,14 +246,10 @@ def default_name(model: str, target: Target) -> str:
 def export(
     folder: FolderArgument,
     output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="DIR", help="Output folder.", show_default=False, rich_help_panel=OUTPUT
-        ),
+        Path, option("--output", "-o", panel=OUTPUT, metavar="DIR", text="Output folder.", default=False)
     ],
     to: Annotated[
-        ExportName,
-        typer.Option("--to", help="dense: ordinary layers that need no lrsurgery to load.", rich_help_panel=OUTPUT),
+        ExportName, option("--to", panel=OUTPUT, text="dense: ordinary layers that need no lrsurgery to load.")
     ] = "dense",
     shard_size: ShardOption = "5GB",
     trust_remote_code: TrustOption = False,

@@ -76,9 +76,15 @@ def calibrate(
     available = free_memory(device)
     limit = max(1, available // 3)
     ready = _ready(
-        source, calibration, seed, device, trust_remote_code, folder / "offload", by_block=not fisher,
+        source,
+        calibration,
+        seed,
+        device,
+        trust_remote_code,
+        folder / "offload",
+        by_block=not fisher,
         room=available // 2,
-    )  # fmt: skip
+    )
     if fisher:
         need = sum(moment_bytes(row, gradients=True) for row in rows)
         passes = len(split(rows, limit))
@@ -172,9 +178,16 @@ def recalibrate(
 
 
 def _ready(
-    source: Source, calibration: Calibration, seed: int, device: torch.device, trust_remote_code: bool, offload: Path,
-    *, by_block: bool, room: int = 0,
-) -> _Ready:  # fmt: skip
+    source: Source,
+    calibration: Calibration,
+    seed: int,
+    device: torch.device,
+    trust_remote_code: bool,
+    offload: Path,
+    *,
+    by_block: bool,
+    room: int = 0,
+) -> _Ready:
     """With the weights of its blocks on disk where the model goes block by block, or is larger than `room` bytes."""
     assert calibration.data is not None
     how = calibration.how
@@ -198,10 +211,14 @@ def _ready(
         for at in range(0, len(chosen), size)
     ]
     facts = {
-        "data": calibration.data, "samples": len(chosen), "scored_in": examples.unit.removesuffix("s"),
-        "tokens": examples.size if task in LANGUAGE else None, "seed": seed, "sequential": calibration.sequential,
+        "data": calibration.data,
+        "samples": len(chosen),
+        "scored_in": examples.unit.removesuffix("s"),
+        "tokens": examples.size if task in LANGUAGE else None,
+        "seed": seed,
+        "sequential": calibration.sequential,
         "model": source.reference,
-    }  # fmt: skip
+    }
     return _Ready(subject, batches, facts, offloaded)
 
 

@@ -276,7 +276,7 @@ def _help(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None:
 
 @contextmanager
 def _kept_when_interrupted(work: WorkFolder, layers: int) -> Iterator[None]:
-    """Removes the work folder in the end, but not when an interruption leaves statistics or finished layers in it."""
+    """Remove the work folder in the end, but not when an interruption leaves statistics or finished layers in it."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as e:

@@ -56,7 +56,7 @@ class WorkFolder:
         self.ours = False  # whether it was opened, so that it may be removed
 
     def open(self, task: Json, *, resume: bool) -> None:
-        """Makes the folder for this job, or with `resume` takes over the one that an earlier process left.
+        """Make the folder for this job, or with `resume` takes over the one that an earlier process left.
 
         Raises OutputError where another process is at work in it, or where it is of another job.
         """
@@ -126,7 +126,7 @@ class WorkFolder:
         return file.read_text(encoding="utf-8") if file.exists() else None
 
     def remove(self) -> None:
-        """Removes it, where this process has opened it, and the folders that were made for it if nothing came of it."""
+        """Remove it, where this process has opened it, and the folders that were made for it if nothing came of it."""
         if not self.ours:
             return
         shutil.rmtree(self.path, ignore_errors=True)
@@ -281,5 +281,5 @@ def first_error(futures: Sequence[Future[None]]) -> SurgeryError | None:
 
 
 def wait_some(futures: Sequence[Future[None]], seconds: float) -> None:
-    """Waits until one more of these has ended, or some time has passed."""
+    """Wait until one more of these has ended, or some time has passed."""
     wait([f for f in futures if not f.done()], timeout=seconds, return_when=FIRST_COMPLETED)

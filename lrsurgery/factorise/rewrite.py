@@ -122,7 +122,7 @@ class Rewriter:
 
     @contextmanager
     def at_work(self, work: WorkFolder, processes: Processes) -> Iterator[dict[int, Future[None]]]:
-        """Starts this process's share of the jobs in the background; job number -> when its piece is there."""
+        """Start this process's share of the jobs in the background; job number -> when its piece is there."""
         to_do = work.to_do()
         jobs = share_out([job for job in self.jobs if job.number in to_do], processes.size)[processes.rank]
         where = self._compute.for_process(processes.local_rank)
@@ -186,7 +186,7 @@ class Rewriter:
                 time.sleep(0.02)
 
     def _place(self, writer: ShardWriter, entry: Entry, piece: Piece, layer: str) -> None:
-        """Writes a layer's factors, or its dense weight where the spectrum said so."""
+        """Write a layer's factors, or its dense weight where the spectrum said so."""
         row, measured = row_of_piece(self._job_of[layer].row, piece)
         self.decided[layer] = row
         if measured is None:
@@ -203,7 +203,7 @@ class Rewriter:
         writer.add(names.v, piece.tensors["v"])
 
     def _pass_through(self, writer: ShardWriter, entry: Entry, key: str) -> None:
-        """Reads a tensor some at a time and writes it under this key, unless it is a copy of what it is tied to."""
+        """Read a tensor some at a time and writes it under this key, unless it is a copy of what it is tied to."""
         if self._is_copy(entry):
             self._digests[entry.key] = tensor_digest(entry.dtype, entry.shape, entry.slices())
             self.bytes_before += int(torch.Size(entry.shape).numel()) * entry.dtype.itemsize

@@ -54,7 +54,7 @@ def directions(factors: Factors) -> Directions:
 
 
 def overlap(one: Directions, other: Directions) -> Overlap:
-    """Compares two matrices of one shape and rank by their directions alone.
+    """Compare two matrices of one shape and rank by their directions alone.
 
     The principal angles are the arc cosines of the singular values of Q1^T Q2 (Bjorck & Golub 1973), small ones taken
     from the sine, which keeps its digits there. The overlap of the k leading directions is ||Q1^T Q2||_F^2 / k, the

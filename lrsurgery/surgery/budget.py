@@ -72,7 +72,7 @@ class Budget:
 
 
 def parse_budget(text: str, of: str = "layers", multiple_of: int = 1) -> Budget:
-    """Reads `0.5`, `flops:0.5` or `bytes:500MB` (KB to TB are decimal, KiB to TiB binary; no unit means bytes).
+    """Read `0.5`, `flops:0.5` or `bytes:500MB` (KB to TB are decimal, KiB to TiB binary; no unit means bytes).
 
     Raises BudgetError with what is readable.
     """

@@ -82,7 +82,7 @@ class FrobeniusDecay:
         return self
 
     def detach(self) -> None:
-        """Lets go of the optimizer."""
+        """Let go of the optimizer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -127,7 +127,7 @@ class FrobeniusDecay:
 
 
 def _add_(targets: list[Any], gradients: list[Tensor], factor: float | Tensor) -> None:
-    """Adds factor * gradient to each target. In the gradient's width, so that a small part of bf16 is rounded once."""
+    """Add factor * gradient to each target. In the gradient's width, so that a small part of bf16 is rounded once."""
     if isinstance(factor, Tensor):  # a learning rate or a scale on the device; reading it would wait for the device
         gradients, factor = [g * factor.to(g.device) for g in gradients], 1.0
     torch._foreach_add_(targets, gradients, alpha=factor)

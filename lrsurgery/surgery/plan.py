@@ -313,7 +313,7 @@ def _no_form(module: nn.Module) -> str:
 
 
 def find_heads(model: nn.Module) -> dict[str, str]:
-    """Names of the output heads and classifiers of a model, with the reason that the plan shows.
+    """Name of the output heads and classifiers of a model, with the reason that the plan shows.
 
     transformers models: the output embeddings and the layers outside the base model. timm models: `get_classifier()`.
     Others: the last linear layer under a child that is named as torchvision names its heads.

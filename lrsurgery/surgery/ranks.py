@@ -134,7 +134,7 @@ class StableRank:
 
 
 def parse_policy(text: str) -> RankPolicy:
-    """Reads `0.5`, `64`, `energy:0.9`, `params:0.5` or `stable`; an integer is a rank and `1.0` a fraction.
+    """Read `0.5`, `64`, `energy:0.9`, `params:0.5` or `stable`; an integer is a rank and `1.0` a fraction.
 
     Raises RankError with what is readable.
     """
@@ -210,7 +210,7 @@ RankLike: TypeAlias = "str | int | float | RankPolicy | RankSpec | list[str] | t
 
 
 def parse_rank(rank: RankLike, multiple_of: int = 1) -> RankSpec:
-    """Reads the CLI's text, a number, a policy or a list of texts (`GLOB=VALUE` for single layers) into a RankSpec."""
+    """Read the CLI's text, a number, a policy or a list of texts (`GLOB=VALUE` for single layers) into a RankSpec."""
     if isinstance(rank, RankSpec):
         return rank
     if isinstance(rank, bool):

@@ -49,7 +49,7 @@ def plan_layers(
 
 
 def refusal(model: nn.Module, conv: str, least: float, device: torch.device, speedup: Speedup) -> Refusal:
-    """Says of a planned layer why it stays dense: at its rank it is not `least` times as fast; None where it is.
+    """Say of a planned layer why it stays dense: at its rank it is not `least` times as fast; None where it is.
 
     Only the shapes of the model's layers are looked at, and none of its weights is kept alive.
     """

@@ -411,8 +411,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "budget out of reach": (
         ["--budget", "0.001", "--statistics", "{}/statistics"], "the smallest that can be met is 0.",
     ),
-    "budget of what": (["--budget", "0.5", "--budget-of", "world"], "it is of the layers or of the model"),
-    "metric unknown": ([*TEXT, "--metric", "cosine"], "unknown metric 'cosine'"),
+    "budget of what": (["--budget", "0.5", "--budget-of", "world"], "'world' is not one of 'layers', 'model'"),
+    "importance unknown": ([*TEXT, "--importance", "cosine"], "'cosine' is not one of 'fisher', 'activations', 'none'"),
     "no samples": ([*TEXT, "--samples", "0"], "samples 0: write at least 1"),
     "no data": (["--rank", "0.5", "--calibration", "{}/nothing.txt"], "nothing.txt: no such file or folder"),
     "images for text": (["--rank", "0.5", "--calibration", "{}/images"], "which column holds the text?"),

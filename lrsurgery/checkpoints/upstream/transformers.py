@@ -92,7 +92,7 @@ def model_class(config: Any, folder: Path, auto_map: Mapping[str, Any] | None) -
 
 
 def head_classes(mapping: str) -> frozenset[str]:
-    """Names of the model classes under one kind of head, such as "CAUSAL_LM"."""
+    """Name of the model classes under one kind of head, such as "CAUSAL_LM"."""
     from transformers.models.auto import modeling_auto
 
     values = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
