@@ -1,194 +1,146 @@
-"""The commands that train and measure: `finetune` and `evaluate`."""
+"""The commands that train and measure: `finetune` and `evaluate`. Their options are built from a recipe's fields."""
 
 from __future__ import annotations
 
+import inspect
 import shlex
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from lrsurgery.cli.arguments import (
+    OUTPUT,
+    Choice,
     DebugOption,
     JsonOption,
     ModelArgument,
     OverwriteOption,
     QuietOption,
-    TrustOption,
+    RevisionOption,
+    choice,
     command_line,
     make_screen,
 )
+from lrsurgery.data.options import DATA, DataOptions, Setting, settings_of
+from lrsurgery.training.recipe import DECAY, MACHINE, RUN, SURGERY, TRAINING, Recipe, ValueKind, kinds_of_values
 
 if TYPE_CHECKING:
-    from lrsurgery.training.finetune import Outcome
+    from lrsurgery.training.publish import Outcome
 
-NOT_SETTINGS = (
-    "output", "recipe", "setting", "resume", "keep_checkpoints", "overwrite", "as_json", "quiet", "debug",
-)  # fmt: skip
-DATA, SURGERY, DECAY, TRAINING, RUN = "Data", "Surgery", "Decay", "Training", "The run"
+PANELS = (DATA, SURGERY, DECAY, TRAINING, RUN, MACHINE, OUTPUT)  # in the order of help
+Command = TypeVar("Command", bound=Callable[..., None])
 
 
-def _option(*names: str, panel: str, text: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, metavar=metavar, show_default=False)
+def parameter_of(name: str, **changes: Any) -> inspect.Parameter:
+    """The option of a recipe's field, as typer reads a command's parameter; `changes` are to its `Setting`."""
+    about = replace(settings_of(Recipe)[name], **changes)
+    found: Any
+    if name == "model":
+        found = typer.Argument(help=about.help, metavar=about.metavar, show_default=False)
+    else:
+        flag = name.replace("_", "-")
+        found = typer.Option(
+            f"--{flag}/--no-{flag}" if about.default is True else f"--{flag}",
+            *([about.short] if about.short else []),
+            help=about.help,
+            metavar=about.metavar or "|".join(about.suggestions) or None,
+            rich_help_panel=about.panel,
+            autocompletion=_completion(about.suggestions) if about.suggestions else None,
+            show_default=about.default is not None and about.default is not False,
+        )
+    default = list(about.default) or None if isinstance(about.default, tuple) else about.default
+    annotation: Any = Annotated[_type_of(name, about, kinds_of_values()[name]), found]  # type: ignore[misc]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-DataOption = Annotated[
-    str | None,
-    _option("--data", panel=DATA, metavar="DATA", text="Text, jsonl, csv, parquet, a folder, a hub dataset."),
-]
-TaskOption = Annotated[
-    str | None,
-    _option("--task", panel=DATA, text="causal-lm, masked-lm, sequence-classification or image-classification."),
-]
-SubsetOption = Annotated[str | None, _option("--subset", panel=DATA, text="Configuration of a hub dataset.")]
-TextColumn = Annotated[
-    str | None, _option("--text-column", panel=DATA, text="Column of the text; two, with a comma, for sentence pairs.")
-]
-LabelColumn = Annotated[str | None, _option("--label-column", panel=DATA, text="Column of the class.")]
-ImageColumn = Annotated[str | None, _option("--image-column", panel=DATA, text="Column of the image.")]
-BlockSize = Annotated[
-    int | None, _option("--block-size", panel=DATA, text="Tokens of a block; the model's maximum if left out.")
-]
-ImageSize = Annotated[
-    int | None, _option("--image-size", panel=DATA, text="Pixels; the checkpoint's own size if left out.")
-]
-EvalBatch = Annotated[
-    int | None, _option("--eval-batch-size", panel=TRAINING, text="Examples at a time when measuring.")
-]
-Device = Annotated[str | None, _option("--device", panel=RUN, text="auto, cpu or cuda.")]
-Precision = Annotated[str | None, _option("--precision", panel=TRAINING, text="auto (GPU: bf16), fp32, bf16, fp16.")]
+def _type_of(name: str, about: Setting, kind: ValueKind) -> Any:
+    if kind.is_list or kind.type is dict:
+        return list[str] | None
+    of_value: Any = kind.type
+    if about.table is not None:
+        of_value = choice(name, *about.table)
+    elif about.choices:
+        of_value = Choice(name, {each: each for each in about.choices})  # type: ignore[call-overload]
+    return of_value | None if kind.is_optional else of_value
 
 
+def _completion(values: tuple[str, ...]) -> Callable[[str], list[str]]:
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+def takes(*parameters: inspect.Parameter) -> Callable[[Command], Command]:
+    """Give a command further parameters, which it receives as `**values`; help shows all of them by panels."""
+
+    def decorate(command: Command) -> Command:
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        every = [*(p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD), *parameters]
+        every.sort(key=_panel)
+        signature = inspect.Signature(every)
+        command.__signature__ = signature  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in every}
+        return command
+
+    return decorate
+
+
+def _panel(parameter: inspect.Parameter) -> int:
+    """Where a parameter stands in help; arguments stand first."""
+    (option,) = getattr(parameter.annotation, "__metadata__", (None,))
+    panel = getattr(option, "rich_help_panel", None)
+    return PANELS.index(panel) if panel in PANELS else -1
+
+
+def _given(context: typer.Context, values: Mapping[str, object]) -> dict[str, object]:
+    """The values that stand on the command line, be they the defaults: these alone win over a recipe's."""
+    sources = {name: context.get_parameter_source(name) for name in values}
+    return {name: _plain(values[name]) for name, source in sources.items() if source and source.name == "COMMANDLINE"}
+
+
+def _plain(value: object) -> object:
+    return value.value if isinstance(value, Enum) else value
+
+
+# a recipe's own fields before those that it shares with `evaluate`
+FIELDS = sorted(settings_of(Recipe), key=lambda name: name in settings_of(DataOptions))
+
+
+@takes(*map(parameter_of, FIELDS))
 def finetune(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="[MODEL]",
-            help="A factorised folder, or a dense model with --rank. In the recipe, or here.",
-            show_default=False,
+    context: typer.Context,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="Output folder; MODEL-finetuned by default.", rich_help_panel=OUTPUT
         ),
     ] = None,
-    data: DataOption = None,
-    output: Annotated[
-        Path | None, _option("--output", "-o", panel=RUN, metavar="DIR", text="Output; MODEL-finetuned if left out.")
-    ] = None,
     recipe: Annotated[
-        Path | None, _option("--recipe", panel=RUN, metavar="FILE", text="YAML with any of these settings; flags win.")
+        Path | None,
+        typer.Option(
+            "--recipe",
+            metavar="FILE",
+            help="YAML file with any of these settings; flags win over it.",
+            rich_help_panel=RUN,
+        ),
     ] = None,
-    eval_data: Annotated[
-        str | None, _option("--eval-data", panel=DATA, metavar="DATA", text="What to measure on while training.")
-    ] = None,
-    task: TaskOption = None,
-    subset: SubsetOption = None,
-    split: Annotated[
-        str | None, _option("--split", panel=DATA, text="Split to train on; train if it is there.")
-    ] = None,
-    eval_split: Annotated[str | None, _option("--eval-split", panel=DATA, text="Split to measure on.")] = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    image_column: ImageColumn = None,
-    block_size: BlockSize = None,
-    stride: Annotated[
-        int | None, _option("--stride", panel=DATA, text="Training blocks begin this many tokens apart.")
-    ] = None,
-    streaming: Annotated[
-        bool | None, _option("--streaming", panel=DATA, text="Read text as it is needed; for text too large to hold.")
-    ] = None,
-    image_size: ImageSize = None,
-    augment: Annotated[
-        bool | None, _option("--augment/--no-augment", panel=DATA, text="Random crops and flips of images (default).")
-    ] = None,
-    new_head: Annotated[
-        bool | None, _option("--new-head", panel=DATA, text="Give the model a new head for the data's classes.")
-    ] = None,
-    rank: Annotated[
-        list[str] | None,
-        _option("--rank", "-r", panel=SURGERY, metavar="RANK|GLOB=RANK", text="Factorise a dense model to this rank."),
-    ] = None,
-    dense_steps: Annotated[
-        int | None, _option("--dense-steps", panel=SURGERY, text="Train dense for so many steps, then factorise.")
-    ] = None,
-    switch_lr: Annotated[
-        float | None, _option("--switch-lr", panel=SURGERY, text="Scale of the learning rate from then on (0.5).")
-    ] = None,
-    init: Annotated[str | None, _option("--init", panel=SURGERY, text="spectral, spectral-ones or he.")] = None,
-    conv: Annotated[str | None, _option("--conv", panel=SURGERY, text="channel or spatial.")] = None,
-    include: Annotated[list[str] | None, _option("--include", panel=SURGERY, text="Only these layers.")] = None,
-    exclude: Annotated[list[str] | None, _option("--exclude", panel=SURGERY, text="Not these layers.")] = None,
-    multiple_of: Annotated[int | None, _option("--multiple-of", panel=SURGERY, text="Round ranks.")] = None,
-    allow_larger: Annotated[
-        bool | None, _option("--allow-larger", panel=SURGERY, text="Layers at or over break-even too.")
-    ] = None,
-    from_scratch: Annotated[
-        bool | None, _option("--from-scratch", panel=SURGERY, text="Initialise the model anew from its config first.")
-    ] = None,
-    dense: Annotated[
-        bool | None, _option("--dense", panel=SURGERY, text="Train a dense model as it is, with no factorising.")
-    ] = None,
-    decay: Annotated[
-        str | None, _option("--decay", panel=DECAY, text="Of the factors: frobenius (default), l2 or none.")
-    ] = None,
-    decay_strength: Annotated[float | None, _option("--decay-strength", panel=DECAY, text="Its lambda (0.01).")] = None,
-    decay_coupled: Annotated[
-        bool | None, _option("--decay-coupled", panel=DECAY, text="Add it to the gradient, as Khodak et al.")
-    ] = None,
-    weight_decay: Annotated[
-        float | None, _option("--weight-decay", panel=DECAY, text="AdamW decay of all other weights (0.01).")
-    ] = None,
-    optimizer: Annotated[str | None, _option("--optimizer", panel=TRAINING, text="adamw (default) or sgd.")] = None,
-    momentum: Annotated[float | None, _option("--momentum", panel=TRAINING, text="Of sgd (0.9).")] = None,
-    lr: Annotated[float | None, _option("--lr", panel=TRAINING, text="Peak learning rate (1e-3).")] = None,
-    schedule: Annotated[
-        str | None, _option("--schedule", panel=TRAINING, text="linear (default, to 0), cosine, constant and more.")
-    ] = None,
-    warmup_steps: Annotated[int | None, _option("--warmup-steps", panel=TRAINING, text="0 if left out.")] = None,
-    epochs: Annotated[float | None, _option("--epochs", panel=TRAINING, text="Passes over the data (1).")] = None,
-    steps: Annotated[int | None, _option("--steps", panel=TRAINING, text="Optimizer steps, not epochs.")] = None,
-    batch_size: Annotated[int | None, _option("--batch-size", panel=TRAINING, text="Examples a process (8).")] = None,
-    eval_batch_size: EvalBatch = None,
-    accumulate: Annotated[
-        int | None, _option("--accumulate", panel=TRAINING, text="Batches a step; gradients add up (1).")
-    ] = None,
-    seed: Annotated[int | None, _option("--seed", panel=TRAINING, text="0 if left out.")] = None,
-    precision: Precision = None,
-    gradient_checkpointing: Annotated[
-        bool | None, _option("--gradient-checkpointing", panel=TRAINING, text="Less memory, more time.")
-    ] = None,
-    teacher: Annotated[
-        str | None, _option("--teacher", panel=TRAINING, metavar="DENSE", text="Distil from this model's logits.")
-    ] = None,
-    temperature: Annotated[float | None, _option("--temperature", panel=TRAINING, text="Of distillation (2).")] = None,
-    teacher_weight: Annotated[
-        float | None, _option("--teacher-weight", panel=TRAINING, text="Share of its loss (0.5).")
-    ] = None,
-    best: Annotated[bool | None, _option("--best", panel=TRAINING, text="Keep the best model, not the last.")] = None,
-    early_stopping: Annotated[
-        int | None,
-        _option("--early-stopping", panel=TRAINING, text="Stop after so many evaluations with no gain."),
-    ] = None,
-    eval_steps: Annotated[int | None, _option("--eval-steps", panel=RUN, text="Measure every N steps.")] = None,
-    save_steps: Annotated[int | None, _option("--save-steps", panel=RUN, text="Save every N steps.")] = None,
-    log_steps: Annotated[int | None, _option("--log-steps", panel=RUN, text="Log the loss every N steps.")] = None,
-    report_to: Annotated[
-        list[str] | None, _option("--report-to", panel=RUN, text="tensorboard, wandb and others that are installed.")
-    ] = None,
-    against: Annotated[
-        str | None, _option("--against", panel=RUN, metavar="DENSE", text="Measure this model beside the healed one.")
-    ] = None,
-    setting: Annotated[
-        list[str] | None,
-        _option("--set", panel=RUN, metavar="KEY=VALUE", text="Any other field of transformers' TrainingArguments."),
-    ] = None,
-    device: Device = None,
-    resume: Annotated[bool, _option("--resume", panel=RUN, text="Go on from the run's last checkpoint.")] = False,
-    keep_checkpoints: Annotated[
-        bool, _option("--keep-checkpoints", panel=RUN, text="Leave the run's folder, OUTPUT.run, where it is.")
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continuation from the run's last checkpoint.", rich_help_panel=RUN)
     ] = False,
-    trust_remote_code: TrustOption = False,
+    keep_checkpoints: Annotated[
+        bool,
+        typer.Option("--keep-checkpoints", help="The run's folder, OUTPUT.run, left where it is.", rich_help_panel=RUN),
+    ] = False,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    **values: object,
 ) -> None:
     """Heal a factorised model, train one in low rank, or pre-train dense and factorise on the way.
 
@@ -207,20 +159,24 @@ def finetune(
 
       torchrun --nproc-per-node 8 -m lrsurgery finetune gpt2-rank-0.5 --data train.txt --output gpt2-healed
     """
-    values = locals()
-    given = {key: value for key, value in values.items() if key not in NOT_SETTINGS and value not in (None, [], False)}
-    given |= {key: False for key in ("augment",) if values[key] is False}
-    if setting:
-        given["set"] = dict(_key_value(text) for text in setting)
+    settings = _given(context, values)
+    if "set" in settings:
+        settings["set"] = dict(map(_key_value, settings["set"]))  # type: ignore[call-overload]
     screen = make_screen(quiet, as_json)
-    from lrsurgery.cli.console import TrainingScreen, quality_table
+    from lrsurgery.cli.console import quality_table
     from lrsurgery.training import finetune as training
 
-    with TrainingScreen(screen) as watch:
+    with screen.follow("train") as listener:
         outcome = training.finetune(
-            given, output, recipe_file=recipe, resume=resume, overwrite=overwrite, keep_checkpoints=keep_checkpoints,
-            command=command_line(), watch=watch,
-        )  # fmt: skip
+            settings,
+            output,
+            recipe_file=recipe,
+            resume=resume,
+            overwrite=overwrite,
+            keep_checkpoints=keep_checkpoints,
+            command=command_line(),
+            listener=listener,
+        )
     screen.emit(outcome.to_dict())
     screen.show("", quality_table(_stage_rows(outcome)))
     for note in outcome.report.notes:
@@ -229,34 +185,29 @@ def finetune(
     screen.say(f"Next: lrsurgery report {shlex.quote(str(outcome.output))}")
 
 
+@takes(
+    *map(parameter_of, settings_of(DataOptions)),
+    parameter_of("split", help="Split of the data; validation or test by default."),
+    parameter_of("stride", help="Tokens between the starts of windows; the block size by default, so no overlap."),
+    parameter_of("against", help="Another model, measured beside it."),
+    parameter_of("batch_size", help="Examples of a batch.", panel=MACHINE),
+    parameter_of("precision", default="fp32"),
+    parameter_of("device", help="Device to measure on."),
+    parameter_of("trust_remote_code"),
+)
 def evaluate(
     model: ModelArgument,
-    data: Annotated[str, _option("--data", panel=DATA, metavar="DATA", text="As for finetune.")],
-    against: Annotated[
-        str | None, _option("--against", panel=RUN, metavar="DENSE", text="Another model, measured beside it.")
-    ] = None,
-    split: Annotated[
-        str | None, _option("--split", panel=DATA, text="Split of the data; validation or test if there is one.")
-    ] = None,
-    stride: Annotated[
-        int | None,
-        _option("--stride", panel=DATA, text="Tokens between windows; the block size, so no overlap, if left out."),
-    ] = None,
-    task: TaskOption = None,
-    subset: SubsetOption = None,
-    text_column: TextColumn = None,
-    label_column: LabelColumn = None,
-    image_column: ImageColumn = None,
-    block_size: BlockSize = None,
-    image_size: ImageSize = None,
-    batch_size: Annotated[int, _option("--batch-size", panel=TRAINING, text="Examples at a time (8).")] = 8,
-    precision: Annotated[str, _option("--precision", panel=TRAINING, text="fp32 (default), bf16, fp16.")] = "fp32",
-    device: Annotated[str, _option("--device", panel=RUN, text="auto, cpu or cuda.")] = "auto",
-    revision: Annotated[str | None, _option("--revision", panel=RUN, text="Of a hub model.")] = None,
-    trust_remote_code: TrustOption = False,
+    data: Annotated[
+        str,
+        typer.Option(
+            "--data", metavar="DATA", help="Data to measure on, of the forms that finetune takes.", rich_help_panel=DATA
+        ),
+    ],
+    revision: RevisionOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
+    **values: Any,
 ) -> None:
     """Measure a model on a whole dataset, exactly: loss and perplexity, or top-1 and top-5.
 
@@ -272,21 +223,17 @@ def evaluate(
       lrsurgery evaluate resnet50-half --data imagenet/ --split validation --against timm/resnet50.a1_in1k
     """
     screen = make_screen(quiet, as_json)
-    from lrsurgery.cli.console import TrainingScreen, quality_table
+    from lrsurgery.cli.console import quality_table
     from lrsurgery.measure.evaluate import evaluate as measure
-    from lrsurgery.training.recipe import DataOptions
 
-    options = DataOptions(task, subset, text_column, label_column, image_column, block_size, image_size)
+    plain: dict[str, Any] = {name: _plain(value) for name, value in values.items()}
+    options = DataOptions(**{name: plain.pop(name) for name in settings_of(DataOptions)})
+    against = plain.pop("against")
     found = []
-    with TrainingScreen(screen) as watch:
+    with screen.follow("evaluate") as listener:
         for reference in [against, model] if against else [model]:
-            found.append(
-                measure(
-                    reference, data, options, split=split, stride=stride, batch_size=batch_size, device=device,
-                    precision=precision, revision=revision if reference == model else None,
-                    trust_remote_code=trust_remote_code, watch=watch,
-                )
-            )  # fmt: skip
+            its_own = revision if reference == model else None
+            found.append(measure(reference, data, options, revision=its_own, listener=listener, **plain))
     screen.emit({"data": data, "models": [measured.to_dict() for measured in found]})
     screen.show(quality_table([(m.model, m.parameters, m.bytes, m.values) for m in found]))
     if len({m.values.get("scored") for m in found}) > 1:
@@ -299,7 +246,7 @@ def _stage_rows(outcome: Outcome) -> list[tuple[str, int | None, int | None, dic
     return [(name, sizes.get(name, report.parameters_after), None, values) for name, values in outcome.stages.items()]
 
 
-def _key_value(text: str) -> tuple[str, Any]:
+def _key_value(text: str) -> tuple[str, object]:
     import yaml
 
     from lrsurgery.errors import RecipeError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from support import tiny
 import lrsurgery
 import lrsurgery.checkpoints.quantizer
 from lrsurgery.errors import SurgeryError
-from lrsurgery.training.callbacks import Event
-from lrsurgery.training.finetune import Outcome, finetune
+from lrsurgery.progress import Listener, TrainingStep
+from lrsurgery.training.finetune import finetune
+from lrsurgery.training.publish import Outcome
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +49,35 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def healed(settings: dict[str, Any], output: Path, **more: Any) -> tuple[Outcome, list[Event]]:
-    events: list[Event] = []
-    return finetune(settings, output, watch=events.append, **more), events
+class Heard(Listener):
+    """Keeps what a run reports."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.stages: list[tuple[str, int, int]] = []
+        self.steps: list[TrainingStep] = []
+        self.batches: list[tuple[int, int]] = []
+        self.evaluations: list[tuple[str, int, int, Mapping[str, float]]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def stage(self, name: str, step: int, total: int) -> None:
+        self.stages.append((name, step, total))
+
+    def step(self, at: TrainingStep) -> None:
+        self.steps.append(at)
+
+    def evaluating(self, batch: int, total: int) -> None:
+        self.batches.append((batch, total))
+
+    def evaluated(self, stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
+        self.evaluations.append((stage, step, total, values))
+
+
+def healed(settings: dict[str, Any], output: Path, **more: Any) -> tuple[Outcome, Heard]:
+    heard = Heard()
+    return finetune(settings, output, listener=heard, **more), heard
 
 
 # what a run gives
@@ -57,13 +85,23 @@ def healed(settings: dict[str, Any], output: Path, **more: Any) -> tuple[Outcome
 
 def test_a_factorised_language_model_heals(bench: Path, tmp_path: Path) -> None:
     given = text(bench, model=str(bench / "half"), steps=30, eval_steps=10, lr=3e-3, against=str(bench / "gpt2"))
-    outcome, events = healed(given, tmp_path / "out")
+    outcome, heard = healed(given, tmp_path / "out")
     stages = outcome.stages
     assert stages["healed"]["perplexity"] < 0.7 * stages["factorised"]["perplexity"]
     assert set(stages) == {"dense", "factorised", "healed"}
-    assert [e.step for e in events if e.kind == "evaluated"] == [0, 0, 10, 20, 30]
-    assert {e.unit for e in events if e.kind == "step"} == {"tokens"}
-    assert {e.per_step for e in events if e.kind == "step"} == {4 * tiny.BLOCK}
+    assert [(stage, step, total) for stage, step, total, _ in heard.evaluations] == [
+        ("dense", 0, 0),
+        *(("factorised", step, 30) for step in (0, 10, 20, 30)),
+    ]
+    assert heard.evaluations[-1][3] == stages["healed"]
+    assert heard.stages == [("factorised", 0, 30)]
+    assert [at.step for at in heard.steps] == sorted(at.step for at in heard.steps)
+    assert {at.step for at in heard.steps} == set(range(1, 31))
+    assert {at.unit for at in heard.steps} == {"tokens"}
+    assert {at.units_per_step for at in heard.steps} == {4 * tiny.BLOCK}
+    assert "loss" in heard.steps[-1].logged
+    of_each = heard.batches[-1][1]
+    assert heard.batches == [(batch, of_each) for batch in range(1, of_each + 1)] * 5
     names = {file.name for file in outcome.output.iterdir()}
     assert {
         "config.json",
@@ -151,7 +189,7 @@ def test_every_task_learns(
     assert len(lrsurgery.rank_report(again).factorised) > 0
     assert lrsurgery.Report.read(outcome.output).parameters_after == sum(p.numel() for p in again.parameters())
     from lrsurgery.measure.evaluate import evaluate
-    from lrsurgery.training.recipe import DataOptions
+    from lrsurgery.data.options import DataOptions
 
     measured = evaluate(
         str(outcome.output), places.get("eval_data", places["data"]), DataOptions(task=task), batch_size=3,
@@ -164,8 +202,8 @@ def test_dense_training_then_the_switch(bench: Path, tmp_path: Path) -> None:
     given = text(
         bench, model=str(bench / "gpt2"), rank=["0.5"], dense_steps=6, steps=12, eval_steps=3, log_steps=1, lr=2e-3
     )
-    outcome, events = healed({**given, "schedule": "constant"}, tmp_path / "out")
-    assert [e.stage for e in events if e.kind == "stage"] == ["dense", "factorised"]
+    outcome, heard = healed({**given, "schedule": "constant"}, tmp_path / "out")
+    assert heard.stages == [("dense", 0, 12), ("factorised", 6, 12)]
     rates = {r["step"]: r["learning_rate"] for r in records(outcome.output) if "loss" in r}
     assert rates[6] == pytest.approx(2e-3)
     assert rates[7] == pytest.approx(1e-3)
@@ -310,12 +348,12 @@ def test_a_decay_that_overshoots_is_warned_of_with_its_bound(bench: Path, tmp_pa
         float(torch.linalg.matrix_norm(f.detach(), 2)) ** 2
         for m in model.modules() if type(m).__name__ == "FactorisedLinear" for f in m.factors
     )  # fmt: skip
-    outcome, events = healed(given, tmp_path / "out")
-    (note,) = [e.text for e in events if e.kind == "note" and "overshoots" in e.text]
+    outcome, heard = healed(given, tmp_path / "out")
+    (note,) = [text for text in heard.notes if "overshoots" in text]
     assert f"is {1e-2 * 1e3 * top:.3g} at" in note
     assert f"write at most {1 / (1e-2 * top):.2g}" in note
     assert note in outcome.report.notes
-    assert not [e for e in healed({**given, "decay_strength": 0.1}, tmp_path / "calm")[1] if e.kind == "note"]
+    assert not healed({**given, "decay_strength": 0.1}, tmp_path / "calm")[1].notes
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(bench: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from support import tiny
 
+pytestmark = pytest.mark.process
 STEPS, DENSE, SAVE = 12, 5, 3
 # a process that kills itself, or sends itself a signal, at one moment of a run
 RIGGED = """
@@ -42,7 +43,7 @@ elif moment == "mark":
     def rigged(checkpoint):
         strike(runs.step_of(checkpoint))
         original(checkpoint)
-    callbacks.mark_complete = switching.mark_complete = rigged
+    callbacks.mark_complete = switching.mark_complete = rigged  # each has its own name for it
 elif moment == "publish":
     original = saving.save_subject
     def rigged(*args):
