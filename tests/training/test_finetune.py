@@ -188,8 +188,8 @@ def test_every_task_learns(
     again = lrsurgery.load_model(outcome.output)
     assert len(lrsurgery.rank_report(again).factorised) > 0
     assert lrsurgery.Report.read(outcome.output).parameters_after == sum(p.numel() for p in again.parameters())
-    from lrsurgery.measure.evaluate import evaluate
     from lrsurgery.data.options import DataOptions
+    from lrsurgery.measure.evaluate import evaluate
 
     measured = evaluate(
         str(outcome.output), places.get("eval_data", places["data"]), DataOptions(task=task), batch_size=3,
