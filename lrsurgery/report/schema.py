@@ -225,7 +225,7 @@ class Report:
         """The report in a folder. Raises SourceError where it is missing, damaged or newer than this version reads."""
         file = folder / FILE_NAME
         if not file.is_file():
-            raise SourceError(f"{folder}: no {FILE_NAME} in it")
+            raise SourceError(f"{folder}: no {FILE_NAME} in it; lrsurgery factorise writes one")
         body = read_json(file, "a rank report")
         try:
             if body["format_version"] > FORMAT_VERSION:

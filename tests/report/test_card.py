@@ -14,8 +14,8 @@ import pytest
 import transformers
 from huggingface_hub import ModelCard
 from support import tiny, zoo
-from test_sources import COMMIT, cache, put_in_cache
-from test_zoo import run
+from support.checks import run
+from support.hub import COMMIT, cache, put_in_cache
 
 import lrsurgery
 from lrsurgery.report.hub import head_of
@@ -233,8 +233,9 @@ def test_sizes_layers_and_reasons(gpt2: Path, tmp_path: Path) -> None:
     half(gpt2, tmp_path / "half", "--exclude", "*.1.*")
     report, text = lrsurgery.Report.read(tmp_path / "half"), body(tmp_path / "half")
     for before, after in (
-        (report.parameters_before, report.parameters_after), (report.bytes_before, report.bytes_after)
-    ):  # fmt: skip
+        (report.parameters_before, report.parameters_after),
+        (report.bytes_before, report.bytes_after),
+    ):
         assert before is not None
         assert after is not None
         assert f"| {before:,} | {after:,} | {after / before:.1%} |" in text

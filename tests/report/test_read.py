@@ -18,26 +18,28 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lrsurgery
 from lrsurgery.errors import PlanError, SourceError, SurgeryError
-from lrsurgery.factorise.options import Options
 from lrsurgery.linalg.spectrum import Points, sample
-from lrsurgery.progress import result_of
-from lrsurgery.report.profile import LADDER
-from lrsurgery.report.read import iter_report
+from lrsurgery.report.profile import LADDER, ProfileOptions
+from lrsurgery.report.read import read_report
 from lrsurgery.report.runs import read_run
 from lrsurgery.report.schema import Report, Row
-from lrsurgery.surgery.layers import KINDS
-from lrsurgery.surgery.ranks import RankSpec, parse_policy
+from lrsurgery.runtime import Compute
+from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.ranks import RankSpec, parse_policy, parse_rank
 from lrsurgery.training.finetune import finetune
 
 DENSE = Path(__file__).parents[2] / "examples" / "pydocs-gpt2"
 
 
-def report(*references: Path, planned: bool = False, against: Path | None = None, **options: Any) -> Report:
-    steps = iter_report(
-        [str(reference) for reference in references], Options(**{"rank": "0.5", **options}), planned=planned,
-        against=str(against) if against else None,
-    )  # fmt: skip
-    return result_of(steps)
+def report(
+    *references: Path, rank: str | list[str] | None = None, against: Path | None = None, cache: bool = True
+) -> Report:
+    return read_report(
+        [str(reference) for reference in references],
+        Compute(device=torch.device("cpu"), cache=cache),
+        profile_options=ProfileOptions(target=None if rank is None else parse_rank(rank)),
+        against=None if against is None else str(against),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,15 +131,17 @@ def test_a_second_look_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_plan_predicts_what_surgery_then_measures(folders: Path) -> None:
-    planned = report(DENSE, planned=True, rank="params:0.5")
+    planned = report(DENSE, rank="params:0.5")
     done = report(folders / "half")
     assert (planned.about, done.about) == ("plan", "factorised")
     assert planned.parameters_after == done.parameters_after
     for row in done.factorised:
         wanted = row_of(planned, row.name)
         assert (wanted.rank, wanted.parameters_after, wanted.flops_after) == (
-            row.rank, row.parameters_after, row.flops_after,
-        )  # fmt: skip
+            row.rank,
+            row.parameters_after,
+            row.flops_after,
+        )
         assert wanted.energy_kept == pytest.approx(row.energy_kept, rel=1e-4)
         assert wanted.relative_error == pytest.approx(row.relative_error, rel=1e-3)
         assert wanted.spectral_error == pytest.approx(row.spectral_error, rel=1e-3)
@@ -146,7 +150,7 @@ def test_a_plan_predicts_what_surgery_then_measures(folders: Path) -> None:
 
 
 def test_layers_that_stay_out_of_a_plan_are_looked_at_all_the_same() -> None:
-    found = report(DENSE, planned=True, rank=["*.c_fc=energy:0.5"])
+    found = report(DENSE, rank=["*.c_fc=energy:0.5"])
     assert {row.name.rpartition(".")[2] for row in found.factorised} == {"c_fc"}
     left = row_of(found, "transformer.h.0.attn.c_attn")
     assert (left.status, left.reason) == ("dense", "no rank given for it")
@@ -155,9 +159,9 @@ def test_layers_that_stay_out_of_a_plan_are_looked_at_all_the_same() -> None:
 
 def test_a_head_that_the_rank_spells_out_is_looked_at(tmp_path: Path) -> None:
     tiny.save_timm(tmp_path / "timm")
-    kept = row_of(report(tmp_path / "timm", planned=True, rank="0.25"), "fc")
+    kept = row_of(report(tmp_path / "timm", rank="0.25"), "fc")
     assert (kept.status, kept.reason, kept.before) == ("dense", "output head", None)
-    row = row_of(report(tmp_path / "timm", planned=True, rank=["0.25", "fc=energy:0.6"]), "fc")
+    row = row_of(report(tmp_path / "timm", rank=["0.25", "fc=energy:0.6"]), "fc")
     values = np.linalg.svd(load_file(tmp_path / "timm" / "model.safetensors")["fc.weight"].numpy(), compute_uv=False)
     squares = np.cumsum(values**2) / (values**2).sum()
     assert row.rank == int((squares < 0.6).sum()) + 1
@@ -256,14 +260,14 @@ def test_a_run_that_is_not_finished_is_read_too(folders: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("references", "options", "error", "words"),
     [
-        (("half",), {"planned": True}, SurgeryError, "is factorised already; --rank plans surgery on a dense model"),
+        (("half",), {"rank": "0.5"}, SurgeryError, "is factorised already; --rank plans surgery on a dense model"),
         ((DENSE,), {"against": DENSE}, SurgeryError, "is a dense model; --against compares a factorised one with it"),
         (("half",), {"against": "half"}, SurgeryError, "is factorised itself; --against takes the dense model"),
         (("half", "none"), {}, SourceError, "half: no metrics.jsonl in it"),
         (("none", "frobenius"), {"against": DENSE}, SurgeryError, "--against takes one model, not 2 runs"),
         (("half",), {"against": "other"}, PlanError, "transformer.h.0.attn.c_attn: .*other, the model to compare with"),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_refused(
     folders: Path, references: tuple[Any, ...], options: dict[str, Any], error: type[Exception], words: str
 ) -> None:

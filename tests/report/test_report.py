@@ -11,10 +11,12 @@ from support import zoo
 from transformers import AutoModelForCausalLM
 
 import lrsurgery
-import lrsurgery.checkpoints.quantizer
+import lrsurgery.hf
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.linalg.spectrum import entropy_rank, nuclear_rank, stable_rank
+from lrsurgery.report.read import read_report
 from lrsurgery.report.schema import Report
+from lrsurgery.runtime import Compute
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +74,7 @@ def test_report_in_memory_agrees_with_the_one_on_disk(folders: tuple[Path, Path]
 def test_report_without_its_file_is_made_from_the_factors(folders: tuple[Path, Path], tmp_path: Path) -> None:
     AutoModelForCausalLM.from_pretrained(folders[1]).save_pretrained(tmp_path)
     assert not (tmp_path / "rank_report.json").exists()
-    found, written = read_report(str(tmp_path)), Report.read(folders[1])
+    found, written = read_report([str(tmp_path)], Compute(device=torch.device("cpu"))), Report.read(folders[1])
     assert {(r.name, r.rank) for r in found.factorised} == {(r.name, r.rank) for r in written.factorised}
     assert (found.parameters_before, found.parameters_after) == (written.parameters_before, written.parameters_after)
 
@@ -83,9 +85,9 @@ def test_json_comes_back_as_it_went(folders: tuple[Path, Path], tmp_path: Path) 
     assert Report.read(tmp_path) == report
 
 
-def test_report_on_a_dense_model_says_what_to_do(folders: tuple[Path, Path]) -> None:
-    with pytest.raises(SourceError, match="lrsurgery factorise"):
-        read_report(str(folders[0]))
+def test_a_folder_without_a_report_says_what_writes_one(folders: tuple[Path, Path]) -> None:
+    with pytest.raises(SourceError, match=r"dense: no rank_report\.json in it; lrsurgery factorise"):
+        Report.read(folders[0])
 
 
 def test_comparison_with_another_model_names_the_layer(folders: tuple[Path, Path]) -> None:
