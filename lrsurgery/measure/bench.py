@@ -1,54 +1,62 @@
-"""`bench`: what a model takes in memory and time, beside another one, and which of its layers got slower.
+"""`bench`: time, throughput, peak memory and FLOPs of a model, beside another one, and which of its layers got slower.
 
-Speedup is always the seconds of the other model (or of a layer's dense form) over the seconds of this one: above 1,
-this one is faster. Ideal is the same of floating point operations.
+A speedup is the seconds of the other model (or of a layer's dense form) over the seconds of this one: above 1, this one
+is faster. The ideal speedup is the same ratio of FLOPs.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import platform
-from collections.abc import Generator
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lrsurgery.errors import OutputError, SourceError, SurgeryError
-from lrsurgery.factorise.checkpoint import versions
-from lrsurgery.factorise.options import DTYPES, pick_device
-from lrsurgery.files import replace_file
-from lrsurgery.imports import imported
-from lrsurgery.measure.memory import Request, peak_memory
-from lrsurgery.measure.workloads import BY_TOKEN, Contender, count_flops, explained, make_pass
-from lrsurgery.progress import Progress
+from lrsurgery.data.options import TASKS, check_choice
+from lrsurgery.errors import OutputError, SurgeryError
+from lrsurgery.files import json_text, replace_file
+from lrsurgery.measure.memory import MemoryRequest, peak_memory
+from lrsurgery.measure.workloads import (
+    DECODE,
+    Contender,
+    LayerGroup,
+    Setting,
+    compile_now,
+    count_flops,
+    layer_groups,
+    make_workload,
+    name_failures,
+)
+from lrsurgery.progress import SILENT, Listener
+from lrsurgery.report.read import BENCH_FILE, BENCH_FORMAT
+from lrsurgery.report.schema import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchModel, BenchRun
+from lrsurgery.runtime import imported, pick_device, pick_dtype, processor, versions
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight
-from lrsurgery.surgery.speed import processor
 from lrsurgery.timing import CONFIDENCE, Timed, Timings, compare, percentile
 
-FORMAT_VERSION = 1
-FILE_NAME = "bench.json"
-LENGTHS = (128, 512)  # tokens, where none are asked for
+LENGTHS = (128, 512)  # tokens, by default
 LAYER_SHARE = 4  # a layer gets this part of a setting's seconds
-GPU_CALLS = 50  # of a layer that are timed together, else the start of each would be all of it
+GPU_CALLS = 50  # of a layer that are timed together; the launch of a single one would be all of its time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What `bench` can be asked for; the CLI's options of the same names say more."""
+    """What is run, how precisely, and on what machine. Raises SurgeryError for a value that no model could make right.
 
-    batch: tuple[int, ...] = (1, 8)
+    bench.json keeps these in the fields' order.
+    """
+
+    batch: tuple[int, ...] = (1, 8)  # sequences or images
     length: tuple[int, ...] | None = None  # tokens; None: LENGTHS, as far as the model has positions
-    new_tokens: int = 32
-    precision: float = 0.03
-    seconds: float = 20.0
-    layers: bool = False
+    new_tokens: int = 32  # decoded one by one
+    precision: float = 0.03  # half width of a speedup's interval, relative to it
+    seconds: float = 20.0  # at most, for each setting
+    layers: bool = False  # each factorised layer too
     device: str = "auto"
     dtype: str = "keep"
     threads: int | None = None  # None: as torch has them
@@ -57,258 +65,77 @@ class BenchOptions:
     task: str | None = None
     trust_remote_code: bool = False
 
-    def check(self) -> None:
-        """Raises SurgeryError for a value that no model could make right."""
-        for name, counts in (("batch", self.batch), ("length", self.length), ("threads", (self.threads or 1,))):
+    def __post_init__(self) -> None:
+        for name, counts in (("batch", self.batch), ("length", self.length)):
             if counts is not None and (not counts or min(counts) < 1):
                 raise SurgeryError(f"{name} {','.join(map(str, counts)) or 'of nothing'}: write integers of at least 1")
         if self.threads is not None and self.threads < 1:
             raise SurgeryError(f"threads {self.threads}: write an integer of at least 1")
-        if self.new_tokens < 0 or self.seed < 0:
-            name, value = ("new tokens", self.new_tokens) if self.new_tokens < 0 else ("seed", self.seed)
-            raise SurgeryError(f"{name} {value}: write an integer of at least 0")
+        for name, value in (("new tokens", self.new_tokens), ("seed", self.seed)):
+            if value < 0:
+                raise SurgeryError(f"{name} {value}: write an integer of at least 0")
         if not 0 < self.precision < 1:
             raise SurgeryError(f"precision {self.precision:g}: write a number between 0 and 1, such as 0.03")
         if not 0 < self.seconds < math.inf:
             raise SurgeryError(f"seconds {self.seconds:g}: write a number above 0")
-        if self.dtype not in DTYPES:
-            raise SurgeryError(f"unknown dtype '{self.dtype}'; known: {', '.join(DTYPES)}")
+        if self.task is not None:
+            check_choice("task", self.task, TASKS)
+        pick_dtype(self.dtype)
         pick_device(self.device)
 
 
-def iter_bench(
-    model: str, against: str | None, options: BenchOptions, *, command: str | None = None, save: bool = False
-) -> Generator[Progress, None, dict[str, Any]]:
-    """Measures a model, or two against each other: a step for each thing measured, then the JSON object.
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where times were taken, without a name that tells whose machine it is."""
 
-    With `save` it is also written into the model's folder, whole or not at all.
+    processor: str
+    cores: int | None
+    threads: int
+    gpu: str | None
+    system: str
+    python: str
+    torch: str
+
+
+def machine_of(device: torch.device) -> Machine:
+    """This machine, with what decides the times on one of its devices."""
+    return Machine(
+        processor=processor(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
+
+
+def bench(
+    model: str,
+    against: str | None = None,
+    options: BenchOptions | None = None,
+    *,
+    command: str | None = None,
+    save: bool = False,
+    listener: Listener = SILENT,
+) -> Bench:
+    """Measure a model, or two in turn, on random input.
+
+    `save` writes the result into the model's folder as bench.json, whole or not at all.
 
     Raises SurgeryError: which model or option, what is wrong, what to do.
     """
-    options.check()
+    options = options or BenchOptions()
     folder = _folder_to_save_in(model) if save else None
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads or threads)
     try:
-        body = {
-            "format_version": FORMAT_VERSION, "command": command, "versions": versions(),
-            "machine": machine(pick_device(options.device)), "options": asdict(options),
-            **(yield from _measure(model, against, options)),
-        }  # fmt: skip
+        found = _Measurement(_contenders(model, against, options), options, listener).run(command)
     finally:
         torch.set_num_threads(threads)
     if folder is not None:
-        replace_file(folder / FILE_NAME, json.dumps(body, indent=2) + "\n")
-    return body
-
-
-def _measure(model: str, against: str | None, options: BenchOptions) -> Generator[Progress, None, dict[str, Any]]:
-    notes: list[str] = []
-    pair = [
-        Contender.of(reference, options.task, options.trust_remote_code)
-        for reference in (model, against)
-        if reference is not None
-    ]
-    if pair[-1].task != pair[0].task:
-        raise SurgeryError(f"{against}: is for {pair[-1].task}, {model} for {pair[0].task}; name one with --task")
-    lengths = _lengths(pair, options, notes)
-    settings = [(work, b, n) for b in options.batch for n in lengths for work in pair[0].works]
-    settings = [s for s in settings if s[0] != BY_TOKEN or (options.new_tokens and s[2] > 1)]
-    device = pick_device(options.device)
-    references = list(dict.fromkeys(contender.source.reference for contender in pair))
-    total, done = len(references) + len(settings), 0
-    # first, while this process holds no model of its own
-    peaks = {}
-    for reference in references:
-        yield Progress(f"memory of {reference}", done, total)
-        asked = (options.device, options.dtype, torch.get_num_threads(), max(options.batch), max(lengths), options.seed)
-        request = Request(reference, pair[0].task, options.trust_remote_code, *asked, imports=tuple(imported))
-        peaks[reference], note = peak_memory(request)
-        notes += [note] if note else []
-        done += 1
-    models = [contender.load(device, DTYPES[options.dtype]) for contender in pair]
-    groups: list[LayerGroup] = []
-    if options.layers:
-        _, batch, length = settings[0]
-        with explained(model, f"{batch} x {length}"):
-            groups = _groups(models[0], pair[0].random_input(models[0], batch, length, options.seed), notes)
-        total += len(groups)
-    runs = []
-    for work, batch, length in settings:
-        yield Progress(f"{work} {batch} x {length}", done, total)
-        runs += _run(pair, models, work, batch, length, options, notes)
-        done += 1
-    layers = []
-    for group in groups:
-        yield Progress(group.names[0], done, total)
-        layers.append(_layer_row(group, options, device))
-        done += 1
-    sizes = [
-        {
-            "name": contender.source.reference,
-            "parameters": sum(parameter.numel() for parameter in made.parameters()),
-            "bytes": sum(file.stat().st_size for file in contender.source.files) or None,
-            "peak_memory": peaks[contender.source.reference],
-        }
-        for contender, made in zip(pair, models, strict=True)
-    ]
-    return {
-        "task": pair[0].task, "model": sizes[0], "against": sizes[1] if against is not None else None, "runs": runs,
-        "layers": layers, "notes": list(dict.fromkeys(notes)),
-    }  # fmt: skip
-
-
-def _lengths(pair: list[Contender], options: BenchOptions, notes: list[str]) -> list[int]:
-    """Tokens of a text; pixels of an image's side."""
-    if pair[0].size:
-        if options.length is not None:
-            raise SurgeryError(f"length: {pair[0].source.reference} takes images of its own size; leave --length out")
-        if pair[-1].size != pair[0].size:
-            notes.append(f"{pair[-1].source.reference} takes images of {pair[-1].size[-1]} pixels")
-        return [pair[0].size[-1]]
-    limit, reference = min((c.limit or math.inf, c.source.reference) for c in pair)
-    for length in options.length or ():
-        if length > limit:
-            raise SurgeryError(f"length {length}: over the {limit} positions that {reference} has; lower --length")
-    if options.length is None and limit < max(LENGTHS):
-        notes.append(f"{reference} has {limit} positions, so no text is longer")
-    return list(dict.fromkeys(options.length or (int(min(length, limit)) for length in LENGTHS)))
-
-
-def _run(
-    pair: list[Contender], models: list[nn.Module], work: str, batch: int, length: int, options: BenchOptions,
-    notes: list[str],
-) -> list[dict[str, Any]]:  # fmt: skip
-    """The row of one setting; none where a model cannot do this work."""
-    passes, flops, what = [], [], f"{work} of {batch} x {length}"
-    if options.compile:
-        torch._dynamo.reset()  # each setting has shapes of its own
-    for contender, model in zip(pair, models, strict=True):
-        reference = contender.source.reference
-        x = contender.random_input(model, batch, length, options.seed)
-        with explained(reference, what):
-            timed = make_pass(model, x, work, new_tokens=options.new_tokens)
-            if timed is None:
-                notes.append(f"{reference} keeps no cache between tokens, so {work} was left out")
-                return []
-            flops.append(count_flops(timed))
-        if options.compile:
-            timed = make_pass(model, x, work, new_tokens=options.new_tokens, wrap=torch.compile)
-            assert timed is not None
-            _compile(timed, reference)
-        passes.append(timed)
-    with explained(pair[0].source.reference, what):
-        found = compare(
-            passes, precision=options.precision, seconds=options.seconds, device=pick_device(options.device)
-        )
-    figures = [
-        {
-            "flops": flops[i],
-            "median_ms": 1e3 * median(seconds),
-            "p95_ms": 1e3 * percentile(seconds, 0.95),
-            "throughput": pair[i].units(work, batch, length) / median(seconds),
-        }
-        for i, seconds in enumerate(found.seconds)
-    ]
-    both = len(pair) == 2
-    row = {"work": work, "batch": batch, "length": length, "unit": pair[0].unit, **figures[0]}
-    ideal = flops[1] / flops[0] if both and flops[0] else None
-    return [{**row, "against": figures[1] if both else None, **_certainty(found), "ideal": ideal}]
-
-
-def _certainty(found: Timings) -> dict[str, Any]:
-    return {
-        "speedup": found.ratio, "interval": None if found.interval is None else list(found.interval),
-        "confidence": CONFIDENCE, "rounds": found.rounds, "reached": found.reached,
-    }  # fmt: skip
-
-
-def _compile(timed: Timed, reference: str) -> None:
-    """Makes the first call, which compiles. Raises SurgeryError; that the model runs as it is, is known by now."""
-    try:
-        timed.once()
-    except Exception as e:
-        lines = str(e).strip().splitlines() or [type(e).__name__]
-        raise SurgeryError(f"{reference}: torch.compile fails: {lines[0][:200]}; leave --compile out") from e
-
-
-@dataclass(frozen=True)
-class LayerGroup:
-    """Factorised layers that are timed as one: of the same dense form, rank and input."""
-
-    names: tuple[str, ...]
-    layer: FactorisedLayer  # the first of them
-    shape: tuple[int, ...]  # of the input
-
-
-def _groups(model: nn.Module, x: Tensor, notes: list[str]) -> list[LayerGroup]:
-    """By what each factorised layer is given in a forward pass on `x`."""
-    layers = factorised_layers(model)
-    seen: dict[str, tuple[int, ...]] = {}
-
-    def watch(name: str) -> Any:
-        def note(_: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            seen.setdefault(name, tuple([*args, *options.values()][0].shape))
-
-        return note
-
-    hooks = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
-    try:
-        with torch.inference_mode():
-            model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if not layers:
-        notes.append("--layers: the model has no factorised layers")
-    elif len(seen) < len(layers):
-        left = min(layers.keys() - seen.keys())
-        notes.append(
-            f"{len(layers) - len(seen)} factorised layers, such as {left}, are not called as layers; not timed"
-        )
-    groups: dict[Any, list[str]] = {}
-    for name, shape in seen.items():
-        layer = layers[name]
-        key = (layer.kind, str(build_dense(layer)), layer.u.weight.dtype, layer.rank, shape)
-        groups.setdefault(key, []).append(name)
-    return [LayerGroup(tuple(names), layers[names[0]], seen[names[0]]) for names in groups.values()]
-
-
-def _layer_row(group: LayerGroup, options: BenchOptions, device: torch.device) -> dict[str, Any]:
-    """A layer against its dense form on the input that it has in the model."""
-    layer = group.layer
-    dense: Any = build_dense(layer)
-    dense.weight, dense.bias = nn.Parameter(dense_weight(layer), requires_grad=False), layer.bias
-    generator = torch.Generator().manual_seed(options.seed)
-    x = torch.randn(group.shape, generator=generator).to(device, dense.weight.dtype)
-    calls = GPU_CALLS if device.type == "cuda" else 1
-    passes = []
-    for module in (layer, dense):
-        timed = Timed.calls(torch.compile(module) if options.compile else module, x, calls)
-        if options.compile:
-            _compile(timed, group.names[0])
-        passes.append(timed)
-    found = compare(passes, precision=options.precision, seconds=options.seconds / LAYER_SHARE, device=device)
-    assert found.interval is not None
-    ours, whole = (1e3 * median(seconds) for seconds in found.seconds)
-    return {
-        "names": list(group.names), "kind": layer.kind, "shape": list(dense.weight.shape), "rank": layer.rank,
-        "input": list(group.shape), "dense_ms": whole, "factorised_ms": ours, **_certainty(found),
-        "slower": found.interval[1] < 1,
-    }  # fmt: skip
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What decides the times, without a name that tells whose machine it is."""
-    return {
-        "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "system": f"{platform.system()} {platform.machine()}",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
+        replace_file(folder / BENCH_FILE, json_text(found))
+    return found
 
 
 def _folder_to_save_in(model: str) -> Path:
@@ -318,21 +145,196 @@ def _folder_to_save_in(model: str) -> Path:
     return folder
 
 
-def read_bench(folder: Path) -> dict[str, Any] | None:
-    """What `bench --save` wrote into a model's folder; None where it did not.
+def _contenders(model: str, against: str | None, options: BenchOptions) -> list[Contender]:
+    references = [model] if against is None else [model, against]
+    found = [Contender.of(reference, options.task, options.trust_remote_code) for reference in references]
+    if found[-1].task != found[0].task:
+        raise SurgeryError(f"{against}: is for {found[-1].task}, {model} for {found[0].task}; name one with --task")
+    return found
 
-    Raises SourceError where the file is damaged or newer than this.
-    """
-    file = folder / FILE_NAME
-    try:
-        body = json.loads(file.read_text(encoding="utf-8"))
-        if body["format_version"] > FORMAT_VERSION:
-            raise SourceError(f"{file}: bench format {body['format_version']} is newer than this lrsurgery reads")
-        for name, kind in (("machine", dict), ("model", dict), ("runs", list), ("layers", list)):
-            if not isinstance(body[name], kind):
-                raise TypeError(name)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise SourceError(f"{file}: not what bench --save writes ({e!r}); run bench --save again") from e
-    return body  # type: ignore[no-any-return]
+
+class _Measurement:
+    """One bench: its models, how far it is, and its notes."""
+
+    def __init__(self, contenders: Sequence[Contender], options: BenchOptions, listener: Listener) -> None:
+        self.contenders, self.options, self.listener = contenders, options, listener
+        self.device, self.dtype = pick_device(options.device), pick_dtype(options.dtype)
+        self.references = [contender.source.reference for contender in contenders]
+        self.notes: list[str] = []
+        self.done = self.total = 0
+
+    def run(self, command: str | None) -> Bench:
+        lengths = self._lengths()
+        settings = self._settings(lengths)
+        distinct = list(dict.fromkeys(self.references))
+        self.total = len(distinct) + len(settings)
+        # peaks come first, while this process holds no model
+        peaks = {reference: self._peak(reference, max(lengths)) for reference in distinct}
+        models = [contender.load(self.device, self.dtype) for contender in self.contenders]
+        groups = self._layer_groups(models[0], settings[0]) if self.options.layers else []
+        self.total += len(groups)
+        runs = [self._run(models, setting) for setting in settings]
+        layers = [self._layer(group) for group in groups]
+        sizes = [
+            BenchModel(
+                name=reference,
+                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                bytes=contender.source.bytes,
+                peak_memory=peaks[reference],
+            )
+            for reference, contender, model in zip(self.references, self.contenders, models, strict=True)
+        ]
+        return Bench(
+            format_version=BENCH_FORMAT,
+            command=command,
+            versions=versions(),
+            machine=asdict(machine_of(self.device)),
+            options=asdict(self.options),
+            task=self.contenders[0].task,
+            model=sizes[0],
+            against=sizes[1] if len(sizes) > 1 else None,
+            runs=[run for run in runs if run is not None],
+            layers=layers,
+            notes=list(dict.fromkeys(self.notes)),
+        )
+
+    def _begin(self, name: str) -> None:
+        self.listener.progress(name, self.done, self.total)
+        self.done += 1
+
+    def _lengths(self) -> list[int]:
+        """Tokens of a text; pixels of an image's side."""
+        size, other = self.contenders[0].size, self.contenders[-1].size
+        asked = self.options.length
+        if size:
+            if asked is not None:
+                raise SurgeryError(f"length: {self.references[0]} takes images of its own size; leave --length out")
+            if other != size:
+                self.notes.append(f"{self.references[-1]} takes images of {other[-1]} pixels")
+            return [size[-1]]
+        limit, reference = min((c.limit or math.inf, c.source.reference) for c in self.contenders)
+        for length in asked or ():
+            if length > limit:
+                raise SurgeryError(f"length {length}: over the {limit} positions that {reference} has; lower --length")
+        if asked is None and limit < max(LENGTHS):
+            self.notes.append(f"{reference} has {limit} positions, so no text is longer")
+        return list(dict.fromkeys(asked or (int(min(length, limit)) for length in LENGTHS)))
+
+    def _settings(self, lengths: Sequence[int]) -> list[Setting]:
+        works = self.contenders[0].works
+        found = [Setting(work, batch, n) for batch in self.options.batch for n in lengths for work in works]
+        return [s for s in found if s.work != DECODE or (self.options.new_tokens and s.length > 1)]
+
+    def _peak(self, reference: str, length: int) -> int | None:
+        """Peak memory in bytes of loading a model and one pass of the largest batch and length."""
+        self._begin(f"memory of {reference}")
+        request = MemoryRequest(
+            reference=reference,
+            task=self.contenders[0].task,
+            trust_remote_code=self.options.trust_remote_code,
+            device=self.options.device,
+            dtype=self.options.dtype,
+            threads=torch.get_num_threads(),
+            batch=max(self.options.batch),
+            length=length,
+            seed=self.options.seed,
+            imports=tuple(imported),
+        )
+        peak, note = peak_memory(request)
+        self.notes += [note] if note else []
+        return peak
+
+    def _run(self, models: Sequence[nn.Module], setting: Setting) -> BenchRun | None:
+        """The row of one setting; None where a model cannot do this work."""
+        work, batch, length = setting
+        self._begin(f"{setting.name} {batch} x {length}")
+        workloads, flops, what = [], [], f"{setting.name} of {batch} x {length}"
+        if self.options.compile:
+            torch._dynamo.reset()  # each setting has shapes of its own
+        for reference, contender, model in zip(self.references, self.contenders, models, strict=True):
+            x = contender.random_input(model, batch, length, self.options.seed)
+            with name_failures(reference, what):
+                timed = make_workload(model, x, work, new_tokens=self.options.new_tokens)
+                if timed is None:
+                    self.notes.append(f"{reference} returns no KV cache, so {setting.name} was left out")
+                    return None
+                flops.append(count_flops(timed))
+            if self.options.compile:
+                timed = make_workload(model, x, work, new_tokens=self.options.new_tokens, wrap=torch.compile)
+                assert timed is not None
+                compile_now(timed, reference)
+            workloads.append(timed)
+        with name_failures(self.references[0], what):
+            found = self._compare(workloads, self.options.seconds)
+        figures = [
+            BenchFigures(
+                flops=flops[i],
+                median_ms=1e3 * median(seconds),
+                p95_ms=1e3 * percentile(seconds, 0.95),
+                throughput=self.contenders[i].units(work, batch, length) / median(seconds),
+            )
+            for i, seconds in enumerate(found.seconds)
+        ]
+        both = len(figures) == 2
+        return {
+            "work": work,
+            "batch": batch,
+            "length": length,
+            "unit": self.contenders[0].unit,
+            **figures[0],
+            "against": figures[1] if both else None,
+            **_certainty(found),
+            "ideal": flops[1] / flops[0] if both and flops[0] else None,
+        }
+
+    def _compare(self, workloads: Sequence[Timed], seconds: float) -> Timings:
+        return compare(workloads, precision=self.options.precision, seconds=seconds, device=self.device)
+
+    def _layer_groups(self, model: nn.Module, setting: Setting) -> list[LayerGroup]:
+        """The factorised layers, grouped, of a forward pass of this setting."""
+        x = self.contenders[0].random_input(model, setting.batch, setting.length, self.options.seed)
+        with name_failures(self.references[0], f"{setting.batch} x {setting.length}"):
+            groups = layer_groups(model, x)
+        layers = factorised_layers(model).keys()
+        left = sorted(layers - {name for group in groups for name in group.names})
+        if not layers:
+            self.notes.append("--layers: the model has no factorised layers")
+        elif left:
+            self.notes.append(f"{len(left)} factorised layers, such as {left[0]}, are not called as layers; not timed")
+        return groups
+
+    def _layer(self, group: LayerGroup) -> BenchLayer:
+        """A layer against its dense form, on random input of the shape that it has in the model."""
+        self._begin(group.names[0])
+        layer, dense, x = group.layer, group.build_dense(), group.random_input(self.device, self.options.seed)
+        calls = GPU_CALLS if self.device.type == "cuda" else 1
+        workloads = []
+        for module in (layer, dense):
+            timed = Timed.calls(torch.compile(module) if self.options.compile else module, x, calls)
+            if self.options.compile:
+                compile_now(timed, group.names[0])
+            workloads.append(timed)
+        found = self._compare(workloads, self.options.seconds / LAYER_SHARE)
+        assert found.interval is not None
+        ours, theirs = (1e3 * median(seconds) for seconds in found.seconds)
+        return {
+            "names": list(group.names),
+            "kind": layer.kind,
+            "shape": list(layer.weight.shape),
+            "rank": layer.rank,
+            "input": list(group.shape),
+            "dense_ms": theirs,
+            "factorised_ms": ours,
+            **_certainty(found),
+            "slower": found.interval[1] < 1,
+        }
+
+
+def _certainty(found: Timings) -> BenchCertainty:
+    return BenchCertainty(
+        speedup=found.ratio,
+        interval=None if found.interval is None else list(found.interval),
+        confidence=CONFIDENCE,
+        rounds=found.rounds,
+        reached=found.reached,
+    )

@@ -1,129 +1,175 @@
-"""What a study found: measures of each run, means and spreads over seeds, a table, figures and one page."""
+"""The findings of a study: measures of each run, means and spreads over seeds; as JSON, table, figure and page."""
 
 from __future__ import annotations
 
-import html
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
-from lrsurgery.files import replace_file
-from lrsurgery.measure.study import DYNAMICS, MEASURES, RUNS, Study
-from lrsurgery.report.runs import read_run
+from lrsurgery.files import Json, json_text, replace_file
+from lrsurgery.measure.study import RUNS, RunResult
+from lrsurgery.measure.study_recipe import DYNAMICS, MEASURES, PlotSpec, Study
+from lrsurgery.report.runs import METRICS, LayerCourse, read_run
+from lrsurgery.report.runs import Run as Course
 from lrsurgery.report.views.figures import COLOURS, rendered
 from lrsurgery.report.views.markdown import table_lines
-from lrsurgery.training.run_folder import METRICS
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SEED = "seed"  # the axis that means and spreads are over
 DEFAULT_MEASURES = ("perplexity", "top1")
+PAGE = Path(__file__).with_name("study.html.jinja")
 
 
-def findings(study: Study, results: Sequence[Mapping[str, Any]], output: Path) -> dict[str, Any]:
-    """Every run with its measures, and their mean, sample standard deviation and count over the seeds, as JSON."""
-    runs = [{**result, "measures": measures_of(result, output)} for result in results]
-    finished = [run for run in runs if run["status"] == "finished"]
-    groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
-    for run in finished:
-        place = tuple((axis, value) for axis, value in run["axes"].items() if axis != SEED)
-        groups.setdefault(place, []).append(run["measures"])
-    table = [
-        {"axes": dict(place), "runs": len(members), "measures": _spreads(members)} for place, members in groups.items()
-    ]
-    return {
-        "name": study.name, "about": study.about, "asked": len(study.runs), "finished": len(finished),
-        "failed": [{"name": run["name"], "error": run["error"]} for run in runs if run["status"] == "failed"],
-        "table": table, "runs": runs,
-    }  # fmt: skip
+class Spread(TypedDict):
+    """A measure over the seeds."""
+
+    mean: float
+    std: float | None  # of the sample; None for a single run
+    n: int
 
 
-def _spreads(members: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
-    names = dict.fromkeys(name for values in members for name in values)
-    found: dict[str, dict[str, Any]] = {}
-    for name in names:
+class Group(TypedDict):
+    """The runs that differ in their seed alone."""
+
+    axes: dict[str, str]
+    runs: int
+    measures: dict[str, Spread]
+
+
+class Failure(TypedDict):
+    """A run that failed."""
+
+    name: str
+    error: str | None
+
+
+class Findings(TypedDict):
+    """study.json."""
+
+    name: str
+    about: str
+    asked: int  # runs
+    finished: int
+    failed: list[Failure]
+    table: list[Group]
+    runs: list[Json]  # each result, with its measures
+
+
+def findings_of(study: Study, results: Sequence[RunResult], output: Path) -> Findings:
+    """Each run with its measures, and their mean, sample standard deviation and count over the seeds."""
+    measures = [measures_of(result, output) for result in results]
+    groups: dict[tuple[tuple[str, str], ...], list[dict[str, float]]] = {}
+    for result, values in zip(results, measures, strict=True):
+        if result.is_finished:
+            place = tuple((axis, value) for axis, value in result.axes.items() if axis != SEED)
+            groups.setdefault(place, []).append(values)
+    return Findings(
+        name=study.name,
+        about=study.about,
+        asked=len(study.runs),
+        finished=sum(result.is_finished for result in results),
+        failed=[Failure(name=each.name, error=each.error) for each in results if not each.is_finished],
+        table=[
+            Group(axes=dict(place), runs=len(members), measures=_spreads(members)) for place, members in groups.items()
+        ],
+        runs=[{**result.to_dict(), "measures": values} for result, values in zip(results, measures, strict=True)],
+    )
+
+
+def _spreads(members: Sequence[Mapping[str, float]]) -> dict[str, Spread]:
+    spreads = {}
+    for name in dict.fromkeys(name for values in members for name in values):
         values = [member[name] for member in members if name in member]
-        found[name] = {"mean": mean(values), "std": stdev(values) if len(values) > 1 else None, "n": len(values)}
-    return found
+        spreads[name] = Spread(mean=mean(values), std=stdev(values) if len(values) > 1 else None, n=len(values))
+    return spreads
 
 
-def measures_of(result: Mapping[str, Any], output: Path) -> dict[str, float]:
-    """Of a finished run: quality in the end, size, time, and what became of the layers' ranks and norms.
+def measures_of(result: RunResult, output: Path) -> dict[str, float]:
+    """Measures of a finished run: final quality, size, time, and the layers' mean ranks and norms; else none.
 
     effective_lr is the mean over the evaluations of the learning rate over the mean squared Frobenius norm of the
     layers' products (van Laarhoven 2017), the quantity that Kamalakara et al. (2022) ask about.
     """
-    if result["status"] != "finished":
+    if not result.is_finished:
         return {}
-    last = list(result["stages"].values())[-1] if result["stages"] else {}
-    found: dict[str, float] = {name: value for name, value in last.items() if name != "scored"}
-    found |= {name: result[name] for name in ("parameters", "steps", "seconds") if result[name] is not None}
-    folder = output / RUNS / result["name"]
+    last = list(result.stages.values())[-1] if result.stages else {}
+    found = {name: value for name, value in last.items() if name != "scored"}
+    sizes = {"parameters": result.parameters, "steps": result.steps, "seconds": result.seconds}
+    found |= {name: value for name, value in sizes.items() if value is not None}
+    folder = output / RUNS / result.name
     if not (folder / METRICS).is_file():
         return found
-    run = read_run(folder)
-    layers = list(run["layers"].values())
+    course = read_run(folder)
+    layers = list(course["layers"].values())
     if layers:
-        found |= {name: mean(layer[name][-1] for layer in layers) for name in DYNAMICS}
-        rates = _effective_rates(run, layers)
+        found |= {name: mean(_known([layer[name][-1] for layer in layers])) for name in DYNAMICS}
+        rates = _effective_rates(course, layers)
         if rates:
             found["effective_lr"] = mean(rates)
     return found
 
 
-def _effective_rates(run: Mapping[str, Any], layers: Sequence[Mapping[str, Any]]) -> list[float]:
-    rates = {loss["step"]: loss["lr"] for loss in run["losses"] if loss["lr"] is not None}
+def _effective_rates(course: Course, layers: Sequence[LayerCourse]) -> list[float]:
+    rates = {loss["step"]: loss["lr"] for loss in course["losses"]}
     found = []
     for i, step in enumerate(layers[0]["step"]):
-        if step in rates:
-            found.append(rates[step] / mean(layer["frobenius_norm"][i] ** 2 for layer in layers))
+        rate = rates.get(step)
+        if rate is not None:
+            found.append(rate / mean(norm**2 for norm in _known([layer["frobenius_norm"][i] for layer in layers])))
     return found
 
 
-def write_findings(study: Study, found: Mapping[str, Any], output: Path) -> list[Path]:
-    """study.json, table.md, plot.svg and plot.png where the study asks for one, index.html; what was written."""
-    lines = markdown_table(study, found)
-    files: dict[str, str | bytes] = {
-        "study.json": json.dumps(found, indent=2) + "\n",
-        "table.md": "\n".join([f"# {study.name}", "", study.about, "", *lines, *_failures(found)]) + "\n",
-    }
+def _known(values: Sequence[float | None]) -> list[float]:
+    return [value for value in values if value is not None]
+
+
+def write_findings(study: Study, found: Findings, output: Path) -> list[Path]:
+    """Write study.json, table.md, index.html, and plot.svg and plot.png where the study asks for a plot."""
+    headers, body = cells(study, found)
+    failures = ["", *(f"- {run['name']} failed: {run['error']}" for run in found["failed"])] if found["failed"] else []
+    table = [f"# {study.name}", "", study.about, "", *table_lines(headers, body), *failures]
+    plot = study.plot
     drawn: dict[str, bytes] = {}
-    if study.plot and found["table"]:
-        drawn = rendered("plot", lambda figure: _plot(figure, study, found), (5.5, 3.2))
-    files["index.html"] = _page(study, found, drawn.get("plot.svg", b"").decode())
-    files |= drawn
+    if plot is not None and found["table"]:
+        drawn = rendered("plot", lambda figure: _plot(figure, study, plot, found), (5.5, 3.2))
+    files: dict[str, str | bytes] = {
+        "study.json": json_text(found),
+        "table.md": "\n".join(table) + "\n",
+        "index.html": _page(study, found, drawn.get("plot.svg", b"").decode()),
+        **drawn,
+    }
     for name, content in files.items():
         replace_file(output / name, content)
     return [output / name for name in files]
 
 
-def _failures(found: Mapping[str, Any]) -> list[str]:
-    return ["", *(f"- {run['name']} failed: {run['error']}" for run in found["failed"])] if found["failed"] else []
+def measures_shown(study: Study, found: Findings) -> list[str]:
+    """The measures that the recipe asks for, or the usual ones, as far as some run has them."""
+    known = {name for group in found["table"] for name in group["measures"]}
+    return [name for name in study.table.measures or DEFAULT_MEASURES if name in known]
 
 
-def measures_shown(study: Study, found: Mapping[str, Any]) -> list[str]:
-    """Those that the recipe asks for, or the usual ones; only what some run has."""
-    known = {name for row in found["table"] for name in row["measures"]}
-    asked = study.table.get("measures") or DEFAULT_MEASURES
-    return [name for name in asked if name in known]
-
-
-def cells(study: Study, found: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """(headers, rows) of the study's table: a row for each place on the row axes, a column for each on the other."""
-    across = study.table.get("columns")
-    rows = study.table.get("rows") or [axis for axis in study.axes if axis not in (SEED, across)]
+def cells(study: Study, found: Findings) -> tuple[list[str], list[list[str]]]:
+    """(headers, rows) of the table: a row for each point on the row axes, a column for each value of the other axis."""
+    across = study.table.columns
+    rows = study.table.rows or [axis for axis in study.axes if axis not in (SEED, across)]
     names = measures_shown(study, found)
-    columns = list(dict.fromkeys(row["axes"].get(across, "") for row in found["table"])) if across else [""]
-    named = [(name, f", {across} {column or '-'}" if across else "") for name in names for column in columns]
-    headers = [*rows, *(name + place for name, place in named)]
+    columns = list(dict.fromkeys(group["axes"].get(across, "") for group in found["table"])) if across else [""]
+    headers = [
+        *rows,
+        *(f"{name}, {across} {column or '-'}" if across else name for name in names for column in columns),
+    ]
     lines: dict[tuple[str, ...], dict[tuple[str, str], str]] = {}
-    for row in found["table"]:
-        place = tuple(row["axes"].get(axis, "") for axis in rows)
-        column = row["axes"].get(across, "") if across else ""
+    for group in found["table"]:
+        place = tuple(group["axes"].get(axis, "") for axis in rows)
+        column = group["axes"].get(across, "") if across else ""
         for name in names:
-            if name in row["measures"]:
-                lines.setdefault(place, {})[name, column] = spread_text(row["measures"][name])
+            if name in group["measures"]:
+                lines.setdefault(place, {})[name, column] = spread_text(group["measures"][name])
     body = [
         [*place, *(line.get((name, column), "") for name in names for column in columns)]
         for place, line in lines.items()
@@ -131,8 +177,8 @@ def cells(study: Study, found: Mapping[str, Any]) -> tuple[list[str], list[list[
     return headers, body
 
 
-def spread_text(spread: Mapping[str, Any]) -> str:
-    """`12.34 ± 0.05 (3)`: mean, sample standard deviation to two digits, and of how many."""
+def spread_text(spread: Spread) -> str:
+    """`12.34 ± 0.05 (3)`: mean, sample standard deviation to two digits, count."""
     middle, std, count = spread["mean"], spread["std"], spread["n"]
     if not std:
         counted = middle == round(middle) and abs(middle) >= 1000  # parameters, steps
@@ -141,45 +187,41 @@ def spread_text(spread: Mapping[str, Any]) -> str:
     return f"{middle:.{digits}f} ± {std:.{digits}f} ({count})" if digits < 10 else f"{middle:.5g} ({count})"
 
 
-def markdown_table(study: Study, found: Mapping[str, Any]) -> list[str]:
-    headers, body = cells(study, found)
-    return table_lines(headers, body)
+def _plot(figure: Figure, study: Study, plot: PlotSpec, found: Findings) -> None:
+    """A measure against an axis or another measure: a line for each value of the `lines` axis, with error bars.
 
-
-def _plot(figure: Any, study: Study, found: Mapping[str, Any]) -> None:
-    """A measure against an axis or another measure, a line for each value of the `lines` axis, bars for the spread.
-
-    Runs that have no place on the x axis are lines across.
+    Groups without a value on the x axis are horizontal lines.
     """
-    x, lines = study.plot.get("x"), study.plot.get("lines")
-    y = study.plot.get("y") or measures_shown(study, found)[0]
+    x, lines = plot.x or "", plot.lines or ""
+    y = plot.y or measures_shown(study, found)[0]
     ax = figure.subplots()
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in found["table"]:
-        if y in row["measures"] and (x in row["axes"] or x in row["measures"]):
-            groups.setdefault(row["axes"].get(lines, "") if lines else "", []).append(row)
-    names = list(dict.fromkeys(row["axes"].get(x, "") for rows in groups.values() for row in rows))
+    measured = [group for group in found["table"] if y in group["measures"]]
+    series: dict[str, list[Group]] = {}
+    for group in measured:
+        if x in group["axes"] or x in group["measures"]:
+            series.setdefault(group["axes"].get(lines, ""), []).append(group)
+    names = list(dict.fromkeys(group["axes"].get(x, "") for groups in series.values() for group in groups))
     position = _positions(names)
 
-    def place(row: Mapping[str, Any]) -> float:
-        return float(row["measures"][x]["mean"]) if x in MEASURES else position(row["axes"][x])
+    def place(group: Group) -> float:
+        return group["measures"][x]["mean"] if x in MEASURES else position(group["axes"][x])
 
-    for i, (name, rows) in enumerate(groups.items()):
-        points = sorted((place(row), row["measures"][y]["mean"], row["measures"][y]["std"] or 0.0) for row in rows)
+    for i, (name, groups) in enumerate(series.items()):
+        points = sorted(
+            (place(each), each["measures"][y]["mean"], each["measures"][y]["std"] or 0.0) for each in groups
+        )
         places, means, spreads = zip(*points, strict=True)
-        ax.errorbar(
-            places, means, yerr=spreads, fmt="o-", markersize=3, capsize=2, color=COLOURS[i % len(COLOURS)],
-            label=name or None,
-        )  # fmt: skip
-    without = [row for row in found["table"] if y in row["measures"] and x not in row["axes"] and x not in MEASURES]
-    for i, row in enumerate(without, len(groups)):  # such as the dense model beside ranks
-        label = row["axes"].get(lines) or " ".join(row["axes"].values())
-        ax.axhline(row["measures"][y]["mean"], linestyle="--", color=COLOURS[i % len(COLOURS)], label=label)
+        colour = COLOURS[i % len(COLOURS)]
+        ax.errorbar(places, means, yerr=spreads, fmt="o-", markersize=3, capsize=2, color=colour, label=name or None)
+    without = [group for group in measured if x not in group["axes"] and x not in MEASURES]
+    for i, group in enumerate(without, len(series)):  # such as the dense model beside ranks
+        label = group["axes"].get(lines) or " ".join(group["axes"].values())
+        ax.axhline(group["measures"][y]["mean"], linestyle="--", color=COLOURS[i % len(COLOURS)], label=label)
     if x not in MEASURES and any(_number(name) is None for name in names):
         ax.set_xticks(range(len(names)), names)
-    for scale in study.plot.get("log") or ():
+    for scale in plot.log:
         (ax.set_xscale if scale == "x" else ax.set_yscale)("log")
-    ax.set(xlabel=(x or "").replace("_", " "), ylabel=y.replace("_", " "))
+    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
     if lines:
         figure.legend(title=lines, loc="outside right upper")
 
@@ -192,47 +234,20 @@ def _number(text: str) -> float | None:
 
 
 def _positions(names: Sequence[str]) -> Callable[[str], float]:
-    """Numbers where all names are numbers, else their order."""
-    numbers = [_number(name) for name in names]
-    if all(number is not None for number in numbers):
+    """Names as numbers where all of them are, else by their order."""
+    if all(_number(name) is not None for name in names):
         return lambda name: float(name.rpartition(":")[2])
     return lambda name: float(names.index(name))
 
 
-PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif; }}
-body {{ max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
-.box {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .8rem; text-align: right; border-bottom: 1px solid #8884; }}
-th:first-child, td:first-child {{ text-align: left; }}
-figure {{ margin: 2rem 0; background: #fff; padding: .5rem; }}
-figure svg {{ max-width: 100%; height: auto; }}
-</style></head><body>
-<h1>{title}</h1><p>{about}</p>
-<p>{count}</p>
-<div class="box">{table}</div>
-{figure}
-{failed}
-</body></html>
-"""
-
-
-def _page(study: Study, found: Mapping[str, Any], svg: str) -> str:
+def _page(study: Study, found: Findings, svg: str) -> str:
     """One page without any network; every text is escaped."""
+    from jinja2 import Environment
+    from markupsafe import Markup
+
     headers, body = cells(study, found)
-    row = "".join
-    head = row(f"<th>{html.escape(header)}</th>" for header in headers)
-    lines = row(f"<tr>{row(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in body)
-    failed = row(f"<li>{html.escape(run['name'])}: {html.escape(run['error'])}</li>" for run in found["failed"])
-    return PAGE.format(
-        title=html.escape(study.name),
-        about=html.escape(study.about),
-        count=f"{found['finished']} of {found['asked']} runs are finished. Mean ± sample standard deviation (seeds).",
-        table=f"<table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table>",
-        figure=f"<figure>{svg[svg.index('<svg') :]}</figure>" if svg else "",
-        failed=f"<h2>Failed</h2><ul>{failed}</ul>" if failed else "",
+    page = Environment(autoescape=True, trim_blocks=True, keep_trailing_newline=True).from_string(
+        PAGE.read_text("utf-8")
     )
+    figure = Markup(svg[svg.index("<svg") :]) if svg else ""
+    return page.render(study=study, found=found, headers=headers, body=body, figure=figure)

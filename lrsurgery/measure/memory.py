@@ -1,9 +1,9 @@
-"""Peak memory of loading a model and one forward pass, in a process of its own: `python -m lrsurgery.peak REQUEST`.
+"""Peak memory of a model and one forward pass, in a process of its own: `python -m lrsurgery.measure.memory REQUEST`.
 
-On a CPU the peak of what is resident, less what was before, when everything was imported; on a GPU what torch has
-allocated there at most. A process's peak starts at that of the one that starts it, so Linux is asked to count anew
-(proc_pid_clear_refs(5)); on other systems a CPU's peak is not known. Two runs agree within 1 MB, since glibc is told to
-give back at once what is freed: left to itself it keeps tens of MB, more in one run than in the next.
+On a CPU: the peak of the resident memory, minus what was resident once everything was imported. On a GPU: the most that
+torch had allocated. A process inherits the peak of its parent, so Linux is asked to reset it (proc_pid_clear_refs(5));
+on other systems the peak of a CPU is not known. Two measurements agree within 1 MB, since glibc is made to return freed
+memory at once; by default it keeps tens of MB, and not always as many.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lrsurgery.errors import SurgeryError
-from lrsurgery.imports import import_file
+from lrsurgery.runtime import import_file, pick_device, pick_dtype
 
-SMALL = 1 << 30  # bytes of weights; beside larger ones the 10 MB of code that a first run brings in are nothing
+SMALL = 1 << 30  # bytes of weights; for larger ones, the 10 MB of code that a first pass loads do not matter
 
 
-@dataclass(frozen=True)
-class Request:
-    """One model and the batch that it is run on."""
+@dataclass(frozen=True, kw_only=True)
+class MemoryRequest:
+    """One model, the batch that it runs on, and the machine."""
 
     reference: str
     task: str
     trust_remote_code: bool
     device: str
-    dtype: str  # a key of options.DTYPES
+    dtype: str  # a key of runtime.DTYPES
     threads: int
     batch: int
     length: int
     seed: int
-    imports: tuple[str, ...] = ()  # files that register models
+    imports: tuple[str, ...] = ()  # Python files that register models
 
 
-def peak_memory(request: Request) -> tuple[int | None, str | None]:
-    """(bytes, None), or (None, why they are not known). Raises SurgeryError where the model cannot be run."""
-    command = [sys.executable, "-m", "lrsurgery.peak", json.dumps(asdict(request))]
-    # a module in the folder where the user stands is not to be taken for one of Python's
+def peak_memory(request: MemoryRequest) -> tuple[int | None, str | None]:
+    """(bytes, None), or (None, why they are not known). Raises SurgeryError where the model cannot run."""
+    command = [sys.executable, "-m", "lrsurgery.measure.memory", json.dumps(asdict(request))]
+    # PYTHONSAFEPATH: a file in the user's folder must not shadow one of Python's modules
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     unknown = f"{request.reference}: its peak memory is not known"
@@ -60,45 +60,43 @@ def peak_memory(request: Request) -> tuple[int | None, str | None]:
     return peak, None if peak is not None else f"{unknown}: this system does not tell"
 
 
-def measured(request: Request) -> int | None:
-    """The peak of this process, which has done nothing else, in bytes; None where the system does not tell."""
+def measure_peak(request: MemoryRequest) -> int | None:
+    """The peak of this process, which must have done nothing else, in bytes; None where the system does not tell it."""
     import torch
 
-    from lrsurgery.factorise.options import DTYPES, pick_device
-    from lrsurgery.measure.workloads import Contender, explained, make_pass
+    from lrsurgery.measure.workloads import Contender, make_workload, name_failures
 
     device = pick_device(request.device)
     torch.set_num_threads(request.threads)
     contender = Contender.of(request.reference, request.task, request.trust_remote_code)
 
-    def run() -> None:
-        model = contender.load(device, DTYPES[request.dtype])
-        with explained(request.reference, f"{request.batch} x {request.length}"):
+    def load_and_run() -> None:
+        model = contender.load(device, pick_dtype(request.dtype))
+        with name_failures(request.reference, f"{request.batch} x {request.length}"):
             x = contender.random_input(model, request.batch, request.length, request.seed)
-            timed = make_pass(model, x, contender.works[0])
+            timed = make_workload(model, x, contender.works[0])
             assert timed is not None
             timed.once()
 
-    if sum(file.stat().st_size for file in contender.source.files) < SMALL:
-        run()  # brings in what of the libraries' code it takes
+    if (contender.source.bytes or 0) < SMALL:
+        load_and_run()  # loads the libraries' code
         gc.collect()
         with contextlib.suppress(AttributeError, OSError):
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed is not to serve the run that counts
+            ctypes.CDLL(None).malloc_trim(0)  # the run that counts must not reuse what this one freed
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    else:
-        before = _resident("VmRSS")
-        if before is None or not _forget_peak():
-            return None
-    run()
-    if device.type == "cuda":
+        load_and_run()
         return torch.cuda.max_memory_allocated(device)
+    before = _resident("VmRSS")
+    if before is None or not _reset_peak():
+        return None
+    load_and_run()
     peak = _resident("VmHWM")
-    return None if peak is None else peak - before  # type: ignore[operator]
+    return None if peak is None else peak - before
 
 
 def _resident(field: str) -> int | None:
-    """VmRSS (now) or VmHWM (at most) of this process in bytes."""
+    """Resident memory of this process in bytes: VmRSS (now) or VmHWM (peak)."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -106,7 +104,7 @@ def _resident(field: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(field)), None)
 
 
-def _forget_peak() -> bool:
+def _reset_peak() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     except OSError:
@@ -115,15 +113,15 @@ def _forget_peak() -> bool:
 
 
 def main() -> None:
-    """Answers on stdout with one line of JSON."""
+    """Answer a request with one line of JSON on stdout."""
     try:
-        request = Request(**json.loads(sys.argv[1]))
+        request = MemoryRequest(**json.loads(sys.argv[1]))
         for file in request.imports:
             import_file(Path(file))
-        answer: dict[str, object] = {"peak": measured(request)}
+        answer: dict[str, object] = {"peak": measure_peak(request)}
     except SurgeryError as e:
         answer = {"error": " ".join(str(e).split())}
-    print(f"\n{json.dumps(answer)}", flush=True)
+    sys.stdout.write(f"\n{json.dumps(answer)}\n")
 
 
 if __name__ == "__main__":

@@ -2,213 +2,130 @@
 
 from __future__ import annotations
 
-import hashlib
-import itertools
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
+from lrsurgery.checkpoints.output import copy_companions
 from lrsurgery.checkpoints.source import resolve
-from lrsurgery.errors import Interrupted, RecipeError, StudyError
-from lrsurgery.files import alive, copy_companions, replace_file
-from lrsurgery.progress import Progress
+from lrsurgery.errors import Interrupted, RecipeError, StudyError, SurgeryError
+from lrsurgery.files import Json, alive, json_text, read_json, replace_file
+from lrsurgery.measure.study_recipe import CONFIG, Preparation, Run, Study
+from lrsurgery.progress import SILENT, Listener
+from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME
-from lrsurgery.training.recipe import Recipe, read_yaml
-from lrsurgery.training.run_folder import METRICS, RECIPE
 
 RESULT = "result.json"
 RUNS = "runs"
-PROCESS = "process"  # host and number of the one that a run is at work in
+PROCESS = "process"  # file with the host and the id of the process that a run is in
 PATHS = ("model", "data", "eval_data", "teacher", "against")  # settings that may be files beside the recipe
-KEYS = ("name", "about", "imports", "prepare", "settings", "grid", "table", "plot")
-TABLE_KEYS = ("rows", "columns", "measures")
-PLOT_KEYS = ("x", "lines", "y", "log")
-DYNAMICS = ("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm")  # means over the layers
-MEASURES = ("loss", "perplexity", "top1", "top5", "parameters", "steps", "seconds", *DYNAMICS, "effective_lr")
-CONFIG = "config"  # a setting of a study alone: what is changed in the model's config.json, for runs from scratch
+INTERRUPTED = 130  # exit code of a run that was asked to stop, and has saved itself
 
 
-@dataclass(frozen=True)
-class Run:
-    """One run: where it stands on each axis of the grid, and what `finetune` is asked for."""
+class Shard(NamedTuple):
+    """One of several parts of a study: every `parts`-th run from the `which`-th on, counted from 1."""
+
+    which: int
+    parts: int
+
+    def of(self, runs: Sequence[Run]) -> Sequence[Run]:
+        """Its runs."""
+        return runs[self.which - 1 :: self.parts]
+
+
+WHOLE = Shard(1, 1)
+
+
+def parse_shard(text: str | None) -> Shard:
+    """The shard of `I/N`. Raises RecipeError."""
+    if text is None:
+        return WHOLE
+    which, _, parts = text.partition("/")
+    if not (which.isdigit() and parts.isdigit() and 1 <= int(which) <= int(parts)):
+        raise RecipeError(f"shard '{text}': write I/N with I from 1 to N, such as 1/4")
+    return Shard(int(which), int(parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """How a run ended, as its result.json holds it."""
 
     name: str
     axes: Mapping[str, str]
-    settings: Mapping[str, Any]
+    fingerprint: str
+    settings: Json
+    status: str  # "finished" or "failed"
+    error: str | None = None  # the last line of a failed run
+    # of a finished run
+    steps: int | None = None
+    stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # stage -> figures
+    seconds: float | None = None  # in training steps; None for a resumed run, which knows its last part alone
+    parameters: int | None = None
 
     @property
-    def fingerprint(self) -> str:
-        """Changes with any setting."""
-        return hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+    def is_finished(self) -> bool:
+        return self.status == "finished"
+
+    def to_dict(self) -> Json:
+        """The JSON object, with the fields that a run of this status has."""
+        common = ("name", "axes", "fingerprint", "settings", "status")
+        own = ("steps", "stages", "seconds", "parameters") if self.is_finished else ("error",)
+        return {name: getattr(self, name) for name in (*common, *own)}
 
 
-@dataclass(frozen=True)
-class Study:
-    """A recipe, read and checked."""
-
-    file: Path
-    name: str
-    about: str
-    prepare: tuple[Mapping[str, Any], ...]
-    runs: tuple[Run, ...]
-    imports: tuple[Path, ...] = ()  # Python files that register models
-    table: Mapping[str, Any] = field(default_factory=dict)
-    plot: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def axes(self) -> list[str]:
-        """Every axis, in the order of the grids."""
-        return list(dict.fromkeys(axis for run in self.runs for axis in run.axes))
+def folder_of(run: Run, output: Path) -> Path:
+    """The folder of a run in a study's output."""
+    return output / RUNS / run.name
 
 
-def read_study(file: Path) -> Study:
-    """Raises RecipeError that names the key, the axis or the setting which is wrong."""
-    body = read_yaml(file)
-    for key in body:
-        _known(file, key, KEYS, "key")
-    base = _mapping(file, "settings", body.get("settings", {}))
-    grids = body.get("grid", {})
-    runs: dict[str, Run] = {}
-    for grid in grids if isinstance(grids, list) else [grids]:
-        for axes, settings in _points(file, _mapping(file, "grid", grid)):
-            whole = {**base, **settings}
-            _check_settings(file, whole)
-            name = "_".join(f"{axis}-{_slug(value)}" for axis, value in axes.items()) or "run"
-            if name in runs:
-                raise RecipeError(f"{file}: two runs are {name}; name the axes' values apart")
-            runs[name] = Run(name, axes, whole)
-    table, plot = (_mapping(file, key, body.get(key, {})) for key in ("table", "plot"))
-    for key in table:
-        _known(file, key, TABLE_KEYS, "table's")
-    for key in plot:
-        _known(file, key, PLOT_KEYS, "plot's")
-    imports = tuple(file.parent / str(name) for name in _list(body.get("imports")))
-    for script in imports:
-        if not script.is_file():
-            raise RecipeError(f"{file}: imports: {script}: no such file")
-    study = Study(
-        file, str(body.get("name") or file.stem), str(body.get("about") or ""), tuple(_steps(file, body)),
-        tuple(runs.values()), imports, table, plot,
-    )  # fmt: skip
-    for measure in [*_list(table.get("measures")), *_list(plot.get("y"))]:
-        _known(file, measure, MEASURES, "measure")
-    x = plot.get("x") if plot.get("x") not in MEASURES else None
-    named = [*_list(table.get("rows")), table.get("columns"), x, plot.get("lines")]
-    for axis in (name for name in named if name is not None):
-        if axis not in study.axes:
-            raise RecipeError(f"{file}: '{axis}' is no axis of the grid; its axes: {', '.join(study.axes)}")
-    return study
-
-
-def _known(file: Path, key: str, known: Sequence[str], what: str) -> None:
-    import difflib
-
-    if key not in known:
-        close = difflib.get_close_matches(key, known, 1)
-        hint = f"; did you mean '{close[0]}'?" if close else f"; known: {', '.join(known)}"
-        raise RecipeError(f"{file}: unknown {what} '{key}'{hint}")
-
-
-def _mapping(file: Path, key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise RecipeError(f"{file}: {key}: write it as 'NAME: value' lines")
-    return dict(value)
-
-
-def _list(value: Any) -> list[Any]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
-
-
-def _points(file: Path, grid: Mapping[str, Any]) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
-    """(place on each axis, settings) of every combination. An axis lists values of the setting of its name, or maps
-    names to settings."""
-    axes: list[list[tuple[str, dict[str, Any]]]] = []
-    for axis, values in grid.items():
-        if isinstance(values, Mapping):
-            axes.append([(str(name), _mapping(file, f"{axis}: {name}", value or {})) for name, value in values.items()])
-        elif isinstance(values, list):
-            axes.append([(_text(value), {axis: value}) for value in values])
-        else:
-            raise RecipeError(f"{file}: grid: {axis}: write a list of values, or names with their settings")
-        if not axes[-1]:
-            raise RecipeError(f"{file}: grid: {axis}: has no values")
-    for point in itertools.product(*axes):
-        settings: dict[str, Any] = {}
-        for _, more in point:
-            settings |= more
-        yield dict(zip(grid, (name for name, _ in point), strict=True)), settings
-
-
-def _text(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _slug(text: str) -> str:
-    return "".join(c if c.isalnum() or c in ".-+" else "-" for c in text).strip("-") or "empty"
-
-
-def _check_settings(file: Path, settings: Mapping[str, Any]) -> None:
-    given = {key.replace("-", "_"): value for key, value in settings.items() if key != CONFIG}
+def read_result(run: Run, output: Path) -> RunResult | None:
+    """The result of a run; None where it has not ended, or had other settings."""
     try:
-        Recipe().merged(given).check()
-        if settings.get(CONFIG) is not None and not settings.get("from_scratch"):
-            raise RecipeError(f"{CONFIG}: changes the model's shape, so the run has to be from_scratch")
-    except RecipeError as e:
-        raise RecipeError(f"{file}: {e}") from e
+        body = read_json(folder_of(run, output) / RESULT)
+        found = RunResult(**{each.name: body[each.name] for each in fields(RunResult) if each.name in body})
+    except (SurgeryError, TypeError):
+        return None
+    return found if found.fingerprint == run.fingerprint else None
 
 
-def _steps(file: Path, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    for step in _list(body.get("prepare")):
-        if not isinstance(step, Mapping) or set(step) != {"creates", "run"} or not isinstance(step["run"], list):
-            raise RecipeError(f"{file}: prepare: each step is 'creates: FILE' and 'run: [PROGRAM, ARGUMENT, ...]'")
-        yield step
-
-
-def parse_shard(text: str | None) -> tuple[int, int]:
-    """(which, of how many) of `i/n`, counted from 1. Raises RecipeError."""
-    if text is None:
-        return 1, 1
-    which, _, count = text.partition("/")
-    if not (which.isdigit() and count.isdigit() and 1 <= int(which) <= int(count)):
-        raise RecipeError(f"shard '{text}': write I/N with I from 1 to N, such as 1/4")
-    return int(which), int(count)
-
-
-def iter_study(
-    study: Study, output: Path, *, shard: tuple[int, int] = (1, 1), jobs: int = 1, resume: bool = False,
+def run_study(
+    study: Study,
+    output: Path,
+    *,
+    shard: Shard = WHOLE,
+    jobs: int = 1,
+    resume: bool = False,
     keep_models: bool = False,
-) -> Generator[Progress, None, list[dict[str, Any]]]:  # fmt: skip
-    """Takes the runs of a shard that are not finished, `jobs` at once; the results of all runs that there are.
+    listener: Listener = SILENT,
+) -> list[RunResult]:
+    """Do the runs of a shard that are not finished, `jobs` at once; the results of all runs that have one.
 
-    A run that fails is told in its result and stops no other one; `resume` tries it again.
+    A run that fails keeps its error as its result and stops no other one; `resume` tries it again.
 
-    Raises StudyError where the output holds another study, or is there and `resume` is False; RecipeError for `jobs`;
-    Interrupted after Ctrl-C or SIGTERM, once the runs at work have saved themselves.
+    Raises StudyError where the output holds another study, or exists and `resume` is False; RecipeError for `jobs`;
+    Interrupted after Ctrl-C or SIGTERM, once the current runs have saved themselves.
     """
     if jobs < 1:
         raise RecipeError(f"jobs {jobs}: write an integer of at least 1")
-    _open(study, output, resume)
+    _open_output(study, output, resume)
     for step in study.prepare:
         _prepare(study, step, output)
-    which, count = shard
-    mine = [run for i, run in enumerate(study.runs) if i % count == which - 1]
-    to_do = [run for run in mine if not _finished(run, output)]
+    mine = shard.of(study.runs)
+    to_do = [run for run in mine if not _is_finished(run, output)]
     for run in to_do:
         _check_idle(folder_of(run, output))
+    worker = _Worker(study=study, output=output, jobs=jobs, keep_models=keep_models)
     total, done = len(mine), len(mine) - len(to_do)
-    running: set[subprocess.Popen[str]] = set()
     with ThreadPoolExecutor(jobs, "run") as pool:
-        futures: dict[Future[None], Run] = {
-            pool.submit(_take, study, run, output, jobs, keep_models, running): run for run in to_do
-        }
+        futures: dict[Future[None], Run] = {pool.submit(worker.do, run): run for run in to_do}
         try:
             waiting = set(futures)
             while waiting:
@@ -216,11 +133,10 @@ def iter_study(
                 for future in ended:
                     future.result()
                     done += 1
-                    yield Progress(futures[future].name, done, total)
+                    listener.progress(futures[future].name, done, total)
         except BaseException as e:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):  # they finish their step, save and stop
-                process.terminate()
+            worker.stop()
             pool.shutdown(wait=True)
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise Interrupted(
@@ -231,7 +147,7 @@ def iter_study(
     return [result for run in study.runs if (result := read_result(run, output)) is not None]
 
 
-def _open(study: Study, output: Path, resume: bool) -> None:
+def _open_output(study: Study, output: Path, resume: bool) -> None:
     copy = output / "study.yaml"
     text = study.file.read_text(encoding="utf-8")
     if output.exists() and any(output.iterdir()):
@@ -243,11 +159,11 @@ def _open(study: Study, output: Path, resume: bool) -> None:
     replace_file(copy, text)
 
 
-def _prepare(study: Study, step: Mapping[str, Any], output: Path) -> None:
-    """Runs a step of the recipe unless what it creates is there; "python" is the one that runs this."""
-    if (output / str(step["creates"])).exists():
+def _prepare(study: Study, step: Preparation, output: Path) -> None:
+    """Run a command of the recipe unless what it creates exists; "python" is this interpreter."""
+    if (output / step.creates).exists():
         return
-    program, *arguments = map(str, step["run"])
+    program, *arguments = step.command
     beside = study.file.resolve().parent
     words = [str(beside / word) if (beside / word).is_file() else word for word in arguments]
     command = [sys.executable if program == "python" else program, *words]
@@ -255,88 +171,19 @@ def _prepare(study: Study, step: Mapping[str, Any], output: Path) -> None:
         done = subprocess.run(command, cwd=output, capture_output=True, text=True, check=False)
     except OSError as e:
         raise StudyError(f"{study.file}: prepare: {program}: {e.strerror}") from e
-    if done.returncode or not (output / str(step["creates"])).exists():
+    if done.returncode or not (output / step.creates).exists():
         said = (done.stderr.strip().splitlines() or ["it made no such file"])[-1]
-        raise StudyError(f"{study.file}: prepare: {step['creates']}: {said}")
+        raise StudyError(f"{study.file}: prepare: {step.creates}: {said}")
 
 
-def folder_of(run: Run, output: Path) -> Path:
-    return output / RUNS / run.name
-
-
-def read_result(run: Run, output: Path) -> dict[str, Any] | None:
-    """What a run came to; None where it has not ended, or was a run of other settings."""
-    try:
-        found = json.loads((folder_of(run, output) / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and found.get("fingerprint") == run.fingerprint else None
-
-
-def _finished(run: Run, output: Path) -> bool:
+def _is_finished(run: Run, output: Path) -> bool:
     result = read_result(run, output)
-    return result is not None and result["status"] == "finished"
-
-
-def _take(
-    study: Study, run: Run, output: Path, jobs: int, keep_models: bool, running: set[subprocess.Popen[str]]
-) -> None:
-    """One run in a process of its own, so that whatever happens to it happens to no other."""
-    folder = folder_of(run, output)
-    model, recipe = folder / "model", folder / "asked.yaml"
-    begun = folder / "model.run"
-    same = recipe.is_file() and _text_in(folder / "fingerprint") == run.fingerprint
-    if not same:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        _write_recipe(study, run, output, recipe)
-        replace_file(folder / "fingerprint", run.fingerprint)
-    imports = [word for script in study.imports for word in ("--import", str(script))]
-    command = [sys.executable, "-m", "lrsurgery", *imports, "finetune", "--output", str(model), "--json"]
-    # only a run that has a checkpoint goes on from it
-    resumes = same and any(begun.glob("*/checkpoint-*/complete"))
-    command += ["--resume"] if resumes else ["--recipe", str(recipe), "--overwrite"]
-    if not resumes:
-        shutil.rmtree(begun, ignore_errors=True)
-    env = {**os.environ}
-    if jobs > 1:
-        env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
-    # in a session of its own, so that Ctrl-C reaches it once, through the study, and not as a second one at once
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True
-    )
-    replace_file(folder / PROCESS, f"{socket.gethostname()} {process.pid}")
-    running.add(process)
-    told, said = process.communicate()
-    running.discard(process)
-    (folder / PROCESS).unlink(missing_ok=True)
-    if process.returncode == 130:
-        return  # interrupted: it is saved and goes on with --resume
-    result: dict[str, Any] = {
-        "name": run.name, "axes": dict(run.axes), "fingerprint": run.fingerprint, "settings": dict(run.settings),
-    }  # fmt: skip
-    if process.returncode:
-        last = (said.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
-        result |= {"status": "failed", "error": last.removeprefix("lrsurgery: ")}
-    else:
-        outcome = json.loads(told)
-        result |= {
-            "status": "finished", "steps": outcome["steps"], "stages": outcome["stages"],
-            # a resumed run knows only of its last part
-            "seconds": None if resumes else outcome["seconds"],
-            "parameters": outcome["report"]["totals"]["parameters_after"],
-        }  # fmt: skip
-        for name in (METRICS, RECIPE, FILE_NAME):
-            if (model / name).is_file():
-                shutil.copyfile(model / name, folder / name)
-        if not keep_models:
-            shutil.rmtree(model)
-    replace_file(folder / RESULT, json.dumps(result, indent=2) + "\n")
+    return result is not None and result.is_finished
 
 
 def _check_idle(folder: Path) -> None:
     host, _, pid = _text_in(folder / PROCESS).partition(" ")
-    if host == socket.gethostname() and alive(pid):  # the study was killed, and this run with it not
+    if host == socket.gethostname() and alive(pid):  # the study was killed, and this run was not
         raise StudyError(f"{folder}: is still at work in process {pid}; wait for it, or end it")
 
 
@@ -344,8 +191,89 @@ def _text_in(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Worker:
+    """Does runs of a study, each in a process of its own, so that nothing in one run can harm another."""
+
+    study: Study
+    output: Path
+    jobs: int
+    keep_models: bool
+    processes: set[subprocess.Popen[str]] = field(default_factory=set)  # of the current runs
+
+    def do(self, run: Run) -> None:
+        """Begin a run, or go on with one that has a checkpoint, and keep its result."""
+        folder = folder_of(run, self.output)
+        model, recipe, begun = folder / "model", folder / "asked.yaml", folder / "model.run"
+        same = recipe.is_file() and _text_in(folder / "fingerprint") == run.fingerprint
+        if not same:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            _write_recipe(self.study, run, self.output, recipe)
+            replace_file(folder / "fingerprint", run.fingerprint)
+        resumes = same and any(begun.glob("*/checkpoint-*/complete"))
+        if not resumes:
+            shutil.rmtree(begun, ignore_errors=True)
+        how = ["--resume"] if resumes else ["--recipe", str(recipe), "--overwrite"]
+        code, told, said = self._finetune(folder, ["--output", str(model), "--json", *how])
+        if code == INTERRUPTED:
+            return  # it is saved, and --resume goes on with it
+        if code:
+            last = (said.strip().splitlines() or [f"exit code {code}"])[-1]
+            result = _result_of(run, {"status": "failed", "error": last.removeprefix("lrsurgery: ")})
+        else:
+            outcome = json.loads(told)
+            facts = {
+                "status": "finished",
+                "steps": outcome["steps"],
+                "stages": outcome["stages"],
+                "seconds": None if resumes else outcome["seconds"],
+                "parameters": outcome["report"]["totals"]["parameters_after"],
+            }
+            result = _result_of(run, facts)
+            for name in (METRICS, RECIPE, FILE_NAME):
+                if (model / name).is_file():
+                    shutil.copyfile(model / name, folder / name)
+            if not self.keep_models:
+                shutil.rmtree(model)
+        replace_file(folder / RESULT, json_text(result.to_dict()))
+
+    def stop(self) -> None:
+        """Ask the current runs to stop: they finish their step, save and end."""
+        for process in list(self.processes):
+            process.terminate()
+
+    def _finetune(self, folder: Path, arguments: Sequence[str]) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr) of `lrsurgery finetune` with these arguments."""
+        imports = [word for script in self.study.imports for word in ("--import", str(script))]
+        env = {**os.environ}
+        if self.jobs > 1:
+            env["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        process = subprocess.Popen(
+            [sys.executable, "-m", "lrsurgery", *imports, "finetune", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            start_new_session=True,  # so that Ctrl-C reaches it once, through `stop`
+        )
+        replace_file(folder / PROCESS, f"{socket.gethostname()} {process.pid}")
+        self.processes.add(process)
+        told, said = process.communicate()
+        self.processes.discard(process)
+        (folder / PROCESS).unlink(missing_ok=True)
+        return process.returncode, told, said
+
+
+def _result_of(run: Run, facts: Json) -> RunResult:
+    return RunResult(name=run.name, axes=run.axes, fingerprint=run.fingerprint, settings=run.settings, **facts)
+
+
 def _write_recipe(study: Study, run: Run, output: Path, file: Path) -> None:
-    """The run's own recipe: paths beside the study's file or in its output folder spelled out, the model reshaped."""
+    """Write the recipe of one run, with its model reshaped and the paths of its files absolute.
+
+    Files are looked for beside the study's recipe, then in its output.
+    """
     import yaml
 
     settings = {key: value for key, value in run.settings.items() if key != CONFIG}
@@ -356,16 +284,16 @@ def _write_recipe(study: Study, run: Run, output: Path, file: Path) -> None:
                 settings[key] = str(folder / value)
                 break
     if run.settings.get(CONFIG):
-        settings["model"] = str(_reshaped(settings["model"], run.settings[CONFIG], file.parent / "config"))
+        settings["model"] = str(_reshape(settings["model"], run.settings[CONFIG], file.parent / "config"))
     file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
 
 
-def _reshaped(model: str, changes: Mapping[str, Any], folder: Path) -> Path:
-    """A copy of a model's small files, whose config.json has these changes."""
+def _reshape(model: str, changes: Json, folder: Path) -> Path:
+    """Copy a model's small files, with these changes of its config.json."""
     source = resolve(model, weights=False)
     if source.folder is None:
         raise RecipeError(f"{model}: has no config.json, so there is no config to change")
     folder.mkdir(exist_ok=True)
     copy_companions(source, folder)
-    (folder / "config.json").write_text(json.dumps({**source.config, **changes}, indent=2) + "\n", encoding="utf-8")
+    (folder / "config.json").write_text(json_text({**source.config, **changes}), encoding="utf-8")
     return folder

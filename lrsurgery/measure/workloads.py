@@ -1,15 +1,18 @@
-"""Forward passes of any model on random input, of which only the shapes matter: what `bench` times and counts."""
+"""The work that `bench` times, on random input, of which only the shape matters.
+
+Prefill, decode or a forward pass of a model; and its factorised layers by themselves.
+"""
 
 from __future__ import annotations
 
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,144 +21,171 @@ from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model, load_timm, load_with_head
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.data.examples import position_limit
-from lrsurgery.data.tasks import AUTO_CLASSES, LANGUAGE, task_of
+from lrsurgery.data.tasks import AUTO_CLASSES, LANGUAGE, is_for, task_of
 from lrsurgery.errors import DataError, SurgeryError
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight
 from lrsurgery.timing import Timed
 
-PREFILL, BY_TOKEN, FORWARD = "prefill", "token by token", "forward"
-CACHES = ("cache", "past_key_values", "cache_params")  # what releases of transformers call what is kept of a text
+PREFILL, FORWARD = "prefill", "forward"
+DECODE = "token by token"  # the name that bench.json has for it
+CACHES = ("cache", "past_key_values", "cache_params")  # arguments that carry a KV cache or a state in transformers
+Forward: TypeAlias = Callable[..., Any]  # a model, compiled or not; its output is its library's
 
 
-@dataclass(frozen=True)
+class Setting(NamedTuple):
+    """One kind of work at one batch size and length (tokens of a text, pixels of an image's side)."""
+
+    work: str
+    batch: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        return "decode" if self.work == DECODE else self.work
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contender:
-    """A model to run: where it is, what it is for, what it is fed."""
+    """A model to measure, as its config describes it: its task and its input."""
 
     source: Source
     task: str
-    size: tuple[int, ...]  # of an image: channels, height, width
-    vocabulary: int  # of a text: ids are below it
-    limit: int | None  # the most tokens that it has positions for
+    size: tuple[int, ...] = ()  # of an image: channels, height, width; empty for text
+    vocabulary: int = 0  # of text: ids are below it
+    limit: int | None = None  # positions that the model has; None: no limit is known
     trust_remote_code: bool = False
 
     @staticmethod
     def of(reference: str, task: str | None = None, trust_remote_code: bool = False) -> Contender:
-        """Looks at the config alone. Raises SurgeryError for a model or a task that is not run here."""
-        if task is not None and task not in AUTO_CLASSES:
-            raise SurgeryError(f"unknown task '{task}'; known: {', '.join(AUTO_CLASSES)}")
+        """Read the config alone. Raises SurgeryError for a model or a task that cannot be measured."""
         source = resolve(reference)
         task = task or task_of(source)
         if source.library == "timm" and task != "image-classification":
             raise SurgeryError(f"task {task}: timm models are for image-classification")
-        skeleton: Any = build_model(source, device="meta", trust_remote_code=trust_remote_code)
+        skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
         if task == "image-classification":
-            return Contender(source, task, _image_size(source, skeleton), 0, None, trust_remote_code)
-        config = skeleton.config.get_text_config()
+            size = _image_size(source, skeleton)
+            return Contender(source=source, task=task, size=size, trust_remote_code=trust_remote_code)
+        config = _text_config(skeleton)
         limit, relative = position_limit(config)
         vocabulary = getattr(config, "vocab_size", None)
         if vocabulary is None:
             raise SurgeryError(f"{reference}: takes no tokens, which {task} is about; choose another --task")
-        return Contender(source, task, (), vocabulary, None if relative else limit, trust_remote_code)
+        return Contender(
+            source=source,
+            task=task,
+            vocabulary=vocabulary,
+            limit=None if relative else limit,
+            trust_remote_code=trust_remote_code,
+        )
 
     def load(self, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-        """The model in eval mode, in the dtype that it is stored in where none is given. Raises SurgeryError."""
+        """The model in eval mode, without gradients; a dtype of None keeps the stored one. Raises SurgeryError."""
         source = self.source
         if source.library == "timm":
-            model: Any = load_timm(source, dtype)
-        elif self._own_task():
+            model = load_timm(source, dtype)
+        elif is_for(source, self.task):
             place: str | Path = source.folder if source.folder is not None else source.reference
             model = load_model(place, dtype=dtype, trust_remote_code=self.trust_remote_code)
         else:
             name = AUTO_CLASSES[self.task]
             model, _ = load_with_head(source, name, trust_remote_code=self.trust_remote_code, dtype=dtype)
-        if self.task == "sequence-classification" and model.config.get_text_config().pad_token_id is None:
-            model.config.get_text_config().pad_token_id = 0  # else a decoder takes no more than one sentence
-        # torch's counter of operations looks for gradients that a pass here never has
-        return model.to(device).requires_grad_(False)  # type: ignore[no-any-return]
-
-    def _own_task(self) -> bool:
-        try:
-            return task_of(self.source) == self.task
-        except SurgeryError:
-            return False
+        if self.task == "sequence-classification" and _text_config(model).pad_token_id is None:
+            _text_config(model).pad_token_id = 0  # a decoder without one takes a single sentence at most
+        # torch's counter of FLOPs would look for gradients, which are never computed here
+        return model.to(device).requires_grad_(False)
 
     @property
     def works(self) -> tuple[str, ...]:
-        return (PREFILL, BY_TOKEN) if self.task == "causal-lm" else (FORWARD,)
+        """The kinds of work that the task has."""
+        return (PREFILL, DECODE) if self.task == "causal-lm" else (FORWARD,)
 
     @property
     def unit(self) -> str:
+        """What throughput counts."""
         if self.task in LANGUAGE:
             return "tokens"
         return "images" if self.task == "image-classification" else "sentences"
 
     def units(self, work: str, batch: int, length: int) -> int:
-        """How many of them a pass handles; of token by token, the pass of one token."""
-        return batch * length if self.unit == "tokens" and work != BY_TOKEN else batch
+        """Units of one pass; a pass of decode is one token of each sequence."""
+        return batch * length if self.unit == "tokens" and work != DECODE else batch
 
     def random_input(self, model: nn.Module, batch: int, length: int, seed: int) -> Tensor:
-        """Ids (batch, length), none of them 0, which often stands for padding; or images (batch, *size)."""
+        """Token ids (batch, length), without 0, which is often padding; or images (batch, channels, height, width)."""
         generator = torch.Generator().manual_seed(seed)
         like = next(p for p in model.parameters() if p.is_floating_point())
         if self.size:
             return torch.randn(batch, *self.size, generator=generator).to(like.device, like.dtype)
-        return torch.randint(min(1, self.vocabulary - 1), self.vocabulary, (batch, length), generator=generator).to(
-            like.device
-        )
+        least = min(1, self.vocabulary - 1)
+        return torch.randint(least, self.vocabulary, (batch, length), generator=generator).to(like.device)
 
 
-def _image_size(source: Source, model: Any) -> tuple[int, ...]:
+def _text_config(model: Any) -> Any:
+    """The config of the text part of a transformers model."""
+    return model.config.get_text_config()
+
+
+def _image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
     from lrsurgery.data.images import Preprocessing
 
     try:
-        pixels: Any = Preprocessing.of(source, model, None).size
-    except DataError:
+        pixels = Preprocessing.of(source, model, None).size
+        return 3, pixels, pixels
+    except DataError:  # a transformers folder without a preprocessor
         config = getattr(model, "config", None)
-        pixels = getattr(config, "image_size", None)
-        if not isinstance(pixels, int):
+        size = getattr(config, "image_size", None)
+        if not isinstance(size, int):
             raise
-        return getattr(config, "num_channels", 3), pixels, pixels
-    return 3, pixels, pixels
+        return getattr(config, "num_channels", 3), size, size
 
 
-def make_pass(
-    model: Any, x: Tensor, work: str, *, new_tokens: int = 0, wrap: Callable[[Any], Any] | None = None
+def make_workload(
+    model: nn.Module, x: Tensor, work: str, *, new_tokens: int = 0, wrap: Callable[[nn.Module], Forward] | None = None
 ) -> Timed | None:
-    """One kind of work on input `x` as something to time; None where the model keeps no cache to go on from.
+    """One kind of work on the input `x`, to be timed; None for decode with a model that returns no cache.
 
-    `wrap` (torch.compile) is put around what is timed, and not around what prepares it.
+    `wrap` (torch.compile) is applied to what is timed, and not to what prepares it.
     """
     forward = model if wrap is None else wrap(model)
     if work == FORWARD:
-        return Timed(functools.partial(_pass, forward, x, {}))
-    # of a long text only the last logits are asked for, as transformers' generate does
-    taken = inspect.signature(model.forward).parameters
-    last = {"logits_to_keep": 1} if "logits_to_keep" in taken else {}
+        return Timed(functools.partial(_forward, forward, x, {}))
+    # a prefill needs the last logits alone, as in transformers' generate
+    arguments = inspect.signature(model.forward).parameters
+    last = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
     if work == PREFILL:
-        return Timed(functools.partial(_pass, forward, x, {"use_cache": True, **last}))
+        return Timed(functools.partial(_forward, forward, x, {"use_cache": True, **last}))
     prompt = max(1, x.shape[1] - new_tokens)
     with torch.inference_mode():
         first = model(x[:, :prompt], use_cache=True, **last)
-    name = next((name for name in CACHES if name in taken and getattr(first, name, None) is not None), None)
+    name = next((name for name in CACHES if name in arguments and getattr(first, name, None) is not None), None)
     if name is None:
         return None
-    # the cache of the prompt is made once; each run grows a copy of it
+    # the prompt is prefilled once; each run extends a copy of its cache
     prepare = functools.partial(copy.deepcopy, getattr(first, name))
     begin = first.logits[:, -1:].argmax(-1)
 
     @torch.inference_mode()
-    def generate(cache: Any) -> Iterator[None]:
+    def decode(cache: object) -> Iterator[None]:
         token = begin
         for _ in range(x.shape[1] - prompt):
-            found = forward(token, use_cache=True, **{name: cache})
-            token, cache = found.logits[:, -1:].argmax(-1), getattr(found, name)
+            output = forward(token, use_cache=True, **{name: cache})
+            token, cache = output.logits[:, -1:].argmax(-1), getattr(output, name)
             yield
 
-    return Timed(generate, prepare)
+    return Timed(decode, prepare)
+
+
+@torch.inference_mode()
+def _forward(forward: Forward, x: Tensor, options: Mapping[str, object], prepared: None) -> Iterator[None]:
+    forward(x, **options)
+    yield
 
 
 @contextmanager
-def explained(reference: str, what: str) -> Iterator[None]:
-    """A model's own failure, which may be any exception, as one line that says on what. Raises SurgeryError."""
+def name_failures(reference: str, what: str) -> Iterator[None]:
+    """Turn any exception of a model into one line that names the model and the work. Raises SurgeryError."""
     try:
         yield
     except torch.OutOfMemoryError as e:
@@ -167,21 +197,74 @@ def explained(reference: str, what: str) -> Iterator[None]:
         raise SurgeryError(f"{reference}: fails on {what}: {type(e).__name__}: {reason}") from e
 
 
-@torch.inference_mode()
-def _pass(forward: Any, x: Tensor, options: dict[str, Any], given: None) -> Iterator[None]:
-    forward(x, **options)
-    yield
+def compile_now(timed: Timed, reference: str) -> None:
+    """Make the first call, which compiles. Raises SurgeryError; the model is known to run without compilation."""
+    try:
+        timed.once()
+    except Exception as e:
+        lines = str(e).strip().splitlines() or [type(e).__name__]
+        raise SurgeryError(f"{reference}: torch.compile fails: {lines[0][:200]}; leave --compile out") from e
 
 
 def count_flops(timed: Timed) -> int:
-    """Floating point operations of the products and convolutions in a pass; a multiplication and an addition are 2.
-
-    Of token by token, the mean of a token.
-    """
+    """FLOPs of the matrix products and convolutions in one pass, two for a multiply-add; of decode, mean of a token."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # fused attention has no count on every device; its plain form is made of counted products
+    # fused attention has no count on every device; its plain form consists of products, which have
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        times = timed.once()
-    return round(int(counter.get_total_flops()) / times)
+        passes = timed.once()
+    return round(int(counter.get_total_flops()) / passes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerGroup:
+    """Factorised layers that are timed as one: of the same dense form, rank and input."""
+
+    names: tuple[str, ...]
+    layer: FactorisedLayer  # the first of them
+    shape: tuple[int, ...]  # of the input
+
+    def build_dense(self) -> nn.Module:
+        """The dense layer with the same product and bias."""
+        dense = build_dense(self.layer)
+        dense.weight = nn.Parameter(dense_weight(self.layer), requires_grad=False)
+        dense.bias = self.layer.bias  # type: ignore[assignment]
+        return dense
+
+    def random_input(self, device: torch.device, seed: int) -> Tensor:
+        """Normal values of the input's shape, in the layer's dtype."""
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randn(self.shape, generator=generator).to(device, self.layer.u.weight.dtype)
+
+
+def layer_groups(model: nn.Module, x: Tensor) -> list[LayerGroup]:
+    """The factorised layers that a forward pass on `x` calls, grouped, in the order of their first calls."""
+    layers = factorised_layers(model)
+    groups: dict[tuple[object, ...], list[str]] = {}
+    shapes = _input_shapes(model, layers, x)
+    for name, shape in shapes.items():
+        layer = layers[name]
+        key = (layer.kind, str(build_dense(layer)), layer.u.weight.dtype, layer.rank, shape)
+        groups.setdefault(key, []).append(name)
+    return [LayerGroup(names=tuple(names), layer=layers[names[0]], shape=shapes[names[0]]) for names in groups.values()]
+
+
+def _input_shapes(model: nn.Module, layers: Mapping[str, FactorisedLayer], x: Tensor) -> dict[str, tuple[int, ...]]:
+    """Layer -> shape of its input, at its first call in a forward pass on `x`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], dict[str, Tensor]], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+            shapes.setdefault(name, tuple([*args, *options.values()][0].shape))
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()]
+    try:
+        with torch.inference_mode():
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return shapes
