@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from support import tiny
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrsurgery
-from lrsurgery.errors import PlanError, SourceError, SurgeryError
+from lrsurgery.errors import PlanError, RecipeError, SourceError, SurgeryError
 from lrsurgery.linalg.spectrum import Points, sample
 from lrsurgery.report.profile import LADDER, ProfileOptions
 from lrsurgery.report.read import read_report
@@ -254,6 +255,19 @@ def test_a_run_that_is_not_finished_is_read_too(folders: Path, tmp_path: Path) -
     assert json.loads(found.to_json())["totals"] is None
 
 
+def test_settings_are_those_that_the_recipe_names(folders: Path, tmp_path: Path) -> None:
+    recipe = yaml.safe_load((folders / "frobenius" / "recipe.yaml").read_text())
+    found = dict(read_run(folders / "frobenius")["settings"])
+    assert (found.pop("steps"), len(found)) == (6, 17)
+    assert found == {name: recipe[name] for name in found}
+    (tmp_path / "metrics.jsonl").write_bytes((folders / "frobenius" / "metrics.jsonl").read_bytes())
+    bare = read_run(tmp_path)["settings"]
+    assert (bare["lr"], bare["decay"], bare["rank"], bare["steps"]) == (None, None, [], 6)
+    (tmp_path / "recipe.yaml").write_text("lr: 1e-2\nbatch-size: 4\nrank: 0.5\n")  # YAML takes 1e-2 for text
+    partial = read_run(tmp_path)["settings"]
+    assert (partial["lr"], partial["batch_size"], partial["rank"], partial["seed"]) == (0.01, 4, ["0.5"], None)
+
+
 # bad input
 
 
@@ -283,6 +297,18 @@ def test_what_makes_no_sense_is_refused(
 def test_metrics_that_are_damaged_are_named(folders: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
     with pytest.raises(SourceError, match=r"metrics\.jsonl: not the metrics of a run"):
+        report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [("lr: [", "not a recipe"), ("- 1", "one 'setting: value' a line"), ("lr: fast", "lr 'fast': write a number")],
+    ids=["not yaml", "a list", "no number"],
+)
+def test_a_damaged_recipe_is_named(folders: Path, tmp_path: Path, recipe: str, words: str) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes((folders / "none" / "metrics.jsonl").read_bytes())
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    with pytest.raises(RecipeError, match=rf"recipe\.yaml: .*{words}"):
         report(tmp_path)
 
 
