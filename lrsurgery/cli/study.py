@@ -8,32 +8,48 @@ from typing import Annotated
 
 import typer
 
-from lrsurgery.cli.arguments import DebugOption, JsonOption, QuietOption, make_screen
+from lrsurgery.cli.arguments import MACHINE, OUTPUT, DebugOption, JsonOption, QuietOption, make_screen, option
+
+RUN = "What to run"  # a panel of help
 
 
 def study(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A study's YAML file.", show_default=False)],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Its folder; named by the recipe if left out.")
-    ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on: keep finished runs, resume interrupted ones, retry failed ones."),
+        option(
+            "--resume",
+            panel=RUN,
+            text="Going on: finished runs stay, interrupted ones resume, failed ones are retried.",
+        ),
     ] = False,
     shard: Annotated[
         str | None,
-        typer.Option("--shard", metavar="I/N", show_default=False, help="Take every N-th run, from the I-th."),
+        option("--shard", panel=RUN, metavar="I/N", text="Every N-th run, from the I-th.", default=False),
     ] = None,
-    jobs: Annotated[int, typer.Option("--jobs", "-j", metavar="N", help="Runs at once; they share the threads.")] = 1,
-    keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep each run's weights too.")] = False,
+    jobs: Annotated[
+        int, option("--jobs", "-j", panel=MACHINE, metavar="N", text="Runs at once; they share the threads.")
+    ] = 1,
+    output: Annotated[
+        Path | None,
+        option(
+            "--output",
+            "-o",
+            panel=OUTPUT,
+            metavar="DIR",
+            text="The study's folder; named by the recipe.",
+            default=False,
+        ),
+    ] = None,
+    keep_models: Annotated[bool, option("--keep-models", panel=OUTPUT, text="Each run's weights too.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Take a grid of training runs and tabulate what they come to: means and spreads over seeds, a plot, one page.
+    """Train a grid of runs and tabulate the results: means and spreads over seeds, a plot, one page.
 
-    A recipe has settings (as for finetune --recipe), a grid of axes, and what its table and plot show; examples/studies
-    has five. Its prepare steps are commands: run only recipes that you trust.
+    A recipe has settings (as for finetune --recipe), a grid of axes, and what its table and plot show; there are small
+    ones in examples/studies. Its prepare steps are commands: run only recipes that you trust.
 
     [bold]Examples[/bold]
 
@@ -44,16 +60,26 @@ def study(
       lrsurgery study decay.yaml --output /shared/decay --shard 3/8 --resume
     """
     screen = make_screen(quiet, as_json)
-    from lrsurgery.measure.findings import cells, findings, write_findings
-    from lrsurgery.measure.study import iter_study, parse_shard, read_study
+    from lrsurgery.measure.findings import cells, findings_of, write_findings
+    from lrsurgery.measure.study import parse_shard, run_study
+    from lrsurgery.measure.study_recipe import read_study
 
     asked = read_study(recipe)
     target = output or Path(asked.name)
     part = parse_shard(shard)
-    steps = iter_study(asked, target, shard=part, jobs=jobs, resume=resume or part[1] > 1, keep_models=keep_models)
-    results = screen.follow(steps, "study")
-    found = findings(asked, results, target)
+    with screen.follow("study") as listener:
+        results = run_study(
+            asked,
+            target,
+            shard=part,
+            jobs=jobs,
+            resume=resume or part.which > 1,
+            keep_models=keep_models,
+            listener=listener,
+        )
+    found = findings_of(asked, results, target)
     write_findings(asked, found, target)
+    screen.emit({"output": str(target), **found})
     from rich.table import Table
 
     headers, body = cells(asked, found)
@@ -62,7 +88,6 @@ def study(
         table.add_column(header, justify="left" if i == 0 else "right")
     for line in body:
         table.add_row(*line)
-    screen.emit({"output": str(target), **found})
     screen.show(table)
     for run in found["failed"]:
         screen.say(f"Failed: {run['name']}: {run['error']}")
