@@ -28,13 +28,16 @@ class Choice(str, Enum):
     __str__ = str.__str__
 
 
+def _source(module: str) -> str:
+    return PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
+
+
 def table_names(module: str, table: str) -> list[str]:
     """The names in a table of another module, read from its source, so that --help need not import torch.
 
     The table is a dict or a tuple with its texts spelled out.
     """
-    source = PACKAGE.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text(encoding="utf-8")
-    for node in ast.parse(source).body:
+    for node in ast.parse(_source(module)).body:
         target = (
             node.target
             if isinstance(node, ast.AnnAssign)
@@ -46,6 +49,14 @@ def table_names(module: str, table: str) -> list[str]:
             values = node.value.keys if isinstance(node.value, ast.Dict) else getattr(node.value, "elts", [])
             return [v.value for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str)]
     raise AssertionError(f"{module} has no table {table}")
+
+
+def constant(module: str, name: str) -> str:
+    """The text of a constant in another module, read from its source for the same reason."""
+    for node in ast.parse(_source(module)).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return str(ast.literal_eval(node.value))
+    raise AssertionError(f"{module} has no constant {name}")
 
 
 def choice(name: str, module: str, table: str, *others: str) -> type[Choice]:
@@ -92,7 +103,7 @@ FolderArgument = Annotated[
 ]
 
 # what to cut
-RANKS = "0.5 (of full rank), 64, energy:0.9, params:0.5 or stable; again as GLOB=RANK for single layers."
+RANKS = f"{constant('lrsurgery.surgery.ranks', 'READABLE').capitalize()}; again as GLOB=RANK for single layers."
 RankOption = Annotated[
     list[str] | None, option("--rank", "-r", panel=CUT, metavar="RANK|GLOB=RANK", text=RANKS, default=False)
 ]

@@ -1,12 +1,13 @@
 """Rank policies: how many singular directions a layer keeps.
 
 A policy maps a matrix (rows, columns) and, where it needs them, its singular values to a rank. To add one: a frozen
-dataclass with `rank_of`, a case in `parse_policy` and an entry in `READABLE`.
+dataclass with `rank_of`, a row in `POLICIES` and an entry in `READABLE`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -133,22 +134,28 @@ class StableRank:
         return "stable"
 
 
+# what a policy's text begins with -> the policy of what follows the colon
+POLICIES: dict[str, Callable[[str], RankPolicy]] = {
+    "energy": lambda number: EnergyRank(finite(number)),
+    "params": lambda number: ParameterShare(finite(number)),
+    "stable": lambda rest: StableRank(),
+}
+
+
 def parse_policy(text: str) -> RankPolicy:
-    """Read `0.5`, `64`, `energy:0.9`, `params:0.5` or `stable`; an integer is a rank and `1.0` a fraction.
+    """Read `0.5`, `64`, or one of `POLICIES` such as `energy:0.9`; an integer is a rank and `1.0` a fraction.
 
     Raises RankError with what is readable.
     """
     text = text.strip()
-    if text == "stable":
-        return StableRank()
-    kind, colon, number = text.partition(":")
+    name, _, number = text.partition(":")
     try:
-        if not colon:
+        if name in POLICIES:
+            policy = POLICIES[name](number)
+            if text == str(policy) or number:
+                return policy
+        elif not number:
             return AbsoluteRank(int(text)) if text.lstrip("+-").isdigit() else FractionRank(finite(text))
-        if kind == "energy":
-            return EnergyRank(finite(number))
-        if kind == "params":
-            return ParameterShare(finite(number))
     except RankError:
         raise
     except ValueError:
