@@ -138,8 +138,14 @@ class StableRank:
 POLICIES: dict[str, Callable[[str], RankPolicy]] = {
     "energy": lambda number: EnergyRank(finite(number)),
     "params": lambda number: ParameterShare(finite(number)),
-    "stable": lambda rest: StableRank(),
+    "stable": lambda rest: _stable(rest),
 }
+
+
+def _stable(rest: str) -> StableRank:
+    if rest:
+        raise ValueError(rest)
+    return StableRank()
 
 
 def parse_policy(text: str) -> RankPolicy:
@@ -151,10 +157,8 @@ def parse_policy(text: str) -> RankPolicy:
     name, _, number = text.partition(":")
     try:
         if name in POLICIES:
-            policy = POLICIES[name](number)
-            if text == str(policy) or number:
-                return policy
-        elif not number:
+            return POLICIES[name](number)
+        if not number:
             return AbsoluteRank(int(text)) if text.lstrip("+-").isdigit() else FractionRank(finite(text))
     except RankError:
         raise
