@@ -192,9 +192,12 @@ def test_every_task_learns(
     from lrsurgery.measure.evaluate import evaluate
 
     measured = evaluate(
-        str(outcome.output), places.get("eval_data", places["data"]), DataOptions(task=task), batch_size=3,
+        str(outcome.output),
+        places.get("eval_data", places["data"]),
+        DataOptions(task=task),
+        batch_size=3,
         split=places.get("eval_split"),
-    )  # fmt: skip
+    )
     assert measured.values == pytest.approx(after, rel=1e-5)
 
 
@@ -249,9 +252,17 @@ def test_decay_shrinks_the_product(bench: Path, tmp_path: Path, optimizer: str) 
     norms = {}
     for decay in ("frobenius", "l2", "none"):
         given = text(
-            bench, model=str(bench / "half"), steps=5, lr=1e-3, schedule="constant", decay=decay, decay_strength=20.0,
-            optimizer=optimizer, log_steps=1, set={"max_grad_norm": 1e-6} if optimizer == "sgd" else {},
-        )  # fmt: skip
+            bench,
+            model=str(bench / "half"),
+            steps=5,
+            lr=1e-3,
+            schedule="constant",
+            decay=decay,
+            decay_strength=20.0,
+            optimizer=optimizer,
+            log_steps=1,
+            set={"max_grad_norm": 1e-6} if optimizer == "sgd" else {},
+        )
         outcome, _ = healed(given, tmp_path / f"{decay}-{optimizer}")
         layers = [r["layers"] for r in records(outcome.output) if "layers" in r]
         norms[decay] = [sum(row["frobenius_norm"] for row in rows.values()) for rows in (layers[0], layers[-1])]
@@ -274,9 +285,15 @@ def test_a_teacher_is_matched(bench: Path, tmp_path: Path) -> None:
     ids = torch.randint(6, 300, (4, tiny.BLOCK), generator=torch.Generator().manual_seed(0))
     for weight in (1.0, 0.0):
         given = text(
-            bench, model=str(bench / "half"), steps=30, lr=2e-3, decay="none", teacher=str(bench / "gpt2"),
-            teacher_weight=weight, temperature=1.0,
-        )  # fmt: skip
+            bench,
+            model=str(bench / "half"),
+            steps=30,
+            lr=2e-3,
+            decay="none",
+            teacher=str(bench / "gpt2"),
+            teacher_weight=weight,
+            temperature=1.0,
+        )
         outcome, _ = healed(given, tmp_path / f"out-{weight}")
         student = tf.AutoModelForCausalLM.from_pretrained(outcome.output)
         with torch.no_grad():
@@ -346,8 +363,10 @@ def test_a_decay_that_overshoots_is_warned_of_with_its_bound(bench: Path, tmp_pa
     model = lrsurgery.load_model(bench / "half")
     top = max(
         float(torch.linalg.matrix_norm(f.detach(), 2)) ** 2
-        for m in model.modules() if type(m).__name__ == "FactorisedLinear" for f in m.factors
-    )  # fmt: skip
+        for m in model.modules()
+        if type(m).__name__ == "FactorisedLinear"
+        for f in m.factors
+    )
     outcome, heard = healed(given, tmp_path / "out")
     (note,) = [text for text in heard.notes if "overshoots" in text]
     assert f"is {1e-2 * 1e3 * top:.3g} at" in note
@@ -406,7 +425,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("truncated", {"model": "truncated"}, "truncated/model.safetensors"),
     ("not finite", {"model": "nan"}, "holds NaN or Inf; repair the checkpoint first"),
     ("image", {"model": "vit", "rank": ["0.5"], "data": "broken"}, "image 0 does not decode"),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

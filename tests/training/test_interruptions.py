@@ -65,12 +65,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def arguments(bench: Path, output: str, *more: object) -> list[str]:
-    given = (
-        "finetune", bench / "model", "--data", bench / "train.txt", "--eval-data", bench / "valid.txt", "--rank", 0.5,
-        "--dense-steps", DENSE, "--steps", STEPS, "--save-steps", SAVE, "--eval-steps", SAVE, "--log-steps", 1,
-        "--batch-size", 4, "--warmup-steps", 2, "--output", bench / output, *more,
-    )  # fmt: skip
-    return list(map(str, given))
+    data = ["--data", bench / "train.txt", "--eval-data", bench / "valid.txt"]
+    length = f"--dense-steps {DENSE} --steps {STEPS} --save-steps {SAVE} --eval-steps {SAVE} --log-steps 1"
+    rest = f"--rank 0.5 {length} --batch-size 4 --warmup-steps 2".split()
+    return list(map(str, ["finetune", bench / "model", *data, *rest, "--output", bench / output, *more]))
 
 
 def program(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -167,20 +165,24 @@ def steps_of(folder: Path) -> list[float]:
     return [record["loss"] for record in records(folder) if "loss" in record]
 
 
+def calm(bench: Path, output: Path, batch: int, steps: str) -> list[object]:
+    """Training of the model without dropout."""
+    data = ["--data", bench / "train.txt", "--eval-data", bench / "valid.txt"]
+    decay = "--rank 0.5 --decay frobenius --decay-strength 0.1"
+    rest = f"{decay} {steps} --log-steps 1 --batch-size {batch} --stride 16".split()
+    return ["finetune", bench / "calm", *data, *rest, "--output", output]
+
+
 @pytest.mark.parametrize("switched", [False, True])
 def test_two_processes_train_as_one(bench: Path, switched: bool) -> None:
     """Data parallel over gloo: the same losses and weights as one process with the same global batch.
 
     Within one epoch: at its end two processes fill their last batches up with examples from its beginning.
     """
-    more = ["--rank", 0.5, "--decay", "frobenius", "--decay-strength", 0.1, *(["--dense-steps", 8] if switched else [])]
 
     def command(output: Path, batch: int) -> list[object]:
-        return [
-            "finetune", bench / "calm", "--data", bench / "train.txt", "--eval-data", bench / "valid.txt", *more,
-            "--steps", 20, "--log-steps", 1, "--eval-steps", 10, "--batch-size", batch, "--stride", 16,
-            "--output", output,
-        ]  # fmt: skip
+        steps = f"--steps 20 --eval-steps 10{' --dense-steps 8' if switched else ''}"
+        return calm(bench, output, batch, steps)
 
     one, two = bench / f"one-{switched}", bench / f"two-{switched}"
     alone = program(*tiny.PROGRAM, *command(one, 8))
@@ -228,10 +230,14 @@ sys.argv = ["lrsurgery", *sys.argv[2:]]
 cli.main()
 """
 FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false", "ACCELERATE_USE_CPU": "true",
-}  # fmt: skip
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "ACCELERATE_USE_CPU": "true",
+}
 
 
 def test_two_processes_with_sharded_weights_train_as_one(bench: Path, tmp_path: Path) -> None:
@@ -240,12 +246,7 @@ def test_two_processes_with_sharded_weights_train_as_one(bench: Path, tmp_path: 
     script.write_text(SHARDING)
 
     def command(output: Path, batch: int) -> list[object]:
-        return [
-            "finetune", bench / "calm", "--data", bench / "train.txt", "--eval-data", bench / "valid.txt",
-            "--rank", 0.5, "--decay", "frobenius", "--decay-strength", 0.1,
-            "--steps", 12, "--log-steps", 1, "--eval-steps", 6, "--batch-size", batch, "--stride", 16,
-            "--output", output,
-        ]  # fmt: skip
+        return calm(bench, output, batch, "--steps 12 --eval-steps 6")
 
     one, two = bench / "whole-weights", bench / "sharded"
     alone = program(*tiny.PROGRAM, *command(one, 8))
