@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -24,9 +25,10 @@ from lrsurgery.cli.bench import bench_layer_table, size_table, speed_table
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files import replace_file
 from lrsurgery.measure import bench as module
-from lrsurgery.measure.bench import BenchOptions, iter_bench, read_bench
-from lrsurgery.measure.workloads import FORWARD, count_flops, make_pass
-from lrsurgery.progress import result_of
+from lrsurgery.measure.bench import BenchOptions, bench
+from lrsurgery.measure.workloads import DECODE, FORWARD, PREFILL, count_flops, make_workload
+from lrsurgery.report.read import read_bench
+from lrsurgery.report.schema import Bench
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.timing import Timed, compare, median_interval, percentile
 
@@ -125,13 +127,13 @@ def test_percentile_is_the_nearest_rank() -> None:
 
 def test_operations_are_two_for_each_weight_and_row() -> None:
     model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 8, bias=False))
-    timed = make_pass(model, torch.randn(5, 7, 24), FORWARD)
+    timed = make_workload(model, torch.randn(5, 7, 24), FORWARD)
     assert timed is not None
     assert count_flops(timed) == 2 * sum(p.numel() for p in model.parameters()) * 5 * 7
 
 
 @pytest.fixture(scope="module")
-def benched(models: Path) -> dict[str, Any]:
+def benched(models: Path) -> Bench:
     """The program's JSON on a factorised GPT-2 against the dense one."""
     words = "--batch 1,64 --length 16 --new-tokens 4 --seconds 0.3 --threads 1 --device cpu --layers --save --json"
     command = [*tiny.PROGRAM, "bench", str(models / "quarter"), "--against", str(models / "gpt2"), *words.split()]
@@ -140,7 +142,8 @@ def benched(models: Path) -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def test_the_program_measures_and_saves_what_it_prints(models: Path, benched: dict[str, Any]) -> None:
+@pytest.mark.process
+def test_the_program_measures_and_saves_what_it_prints(models: Path, benched: Bench) -> None:
     assert read_bench(models / "quarter") == benched
     assert read_bench(models / "gpt2") is None
     settings = [(run["work"], run["batch"], run["length"]) for run in benched["runs"]]
@@ -166,19 +169,23 @@ def test_the_program_measures_and_saves_what_it_prints(models: Path, benched: di
     assert benched["against"]["parameters"] == sum(p.numel() for p in dense.parameters())
 
 
-def test_equal_layers_are_timed_once_on_what_the_model_gives_them(benched: dict[str, Any]) -> None:
+@pytest.mark.process
+def test_equal_layers_are_timed_once_on_what_the_model_gives_them(benched: Bench) -> None:
     groups = {row["names"][0].removeprefix("transformer.h.0."): row for row in benched["layers"]}
     shapes = {
-        "attn.c_attn": ([32, 96], [1, 16, 32]), "attn.c_proj": ([32, 32], [1, 16, 32]),
-        "mlp.c_fc": ([32, 128], [1, 16, 32]), "mlp.c_proj": ([128, 32], [1, 16, 128]),
-    }  # fmt: skip
+        "attn.c_attn": ([32, 96], [1, 16, 32]),
+        "attn.c_proj": ([32, 32], [1, 16, 32]),
+        "mlp.c_fc": ([32, 128], [1, 16, 32]),
+        "mlp.c_proj": ([128, 32], [1, 16, 128]),
+    }
     assert {name: (row["shape"], row["input"]) for name, row in groups.items()} == shapes
     for row in groups.values():
         assert (row["kind"], row["rank"], len(row["names"])) == ("conv1d", 8, 2)
         assert row["slower"] == (row["interval"][1] < 1)
 
 
-def test_tables_fit_a_terminal_of_80_columns(benched: dict[str, Any]) -> None:
+@pytest.mark.process
+def test_tables_fit_a_terminal_of_80_columns(benched: Bench) -> None:
     console = Console(width=80, record=True)
     body = json.loads(json.dumps(benched))
     for name in ("model", "against"):
@@ -204,18 +211,20 @@ def test_tables_fit_a_terminal_of_80_columns(benched: dict[str, Any]) -> None:
 def test_a_model_against_itself_is_as_fast(models: Path) -> None:
     """At 95% each interval may miss; a comparison that favours one side misses every time."""
     reference = str(models / "gpt2")
-    missed = {"prefill": 0, "token by token": 0}
+    missed = {PREFILL: 0, DECODE: 0}
     for _ in range(4):
-        for run in result_of(iter_bench(reference, reference, QUICK))["runs"]:
+        for run in bench(reference, reference, QUICK)["runs"]:
             assert run["ideal"] == 1
-            missed[run["work"]] += not run["interval"][0] <= 1 <= run["interval"][1]
+            assert run["interval"] is not None
+            low, high = run["interval"]
+            missed[run["work"]] += not low <= 1 <= high
     assert max(missed.values()) < 4
 
 
 @pytest.mark.usefixtures("in_one_process")
 def test_an_image_model_gets_images_of_its_size(models: Path) -> None:
     options = BenchOptions(batch=(3,), seconds=0.3, device="cpu", threads=1, layers=True)
-    body = result_of(iter_bench(str(models / "small"), None, options))
+    body = bench(str(models / "small"), options=options)
     (run,) = body["runs"]
     pixels = timm.get_pretrained_cfg("test_resnet").input_size[-1]
     assert (run["work"], run["batch"], run["length"], run["unit"]) == ("forward", 3, pixels, "images")
@@ -238,12 +247,12 @@ def test_a_model_that_does_not_compile_is_named(models: Path, monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", broken)
     options = BenchOptions(batch=(1,), seconds=0.3, device="cpu", compile=True)
     with pytest.raises(SurgeryError, match=r"small: torch\.compile fails: no compiler here; leave --compile out$"):
-        result_of(iter_bench(str(models / "small"), None, options))
+        bench(str(models / "small"), options=options)
 
 
 BAD = {
     "device": ("{gpt2}", "--device tpu", "unknown device 'tpu'"),
-    "dtype": ("{gpt2}", "--dtype int8", "unknown dtype 'int8'"),
+    "dtype": ("{gpt2}", "--dtype int8", "'--dtype': 'int8' is not one of 'keep', 'float32', 'bfloat16', 'float16'"),
     "batch": ("{gpt2}", "--batch 0", "batch 0: write integers of at least 1"),
     "words": ("{gpt2}", "--batch many", "--batch many: write integers with commas"),
     "length": ("{gpt2}", "--length 16,33", "length 33: over the 32 positions"),
@@ -251,7 +260,7 @@ BAD = {
     "threads": ("{gpt2}", "--threads 0", "threads 0: write an integer of at least 1"),
     "seconds": ("{gpt2}", "--seconds 0", "seconds 0: write a number above 0"),
     "precision": ("{gpt2}", "--precision 0", "precision 0: write a number between 0 and 1"),
-    "task": ("{gpt2}", "--task chess", "unknown task 'chess'"),
+    "task": ("{gpt2}", "--task chess", "'--task': 'chess' is not one of 'causal-lm', "),
     "hub": ("openai-community/gpt2", "--save", "--save writes into a model's local folder"),
     "encoder-decoder": ("{t5}", "", "T5ForConditionalGeneration is for none of"),
     "tasks": ("{gpt2}", "--against {resnet}", "is for image-classification"),
@@ -276,9 +285,24 @@ def test_a_bad_input_gets_one_line(
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", '{"format_version": 99}', '{"format_version": 1, "runs": {}}'],
+    ("options", "words"),
+    [
+        ({"dtype": "int8"}, "unknown dtype 'int8'; known: keep, float32, bfloat16, float16"),
+        ({"task": "chess"}, "unknown task 'chess'; known: causal-lm, "),
+        ({"length": ()}, "length of nothing: write integers of at least 1"),
+        ({"new_tokens": -1}, "new tokens -1: write an integer of at least 0"),
+    ],
+)
+def test_options_check_themselves(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(SurgeryError, match=f"^{re.escape(words)}"):
+        BenchOptions(**options)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"format_version": 99}', '{"format_version": 1, "runs": {}}'],
     ids=["empty", "cut", "list", "bare", "newer", "runs of the wrong kind"],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "bench.json").write_text(text)
     with pytest.raises(SourceError, match=r"bench\.json: "):

@@ -14,8 +14,7 @@ from support import tiny
 from torch.nn.functional import cross_entropy
 
 import lrsurgery
-from lrsurgery.measure.evaluate import evaluate
-from lrsurgery.training.recipe import DataOptions
+from lrsurgery.data.options import DataOptions
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +53,7 @@ def windows_by_hand(model: Any, ids: torch.Tensor, stride: int) -> tuple[float, 
 @pytest.mark.parametrize("stride", [tiny.BLOCK, 8])
 @pytest.mark.parametrize("batch", [1, 7])
 def test_language_figures_are_exact(bench: Path, stride: int, batch: int) -> None:
-    found = evaluate(
-        str(bench / "gpt2"), str(bench / "valid.txt"), DataOptions(), stride=stride, batch_size=batch
-    ).values
+    found = lrsurgery.evaluate(bench / "gpt2", bench / "valid.txt", stride=stride, batch_size=batch).values
     model = tf.AutoModelForCausalLM.from_pretrained(bench / "gpt2").eval()
     tokens = tf.AutoTokenizer.from_pretrained(bench / "gpt2")((bench / "valid.txt").read_text())["input_ids"]
     total, count, top1, top5 = windows_by_hand(model, torch.tensor(tokens), stride)
@@ -78,35 +75,53 @@ def test_image_figures_are_exact(bench: Path) -> None:
                 logits = model(**processor(Image.open(file), return_tensors="pt")).logits
             losses.append(float(cross_entropy(logits, torch.tensor([label]))))
             hits.append(int(logits.argmax()) == label)
-    found = evaluate(str(bench / "vit"), str(bench / "images"), DataOptions(), split="train", batch_size=4).values
+    found = lrsurgery.evaluate(str(bench / "vit"), str(bench / "images"), split="train", batch_size=4).values
     assert found["scored"] == 15
     assert found["loss"] == pytest.approx(sum(losses) / 15, rel=1e-4)
     assert found["top1"] == pytest.approx(sum(hits) / 15)
 
 
+@pytest.mark.process
 def test_the_program_puts_a_model_beside_another(bench: Path) -> None:
     command = [
-        *tiny.PROGRAM, "evaluate", str(bench / "half"), "--data", str(bench / "valid.txt"), "--against",
+        *tiny.PROGRAM,
+        "evaluate",
+        str(bench / "half"),
+        "--data",
+        str(bench / "valid.txt"),
+        "--against",
         str(bench / "gpt2"),
-    ]  # fmt: skip
+    ]
     done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     dense, half = json.loads(done.stdout)["models"]
     assert dense["parameters"] == sum(p.numel() for p in tf.AutoModel.from_pretrained(bench / "gpt2").parameters())
     assert half["bytes"] == (bench / "half" / "model.safetensors").stat().st_size
     assert half["parameters"] < dense["parameters"]
-    again = evaluate(str(bench / "half"), str(bench / "valid.txt"), DataOptions())
+    again = lrsurgery.evaluate(str(bench / "half"), str(bench / "valid.txt"), DataOptions(block_size=tiny.BLOCK))
     assert half["values"] == pytest.approx(again.values)
     refused = subprocess.run([*command[:6], "nowhere.txt"], capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert refused.stderr == "lrsurgery: nowhere.txt: no such file or folder\n"
 
 
+@pytest.mark.process
 def test_the_program_heals_and_says_what_comes_next(bench: Path, tmp_path: Path) -> None:
     command = [
-        *tiny.PROGRAM, "finetune", str(bench / "half"), "--data", str(bench / "train.txt"), "--eval-data",
-        str(bench / "valid.txt"), "--steps", "4", "--seed", "0", "--set", "adam_beta2=0.95",
-    ]  # fmt: skip
+        *tiny.PROGRAM,
+        "finetune",
+        str(bench / "half"),
+        "--data",
+        str(bench / "train.txt"),
+        "--eval-data",
+        str(bench / "valid.txt"),
+        "--steps",
+        "4",
+        "--seed",
+        "0",
+        "--set",
+        "adam_beta2=0.95",
+    ]
 
     def program(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)

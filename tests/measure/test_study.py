@@ -18,13 +18,23 @@ from support import tiny
 
 from lrsurgery.errors import RecipeError, StudyError
 from lrsurgery.files import alive
-from lrsurgery.measure.findings import cells, findings, spread_text
-from lrsurgery.measure.study import Study, iter_study, parse_shard, read_study
+from lrsurgery.measure.findings import Findings, Spread, cells, findings_of, spread_text
+from lrsurgery.measure.study import parse_shard, run_study
+from lrsurgery.measure.study_recipe import Study, read_study
+from lrsurgery.progress import Listener
 
 SETTINGS = {
-    "model": "gpt2", "from_scratch": True, "data": "train.txt", "eval_data": "valid.txt", "block_size": 32,
-    "batch_size": 2, "steps": 3, "eval_steps": 3, "log_steps": 1, "rank": 0.5,
-}  # fmt: skip
+    "model": "gpt2",
+    "from_scratch": True,
+    "data": "train.txt",
+    "eval_data": "valid.txt",
+    "block_size": 32,
+    "batch_size": 2,
+    "steps": 3,
+    "eval_steps": 3,
+    "log_steps": 1,
+    "rank": 0.5,
+}
 
 
 def write(folder: Path, **more: Any) -> Path:
@@ -48,9 +58,13 @@ def test_a_grid_is_every_combination_in_order(tmp_path: Path) -> None:
     grid = [{"decay": ["none"], "seed": [0, 1]}, {"way": ways, "rank": [4, "params:0.5"]}]
     study = read_study(write(tmp_path, grid=grid))
     assert [run.name for run in study.runs] == [
-        "decay-none_seed-0", "decay-none_seed-1", "way-fast_rank-4", "way-fast_rank-params-0.5", "way-slow_rank-4",
+        "decay-none_seed-0",
+        "decay-none_seed-1",
+        "way-fast_rank-4",
+        "way-fast_rank-params-0.5",
+        "way-slow_rank-4",
         "way-slow_rank-params-0.5",
-    ]  # fmt: skip
+    ]
     assert study.axes == ["decay", "seed", "way", "rank"]
     assert study.runs[3].axes == {"way": "fast", "rank": "params:0.5"}
     assert (study.runs[3].settings["lr"], study.runs[3].settings["rank"]) == (0.1, "params:0.5")
@@ -99,13 +113,23 @@ def test_every_small_recipe_of_the_examples_is_right() -> None:
 
 def test_spreads_are_means_and_sample_deviations() -> None:
     values = [10.0, 10.5, 11.25]
-    spread = {"mean": statistics.mean(values), "std": statistics.stdev(values), "n": 3}
+    spread = Spread(mean=statistics.mean(values), std=statistics.stdev(values), n=3)
     assert spread_text(spread) == "10.58 ± 0.63 (3)"
-    assert spread_text({"mean": 12.3456789, "std": None, "n": 1}) == "12.346"
-    assert spread_text({"mean": 691674.0, "std": 0.0, "n": 3}) == "691,674 (3)"
+    assert spread_text(Spread(mean=12.3456789, std=None, n=1)) == "12.346"
+    assert spread_text(Spread(mean=691674.0, std=0.0, n=3)) == "691,674 (3)"
 
 
 # real runs
+
+
+class Done(Listener):
+    """Keeps what it hears of progress."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int, int]] = []
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        self.told.append((name, done, total))
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +141,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def taken(root: Path) -> tuple[Study, Path, dict[str, Any]]:
+def taken(root: Path) -> tuple[Study, Path, Findings]:
     """A study with a run that cannot work (no layer has this name), and what the command told of it."""
     grid = [
         {"decay": ["none", "frobenius"], "seed": [0, 1]},
@@ -130,7 +154,8 @@ def taken(root: Path) -> tuple[Study, Path, dict[str, Any]]:
     return read_study(file), root / "out", json.loads(done.stdout)
 
 
-def test_a_failed_run_is_told_and_stops_no_other(taken: tuple[Study, Path, dict[str, Any]]) -> None:
+@pytest.mark.process
+def test_a_failed_run_is_told_and_stops_no_other(taken: tuple[Study, Path, Findings]) -> None:
     study, out, told = taken
     assert (told["asked"], told["finished"]) == (5, 4)
     (failed,) = told["failed"]
@@ -141,11 +166,18 @@ def test_a_failed_run_is_told_and_stops_no_other(taken: tuple[Study, Path, dict[
         assert {"recipe.yaml", "metrics.jsonl", "rank_report.json", "result.json"} <= {f.name for f in folder.iterdir()}
         assert not (folder / "model").exists()
     assert {f.name for f in out.iterdir()} == {
-        "study.yaml", "runs", "study.json", "table.md", "index.html", "plot.svg", "plot.png",
-    }  # fmt: skip
+        "study.yaml",
+        "runs",
+        "study.json",
+        "table.md",
+        "index.html",
+        "plot.svg",
+        "plot.png",
+    }
 
 
-def test_the_table_is_what_the_runs_measured(taken: tuple[Study, Path, dict[str, Any]]) -> None:
+@pytest.mark.process
+def test_the_table_is_what_the_runs_measured(taken: tuple[Study, Path, Findings]) -> None:
     study, out, told = taken
     for row in told["table"]:
         decay = row["axes"]["decay"]
@@ -173,30 +205,33 @@ def test_the_table_is_what_the_runs_measured(taken: tuple[Study, Path, dict[str,
     ).replace("http://creativecommons.org", "")
 
 
-def test_going_on_repeats_no_finished_run(taken: tuple[Study, Path, dict[str, Any]]) -> None:
+@pytest.mark.process
+def test_going_on_repeats_no_finished_run(taken: tuple[Study, Path, Findings]) -> None:
     study, out, told = taken
     results = {run.name: out / "runs" / run.name / "result.json" for run in study.runs}
     before = {name: file.stat().st_mtime_ns for name, file in results.items()}
     with pytest.raises(StudyError, match="--resume goes on with it"):
-        list(iter_study(study, out))
-    events = list(iter_study(study, out, resume=True))
-    assert [event.name for event in events] == ["decay-broken_seed-0"]  # tried again, and failed again
+        run_study(study, out)
+    done = Done()
+    again = run_study(study, out, resume=True, listener=done)
+    assert done.told == [("decay-broken_seed-0", 5, 5)]  # tried again, and failed again
     after = {name: file.stat().st_mtime_ns for name, file in results.items()}
     assert {name for name in before if before[name] != after[name]} == {"decay-broken_seed-0"}
-    again = findings(study, [json.loads(file.read_text()) for file in results.values()], out)
-    assert again["table"] == told["table"]
+    assert [result.to_dict() for result in again] == [json.loads(file.read_text()) for file in results.values()]
+    assert findings_of(study, again, out)["table"] == told["table"]
 
 
-def test_a_killed_study_goes_on_with_the_shard_that_is_left(
-    root: Path, taken: tuple[Study, Path, dict[str, Any]]
-) -> None:
+@pytest.mark.process
+def test_a_killed_study_goes_on_with_the_shard_that_is_left(root: Path, taken: tuple[Study, Path, Findings]) -> None:
     _, _, told = taken
     paths = {key: str(root / str(SETTINGS[key])) for key in ("model", "data", "eval_data")}
     file = write(root / "again", settings={**SETTINGS, **paths}, grid={"decay": ["none"], "seed": [0, 1]})
     out = root / "killed"
     process = subprocess.Popen(
-        [*tiny.PROGRAM, "study", str(file), "--output", str(out)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [*tiny.PROGRAM, "study", str(file), "--output", str(out)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     first = out / "runs" / "decay-none_seed-0"
     deadline = time.monotonic() + 120
     while not (first / "result.json").exists() and time.monotonic() < deadline:
@@ -226,6 +261,7 @@ def test_a_killed_study_goes_on_with_the_shard_that_is_left(
     assert mine == pytest.approx({name: theirs[name] for name in mine}, rel=1e-6)  # threads differ
 
 
+@pytest.mark.process
 def test_a_process_that_nobody_waited_for_is_not_at_work() -> None:
     """A killed study's run is its parent's to bury; in a container that may be nobody."""
     assert alive(str(os.getpid()))
@@ -236,6 +272,7 @@ def test_a_process_that_nobody_waited_for_is_not_at_work() -> None:
     assert not alive(str(process.pid))
 
 
+@pytest.mark.process
 def test_an_interrupted_study_keeps_what_its_run_has_saved(root: Path) -> None:
     """With a model that the study reshapes, and Ctrl-C in the middle of a run."""
     settings = {key: str(root / str(SETTINGS[key])) for key in ("model", "data", "eval_data")}
