@@ -16,18 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrsurgery
 import lrsurgery.checkpoints.quantizer  # registers the format with transformers; the plain from_pretrained below needs no more
-from lrsurgery.measure.evaluate import Measured, evaluate
-from lrsurgery.training.recipe import DataOptions
 
 DENSE = Path(__file__).parent / "pydocs-gpt2"
 RANKS = ("0.75", "params:0.75", "params:0.5", "energy:0.9")  # of full rank, of the parameters, of the energy
 CHARACTERS = 12_000
 PROMPT = "The return value is"
-
-
-def measured(model: Path, text: Path) -> Measured:
-    """Perplexity a token on all of the text, in blocks of the model's length; parameters and bytes beside it."""
-    return evaluate(str(model), str(text), DataOptions())
 
 
 def continuation(model: Path, prompt: str) -> str:
@@ -52,12 +45,12 @@ def main() -> None:
     text = args.output / "valid.txt"
     text.write_text((DENSE / "valid.txt").read_text(encoding="utf-8")[: args.characters], encoding="utf-8")
 
-    found = {"dense": measured(DENSE, text)}
+    found = {"dense": lrsurgery.evaluate(DENSE, text)}
     for rank in args.rank:
         folder = args.output / f"rank-{rank.replace(':', '-')}"
         # layers at which the rank would save nothing stay dense; the folder's rank_report.json and card say which
         lrsurgery.factorise_checkpoint(DENSE, folder, rank=rank, overwrite=True)
-        found[rank] = measured(folder, text)
+        found[rank] = lrsurgery.evaluate(folder, text)
 
     print(f"{'rank':14}{'parameters':>12}{'bytes':>12}{'perplexity':>12}")
     for name, row in found.items():
