@@ -123,16 +123,30 @@ def report(
         raise SurgeryError("html goes to a file: name it with --output report.html")
     if output is not None and output.exists() and not overwrite:
         raise SurgeryError(f"{output}: exists already; replace it with --overwrite")
-    from lrsurgery.factorise.options import Options
-    from lrsurgery.report.read import iter_report
+    from lrsurgery.checkpoints.source import SourceOptions
+    from lrsurgery.report.profile import ProfileOptions
+    from lrsurgery.report.read import read_report
+    from lrsurgery.runtime import Compute, pick_device
+    from lrsurgery.surgery.ranks import parse_rank
 
-    options = Options(
-        rank or "0.5", conv=conv, include=include or ("*",), exclude=exclude or (), multiple_of=multiple_of,
-        device=device, revision=revision, architecture=architecture, trust_remote_code=trust_remote_code,
-        command=command_line(), jobs=jobs, cache=not no_cache,
-    )  # fmt: skip
-    steps = iter_report(models, options, planned=rank is not None, against=against)
-    found = screen.follow(steps, "report")
+    with screen.follow("report") as listener:
+        found = read_report(
+            models,
+            Compute(device=pick_device(device), jobs=jobs, cache=not no_cache),
+            source_options=SourceOptions(
+                revision=revision, architecture=architecture, trust_remote_code=trust_remote_code
+            ),
+            profile_options=ProfileOptions(
+                target=parse_rank(rank, multiple_of) if rank else None,
+                conv=str(conv),
+                include=include or ("*",),
+                exclude=exclude or (),
+                multiple_of=multiple_of,
+            ),
+            against=against,
+            command=command_line(),
+            listener=listener,
+        )
     if output is not None or wanted in ("markdown", "html"):
         _write(screen, _drawn(found, wanted, sort=sort, every=every), output)
     else:

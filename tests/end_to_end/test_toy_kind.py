@@ -98,7 +98,7 @@ class FoldedClassifier(nn.Module):
 
     def __init__(self, num_classes: int = 3, **_: Any) -> None:
         super().__init__()
-        self.num_classes = num_classes
+        self.num_classes, self.num_features = num_classes, 96
         self.body = nn.Sequential(Folded(192, 48), nn.ReLU(), Folded(48, 96), nn.ReLU())
         self.fc = nn.Linear(96, num_classes)
 
@@ -160,8 +160,7 @@ def test_plan_and_calibration_in_memory() -> None:
     assert [(row.name, row.kind, row.rows, row.columns) for row in plan.replacements] == [
         ("body.0", "folded", 48, 192),
         ("body.2", "folded", 96, 48),
-        ("fc", "linear", 3, 96),
-    ][: len(plan.replacements)]
+    ]
     x = torch.randn(20, 3, 8, 8)
     moments = lrsurgery.collect_statistics(model, [x], importance="activations").moments("body.0")
     flat = x.flatten(1)
@@ -197,7 +196,7 @@ def test_from_checkpoint_to_checkpoint_and_back(dense: Path, images: Path, tmp_p
     }
 
     run("export", tmp_path / "half", "--to", "dense", "--output", tmp_path / "back")
-    back = timm.create_model(f"local-dir:{tmp_path / 'back'}", pretrained=True)
+    back: Any = lrsurgery.load_model(tmp_path / "back")
     assert {type(module) for module in back.body} == {Folded, nn.ReLU}
     torch.testing.assert_close(logits(back), logits(half), atol=1e-5, rtol=1e-5)
 
