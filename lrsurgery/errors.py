@@ -1,18 +1,18 @@
-"""Errors meant for the person at the keyboard: one line that says where, what, the bound and what to do."""
+"""Errors for the user: one line that gives the place, the fault, the bound and the remedy."""
 
 from __future__ import annotations
 
 
 class SurgeryError(Exception):
-    """Something the user can put right. The CLI prints it as one line and exits with code 2."""
+    """Base class of errors that the user can correct. The CLI prints one line and exits with code 2."""
 
 
 class RankError(SurgeryError, ValueError):
-    """A rank that cannot be read, or that the matrix cannot have."""
+    """A rank that cannot be parsed, or that exceeds the full rank of the matrix."""
 
 
 class BudgetError(SurgeryError, ValueError):
-    """A budget that cannot be read, or that no choice of ranks meets."""
+    """A budget that cannot be parsed, or that no choice of ranks meets."""
 
 
 class PlanError(SurgeryError, ValueError):
@@ -28,11 +28,11 @@ class OutputError(SurgeryError):
 
 
 class WeightError(SurgeryError, ValueError):
-    """A tensor that cannot be factorised: not finite, of the wrong shape, or beyond LAPACK."""
+    """A tensor that cannot be factorised: not finite, of the wrong shape, or no LAPACK driver converges on it."""
 
 
 class RecipeError(SurgeryError, ValueError):
-    """A setting of a training run that cannot be used."""
+    """An invalid setting of a training run."""
 
 
 class DataError(SurgeryError):
@@ -40,11 +40,11 @@ class DataError(SurgeryError):
 
 
 class TrainingError(SurgeryError):
-    """A run that had to stop: what happened, at which step, what to try."""
+    """A training run that had to stop; the text gives the cause, the step and a remedy."""
 
 
 class CalibrationError(SurgeryError, ValueError):
-    """Calibration data or statistics that cannot be used: not finite, of another model, a budget out of reach."""
+    """Calibration data or statistics that cannot be used: not finite, or of another model."""
 
 
 class StudyError(SurgeryError):
@@ -52,4 +52,4 @@ class StudyError(SurgeryError):
 
 
 class Interrupted(Exception):
-    """A run that was asked to stop, and has saved itself; the text says how to go on. The CLI exits with code 130."""
+    """A job that stopped on request and saved its state; the text says how to resume. The CLI exits with code 130."""

@@ -1,4 +1,4 @@
-"""Files on disk: written whole or not at all, verified, fingerprinted; JSON read in one place; the cache folder."""
+"""Files on disk: atomic writes, digests, the one reader of JSON, the cache folder."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from torch import Tensor
 
 from lrsurgery.errors import OutputError, SourceError, SurgeryError
 
-Json: TypeAlias = dict[str, Any]  # a JSON object as it stands in a file; typed values are made of it where it is read
+Json: TypeAlias = dict[str, Any]  # a JSON object of a file; readers turn it into typed values
 
 
 def read_json(file: Path, what: str = "JSON", error: type[SurgeryError] = SourceError) -> Json:
-    """The JSON object in a file. Raises `error`: the file is missing, or not `what`."""
+    """Read the JSON object in a file. Raises `error` if the file is missing or is not `what`."""
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
@@ -38,23 +38,23 @@ def read_json(file: Path, what: str = "JSON", error: type[SurgeryError] = Source
 
 
 def read_lines(file: Path) -> list[Json]:
-    """The objects of a .jsonl file that a job appends to; a last line that a kill cut short is left out."""
-    found = []
+    """Read the objects of an append-only .jsonl file, up to a last line that a kill truncated; [] without a file."""
+    lines = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
         try:
-            found.append(json.loads(line))
+            lines.append(json.loads(line))
         except json.JSONDecodeError:
             break
-    return found
+    return lines
 
 
 def json_text(body: object) -> str:
-    """An indented JSON file's text."""
+    """The text of an indented JSON file."""
     return json.dumps(body, indent=2) + "\n"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file and wait until it is on the disk."""
+    """Write a file and fsync it."""
     with path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
@@ -62,7 +62,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def replace_file(file: Path, content: str | bytes) -> None:
-    """Write one file, whole or not at all. Raises OutputError where that cannot be done."""
+    """Write one file atomically. Raises OutputError if it cannot be written."""
     partial = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}")
     try:
         partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
@@ -70,12 +70,12 @@ def replace_file(file: Path, content: str | bytes) -> None:
     except OSError as e:
         raise OutputError(f"{file}: cannot be written ({e.strerror or e})") from e
     finally:
-        with contextlib.suppress(OSError):  # of a folder that is none, say; what happened was told above
+        with contextlib.suppress(OSError):  # the error was raised above; a parent that is a file fails here too
             partial.unlink(missing_ok=True)
 
 
 def cache_folder() -> Path:
-    """`$LRSURGERY_CACHE`, or `lrsurgery` in the user's cache folder. It need not exist."""
+    """`$LRSURGERY_CACHE`, or `lrsurgery` in the user's cache folder. The folder may not exist yet."""
     import platformdirs
 
     own = os.environ.get("LRSURGERY_CACHE")
@@ -86,24 +86,26 @@ def cache_folder() -> Path:
 
 
 def check_free(output: Path, overwrite: bool) -> None:
-    """Raises OutputError for an output folder that is in the way."""
+    """Raise OutputError if `output` exists and may not be overwritten."""
     if not output.exists() and not output.is_symlink():
         return
     if not overwrite:
-        raise OutputError(f"{output}: already exists; choose another --output or pass --overwrite")
+        raise OutputError(f"{output}: already exists; choose another --output or add --overwrite")
     empty = output.is_dir() and not any(output.iterdir())
     if not output.is_dir() or output.is_symlink() or not (empty or (output / "config.json").is_file()):
-        raise OutputError(f"{output}: exists and is no model folder, so it is not overwritten")
+        raise OutputError(
+            f"{output}: exists and is no model folder, so --overwrite refuses it; choose another --output"
+        )
 
 
 @contextmanager
 def staged(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A sibling folder that becomes `output` when the block ends well, and vanishes when it does not.
+    """Yield a sibling folder that is renamed to `output` on success and removed on an exception.
 
-    A killed process leaves at most hidden siblings, which the next run for the same output clears away; a folder that
-    was moved aside to be overwritten comes back first.
+    A killed process leaves hidden siblings, which the next job for the same output removes; a folder that was moved
+    aside for an overwrite is restored first.
 
-    Raises OutputError where the place cannot be written.
+    Raises OutputError if `output` cannot be written.
     """
     prefix = f".{output.name}.{socket.gethostname()}."
     stage = output.parent / f"{prefix}{os.getpid()}.partial"
@@ -141,7 +143,7 @@ def _clear_stale(output: Path, prefix: str) -> None:
 def _publish(stage: Path, output: Path, overwrite: bool) -> None:
     _sync_folder(stage)
     old = stage.with_suffix(".replaced")
-    check_free(output, overwrite)  # it may have appeared meanwhile
+    check_free(output, overwrite)  # another process may have created it meanwhile
     if output.exists():
         output.rename(old)
     stage.rename(output)
@@ -159,7 +161,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
-    """Remove folders, innermost first, up to the first that is not empty."""
+    """Remove folders, innermost first, and stop at the first that is not empty."""
     for folder in folders:
         try:
             folder.rmdir()
@@ -168,7 +170,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
 
 
 def alive(pid: str) -> bool:
-    """Whether a process runs on this machine; a zombie, which has ended and waits for its parent, does not."""
+    """Whether a process runs on this machine; a zombie, which has ended, does not."""
     import psutil
 
     try:
@@ -183,21 +185,21 @@ def alive(pid: str) -> bool:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a CPU tensor, shared with it where it is contiguous, for writing and hashing."""
+    """The bytes of a CPU tensor, for writing and hashing; memory is shared with a contiguous tensor."""
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def tensor_digest(dtype: torch.dtype, shape: Sequence[int], slices: Iterable[Tensor]) -> str:
-    """SHA-256 of a tensor's dtype, shape and bytes, which may come in slices."""
-    found = hashlib.sha256(f"{dtype} {tuple(shape)} ".encode())
+    """SHA-256 of a tensor's dtype, shape and bytes; `slices` are its elements in order."""
+    hasher = hashlib.sha256(f"{dtype} {tuple(shape)} ".encode())
     for part in slices:
         if part.numel():
-            found.update(as_bytes(part))
-    return found.hexdigest()
+            hasher.update(as_bytes(part))
+    return hasher.hexdigest()
 
 
 def fingerprint(files: Sequence[Path], text: str = "") -> str:
-    """Of files: their names, sizes, first and last megabytes."""
+    """Hash of `text` and of the files' names, sizes, first and last megabytes."""
     hasher = hashlib.blake2b(text.encode(), digest_size=16)
     for file in files:
         size = file.stat().st_size
@@ -209,19 +211,19 @@ def fingerprint(files: Sequence[Path], text: str = "") -> str:
     return hasher.hexdigest()
 
 
-# pieces: some tensors and what is known of them, in one safetensors file with a digest
+# pieces: tensors and JSON facts in one safetensors file with a digest
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Tensors and facts (JSON) that belong together, such as the factors of one layer."""
+    """Tensors with JSON facts about them, such as the factors of one layer."""
 
     facts: Json
     tensors: dict[str, Tensor]
 
 
 def save_piece(file: Path, piece: Piece) -> None:
-    """Write a safetensors file, whole or not at all, with a digest of what is in it. Raises OSError."""
+    """Write a safetensors file atomically, with a digest of its contents. Raises OSError."""
     from safetensors.torch import save
 
     facts = json.dumps(piece.facts)
@@ -237,7 +239,7 @@ def save_piece(file: Path, piece: Piece) -> None:
 
 
 def load_piece(file: Path, *, verify: bool = True) -> Piece | None:
-    """What `save_piece` wrote; None where there is no such file, or with `verify` where it is damaged."""
+    """Read a file of `save_piece`; None if it is missing or unreadable, or with `verify` if its digest differs."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -252,10 +254,10 @@ def load_piece(file: Path, *, verify: bool = True) -> Piece | None:
 
 
 def piece_digest(facts: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of some tensors and the text that goes with them."""
-    found = hashlib.sha256(facts.encode())
+    """SHA-256 of `facts` and of the tensors' names, dtypes, shapes and bytes."""
+    hasher = hashlib.sha256(facts.encode())
     for key in sorted(tensors):
-        found.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
+        hasher.update(f"{key} {tensors[key].dtype} {tuple(tensors[key].shape)}".encode())
         if tensors[key].numel():
-            found.update(as_bytes(tensors[key]))
-    return found.hexdigest()
+            hasher.update(as_bytes(tensors[key]))
+    return hasher.hexdigest()

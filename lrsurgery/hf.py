@@ -1,4 +1,4 @@
-"""The transformers integration: after `import lrsurgery.hf`, `from_pretrained`, `pipeline` and `save_pretrained` work."""
+"""The transformers integration: importing this enables `from_pretrained` and the like for factorised checkpoints."""
 
 from lrsurgery.checkpoints.quantizer import LowRankConfig, LowRankQuantizer, attach_, detach_
 

@@ -1,7 +1,7 @@
-"""What a job reports while it runs: one listener protocol, silent by default.
+"""Progress of jobs: one listener protocol, silent by default.
 
-A job calls its listener and knows nothing of who listens: the console draws bars and lines, a notebook may do the same,
-a test keeps what it was told. Raising in a listener stops the job as Ctrl-C would.
+A job calls its listener; the console draws bars and lines, a test records the calls. An exception raised in a listener
+stops the job as Ctrl-C does.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingStep:
-    """Where a training run stands after an optimizer step."""
+    """The state of a training run after an optimizer step."""
 
     step: int
     total: int
@@ -22,25 +22,25 @@ class TrainingStep:
 
 
 class Listener:
-    """Silent. Override what is to be heard."""
+    """Base class that ignores every event; override the methods of interest."""
 
     def note(self, text: str) -> None:
-        """Something that the user should know before the job goes on."""
+        """Receive a message for the user."""
 
     def progress(self, name: str, done: int, total: int) -> None:
-        """`done` of `total` things (layers, batches, blocks, runs) are dealt with; `name` is the latest, or the next."""
+        """`done` of `total` items (layers, batches, blocks, runs) are done; `name` is the latest item or the next."""
 
     def stage(self, name: str, step: int, total: int) -> None:
-        """A stage of training, "dense" or "factorised", begins after `step` of `total` optimizer steps."""
+        """The training stage `name`, "dense" or "factorised", begins after `step` of `total` optimizer steps."""
 
     def step(self, at: TrainingStep) -> None:
-        """An optimizer step was taken, or a loss logged."""
+        """An optimizer step is done, or a loss is logged."""
 
     def evaluating(self, batch: int, total: int) -> None:
         """`batch` of `total` batches of an evaluation are done."""
 
     def evaluated(self, stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
-        """An evaluation within a run ended; `total` is 0 for one before the first step."""
+        """An evaluation within a training run is done; `total` is 0 for one before the first step."""
 
 
 SILENT = Listener()

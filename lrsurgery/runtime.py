@@ -1,4 +1,4 @@
-"""The machine that a job runs on: devices, dtypes, processes, threads, versions, the user's own Python files."""
+"""The execution environment of a job: devices, dtypes, processes, threads, versions, the user's own Python files."""
 
 from __future__ import annotations
 
@@ -23,44 +23,44 @@ import torch
 from lrsurgery.errors import SourceError, SurgeryError
 
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-POOL_BYTES = 1 << 30  # that the layers at work may take together, or two of the largest where they need more
+POOL_BYTES = 1 << 30  # memory limit of concurrent decompositions; two run at once even where they exceed it
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """Where arithmetic runs, and how much of it at once."""
+    """Device, parallelism and cache of a job. Raises SurgeryError for invalid values."""
 
     device: torch.device
-    jobs: int | None = None  # layers at once; None: as threads and memory allow
-    cache: bool = True  # of singular values, between runs
-    keep_vectors: bool = False  # singular vectors in it too
+    jobs: int | None = None  # concurrent layers; None: as many as threads and memory allow
+    cache: bool = True  # keep singular values on disk
+    keep_vectors: bool = False  # keep singular vectors on disk too
 
     def __post_init__(self) -> None:
         if self.jobs is not None and self.jobs < 1:
             raise SurgeryError(f"jobs {self.jobs}: write an integer of at least 1")
         if self.keep_vectors and not self.cache:
-            raise SurgeryError("--keep-vectors keeps them in the cache; leave --no-cache out")
+            raise SurgeryError("--keep-vectors writes to the cache; remove --no-cache")
 
     def in_order(self, work: Callable[[Item], Result], items: Sequence[Item], needs: Sequence[int]) -> Iterator[Result]:
-        """The results of `work` on each item, in the items' order; `needs` are the bytes that each takes."""
+        """Run `work` on each item in a thread pool and yield the results in order; `needs` is the bytes per item."""
         threads = torch.get_num_threads()
         return in_order(work, items, self.at_once(needs, threads), threads)
 
     def at_once(self, needs: Sequence[int], threads: int) -> int:
-        """How many layers, which need these bytes each, to decompose at once: one on a GPU, unless `jobs` says more."""
+        """Number of concurrent layers on a CPU: `jobs`, or as many as `needs` (bytes per layer) allows; 1 on a GPU."""
         return (self.jobs or layers_at_once(needs, threads)) if self.device.type == "cpu" else 1
 
     def for_process(self, local_rank: int) -> torch.device:
-        """The device of one of several processes: with several GPUs, one each."""
+        """The device of one process: with several GPUs, the one with its local rank."""
         if self.device.type == "cuda" and self.device.index is None and local_rank < torch.cuda.device_count():
             return torch.device("cuda", local_rank)
         return self.device
 
 
 def pick_device(name: str) -> torch.device:
-    """The device for "auto", "cpu", "cuda" or "cuda:1". Raises SurgeryError where this machine has no such device."""
+    """The device for "auto", "cpu", "cuda" or "cuda:1". Raises SurgeryError if this machine has no such device."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
@@ -73,14 +73,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_dtype(name: str) -> torch.dtype | None:
-    """The dtype of a key of `DTYPES`; None keeps each tensor's own. Raises SurgeryError."""
+    """The dtype for a key of `DTYPES`; None keeps each tensor's own. Raises SurgeryError for an unknown key."""
     if name not in DTYPES:
         raise SurgeryError(f"unknown dtype '{name}'; known: {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device."""
+    """Free memory of a device in bytes."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     import psutil
@@ -89,7 +89,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def processor() -> str:
-    """What this machine's processor calls itself."""
+    """Model name of this machine's processor."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -98,7 +98,7 @@ def processor() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of those that decide the numbers."""
+    """Versions of this package and of the libraries that determine its results."""
     from importlib.metadata import version
 
     from lrsurgery import __version__
@@ -107,13 +107,13 @@ def versions() -> dict[str, str]:
     return {"lrsurgery": __version__, **{name: version(name) for name in others}}
 
 
-imported: list[str] = []  # user's files that were run, for processes that this one starts
+imported: list[str] = []  # the user's files that this process has imported; child processes import them too
 
 
 def import_file(file: Path) -> None:
-    """Run a Python file of the user's own, which registers models, as the module of its name.
+    """Import one of the user's Python files, which registers models, under its file name.
 
-    Raises SourceError where it is missing or fails.
+    Raises SourceError if the file is missing or raises an exception.
     """
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None or not file.is_file():
@@ -122,25 +122,25 @@ def import_file(file: Path) -> None:
     sys.modules[file.stem] = module  # timm looks a model's function up by its module
     try:
         spec.loader.exec_module(module)
-    except Exception as e:  # whatever it is, that file is at fault
+    except Exception as e:  # any exception is the file's fault
         del sys.modules[file.stem]
         raise SourceError(f"{file}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     imported.append(str(file.resolve()))
 
 
 def layers_at_once(needs: Sequence[int], threads: int) -> int:
-    """How many layers, which need these bytes each, this many threads should decompose at once.
+    """Number of layers to decompose concurrently, given the bytes per layer and the number of threads.
 
-    An eigensolver uses a second thread badly, and waits long where other processes are at work; a second layer does
-    not. Measured on two cores (examples/benchmarks/decompositions.py): two layers on one thread each take 0.5 to 1.0 of
-    the time of one after the other on two threads. With as many threads a layer, its factors have the same bytes.
+    An eigensolver gains little from a second thread and stalls beside other processes; a second layer scales better.
+    Measured on two cores (examples/benchmarks/decompositions.py): two layers with one thread each take 0.5 to 1.0 of
+    the time of one after the other with two threads. The same number of threads per layer gives the same bytes.
     """
     return max(1, min(threads, len(needs), max(2, POOL_BYTES // max(needs, default=1))))
 
 
 @contextmanager
 def layer_pool(at_once: int, threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Workers with their share of the threads. Leaving waits for those at work and starts no other."""
+    """A thread pool whose workers split torch's threads. On exit, running work finishes and queued work is cancelled."""
     before = torch.get_num_threads()
     share = max(1, threads // at_once)
     pool = ThreadPoolExecutor(at_once, "layer", initializer=torch.set_num_threads, initargs=(share,))
@@ -152,7 +152,7 @@ def layer_pool(at_once: int, threads: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def in_order(work: Callable[[Item], Result], items: Iterable[Item], at_once: int, threads: int) -> Iterator[Result]:
-    """The results of `work` on each item, in the items' order, with at most `at_once` more than asked for under way."""
+    """Yield the results of `work` on each item, in order; at most `at_once` items run ahead of the consumer."""
     with layer_pool(at_once, threads) as pool:
         waiting: deque[Future[Result]] = deque()
         for item in items:
@@ -165,7 +165,7 @@ def in_order(work: Callable[[Item], Result], items: Iterable[Item], at_once: int
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those of one job under torchrun, as its environment variables tell; by default the only one."""
+    """The rank of this process and the number of processes of a job; by default a single process."""
 
     rank: int = 0
     size: int = 1
@@ -173,12 +173,12 @@ class Processes:
 
     @staticmethod
     def of_environment() -> Processes:
-        """As torchrun and accelerate tell each process. Raises SurgeryError where they tell half of it."""
+        """Read the environment variables of torchrun and accelerate. Raises SurgeryError if they are incomplete."""
         rank, size, local_rank = (int(os.environ.get(name) or default) for name, default in _VARIABLES)
         if size == 1:
             return Processes()
         if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT"):
-            raise SurgeryError(f"WORLD_SIZE is {size} and there is no MASTER_ADDR and MASTER_PORT; start with torchrun")
+            raise SurgeryError(f"WORLD_SIZE is {size} but MASTER_ADDR or MASTER_PORT is not set; start with torchrun")
         return Processes(rank, size, local_rank)
 
     @property
@@ -186,16 +186,15 @@ class Processes:
         return self.rank == 0
 
     def barrier(self, name: str) -> None:
-        """Wait until every process has come to the barrier of this name.
+        """Wait until every process has reached the barrier of this name.
 
-        Polls instead of blocking, so that a signal ends the wait: that is how torchrun stops the rest when a process is
-        lost.
+        Polls instead of blocking, so that a signal ends the wait: torchrun signals the other processes when one dies.
         """
         if self.size == 1:
             return
         store = _store(self)
         name = f"lrsurgery/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
-        for stage in ("come", "seen"):  # the process that holds the store leaves last
+        for stage in ("come", "seen"):  # rank 0 may hold the store, so it leaves last
             store.add(f"{name}/{stage}", 1)
             while (stage == "come" or self.is_main) and store.add(f"{name}/{stage}", 0) < self.size:
                 time.sleep(0.02)
@@ -206,10 +205,10 @@ _VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
 @cache
 def _store(processes: Processes) -> Any:
-    """The store that the launcher's agent holds, or rank 0 where the agent holds none."""
+    """The TCP store, hosted by the launcher's agent or else by rank 0."""
     import torch.distributed as dist
 
-    ours = processes.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    hosts = processes.is_main and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch's stubs leave it out
-    return store(host, port, None, ours, timeout=timedelta(minutes=10))
+    return store(host, port, None, hosts, timeout=timedelta(minutes=10))

@@ -1,9 +1,8 @@
-"""How long something takes, and how much faster one thing is than another, with an interval.
+"""Timing of one workload, or of two against each other, with a confidence interval.
 
-Machines drift and have other work. So two candidates run interleaved, in rounds of A B B A, which cancels any drift
-that is even over a round and gives neither the better place; each round gives one ratio; rounds go on until the
-interval of the ratios' median is narrow enough. Of each turn the median call counts, and of the rounds the median
-ratio: what something else disturbed is a value far out, which neither a median nor its interval minds.
+Machines drift and run other work. Two workloads are therefore interleaved in rounds of A B B A, which cancels linear
+drift within a round. Each round gives one ratio, from the median call of each turn. Rounds repeat until the confidence
+interval of the median ratio is narrow enough. Medians ignore the outliers that other processes cause.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from typing import Any
 import torch
 
 CONFIDENCE = 0.95
-TAIL = 40  # 1 / 40 on each side is outside
+TAIL = 40  # 1 / 40 of the probability lies outside the interval on each side
 LEAST_ROUNDS = 7
-LOOKS = 1.25  # each look at the interval is after this many times the rounds: many looks would find luck
-SAMPLE = 1e-2  # seconds of calls that make one sample, far above the clock's resolution
+LOOKS = 1.25  # rounds grow by this factor between tests of the interval: frequent tests would stop at a lucky one
+SAMPLE = 1e-2  # seconds of calls in one sample, far above the clock's resolution
 
 
 def _nothing() -> None:
@@ -30,7 +29,7 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class Timed:
-    """A candidate: `run` takes what `prepare` gave it (not timed) and yields after each `per` times of its work."""
+    """A workload: `run` takes the result of `prepare` (not timed) and yields after every `per` units of work."""
 
     run: Callable[[Any], Iterator[None]]
     prepare: Callable[[], Any] = _nothing
@@ -38,7 +37,7 @@ class Timed:
 
     @staticmethod
     def calls(module: Callable[[Any], object], x: Any, count: int = 1) -> Timed:
-        """So many calls of a module on one input, without gradients."""
+        """A workload of `count` calls of a module on one input, without gradients."""
 
         @torch.inference_mode()
         def run(_: object) -> Iterator[None]:
@@ -49,26 +48,26 @@ class Timed:
         return Timed(run, per=count)
 
     def once(self) -> int:
-        """Run to the end, and says how many times it did its work."""
+        """Run once to the end and return the units of work done."""
         return self.per * sum(1 for _ in self.run(self.prepare()))
 
 
 @dataclass(frozen=True)
 class Timings:
-    """What was found of one or two candidates, seconds each time the work is done."""
+    """Measurements of one or two workloads, in seconds per unit of work."""
 
-    seconds: tuple[list[float], ...]  # of each candidate, one value a yield
+    seconds: tuple[list[float], ...]  # per workload, one value per yield
     rounds: int
-    reached: bool  # whether the interval (of the ratio; of one candidate alone, of its seconds) got narrow enough
-    ratio: float | None = None  # the second's seconds over the first's: median over the rounds
+    reached: bool  # whether the interval of the ratio (of the seconds, for one workload) reached the precision
+    ratio: float | None = None  # seconds of the second over seconds of the first: median over the rounds
     interval: tuple[float, float] | None = None  # of that median, at CONFIDENCE
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The order statistics between which the median lies with at least `CONFIDENCE`, whatever the distribution.
+    """The order statistics between which the median lies with probability `CONFIDENCE` or more, for any distribution.
 
-    Exact for independent values, from the binomial distribution of how many lie below the median. Source: the sign
-    test's interval, Conover, Practical Nonparametric Statistics (1999), section 3.2. Needs 6 values at least.
+    Exact for independent values: the number of values below the median is binomial. Source: interval of the sign test,
+    Conover, Practical Nonparametric Statistics (1999), section 3.2. Needs at least 6 values.
     """
     ordered, n = sorted(values), len(values)
     below, count, left_out = 0, 1, -1
@@ -81,37 +80,37 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least this share of the values does not exceed."""
+    """The smallest value that at least this share (0 to 1) of the values does not exceed."""
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]
 
 
 def compare(
-    candidates: Sequence[Timed],
+    workloads: Sequence[Timed],
     *,
     precision: float,
     seconds: float,
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
-    """Time one candidate, or two against each other, until the interval's half width is at most `precision` of it.
+    """Time one workload, or two against each other, until the interval's relative half width is at most `precision`.
 
-    Ends after `seconds`, but never before `LEAST_ROUNDS` rounds.
+    Stops after `seconds`, but never before `LEAST_ROUNDS` rounds.
     """
     calls = []
-    for candidate in candidates:
-        _sample(candidate, 2, device, clock)  # the first calls load kernels
-        whole = min(candidate.per * sum(_sample(candidate, 1, device, clock)) for _ in range(2))
+    for workload in workloads:
+        _sample(workload, 2, device, clock)  # the first calls load kernels
+        whole = min(workload.per * sum(_sample(workload, 1, device, clock)) for _ in range(2))
         calls.append(math.ceil(SAMPLE / max(1e-7, whole)))
-    found: tuple[list[float], ...] = tuple([] for _ in candidates)
+    samples: tuple[list[float], ...] = tuple([] for _ in workloads)
     values: list[float] = []
     begun, look = clock(), LEAST_ROUNDS
     while True:
-        sums = [0.0 for _ in candidates]
-        for turn in (0, 1, 1, 0) if len(candidates) == 2 else (0,):
-            sample = _sample(candidates[turn], calls[turn], device, clock)
-            found[turn].extend(sample)
+        sums = [0.0 for _ in workloads]
+        for turn in (0, 1, 1, 0) if len(workloads) == 2 else (0,):
+            sample = _sample(workloads[turn], calls[turn], device, clock)
+            samples[turn].extend(sample)
             sums[turn] += median(sample)
-        values.append(sums[1] / sums[0] if len(candidates) == 2 else sums[0])
+        values.append(sums[1] / sums[0] if len(workloads) == 2 else sums[0])
         late = clock() - begun >= seconds
         if len(values) < look and not (late and len(values) >= LEAST_ROUNDS):
             continue
@@ -120,24 +119,24 @@ def compare(
         if reached or late:
             break
         look = math.ceil(len(values) * LOOKS)
-    if len(candidates) == 1:
-        return Timings(found, len(values), reached)
-    return Timings(found, len(values), reached, median(values), (low, high))
+    if len(workloads) == 1:
+        return Timings(samples, len(values), reached)
+    return Timings(samples, len(values), reached, median(values), (low, high))
 
 
-def _sample(candidate: Timed, calls: int, device: torch.device, clock: Callable[[], float]) -> list[float]:
-    """Seconds of the work, each time that it was done in some runs in a row; with `per`, the mean of so many times."""
-    found = []
+def _sample(workload: Timed, calls: int, device: torch.device, clock: Callable[[], float]) -> list[float]:
+    """Seconds per unit of work, one value per yield of `calls` consecutive calls."""
+    seconds = []
     for _ in range(calls):
-        steps = candidate.run(candidate.prepare())
+        steps = workload.run(workload.prepare())
         _wait(device)
         begun = clock()
         for _ in steps:
             _wait(device)
             now = clock()
-            found.append((now - begun) / candidate.per)
+            seconds.append((now - begun) / workload.per)
             begun = now
-    return found
+    return seconds
 
 
 def _wait(device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Numbers and sizes in bytes, as people write them."""
+"""Parsing and printing of numbers and byte sizes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNITS = {"TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "TIB": 2**40, "GIB
 
 
 def finite(text: str) -> float:
-    """A number. Raises ValueError, also for NaN and infinities."""
+    """Parse a number. Raises ValueError, also for NaN and infinities."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(text)
@@ -18,20 +18,20 @@ def finite(text: str) -> float:
 
 
 def size_of(text: str) -> float:
-    """Bytes of `5GB`, `500MB`, `1GiB`, `10B` or a plain number. Raises ValueError."""
+    """Parse `5GB`, `500MB`, `1GiB`, `10B` or a plain number into bytes. Raises ValueError."""
     text = text.strip().upper()
     unit = next((unit for unit in UNITS if text.endswith(unit)), "")
     return finite(text.removesuffix(unit or "B")) * UNITS.get(unit, 1)
 
 
 def size_text(size: float) -> str:
-    """The same in the largest decimal unit that it reaches."""
+    """Bytes as text, in the largest decimal unit not above the size."""
     unit = next((unit for unit in ("TB", "GB", "MB", "KB") if size >= UNITS[unit]), "")
     return f"{size / UNITS.get(unit, 1):.15g}{unit}"
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB`, `1GiB` or a plain number. Raises OutputError."""
+    """Parse a shard size such as `5GB` into bytes. Raises OutputError for anything below 1 byte."""
     try:
         size = int(size_of(text))
     except ValueError:

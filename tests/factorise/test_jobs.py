@@ -245,7 +245,7 @@ def test_half_of_a_launch_is_refused(model: Path, tmp_path: Path) -> None:
     done = program(*command, WORLD_SIZE="2", RANK="1")
     assert done.returncode == 2
     assert done.stderr == (
-        "lrsurgery: WORLD_SIZE is 2 and there is no MASTER_ADDR and MASTER_PORT; start with torchrun\n"
+        "lrsurgery: WORLD_SIZE is 2 but MASTER_ADDR or MASTER_PORT is not set; start with torchrun\n"
     )
 
 
