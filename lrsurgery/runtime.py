@@ -140,7 +140,7 @@ def layers_at_once(needs: Sequence[int], threads: int) -> int:
 
 @contextmanager
 def layer_pool(at_once: int, threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A thread pool whose workers split torch's threads. On exit, running work finishes and queued work is cancelled."""
+    """A thread pool whose workers split torch's threads. On exit, running work finishes, queued work is cancelled."""
     before = torch.get_num_threads()
     share = max(1, threads // at_once)
     pool = ThreadPoolExecutor(at_once, "layer", initializer=torch.set_num_threads, initargs=(share,))
