@@ -15,7 +15,7 @@ from lrsurgery.checkpoints.build import build_model, timm_tensors, without_wrapp
 from lrsurgery.checkpoints.source import Source, SourceOptions, check_index
 from lrsurgery.checkpoints.tensors import DictSource, SafetensorsSource, TensorSource, in_slices, open_tensors
 from lrsurgery.errors import SourceError, SurgeryError
-from lrsurgery.surgery.apply import swap_
+from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.plan import Replacement
 
 
@@ -97,6 +97,16 @@ def is_transformers_model(module: nn.Module) -> bool:
     """Whether the module is one of transformers' models."""
     # such a model has brought transformers along; anything else need not wait for its import
     return "transformers" in sys.modules and any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
+
+
+def with_tripwire(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict and, under the dense key of the first factorised layer, a zero-length tensor.
+
+    A load without `import lrsurgery.hf` then fails on its shape, where it would go on with random layers.
+    """
+    for name, layer in factorised_layers(model).items():
+        return {**state, f"{name}.weight": torch.empty(0, dtype=layer.u.weight.dtype)}
+    return state
 
 
 class KeyTargets(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.checkpoints.mapping import is_transformers_model
+from lrsurgery.checkpoints.mapping import is_transformers_model, with_tripwire
 from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, Source, inside
 from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
 from lrsurgery.errors import OutputError
@@ -99,16 +99,6 @@ def _timm_output_config(source: Source, model: nn.Module, config: Json) -> Json:
     if config.get("model_args", {}).pop("num_classes", None) is not None or "num_classes" not in config:
         config.setdefault("num_classes", getattr(model, "num_classes", 1000))
     return config
-
-
-def with_tripwire(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict and, under the dense key of the first factorised layer, a zero-length tensor.
-
-    A load without `import lrsurgery.hf` then fails on its shape, where it would go on with random layers.
-    """
-    for name, layer in factorised_layers(model).items():
-        return {**state, f"{name}.weight": torch.empty(0, dtype=layer.u.weight.dtype)}
-    return state
 
 
 def write_timm(model: nn.Module, config: Json, stage: Path) -> None:

@@ -19,7 +19,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lrsurgery.checkpoints.output import with_tripwire
+from lrsurgery.checkpoints.mapping import with_tripwire
 from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, check_layers
 from lrsurgery.checkpoints.upstream.transformers import ignore_unexpected, keep_names_plain
 from lrsurgery.errors import PlanError, SourceError

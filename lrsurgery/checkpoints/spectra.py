@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lrsurgery.files import Piece, cache_folder, load_piece, save_piece, tensor_digest
-from lrsurgery.linalg.svd import Decomposed, Spectrum, singular_values
+from lrsurgery.linalg.svd import Decomposition, Spectrum, singular_values
 from lrsurgery.linalg.weighted import Metric, weighted_values
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.layers import Kind
@@ -46,7 +46,7 @@ class SpectrumCache:
         except (OSError, KeyError):
             return None
 
-    def put(self, digest: str, kind: str, found: Decomposed | Tensor) -> None:
+    def put(self, digest: str, kind: str, found: Decomposition | Tensor) -> None:
         """Keep what a decomposition found, or the values alone. A cache that cannot be written is no fault."""
         values = found if isinstance(found, Tensor) else found.values
         spectrum = None if isinstance(found, Tensor) else found.spectrum
@@ -104,7 +104,7 @@ class SpectrumLookup:
         """Of the weight itself, where an earlier decomposition kept it."""
         return self._cache.get(self.digest, self._kind.name) if self._cache else None
 
-    def keep(self, found: Decomposed) -> None:
+    def keep(self, found: Decomposition) -> None:
         """Keep what a decomposition found of the weight itself."""
         if self._cache:
             self._cache.put(self.digest, self._kind.name, found)

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from lrsurgery.progress import Listener, TrainingStep
+from lrsurgery.report.views.columns import HEADINGS, QUALITY
 
 if TYPE_CHECKING:
     from lrsurgery.files import Json
@@ -115,10 +116,6 @@ class LiveListener(Listener):
         done, spent = at.step - self._first, time.monotonic() - self._begun
         rate = f"{done * at.units_per_step / spent:,.0f} {at.unit}/s" if done and spent else ""
         return "  ".join([f"loss {at.logged['loss']:.4f}" if "loss" in at.logged else "", rate]).strip()
-
-
-QUALITY = {"loss": "{:.4f}", "perplexity": "{:.3f}", "top1": "{:.2%}", "top5": "{:.2%}"}
-HEADINGS = {"loss": "loss", "perplexity": "perplexity", "top1": "top-1", "top5": "top-5"}
 
 
 def quality_text(values: Mapping[str, float]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from lrsurgery.files import Json
 from lrsurgery.report.hub import HUB, card_data, head_of, is_hub_id
 from lrsurgery.report.runs import read_metrics, stages_of
 from lrsurgery.report.schema import Report, Row
+from lrsurgery.report.views.columns import BY_KEY, QUALITY, Column
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -21,20 +22,20 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TABLE_ROWS = 40
 NO_PART_OF_IT = ("--resume",)  # of a command: it changes nothing in the output, so nothing in its card
-QUALITIES = ("loss", "perplexity", "top1", "top5")
 
-# column, what a row shows there; None where it is not known. A column that no row knows is left out
-COLUMNS: dict[str, Callable[[Row], str | None]] = {
-    "layer": lambda row: f"`{row.name}`",
-    "kind": lambda row: row.kind,
-    "rank": lambda row: str(row.rank),
-    "full rank": lambda row: str(row.full_rank),
-    "parameters": lambda row: f"{row.parameters_after:,}",
-    "kept": lambda row: _percent((row.parameters_after or 0) / row.parameters_before),
-    "energy kept": lambda row: _percent(row.energy_kept),
-    "relative error": lambda row: _percent(row.relative_error),
-    "predicted loss": lambda row: None if row.predicted_loss is None else f"{row.predicted_loss:.3g}",
+# columns of the layers' table and how their values are written; one that no layer has a value for is left out
+COLUMNS = {
+    "name": "`{}`",
+    "kind": "{}",
+    "rank": "{}",
+    "full_rank": "{}",
+    "parameters_after": "{:,}",
+    "kept": "{:.2%}",
+    "energy_kept": "{:.2%}",
+    "relative_error": "{:.2%}",
+    "predicted_loss": "{:.3g}",
 }
+TITLES = {"parameters_after": "parameters"}  # of a card, which leaves the dense layer's out
 
 
 def model_card(report: Report, source: Source, name: str, config: Json, training: Sequence[str] = ()) -> str:
@@ -106,8 +107,7 @@ def _filled(
     metadata = card_data(source, config, trained=trained, fresh=fresh, data=data)
     trusted = source.library == "transformers" and config.get("auto_map")
     rows, dense = (report.factorised, report.dense) if report is not None else ((), ())
-    shown = {title: [show(row) for row in rows[:TABLE_ROWS]] for title, show in COLUMNS.items()}
-    shown = {title: cells for title, cells in shown.items() if any(cells)}
+    columns = [BY_KEY[key] for key in COLUMNS if any(BY_KEY[key].value(row) is not None for row in rows[:TABLE_ROWS])]
     card = ModelCard.from_template(
         metadata,
         template_path=str(TEMPLATE),
@@ -125,8 +125,8 @@ def _filled(
         paragraphs=paragraphs,
         sizes=_sizes(report) if report is not None else (),
         factorised=len(rows),
-        columns=list(shown),
-        layers=[[cell or "" for cell in cells] for cells in zip(*shown.values(), strict=True)],
+        columns=[TITLES.get(column.key, column.title) for column in columns],
+        layers=[[_cell(column, row) for column in columns] for row in rows[:TABLE_ROWS]],
         dense=dense,
         reasons=_reasons(dense),
         licence=_licence(metadata),
@@ -144,7 +144,7 @@ def quality_lines(stages: Mapping[str, Mapping[str, float]]) -> list[str]:
     measured = {name: values for name, values in stages.items() if values}
     if not measured:
         return []
-    columns = [c for c in QUALITIES if all(c in values for values in measured.values())]
+    columns = [c for c in QUALITY if all(c in values for values in measured.values())]
     lines = [f"| quality | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     return [*lines, *(f"| {name} | {' | '.join(f'{v[c]:.4f}' for c in columns)} |" for name, v in measured.items())]
 
@@ -206,5 +206,6 @@ def _licence(metadata: ModelCardData) -> str:
     return f"That of the base model: {f'[{named}]({link})' if link else named}."
 
 
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{value:.2%}"
+def _cell(column: Column, row: Row) -> str:
+    value = column.value(row)
+    return "" if value is None else COLUMNS[column.key].format(value)

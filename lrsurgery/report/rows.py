@@ -13,7 +13,7 @@ from lrsurgery.errors import PlanError, WeightError
 from lrsurgery.linalg.factors import Factors, balance_of, product_values, relative_error
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points
 from lrsurgery.linalg.subspaces import Directions, directions, overlap
-from lrsurgery.linalg.svd import Decomposed, spectral_factors
+from lrsurgery.linalg.svd import Decomposition, spectral_factors
 from lrsurgery.linalg.weighted import second_order
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.surgery.apply import factorised_layers
@@ -23,7 +23,7 @@ from lrsurgery.surgery.ranks import FractionRank, RankSpec
 
 
 def measured_row(
-    row: Replacement, matrix: Tensor, factors: Factors, found: Decomposed, *, in_loss: bool = False
+    row: Replacement, matrix: Tensor, factors: Factors, found: Decomposition, *, in_loss: bool = False
 ) -> Row:
     """The row of a layer after surgery: matrix (rows, columns), factors as stored, what decomposing it found.
 

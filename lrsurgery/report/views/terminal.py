@@ -10,15 +10,15 @@ from typing import Any
 
 from rich.table import Table
 
-from lrsurgery.cli.bench import slower_lines, speed_table
-from lrsurgery.cli.console import HEADINGS, QUALITY
 from lrsurgery.errors import SurgeryError
 from lrsurgery.report.schema import Report, Row
+from lrsurgery.report.views.columns import COLUMNS, HEADINGS, QUALITY, course, shape_text
+from lrsurgery.report.views.speed import slower_lines, speed_table
 
 NARROW = 100  # columns; below, a table shows less
 MANY = 80  # layers; above, they are shown a block at a time
 BARS = "▁▂▃▄▅▆▇█"
-UNBALANCED = 0.01  # of factors; below, it is rounding
+LAST = ("loss", "damage", "unbalanced")  # columns of a table of factorised layers
 SHOWN = "params:0.5"  # the rung of the ladder that the table of a dense model's layers shows
 
 SORTS: dict[str, Callable[[Row], Any] | None] = {
@@ -75,34 +75,19 @@ def layer_table(rows: Sequence[Row], width: int = 160) -> Table:
     """The factorised layers; rank, full rank and parameter share side by side, since tools differ in what 0.5 means."""
     rows = [row for row in rows if row.status == "factorised"]
     wide = width >= NARROW
-    columns: dict[str, Callable[[Row], str]] = {
-        **({"shape": lambda row: "x".join(map(str, row.shape))} if wide else {}),
-        "rank": lambda row: str(row.rank or "?"),
-        "full": lambda row: str(row.full_rank),
-        **({
-            "before": lambda row: f"{row.parameters_before:,}",
-            "after": lambda row: "?" if row.parameters_after is None else f"{row.parameters_after:,}",
-        } if wide else {}),
-        "kept": _share,
-    }  # fmt: skip
-    optional: dict[str, Callable[[Row], str]] = {
-        "energy": lambda row: _percent(row.energy_kept),
-        "error": lambda row: _percent(row.relative_error),
-        **({"entropy rank": _entropy} if wide else {}),
-        "shared": _shared,
-        "loss": lambda row: "" if row.predicted_loss is None else f"+{row.predicted_loss:.2g}",
-        "damage": _damage,
-        "unbalanced": lambda row: _percent(row.balance) if (row.balance or 0) >= UNBALANCED else "",
-        "spectrum": lambda row: sparkline(_spectrum(row)),
-    }
-    columns |= {name: cell for name, cell in optional.items() if any(cell(row) for row in rows)}
-    if (not wide and "shared" in columns) or "loss" in columns:  # which says more
-        columns.pop("damage", None)
-    if not wide:
-        columns.pop("unbalanced", None)
+    shown = [c.terse for c in COLUMNS if c.terse is not None and (wide or not c.terse.wide)]
+    shown = [terse for terse in shown if terse.always or any(terse.text(row) for row in rows)]
+    titles = {terse.title for terse in shown}
+    if (not wide and "shared" in titles) or "loss" in titles:  # which says more
+        shown = [terse for terse in shown if terse.title != "damage"]
+    # the terminal's own order of the last ones
+    shown.sort(key=lambda terse: LAST.index(terse.title) if terse.title in LAST else -1)
+    columns = {terse.title: terse.text for terse in shown}
+    if any(_spectrum(row) for row in rows):
+        columns["spectrum"] = lambda row: sparkline(_spectrum(row))
     table = _table(*columns)
     for row in rows:
-        table.add_row(row.name, *(cell(row) for cell in columns.values()))
+        table.add_row(row.name, *(text(row) for text in columns.values()))
     return table
 
 
@@ -110,19 +95,33 @@ def dense_table(rows: Sequence[Row], width: int = 160) -> Table:
     """The layers of a dense model: how many directions matter, and what half of the parameters would keep."""
     wide = width >= NARROW
     table = _table(
-        *(("shape",) if wide else ()), "full", "even", "nuclear", "entropy", "stable", "energy", "error",
-        *(("damage",) if wide else ()), "spectrum",
-    )  # fmt: skip
+        *(("shape",) if wide else ()),
+        "full",
+        "even",
+        "nuclear",
+        "entropy",
+        "stable",
+        "energy",
+        "error",
+        *(("damage",) if wide else ()),
+        "spectrum",
+    )
     for row in rows:
         assert row.before is not None
         rung = next((rung for rung in row.ladder or () if rung.rank == SHOWN), None)
         energy, error = _kept(row)
         ranks = [f"{number:.1f}" for number in (row.before.nuclear, row.before.entropy, row.before.stable)]
         table.add_row(
-            row.name, *(("x".join(map(str, row.shape)),) if wide else ()), str(row.full_rank), str(row.break_even),
-            *ranks, _percent(energy), _percent(error),
-            *((f"{rung.damage:.1f}" if rung else "",) if wide else ()), sparkline(_spectrum(row)),
-        )  # fmt: skip
+            row.name,
+            *((shape_text(row.shape),) if wide else ()),
+            str(row.full_rank),
+            str(row.break_even),
+            *ranks,
+            _percent(energy),
+            _percent(error),
+            *((f"{rung.damage:.1f}" if rung else "",) if wide else ()),
+            sparkline(_spectrum(row)),
+        )
     table.caption = f"even: break-even rank; energy and error: at {SHOWN}"
     table.caption_justify = "left"
     return table
@@ -139,11 +138,16 @@ def block_table(rows: Sequence[Row], width: int = 160) -> Table:
         share = "?" if None in after else f"{sum(n or 0 for n in after) / before:.1%}"
         stable = _range([row.before.stable if row.before else None for row in group], "{:.1f}")
         table.add_row(
-            name, str(len(group)),
-            *((_range([row.rank for row in group], "{:g}"), share) if planned else
-              (_range([row.full_rank for row in group], "{:g}"), stable)),
-            _range([_kept(row)[0] for row in group], "{:.1%}"), _range([_kept(row)[1] for row in group], "{:.1%}"),
-        )  # fmt: skip
+            name,
+            str(len(group)),
+            *(
+                (_range([row.rank for row in group], "{:g}"), share)
+                if planned
+                else (_range([row.full_rank for row in group], "{:g}"), stable)
+            ),
+            _range([_kept(row)[0] for row in group], "{:.1%}"),
+            _range([_kept(row)[1] for row in group], "{:.1%}"),
+        )
     if not planned:
         table.caption, table.caption_justify = f"energy and error: at {SHOWN}", "left"
     return table
@@ -176,9 +180,14 @@ def ladder_table(report: Report) -> Table:
     table = _table("layers", "parameters", "share", "energy", "error", "damage", first="--rank")
     for rung in report.ladder or ():
         table.add_row(
-            rung.rank, str(rung.to), f"{rung.parameters:,}", f"{rung.parameters / report.parameters_before:.1%}",
-            _percent(rung.energy_kept), _percent(rung.relative_error), f"{rung.damage:.1f}",
-        )  # fmt: skip
+            rung.rank,
+            str(rung.to),
+            f"{rung.parameters:,}",
+            f"{rung.parameters / report.parameters_before:.1%}",
+            _percent(rung.energy_kept),
+            _percent(rung.relative_error),
+            f"{rung.damage:.1f}",
+        )
     return table
 
 
@@ -206,9 +215,9 @@ def runs_table(runs: Sequence[Mapping[str, Any]], width: int = 160) -> Table:
         **({"lr": lambda run: f"{run['settings']['lr']:g}"} if wide else {}),
         **({"steps": lambda run: str(run["settings"]["steps"])} if wide else {}),
         **{HEADINGS[name]: _quality_course(name) for name in known},
-        "entropy rank": lambda run: _course([f"{value:.1f}" for value in mean_course(run, "entropy_rank")]),
+        "entropy rank": lambda run: course([f"{value:.1f}" for value in mean_course(run, "entropy_rank")]),
         **(
-            {"norm": lambda run: _course([f"{value:.1f}" for value in mean_course(run, "frobenius_norm")])}
+            {"norm": lambda run: course([f"{value:.1f}" for value in mean_course(run, "frobenius_norm")])}
             if wide
             else {}
         ),
@@ -226,17 +235,13 @@ def _decay(run: Mapping[str, Any]) -> str:
 
 
 def _quality_course(name: str) -> Callable[[Mapping[str, Any]], str]:
-    return lambda run: _course([QUALITY[name].format(e[name]) for e in run["evaluations"] if name in e])
+    return lambda run: course([QUALITY[name].format(e[name]) for e in run["evaluations"] if name in e])
 
 
 def mean_course(run: Mapping[str, Any], measure: str) -> list[float]:
     """The mean of a measure over the layers of a run, at each evaluation of its low-rank stage."""
     layers = list(run["layers"].values())
     return [sum(values) / len(layers) for values in zip(*(layer[measure] for layer in layers), strict=True)]
-
-
-def _course(texts: Sequence[str]) -> str:
-    return "" if not texts else texts[0] if texts[0] == texts[-1] else f"{texts[0]} → {texts[-1]}"
 
 
 def totals_lines(report: Report) -> list[str]:
@@ -282,26 +287,6 @@ def _spectrum(row: Row) -> list[float]:
     last = points.index[-1]
     wanted = [1 + i * (last - 1) / 7 for i in range(min(8, last))]
     return [points.value[min(range(len(points.index)), key=lambda i: abs(points.index[i] - at))] for at in wanted]
-
-
-def _share(row: Row) -> str:
-    return "" if row.parameters_after is None else f"{row.parameters_after / row.parameters_before:.1%}"
-
-
-def _entropy(row: Row) -> str:
-    return _course([f"{ranks.entropy:.1f}" for ranks in (row.before, row.after) if ranks is not None])
-
-
-def _shared(row: Row) -> str:
-    """How much of the dense weight's leading directions the factors still span, both sides' mean."""
-    if row.overlap is None:
-        return ""
-    last = row.overlap.leading[-1]
-    return _percent((last.output + last.input) / 2)
-
-
-def _damage(row: Row) -> str:
-    return "" if row.damage is None else f"{row.damage:.1f}"
 
 
 def _percent(value: float | None) -> str:

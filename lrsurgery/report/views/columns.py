@@ -1,0 +1,304 @@
+"""The columns of a report's layers and the figures of evaluations, listed once; every view draws from these lists.
+
+To add a column: a row in `COLUMNS`. Markdown, CSV and the page show every column that a layer has a value for; the
+terminal and the model card name those that they have room for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from lrsurgery.files import Json
+from lrsurgery.report.schema import Report, Row
+
+Value: TypeAlias = str | int | float | None
+UNBALANCED = 0.01  # of factors; below, it is rounding
+
+# figures of an evaluation: what people call them, how they are written
+HEADINGS = {"loss": "loss", "perplexity": "perplexity", "top1": "top-1", "top5": "top-5"}
+QUALITY = {"loss": "{:.4f}", "perplexity": "{:.3f}", "top1": "{:.2%}", "top5": "{:.2%}"}
+
+
+class Terse(NamedTuple):
+    """A column as the terminal shows it."""
+
+    title: str
+    text: Callable[[Row], str]
+    wide: bool = False  # only where there is room for more than 80 columns
+    always: bool = False  # even where every cell is empty
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """One column of the layers' table."""
+
+    key: str  # its path in the layer's JSON object, where it has one
+    title: str  # in Markdown, CSV and cards
+    value: Callable[[Row], Value]
+    form: str = "number"  # text, count, share or number: how people read it
+    label: str | None = None  # on the page, beneath `group` if there is one; the title by default
+    group: str | None = None
+    hint: str | None = None  # what the page says of it
+    terse: Terse | None = None  # None where the terminal has no room for it
+    drawn: bool = True  # whether Markdown, CSV and the page show it; the terminal's own sketches they do not
+
+
+def _layers_share(row: Row) -> float | None:
+    return row.parameters_after / row.parameters_before if row.parameters_after is not None else None
+
+
+def _effective(when: str, measure: str) -> Callable[[Row], Value]:
+    def value(row: Row) -> Value:
+        ranks = row.before if when == "before" else row.after
+        return None if ranks is None else float(getattr(ranks, measure))
+
+    return value
+
+
+def _largest_angle(side: str) -> Callable[[Row], Value]:
+    return lambda row: None if row.overlap is None else float(getattr(row.overlap, side).largest)
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{value:.{digits}%}"
+
+
+def _entropy_course(row: Row) -> str:
+    return course([f"{ranks.entropy:.1f}" for ranks in (row.before, row.after) if ranks is not None])
+
+
+def course(texts: Sequence[str]) -> str:
+    """The first and the last of some texts, once where they are the same."""
+    return "" if not texts else texts[0] if texts[0] == texts[-1] else f"{texts[0]} → {texts[-1]}"
+
+
+def _shared(row: Row) -> float | None:
+    """How much of the dense weight's leading directions the factors still span, the mean of both sides."""
+    if row.overlap is None:
+        return None
+    last = row.overlap.leading[-1]
+    return (last.output + last.input) / 2
+
+
+COLUMNS: tuple[Column, ...] = (
+    Column(
+        key="name",
+        title="layer",
+        form="text",
+        value=lambda row: row.name,
+    ),
+    Column(key="kind", title="kind", form="text", value=lambda row: row.kind),
+    Column(
+        key="shape",
+        title="shape",
+        form="text",
+        value=lambda row: shape_text(row.shape),
+        terse=Terse("shape", lambda row: shape_text(row.shape), wide=True, always=True),
+    ),
+    Column(
+        key="status",
+        title="status",
+        form="text",
+        value=lambda row: f"{row.status}: {row.reason}" if row.reason else row.status,
+    ),
+    Column(
+        key="rank",
+        title="rank",
+        form="count",
+        group="Rank",
+        label="kept",
+        value=lambda row: row.rank,
+        terse=Terse("rank", lambda row: str(row.rank or "?"), always=True),
+    ),
+    Column(
+        key="full_rank",
+        title="full rank",
+        form="count",
+        group="Rank",
+        label="full",
+        value=lambda row: row.full_rank,
+        terse=Terse("full", lambda row: str(row.full_rank), always=True),
+    ),
+    Column(
+        key="break_even",
+        title="break-even",
+        form="count",
+        group="Rank",
+        hint="The largest rank at which two factors have fewer parameters than the matrix",
+        value=lambda row: row.break_even,
+    ),
+    Column(
+        key="parameters_before",
+        title="parameters",
+        form="count",
+        group="Parameters",
+        label="before",
+        value=lambda row: row.parameters_before,
+        terse=Terse("before", lambda row: f"{row.parameters_before:,}", wide=True, always=True),
+    ),
+    Column(
+        key="parameters_after",
+        title="after",
+        form="count",
+        group="Parameters",
+        value=lambda row: row.parameters_after if row.status == "factorised" else None,
+        terse=Terse(
+            "after",
+            lambda row: "?" if row.parameters_after is None else f"{row.parameters_after:,}",
+            wide=True,
+            always=True,
+        ),
+    ),
+    Column(
+        key="kept",
+        title="kept",
+        form="share",
+        group="Parameters",
+        value=_layers_share,
+        terse=Terse("kept", lambda row: _percent(_layers_share(row), 1), always=True),
+        drawn=False,
+    ),
+    Column(
+        key="energy_kept",
+        title="energy kept",
+        form="share",
+        value=lambda row: row.energy_kept,
+        terse=Terse("energy", lambda row: _percent(row.energy_kept)),
+    ),
+    Column(
+        key="relative_error",
+        title="relative error",
+        form="share",
+        group="Error",
+        label="relative",
+        hint="Frobenius norm of the difference over the dense weight's",
+        value=lambda row: row.relative_error,
+        terse=Terse("error", lambda row: _percent(row.relative_error)),
+    ),
+    Column(
+        key="entropy",
+        title="entropy rank, before and after",
+        form="text",
+        value=lambda row: _entropy_course(row) or None,
+        terse=Terse("entropy rank", _entropy_course, wide=True),
+        drawn=False,
+    ),
+    Column(
+        key="shared",
+        title="leading directions shared with the dense weight, mean of both sides",
+        form="share",
+        value=_shared,
+        terse=Terse("shared", lambda row: _percent(_shared(row))),
+        drawn=False,
+    ),
+    Column(
+        key="spectral_error",
+        title="spectral error",
+        form="share",
+        group="Error",
+        label="spectral",
+        hint="The largest singular value left out over the largest of all",
+        value=lambda row: row.spectral_error,
+    ),
+    *(
+        Column(
+            key=f"{when}.{measure}",
+            title=f"{measure} rank{', after' if when == 'after' else ''}",
+            group=f"{measure.capitalize()} rank",
+            label=when,
+            value=_effective(when, measure),
+        )
+        for when in ("before", "after")
+        for measure in ("nuclear", "entropy", "stable")
+    ),
+    *(
+        Column(
+            key=f"overlap.{side}.largest",
+            title=f"largest angle, {side}",
+            group="Largest angle",
+            label=side,
+            hint="Degrees between the dense and the factorised subspace",
+            value=_largest_angle(side),
+        )
+        for side in ("output", "input")
+    ),
+    Column(
+        key="weighted_error",
+        title="error in the metric",
+        form="share",
+        hint="Relative error, weighed by the calibration data",
+        value=lambda row: row.weighted_error,
+    ),
+    Column(
+        key="predicted_loss",
+        title="predicted loss",
+        hint="Predicted increase of the loss of a token or image, to second order, by the calibration data",
+        value=lambda row: row.predicted_loss,
+        terse=Terse("loss", lambda row: "" if row.predicted_loss is None else f"+{row.predicted_loss:.2g}"),
+    ),
+    Column(
+        key="balance",
+        title="unbalanced",
+        form="share",
+        hint="How far training has carried the factors from an even split",
+        value=lambda row: row.balance if (row.balance or 0) >= UNBALANCED else None,
+        terse=Terse(
+            "unbalanced", lambda row: _percent(row.balance) if (row.balance or 0) >= UNBALANCED else "", wide=True
+        ),
+    ),
+    Column(
+        key="damage",
+        title="predicted damage",
+        hint="Share of parameters removed times stable rank; a rough guide",
+        value=lambda row: row.damage,
+        terse=Terse("damage", lambda row: "" if row.damage is None else f"{row.damage:.1f}"),
+    ),
+)
+BY_KEY: Mapping[str, Column] = {column.key: column for column in COLUMNS}
+
+
+def columns_with_values(rows: Sequence[Row], *, without: Iterable[str] = ()) -> list[Column]:
+    """The columns that some row has a value for, in order."""
+    left_out = set(without)
+    drawn = (column for column in COLUMNS if column.drawn and column.key not in left_out)
+    return [column for column in drawn if any(column.value(row) is not None for row in rows)]
+
+
+def plain_text(value: Value, form: str) -> str:
+    """A value as Markdown and cards write it: shares with two digits, other numbers with up to six."""
+    if value is None:
+        return ""
+    if form == "share":
+        return f"{value:.2%}"
+    if form == "count":
+        return f"{value:,}"
+    return f"{value:.6g}" if isinstance(value, int | float) else value
+
+
+def csv_text(report: Report) -> str:
+    """One row a layer, one column for each of `COLUMNS`, numbers as they are."""
+    import csv
+    import io
+
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    drawn = [column for column in COLUMNS if column.drawn or column.form == "share"]
+    writer.writerow([column.key for column in drawn])
+    for row in report.rows:
+        writer.writerow(["" if (value := column.value(row)) is None else value for column in drawn])
+    return out.getvalue()
+
+
+def page_columns() -> list[Json]:
+    """What the page's table of layers shows: where each value stands in the JSON, and how it is named and written."""
+    return [
+        {"key": c.key, "label": c.label or c.title, "group": c.group, "form": c.form, "hint": c.hint}
+        for c in COLUMNS
+        if c.drawn or c.key == "kept"
+    ]
