@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrsurgery.errors import CalibrationError
 from lrsurgery.files import Json, Piece, json_text, load_piece, piece_digest, read_json, replace_file, save_piece
-from lrsurgery.linalg.weighted import Metric, damped
+from lrsurgery.linalg.weighted import Metric, damp
 from lrsurgery.surgery.plan import Replacement
 
 FORMAT = 1
@@ -50,10 +50,10 @@ class Moments:
 
     def metric(self, seen: LayerUse) -> Metric:
         """The metric to factorise in, of a layer that was seen so often."""
-        inputs = damped(self.inputs, damping("inputs", seen.columns, seen.positions))
+        inputs = damp(self.inputs, damping("inputs", seen.columns, seen.positions))
         if self.gradients is None or not bool(self.gradients.any()):
             return Metric(inputs)
-        return Metric(inputs, damped(self.gradients, damping("gradients", seen.rows, seen.positions)))
+        return Metric(inputs, damp(self.gradients, damping("gradients", seen.rows, seen.positions)))
 
 
 class Statistics:

@@ -1,9 +1,9 @@
-"""Tensors in, tensors out: decompositions, initialisations, what singular values say."""
+"""Mathematics of low-rank factors, tensors in and tensors out: decompositions, initialisations, spectra."""
 
 from lrsurgery.linalg.factors import Factors, balance, balance_of, product_values, relative_error
 from lrsurgery.linalg.svd import (
     ENGINES,
-    Decomposed,
+    Decomposition,
     Spectrum,
     direction_factors,
     singular_values,
@@ -13,7 +13,7 @@ from lrsurgery.linalg.svd import (
 
 __all__ = [
     "ENGINES",
-    "Decomposed",
+    "Decomposition",
     "Factors",
     "Spectrum",
     "balance",

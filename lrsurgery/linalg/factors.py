@@ -1,4 +1,4 @@
-"""Two factors of a matrix: balancing them, and what they say of their product without forming it."""
+"""The two factors of a matrix: balancing them, and properties of their product without forming it."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Factors(NamedTuple):
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that arithmetic runs in: at least fp32."""
+    """The dtype for arithmetic on tensors of `dtype`: fp32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def balance(factors: Factors) -> Factors:
-    """The same product with u^T u = v v^T, from the QR of each factor and the SVD of the r x r core."""
+    """Factors of the same product with u^T u = v v^T, by QR of each factor and SVD of the r x r core."""
     q_u, r_u = torch.linalg.qr(factors.u)
     q_v, r_v = torch.linalg.qr(factors.v.T)
     left, values, right = torch.linalg.svd(r_u @ r_v.T, full_matrices=False)
@@ -31,7 +31,7 @@ def balance(factors: Factors) -> Factors:
 
 
 def balance_of(factors: Factors) -> float:
-    """||u^T u - v v^T||_F / ||u^T u||_F: 0 for balanced factors, which is how surgery leaves them."""
+    """||u^T u - v v^T||_F / ||u^T u||_F: 0 for balanced factors, as every init makes them."""
     wide = working_dtype(factors.u.dtype)
     u, v = factors.u.detach().to(wide), factors.v.detach().to(wide)
     left = u.T @ u
@@ -49,19 +49,19 @@ def product_values(factors: Factors) -> Tensor:
 
 
 def relative_error(weight: Tensor, factors: Factors) -> float:
-    """||W - u v||_F / ||W||_F in the working dtype; 0 for the zero matrix approximated by itself."""
+    """||W - u v||_F / ||W||_F in the working dtype; ||u v||_F for the zero matrix."""
     lost, norm = _squares(weight, factors, 1.0)
-    if not 1e-20 < norm < 1e30 or not lost > 1e-20:  # squares may have left fp32's range
+    if not 1e-20 < norm < 1e30 or not lost > 1e-20:  # squares may have left the range of fp32
         lost, norm = _squares(weight, factors, power_of_two(largest(weight)))
     return math.sqrt(lost / norm) if norm > 0 else math.sqrt(lost)
 
 
 def _squares(weight: Tensor, factors: Factors, scale: float) -> tuple[float, float]:
-    """||W - u v||_F^2 and ||W||_F^2, both over scale^2, without the whole product in memory."""
+    """||W - u v||_F^2 and ||W||_F^2, both divided by scale^2; the product is formed slice by slice."""
     wide = working_dtype(weight.dtype)
     u, v = factors.u.to(wide), factors.v.to(wide)
     lost = norm = 0.0
-    rows = max(1, (1 << 22) // weight.shape[1])  # a slice of the product at a time: 16 MB in fp32
+    rows = max(1, (1 << 22) // weight.shape[1])  # rows of a slice: 16 MB in fp32
     for start in range(0, weight.shape[0], rows):
         part, left = weight[start : start + rows].to(wide), u[start : start + rows]
         if scale != 1.0:
@@ -72,11 +72,11 @@ def _squares(weight: Tensor, factors: Factors, scale: float) -> tuple[float, flo
 
 
 def largest(matrix: Tensor) -> float:
-    """The largest magnitude; NaN where there is one."""
+    """The largest magnitude of an entry; NaN if any entry is NaN."""
     least, most = matrix.aminmax()
     return max(-float(least), float(most))
 
 
 def power_of_two(size: float) -> float:
-    """What to divide by so that squares stay in fp32's range; 1 where they do. A power of two keeps every digit."""
+    """A divisor that keeps squares in the range of fp32; 1 if they already are. Powers of two lose no digit."""
     return 2.0 ** round(math.log2(size)) if size > 0 and not 1e-6 < size < 1e6 else 1.0

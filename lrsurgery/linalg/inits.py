@@ -1,6 +1,6 @@
-"""Initialisations of the factors: a dense matrix and a rank in, balanced factors out.
+"""Initialisations: balanced factors of a dense matrix at some rank.
 
-To add one: a function of an `InitProblem` and an entry in `INITS`.
+To add one, write a function of an `InitProblem` and add an entry to `INITS`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 from lrsurgery.errors import SurgeryError
 from lrsurgery.linalg.factors import Factors, balance, working_dtype
 from lrsurgery.linalg.svd import (
-    Decomposed,
+    Decomposition,
     RankChoice,
     Spectrum,
     direction_factors,
@@ -27,14 +27,14 @@ from lrsurgery.linalg.weighted import Metric, weighted_factors
 
 @dataclass(frozen=True)
 class InitProblem:
-    """The matrix to initialise factors for, and how."""
+    """The matrix whose factors are to be initialised, with the settings."""
 
     weight: Tensor  # (rows, columns)
-    rank: RankChoice  # or a function of the singular values, in the metric where there is one
+    rank: RankChoice  # a function of the singular values gets those in the metric, if there is one
     fan_in: int  # of the dense layer
-    generator: torch.Generator  # on the CPU, so that a seed means the same factors on every device
-    metric: Metric | None = None  # what weighs the weight's errors, where data was looked at
-    svd: str = "auto"  # as `spectral_factors` takes it, and what follows
+    generator: torch.Generator  # on the CPU, so that a seed gives the same factors on every device
+    metric: Metric | None = None  # weights of the errors, from calibration
+    svd: str = "auto"  # `svd`, `known` and `keep` go to `spectral_factors`
     known: Spectrum | None = None
     keep: bool = False
 
@@ -42,80 +42,80 @@ class InitProblem:
         """All singular values of the weight (full rank,), descending."""
         return self.known.values if self.known is not None else singular_values(self.weight)
 
-    def drawn(self, *shape: int) -> Tensor:
-        """Normal numbers, drawn in fp32, where the weight lies and as wide as it is computed with."""
+    def draw_normal(self, *shape: int) -> Tensor:
+        """Draw standard normal numbers in fp32 and convert them to the working dtype on the weight's device."""
         numbers = torch.randn(*shape, generator=self.generator)
         return numbers.to(self.weight.device, working_dtype(self.weight.dtype))
 
 
-Init: TypeAlias = Callable[[InitProblem], Decomposed]
+Init: TypeAlias = Callable[[InitProblem], Decomposition]
 
 
-def spectral(problem: InitProblem) -> Decomposed:
-    """The truncated SVD, singular values split evenly (Khodak et al. 2021; Kamalakara et al. 2022).
+def spectral(problem: InitProblem) -> Decomposition:
+    """Truncated SVD with the singular values split evenly (Khodak et al. 2021; Kamalakara et al. 2022).
 
-    With a metric, the best factors in it.
+    With a metric, the best factors in that metric.
     """
     if problem.metric is None:
         return spectral_factors(problem.weight, problem.rank, svd=problem.svd, known=problem.known, keep=problem.keep)
     factors, weighted = weighted_factors(problem.weight, problem.rank, problem.metric)
-    return _decomposed(factors, problem.values(), weighted)
+    return _decomposition(factors, problem.values(), weighted)
 
 
-def _directions(problem: InitProblem) -> Decomposed:
-    """Orthonormal factors: the leading singular directions of the weight, or of its best approximation in a metric."""
+def _directions(problem: InitProblem) -> Decomposition:
+    """Orthonormal factors: leading singular directions of the weight, or of its best approximation in the metric."""
     if problem.metric is None:
         return direction_factors(problem.weight, problem.rank, svd=problem.svd, known=problem.known, keep=problem.keep)
-    found = spectral(problem)
-    u, v = found.factors  # balanced, so that u's columns and v's rows are orthogonal already
+    decomposition = spectral(problem)
+    u, v = decomposition.factors  # balanced, so the columns of u and the rows of v are orthogonal already
     tiny = torch.finfo(u.dtype).tiny
-    return found._replace(
+    return decomposition._replace(
         factors=Factors(u / u.norm(dim=0).clamp(min=tiny), v / v.norm(dim=1).clamp(min=tiny)[:, None])
     )
 
 
-def spectral_ones(problem: InitProblem) -> Decomposed:
-    """The singular directions alone: every kept singular value replaced by 1 (Kamalakara et al. 2022)."""
+def spectral_ones(problem: InitProblem) -> Decomposition:
+    """Leading singular directions with every singular value set to 1 (Kamalakara et al. 2022)."""
     return _directions(problem)
 
 
-def spectral_shuffled(problem: InitProblem) -> Decomposed:
-    """A control: the leading singular directions with their own values in random order, so with the same norm."""
-    found = _directions(problem)
-    u, v = found.factors
+def spectral_shuffled(problem: InitProblem) -> Decomposition:
+    """Control: leading singular directions with their singular values in random order, so of the same norm."""
+    decomposition = _directions(problem)
+    u, v = decomposition.factors
     order = torch.randperm(u.shape[1], generator=problem.generator).to(u.device)
-    root = found.values[: u.shape[1]].to(u.dtype)[order].sqrt()
-    return found._replace(factors=Factors(u * root, root[:, None] * v))
+    root = decomposition.values[: u.shape[1]].to(u.dtype)[order].sqrt()
+    return decomposition._replace(factors=Factors(u * root, root[:, None] * v))
 
 
-def random_directions(problem: InitProblem) -> Decomposed:
-    """A control: the leading singular values of the weight with random orthonormal directions (Haar)."""
+def random_directions(problem: InitProblem) -> Decomposition:
+    """Control: leading singular values of the weight with random orthonormal directions (Haar)."""
     values = problem.values()
     rank = problem.rank(values) if callable(problem.rank) else problem.rank
     bases = []
     for size in problem.weight.shape:
-        q, r = torch.linalg.qr(problem.drawn(size, rank))
-        bases.append(q * r.diagonal().sign())  # which makes QR's Q uniform (Mezzadri 2007)
+        q, r = torch.linalg.qr(problem.draw_normal(size, rank))
+        bases.append(q * r.diagonal().sign())  # makes the Q of the QR uniform (Mezzadri 2007)
     root = values[:rank].to(bases[0]).sqrt()
-    return _decomposed(Factors(bases[0] * root, root[:, None] * bases[1].T), values)
+    return _decomposition(Factors(bases[0] * root, root[:, None] * bases[1].T), values)
 
 
-def he(problem: InitProblem) -> Decomposed:
+def he(problem: InitProblem) -> Decomposition:
     """Normal factors whose product has the variance 2 / fan_in of a dense He-initialised layer (He et al. 2015).
 
-    An entry of the product is a sum of `rank` terms, so var(u) var(v) = 2 / (fan_in rank). Balanced afterwards, which
-    leaves the product as it is.
+    An entry of the product is a sum of `rank` terms, so var(u) var(v) = 2 / (fan_in rank). The factors are then
+    balanced, which keeps their product.
     """
     rows, columns = problem.weight.shape
     values = problem.values()
     rank = problem.rank(values) if callable(problem.rank) else problem.rank
     std = (2 / (problem.fan_in * rank)) ** 0.25
-    factors = Factors(problem.drawn(rows, rank) * std, problem.drawn(rank, columns) * std)
-    return _decomposed(balance(factors), values)
+    factors = Factors(problem.draw_normal(rows, rank) * std, problem.draw_normal(rank, columns) * std)
+    return _decomposition(balance(factors), values)
 
 
-def _decomposed(factors: Factors, values: Tensor, weighted: Tensor | None = None) -> Decomposed:
-    return Decomposed(factors, values, float(values.double().square().sum()), None, weighted)
+def _decomposition(factors: Factors, values: Tensor, weighted: Tensor | None = None) -> Decomposition:
+    return Decomposition(factors, values, float(values.double().square().sum()), None, weighted)
 
 
 INITS: dict[str, Init] = {
@@ -126,19 +126,19 @@ INITS: dict[str, Init] = {
     "he": he,
 }
 
-WITHOUT_DIRECTIONS = ("random-directions", "he")  # whose factors have nothing of the weight's own
+WITHOUT_DIRECTIONS = ("random-directions", "he")  # inits that discard the singular directions of the weight
 
 
 def get_init(name: str) -> Init:
-    """The init of this name. Raises SurgeryError that lists the known ones."""
+    """The init of this name. Raises SurgeryError that lists the known names."""
     if name not in INITS:
         raise SurgeryError(f"unknown init '{name}'; known: {', '.join(INITS)}")
     return INITS[name]
 
 
 def layer_generator(seed: int, name: str) -> torch.Generator:
-    """A CPU generator for one layer, the same whatever the order of the layers."""
+    """A CPU generator seeded by `seed` and the layer's name, so independent of the order of the layers."""
     mixed = seed & 0xFFFFFFFF
-    for byte in name.encode():  # FNV-1a: stable over processes, unlike hash()
+    for byte in name.encode():  # FNV-1a: the same in every process, unlike hash()
         mixed = ((mixed ^ byte) * 0x100000001B3) & 0x7FFFFFFFFFFFFFFF
     return torch.Generator().manual_seed(mixed)

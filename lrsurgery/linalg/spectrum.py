@@ -1,4 +1,4 @@
-"""What singular values say of a matrix: effective ranks, condition, a sketch of the spectrum, predicted damage."""
+"""Statistics of singular values: effective ranks, condition number, sampled spectra, predicted damage."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-POINTS = 64  # of a spectrum, at most
-RESOLVED = 100.0  # condition numbers above this are not told by values in fp32, which are roots of a Gram matrix's
+POINTS = 64  # largest number of points in a sampled spectrum
+RESOLVED = 100.0  # largest condition number that fp32 resolves, where values are roots of a Gram matrix's eigenvalues
 
 
 @dataclass(frozen=True)
 class EffectiveRanks:
-    """Three measures of how many directions matter ("effective rank" alone names none of them), and the condition."""
+    """Three effective ranks ("effective rank" alone is ambiguous) and the condition number."""
 
     nuclear: float  # ||W||_* / ||W||_2
     entropy: float  # exp(H(s / sum s)), Roy & Vetterli (2007)
     stable: float  # ||W||_F^2 / ||W||_2^2
-    condition: float | None = None  # largest / smallest singular value; None where that is beyond the arithmetic
+    condition: float | None = None  # largest / smallest singular value; None if the precision cannot resolve it
 
     @staticmethod
     def of(values: Tensor, *, limit: float = RESOLVED) -> EffectiveRanks:
-        """From singular values (n,), descending, which tell condition numbers up to `limit`."""
+        """Compute from singular values (n,), descending; condition numbers above `limit` become None."""
         top, least = float(values[0]), float(values[-1])
         condition = top / least if 0 < top <= limit * least else None
         return EffectiveRanks(nuclear_rank(values), entropy_rank(values), stable_rank(values), condition)
@@ -31,20 +31,20 @@ class EffectiveRanks:
 
 @dataclass(frozen=True)
 class Points:
-    """Some points of a spectrum, all of it where it is short: `value[i]` is the `index[i]`-th singular value."""
+    """A sampled spectrum, complete if it is short: `value[i]` is the `index[i]`-th singular value."""
 
     index: tuple[int, ...]  # from 1
     value: tuple[float, ...]
 
     @staticmethod
     def of(values: Tensor, *, points: int = POINTS) -> Points:
-        """Of singular values (n,), descending: dense at the head, even over the rest; to six digits."""
+        """Sample singular values (n,), descending: dense at the head, even over the rest; six digits."""
         index = sample(values.numel(), points)
-        return Points(index, tuple(_rounded(float(values[i - 1])) for i in index))
+        return Points(index, tuple(_round(float(values[i - 1])) for i in index))
 
 
 def sample(count: int, points: int = POINTS) -> tuple[int, ...]:
-    """Up to `points` of the positions 1 to `count`, both ends among them."""
+    """Choose up to `points` of the positions 1 to `count`, including both ends."""
     if count <= points:
         return tuple(range(1, count + 1))
     half = points // 2
@@ -52,16 +52,15 @@ def sample(count: int, points: int = POINTS) -> tuple[int, ...]:
     return tuple(sorted({round(position) for position in chosen}))
 
 
-def _rounded(number: float) -> float:
+def _round(number: float) -> float:
     return float(f"{number:.6g}")
 
 
 def predicted_damage(before: int, after: int, stable: float) -> float:
-    """Share of the parameters removed times the stable rank (of a model: the mean over its layers).
+    """Share of the parameters removed times the stable rank (for a model: the mean over its layers).
 
-    Xu (2026, arXiv:2604.18085) finds compression ratio times stable rank to correlate with the loss of accuracy of
-    language models (Pearson 0.89 for attention, 0.84 for MLP layers). A guide to which layers to look at, not a
-    measurement.
+    Source: Xu (2026, arXiv:2604.18085), where compression ratio times stable rank correlates with the loss of accuracy
+    of language models (Pearson 0.89 for attention, 0.84 for MLP layers). It ranks layers; it measures nothing.
     """
     return (1 - after / before) * stable if before else 0.0
 

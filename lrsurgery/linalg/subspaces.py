@@ -1,4 +1,4 @@
-"""How far the directions of two low-rank matrices lie apart: principal angles between their leading subspaces."""
+"""Comparison of two low-rank matrices: principal angles between their leading singular subspaces."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor
 
 from lrsurgery.linalg.factors import Factors, working_dtype
 
-LEADING = 12  # of the numbers of leading directions that are compared
+LEADING = 12  # largest number of subspace dimensions k that are compared
 
 
 class Angles(NamedTuple):
-    """Of two subspaces of one dimension, in degrees: 0 where they share a direction, 90 where it is new."""
+    """Principal angles of two subspaces of equal dimension, in degrees: 0 for a shared direction, 90 for a new one."""
 
     largest: float
     median: float
 
 
 class Shared(NamedTuple):
-    """How much of the k leading directions of one matrix lies in those of the other, from 0 to 1."""
+    """Share (0 to 1) of the k leading directions of one matrix that lies in those of the other."""
 
     k: int
     output: float
@@ -29,7 +29,7 @@ class Shared(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """The whole subspaces of the columns (output side) and rows (input side), and the leading directions of each."""
+    """Angles of the column spaces (output) and row spaces (input), and overlap of their leading directions."""
 
     output: Angles
     input: Angles
@@ -37,7 +37,7 @@ class Overlap(NamedTuple):
 
 
 class Directions(NamedTuple):
-    """The singular value decomposition of a product: u (rows, rank), values (rank,), v (columns, rank)."""
+    """Singular value decomposition of a product: u (rows, rank), values (rank,), v (columns, rank)."""
 
     u: Tensor
     values: Tensor
@@ -45,7 +45,7 @@ class Directions(NamedTuple):
 
 
 def directions(factors: Factors) -> Directions:
-    """Singular vectors of u v in O((rows + columns) rank^2), from the QR of each factor and the SVD of the core."""
+    """SVD of u v in O((rows + columns) rank^2), by QR of each factor and SVD of the core."""
     dtype = working_dtype(factors.u.dtype)
     q_u, r_u = torch.linalg.qr(factors.u.detach().to(dtype))
     q_v, r_v = torch.linalg.qr(factors.v.detach().to(dtype).T)
@@ -54,10 +54,10 @@ def directions(factors: Factors) -> Directions:
 
 
 def overlap(one: Directions, other: Directions) -> Overlap:
-    """Compare two matrices of one shape and rank by their directions alone.
+    """Compare two matrices of equal shape and rank by their singular directions.
 
-    The principal angles are the arc cosines of the singular values of Q1^T Q2 (Bjorck & Golub 1973), small ones taken
-    from the sine, which keeps its digits there. The overlap of the k leading directions is ||Q1^T Q2||_F^2 / k, the
+    The principal angles are the arc cosines of the singular values of Q1^T Q2; small angles are computed from the sine,
+    which is accurate there (Bjorck & Golub 1973). The overlap of the k leading directions is ||Q1^T Q2||_F^2 / k, the
     mean squared cosine of their angles.
     """
     rank = one.values.numel()
@@ -71,9 +71,9 @@ def overlap(one: Directions, other: Directions) -> Overlap:
 def _angles(one: Tensor, other: Tensor, crossed: Tensor) -> Angles:
     cosines = torch.linalg.svdvals(crossed).clamp(max=1)
     sines = torch.linalg.svdvals(other - one @ crossed).clamp(max=1).flip(0)
-    # a cosine near 1 says little about its angle, a sine near 0 all
-    found = torch.where(cosines > 0.7, sines.asin(), cosines.acos()).rad2deg()
-    return Angles(float(found.max()), float(found.median()))
+    # the arc cosine is ill-conditioned near 1, the arc sine is not near 0
+    angles = torch.where(cosines > 0.7, sines.asin(), cosines.acos()).rad2deg()
+    return Angles(float(angles.max()), float(angles.median()))
 
 
 def _leading_shares(crossed: Tensor) -> Tensor:

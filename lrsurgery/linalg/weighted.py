@@ -1,11 +1,11 @@
-"""Low-rank approximation in a metric: which errors of a layer's weight matter, by its inputs and output gradients.
+"""Low-rank approximation in a metric, which weights the errors of a layer by its inputs and output gradients.
 
-With C the second moment of a layer's inputs x and G that of the loss's gradients at its outputs, replacing W by M
-raises the loss by about 1/2 ||G^(1/2) (W - M) C^(1/2)||_F^2: the second order of the loss, in the Kronecker factors of
-its curvature (Martens & Grosse 2015, K-FAC). G = I leaves the error of its outputs, C = G = I that of its weight.
+Let C be the second moment of a layer's inputs x, and G that of the gradients of the loss at its outputs. Replacing W by
+M raises the loss by about 1/2 ||G^(1/2) (W - M) C^(1/2)||_F^2, its second-order term with Kronecker-factored curvature
+(Martens & Grosse 2015, K-FAC). G = I gives the error of the outputs, C = G = I the error of the weight.
 
 The best M of rank r (Eckart & Young in this metric) is L^-T P P^T L^T W, where G = L L^T and P holds the r leading
-eigenvectors of L^T W C W^T L. C is neither inverted nor factorised, so it may be singular: few samples are harmless.
+eigenvectors of L^T W C W^T L. C is neither inverted nor factorised, so it may be singular, as few samples make it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's 
 
 
 class Metric(NamedTuple):
-    """What weighs the errors of a weight (rows, columns); None stands for the identity."""
+    """Second moments that weight the errors of a weight (rows, columns); None is the identity."""
 
     inputs: Tensor | None  # C (columns, columns), symmetric, positive semidefinite
     gradients: Tensor | None = None  # G (rows, rows), symmetric, positive definite
 
 
-class Weighted(NamedTuple):
-    """The best factors in a metric."""
+class WeightedFactors(NamedTuple):
+    """The best factors in a metric, with the singular values in it."""
 
     factors: Factors  # in the working dtype, balanced: u^T u = v v^T, diagonal
     values: Tensor  # (full rank,) singular values of G^(1/2) W C^(1/2) in fp64, descending
@@ -40,22 +40,22 @@ class _Core(NamedTuple):
     """L^T W C W^T L as turn (rows, short) gram (short, short) turn^T."""
 
     gram: Tensor
-    turn: Tensor | None  # orthonormal columns, where there are more rows than columns
+    turn: Tensor | None  # orthonormal columns; None unless rows > columns
     weighted: Tensor  # L^T W
     root: Tensor | None  # L, lower triangular
 
 
-def damped(moment: Tensor, share: float) -> Tensor:
-    """A second moment (n, n) with this share of its mean diagonal entry added to the diagonal, in fp64."""
+def damp(moment: Tensor, share: float) -> Tensor:
+    """Tikhonov damping: the moment (n, n) in fp64, with this share of its mean diagonal added to the diagonal."""
     wide = moment.to(torch.float64, copy=True)
     wide.diagonal().add_(share * float(wide.diagonal().mean()))
     return wide
 
 
 def weighted_values(weight: Tensor, metric: Metric) -> Tensor:
-    """Singular values (full rank,) of G^(1/2) W C^(1/2) in fp64, descending: the roots of what each direction saves.
+    """Singular values (full rank,) of G^(1/2) W C^(1/2) in fp64, descending; a direction's squared value is its error.
 
-    Raises WeightError where the weight is not finite, where the metric does not fit it, or G is not positive definite.
+    Raises WeightError if the weight is not finite, if the metric does not fit it, or if G is not positive definite.
     """
     try:
         return _roots(torch.linalg.eigvalsh(_core(weight, metric).gram))
@@ -63,10 +63,10 @@ def weighted_values(weight: Tensor, metric: Metric) -> Tensor:
         raise WeightError(f"no LAPACK driver converges on this {tuple(weight.shape)} matrix in its metric") from e
 
 
-def weighted_factors(weight: Tensor, rank: RankChoice, metric: Metric) -> Weighted:
-    """The M = u v of this rank that minimises ||G^(1/2) (W - M) C^(1/2)||_F; weight W (rows, columns).
+def weighted_factors(weight: Tensor, rank: RankChoice, metric: Metric) -> WeightedFactors:
+    """Factors of the M = u v of this rank that minimises ||G^(1/2) (W - M) C^(1/2)||_F; weight W (rows, columns).
 
-    Works in fp64: a model's inputs have a few directions far above the rest, which a Gram matrix in fp32 would drown.
+    Computes in fp64: a few directions of a model's inputs are so large that an fp32 Gram matrix loses the others.
 
     Raises WeightError as `weighted_values` does.
     """
@@ -82,29 +82,32 @@ def weighted_factors(weight: Tensor, rank: RankChoice, metric: Metric) -> Weight
     v = basis.T @ core.weighted
     u = basis if core.root is None else torch.linalg.solve_triangular(core.root.T, basis, upper=True)
     dtype = working_dtype(weight.dtype)
-    return Weighted(Factors(*(factor.to(dtype) for factor in balance(Factors(u, v)))), values)
+    return WeightedFactors(Factors(*(factor.to(dtype) for factor in balance(Factors(u, v)))), values)
 
 
 def second_order(values: Tensor, rank: int) -> float:
-    """What keeping this rank adds to the loss, from all singular values (full rank,) of G^(1/2) W C^(1/2)."""
+    """Predicted increase of the loss at this rank, from all singular values (full rank,) of G^(1/2) W C^(1/2).
+
+    In the unit of the loss whose gradients G holds: nats for a log likelihood.
+    """
     return 0.5 * float(values[rank:].double().square().sum())
 
 
 def weighted_norm(weight: Tensor, metric: Metric) -> float:
     """||G^(1/2) W C^(1/2)||_F of a weight W (rows, columns)."""
-    error = weight.double()
-    moved = error if metric.inputs is None else error @ metric.inputs.double()
-    left = moved if metric.gradients is None else metric.gradients.double() @ moved
-    return float((error * left).sum().clamp(min=0).sqrt())
+    wide = weight.double()
+    product = wide if metric.inputs is None else wide @ metric.inputs.double()
+    product = product if metric.gradients is None else metric.gradients.double() @ product
+    return float((wide * product).sum().clamp(min=0).sqrt())
 
 
 def _core(weight: Tensor, metric: Metric) -> _Core:
     rows, columns = weight.shape
     for name, moment, size in (("inputs", metric.inputs, columns), ("gradients", metric.gradients, rows)):
         if moment is not None and tuple(moment.shape) != (size, size):
-            raise WeightError(f"the moment of its {name} has shape {tuple(moment.shape)}, not {(size, size)}")
+            raise WeightError(f"the second moment of its {name} has shape {tuple(moment.shape)}, not {(size, size)}")
         if moment is not None and not bool(torch.isfinite(moment).all()):
-            raise WeightError(f"the moment of its {name} holds NaN or Inf")
+            raise WeightError(f"the second moment of its {name} holds NaN or Inf; repeat the calibration")
     wide = weight.detach().double()
     if not bool(torch.isfinite(wide).all()):
         raise WeightError("the weight holds NaN or Inf; repair the checkpoint first")
@@ -113,10 +116,10 @@ def _core(weight: Tensor, metric: Metric) -> _Core:
         try:
             root = torch.linalg.cholesky(metric.gradients.to(wide))
         except LinAlgError as e:
-            raise WeightError("the moment of its gradients is not positive definite; damp it") from e
+            raise WeightError("the second moment of its gradients is not positive definite; damp it") from e
     weighted = wide if root is None else root.T @ wide
     turn, short = None, weighted
-    if rows > columns:  # the triangle of its QR has the same inner products, and leaves a small eigenproblem
+    if rows > columns:  # the R of a QR has the same Gram matrix, and gives a small eigenproblem
         turn, short = torch.linalg.qr(weighted)
     gram = short @ (short.T if metric.inputs is None else metric.inputs.to(wide) @ short.T)
     return _Core((gram + gram.T) / 2, turn, weighted, root)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
-from lrsurgery.linalg.svd import Decomposed, RankChoice, Spectrum
+from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.kinds import KINDS
@@ -83,7 +83,7 @@ def decompose(
     svd: str = "auto",
     known: Spectrum | None = None,
     keep: bool = False,
-) -> Decomposed:
+) -> Decomposition:
     """Factors of one dense weight, in the working dtype.
 
     `rank` maps singular values to a rank where the plan has none yet; `metric` weighs the weight's errors; `svd`,

@@ -15,7 +15,7 @@ from lrsurgery.linalg.factors import balance_of
 from lrsurgery.linalg.inits import INITS, WITHOUT_DIRECTIONS, InitProblem
 from lrsurgery.linalg.subspaces import directions
 from lrsurgery.linalg.svd import truncated_svd
-from lrsurgery.linalg.weighted import Metric, damped, weighted_factors, weighted_norm, weighted_values
+from lrsurgery.linalg.weighted import Metric, damp, weighted_factors, weighted_norm, weighted_values
 
 SHAPES = {"tall": (23, 11), "wide": (9, 20), "square": (12, 12)}
 
@@ -108,7 +108,7 @@ def test_a_scale_that_fp32_would_drown_is_kept() -> None:
 
 def test_damping_adds_a_share_of_the_mean_diagonal_and_leaves_its_argument() -> None:
     given = torch.tensor([[2.0, 1.0], [1.0, 4.0]])
-    torch.testing.assert_close(damped(given, 0.1), torch.tensor([[2.3, 1.0], [1.0, 4.3]]).double())
+    torch.testing.assert_close(damp(given, 0.1), torch.tensor([[2.3, 1.0], [1.0, 4.3]]).double())
     assert given.tolist() == [[2.0, 1.0], [1.0, 4.0]]
 
 
@@ -116,13 +116,13 @@ def test_damping_adds_a_share_of_the_mean_diagonal_and_leaves_its_argument() -> 
     ("change", "message"),
     [
         (lambda w, m: (w * torch.nan, m), "the weight holds NaN"),
-        (lambda w, m: (w, m._replace(inputs=m.inputs * torch.inf)), "the moment of its inputs holds NaN"),
+        (lambda w, m: (w, m._replace(inputs=m.inputs * torch.inf)), "the second moment of its inputs holds NaN or Inf"),
         (lambda w, m: (w, m._replace(inputs=m.inputs[:3, :3])), r"shape \(3, 3\), not \(20, 20\)"),
         (lambda w, m: (w, m._replace(gradients=torch.zeros(9, 9))), "not positive definite; damp it"),
     ],
     ids=["weight", "inputs", "shape", "gradients"],
 )
-def test_what_cannot_be_weighed_is_said(change: Any, message: str) -> None:
+def test_errors_of_weights_and_metrics_name_the_fault(change: Any, message: str) -> None:
     weight, metric = change(*problem(9, 20))
     with pytest.raises(WeightError, match=message):
         weighted_factors(weight, 3, metric)
