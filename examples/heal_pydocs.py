@@ -45,13 +45,12 @@ def main() -> None:
 
     half = args.output / "factorised"
     lrsurgery("factorise", DENSE, "--rank", "params:0.5", "--output", half, "--overwrite", "--quiet")
+    steps = ["--steps", args.steps, "--eval-steps", args.steps, "--stride", 64, "--lr", 5e-4]
+    common = ["--data", args.text / "train.txt", "--eval-data", DENSE / "valid.txt", "--against", DENSE, *steps]
     found = {}
     for name, options in WAYS.items():
-        made = lrsurgery(
-            "finetune", half, "--data", args.text / "train.txt", "--eval-data", DENSE / "valid.txt", "--stride", 64,
-            "--lr", 5e-4, "--steps", args.steps, "--eval-steps", args.steps, "--against", DENSE, *options,
-            "--output", args.output / name.replace(" + ", "-"), "--overwrite", "--quiet",
-        )  # fmt: skip
+        output = args.output / name.replace(" + ", "-")
+        made = lrsurgery("finetune", half, *common, *options, "--output", output, "--overwrite", "--quiet")
         found[name] = made["stages"]
     stages = next(iter(found.values()))
     rows = {"dense": stages["dense"], "factorised": stages["factorised"]}

@@ -17,7 +17,6 @@ from letters import LETTERS, SIZE, write
 from timm.models import save_for_hf
 
 import lrsurgery
-from lrsurgery.training.finetune import finetune
 
 STRENGTH = 0.01  # of the decay
 
@@ -45,10 +44,10 @@ def main() -> None:
     common = {"data": str(data), "eval_split": "test", "augment": False, "batch_size": 25, "eval_steps": 10_000}
     dense, small, healed = (args.output / name for name in ("dense", "factorised", "healed"))
     settings = {"model": str(args.output / "new"), "dense": True, "lr": 3e-3, "epochs": 8}
-    trained = finetune({**common, **settings}, dense, overwrite=True)
+    trained = lrsurgery.finetune({**common, **settings}, dense, overwrite=True)
     factorised = lrsurgery.factorise_checkpoint(dense, small, rank=args.rank, conv=args.conv, overwrite=True)
     settings = {"model": str(small), "decay": "frobenius", "decay_strength": STRENGTH, "lr": 5e-3, "epochs": 5}
-    outcome = finetune({**common, **settings}, healed, overwrite=True)
+    outcome = lrsurgery.finetune({**common, **settings}, healed, overwrite=True)
 
     rows = (
         (dense, trained.report, trained.stages["trained"]),

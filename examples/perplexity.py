@@ -90,9 +90,8 @@ def measure(model: Any, ids: list[int], block_size: int | None = None) -> Measur
 
 def measure_folder(text: str, name: str, block_size: int | None, device: str) -> Measurement:
     """Load the checkpoint ``name`` with its tokenizer and measure it on ``text``."""
-    # Registers factorised checkpoints with transformers' Auto classes. Imported here and not at the top because the
-    # training recipe shares measure() and has no need of lrsurgery.
-    import lrsurgery.checkpoints.quantizer  # noqa: F401
+    # Enables from_pretrained for factorised checkpoints. Imported here because measure() itself has no need of it.
+    import lrsurgery.hf  # noqa: F401
 
     logging.disable_progress_bar()  # a table is all that is wanted here
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -113,9 +113,18 @@ def make_config(tokenizer: Any) -> Any:
     """About 1.6 million parameters: folder sizes stay friendly to a git repository."""
     eot = tokenizer.eos_token_id
     return GPT2Config(
-        vocab_size=len(tokenizer), n_positions=BLOCK, n_embd=160, n_layer=4, n_head=5, resid_pdrop=0.1,
-        embd_pdrop=0.1, attn_pdrop=0.1, bos_token_id=eot, eos_token_id=eot, architectures=["GPT2LMHeadModel"],
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=BLOCK,
+        n_embd=160,
+        n_layer=4,
+        n_head=5,
+        resid_pdrop=0.1,
+        embd_pdrop=0.1,
+        attn_pdrop=0.1,
+        bos_token_id=eot,
+        eos_token_id=eot,
+        architectures=["GPT2LMHeadModel"],
+    )
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrsurgery
-import lrsurgery.checkpoints.quantizer  # registers the format with transformers; the plain from_pretrained below needs no more
+import lrsurgery.hf  # enables transformers' own from_pretrained for factorised checkpoints
 
 DENSE = Path(__file__).parent / "pydocs-gpt2"
 RANKS = ("0.75", "params:0.75", "params:0.5", "energy:0.9")  # of full rank, of the parameters, of the energy

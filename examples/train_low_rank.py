@@ -15,7 +15,7 @@ from pathlib import Path
 from pydocs_text import SEPARATOR, make_split, make_tokenizer
 from transformers import GPT2Config
 
-from lrsurgery.training.finetune import finetune
+import lrsurgery
 
 DECAYS = ("l2", "frobenius")
 STRENGTH = 1.0
@@ -31,9 +31,18 @@ def write_inputs(folder: Path, characters: int) -> Path:
     tokenizer = make_tokenizer(train[:100])
     eot = tokenizer.eos_token_id
     config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=BLOCK, n_embd=96, n_layer=3, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, bos_token_id=eot, eos_token_id=eot, architectures=["GPT2LMHeadModel"],
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        n_positions=BLOCK,
+        n_embd=96,
+        n_layer=3,
+        n_head=4,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=eot,
+        eos_token_id=eot,
+        architectures=["GPT2LMHeadModel"],
+    )
     tokenizer.save_pretrained(folder / "model")
     config.save_pretrained(folder / "model")
     return folder / "model"
@@ -53,13 +62,22 @@ def main() -> None:
     rows = {}
     for decay in DECAYS:
         settings = {
-            "model": str(model), "from_scratch": True, "rank": [args.rank], "init": "spectral", "steps": args.steps,
-            "data": str(args.output / "train.txt"), "eval_data": str(args.output / "valid.txt"), "lr": 1e-2,
-            "warmup_steps": args.steps // 10, "eval_steps": args.steps, "decay": decay, "decay_strength": STRENGTH,
+            "model": str(model),
+            "from_scratch": True,
+            "rank": [args.rank],
+            "init": "spectral",
+            "steps": args.steps,
+            "data": str(args.output / "train.txt"),
+            "eval_data": str(args.output / "valid.txt"),
+            "lr": 1e-2,
+            "warmup_steps": args.steps // 10,
+            "eval_steps": args.steps,
+            "decay": decay,
+            "decay_strength": STRENGTH,
             "set": {"adam_beta2": 0.95},
-        }  # fmt: skip
+        }
         # also in the folder: the weights, a recipe that runs this again, and metrics.jsonl with each layer's ranks
-        rows[decay] = finetune(settings, args.output / decay, overwrite=True)
+        rows[decay] = lrsurgery.finetune(settings, args.output / decay, overwrite=True)
 
     print(f"{'decay':12}{'eval loss':>10}{'nuclear':>10}{'entropy':>10}{'stable':>10}   mean rank of the products U V")
     for decay, outcome in rows.items():

@@ -96,9 +96,15 @@ def _write_texts(target: Path, layers: int, weight_map: dict[str, str], total: i
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=layers,
-        num_attention_heads=HEADS, num_key_value_heads=HEADS, architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=layers,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (target / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
     config.save_pretrained(target)  # last: a folder with a config is whole
@@ -127,10 +133,8 @@ def measure(folder: Path, layers: int, arguments: argparse.Namespace, scratch: P
     chosen = {"ends": [0, layers - 1], "one": [0], "all": list(range(layers))}[arguments.factorise]
     output = scratch / f"out-{layers}"
     shutil.rmtree(output, ignore_errors=True)
-    command = [
-        sys.executable, "-m", "lrsurgery", "factorise", str(folder), "--rank", arguments.rank, "--quiet",
-        "--output", str(output), *arguments.option,
-    ]  # fmt: skip
+    command = [sys.executable, "-m", "lrsurgery", "factorise", str(folder), "--rank", arguments.rank, "--quiet"]
+    command += ["--output", str(output), *arguments.option]
     if arguments.factorise != "all":
         command += [part for i in chosen for part in ("--include", f"model.layers.{i}.*")]
     figures = run_measured(command)

@@ -28,21 +28,20 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import lrsurgery
-from lrsurgery.calibration.collect import call, logits_of
-from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.calibration.collect import call
+from lrsurgery.calibration.loss import logits_of
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.data.examples import calibration_examples, evaluation_examples, open_rows, prepare_subject
 from lrsurgery.data.examples import training_examples as to_train_on
+from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import LANGUAGE, Subject, task_of
-from lrsurgery.linalg.svd import Factors, balance, truncated_svd
+from lrsurgery.linalg import Factors, balance, truncated_svd
 from lrsurgery.linalg.weighted import second_order, weighted_factors, weighted_values
-from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.layers import KINDS, factor_weights
-from lrsurgery.training.recipe import DataOptions
+from lrsurgery.surgery.layers import factor_weights
 
 BATCH = {True: 8, False: 64}  # blocks of text, images
 Batch: TypeAlias = "dict[str, Tensor]"
-Truncate: TypeAlias = "Callable[[Tensor, int, Statistics, str], Factors]"
+Truncate: TypeAlias = "Callable[[Tensor, int, lrsurgery.Statistics, str], Factors]"
 
 
 @dataclass(frozen=True)
@@ -56,17 +55,17 @@ class Task:
     training: Callable[[int], Iterator[Batch]]  # steps
 
 
-def plain(weight: Tensor, rank: int, statistics: Statistics, name: str) -> Factors:
+def plain(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
     return truncated_svd(weight, rank)
 
 
-def scaled(weight: Tensor, rank: int, statistics: Statistics, name: str, *, alpha: float) -> Factors:
+def scaled(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str, *, alpha: float) -> Factors:
     scale = statistics.moments(name).inputs.diagonal().clamp(min=0).pow(alpha / 2) + 1e-6
     u, v = truncated_svd(weight * scale, rank)
     return balance(Factors(u, v / scale))
 
 
-def whitened(weight: Tensor, rank: int, statistics: Statistics, name: str) -> Factors:
+def whitened(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
     moment = statistics.moments(name).inputs.double()
     root, failed = torch.linalg.cholesky_ex(moment)
     if failed:
@@ -77,7 +76,7 @@ def whitened(weight: Tensor, rank: int, statistics: Statistics, name: str) -> Fa
     return balance(Factors(u[:, :rank].to(weight), v.to(weight)))
 
 
-def in_metric(weight: Tensor, rank: int, statistics: Statistics, name: str) -> Factors:
+def in_metric(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
     metric = statistics.metric(name)
     assert metric is not None
     return weighted_factors(weight, rank, metric).factors
@@ -94,7 +93,7 @@ METHODS: dict[str, Truncate] = {
 BUDGET = "lrsurgery, fisher, one budget"
 
 
-def surgery(dense: nn.Module, method: str, share: float, statistics: Statistics) -> nn.Module:
+def surgery(dense: nn.Module, method: str, share: float, statistics: lrsurgery.Statistics) -> nn.Module:
     """A copy of the model with so large a share of the parameters of its layers, as `--rank params:SHARE` leaves it.
 
     A budget is the parameters that this leaves in all, so that no method has more than another.
@@ -102,16 +101,16 @@ def surgery(dense: nn.Module, method: str, share: float, statistics: Statistics)
     model = copy.deepcopy(dense)
     lrsurgery.factorise_(model, rank=f"params:{share}")
     if method == BUDGET:
-        able = sum(dense.get_submodule(name).weight.numel() for name in statistics.seen)  # type: ignore[union-attr,operator,misc]
+        able = sum(dense.get_submodule(name).weight.numel() for name in statistics.uses)  # type: ignore[union-attr,operator,misc]
         kept = 1 - (size_of(dense) - size_of(model)) / able
         model = copy.deepcopy(dense)
         lrsurgery.factorise_(model, budget=kept, statistics=statistics)
         return model
     known = statistics.without_gradients() if method.endswith("activations") else statistics
-    for name, layer in factorised_layers(model).items():
+    for name, layer in lrsurgery.factorised_layers(model).items():
         weight: Tensor = dense.get_submodule(name).weight.detach()  # type: ignore[assignment,union-attr,operator]
-        factors = METHODS[method](KINDS[layer.kind].to_matrix(weight), layer.rank, known, name)
-        u, v = factor_weights(layer.kind, weight, factors)
+        factors = METHODS[method](layer.layout.to_matrix(weight), layer.rank, known, name)
+        u, v = factor_weights(layer.layout, weight, factors)
         layer.u.weight.data, layer.v.weight.data = u, v
     return model
 
@@ -120,13 +119,14 @@ def size_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def predicted(dense: nn.Module, model: nn.Module, statistics: Statistics) -> dict[str, float]:
+def predicted(dense: nn.Module, model: nn.Module, statistics: lrsurgery.Statistics) -> dict[str, float]:
     """What each factorised layer adds to the loss, by the second order of its metric."""
     found = {}
-    for name, layer in factorised_layers(model).items():
+    for name, layer in lrsurgery.factorised_layers(model).items():
         metric = statistics.metric(name)
         assert metric is not None
-        values = weighted_values(KINDS[layer.kind].to_matrix(dense.get_submodule(name).weight.detach()), metric)  # type: ignore[arg-type,union-attr,operator]
+        weight: Tensor = dense.get_submodule(name).weight.detach()  # type: ignore[assignment,union-attr,operator]
+        values = weighted_values(layer.layout.to_matrix(weight), metric)
         found[name] = second_order(values, layer.rank)
     return found
 
@@ -209,11 +209,11 @@ def prepared(arguments: argparse.Namespace) -> Task:
     return Task(subject, language, batches(heldout, range(len(heldout.dataset))), calibration, training)
 
 
-def known(task: Task, samples: int, seed: int, metric: str = "fisher") -> Statistics:
+def known(task: Task, samples: int, seed: int, importance: str = "fisher") -> lrsurgery.Statistics:
     batches: list[Any] = task.calibration(samples, seed)
     if task.subject.source.library == "timm":
         batches = [batch["pixel_values"] for batch in batches]
-    return lrsurgery.collect_statistics(task.subject.body, batches, metric=metric, seed=seed)
+    return lrsurgery.collect_statistics(task.subject.body, batches, importance=importance, seed=seed)
 
 
 def over_seeds(values: Sequence[float]) -> str:
@@ -241,10 +241,14 @@ def row(
 ) -> dict[str, Any]:
     found = [measure(model, task) for model in models]
     made = {
-        "share": share, "method": method, "parameters": max(size_of(m) for m in models),
-        "loss": over_seeds([f["loss"] for f in found]), "top-1": over_seeds([f["top-1"] for f in found]),
-        "healed loss": None, "healed top-1": None,
-    }  # fmt: skip
+        "share": share,
+        "method": method,
+        "parameters": max(size_of(m) for m in models),
+        "loss": over_seeds([f["loss"] for f in found]),
+        "top-1": over_seeds([f["top-1"] for f in found]),
+        "healed loss": None,
+        "healed top-1": None,
+    }
     if again is not None:
         after = [measure(model, task) for model in again]
         made["healed loss"] = over_seeds([f["loss"] for f in after])
@@ -280,7 +284,7 @@ def agreement(task: Task, arguments: argparse.Namespace) -> tuple[list[dict[str,
             points["plans"].append([expected, measure(model, task)["loss"] - before])
     whole = copy.deepcopy(dense)
     lrsurgery.factorise_(whole, rank=f"params:{arguments.healed_share}")
-    for name in factorised_layers(whole):
+    for name in lrsurgery.factorised_layers(whole):
         model = copy.deepcopy(dense)
         lrsurgery.factorise_(model, rank=f"params:{arguments.healed_share}", include=[name], statistics=statistics)
         expected = sum(predicted(dense, model, statistics).values())
@@ -290,11 +294,14 @@ def agreement(task: Task, arguments: argparse.Namespace) -> tuple[list[dict[str,
         ratios = sorted(measured / expected for expected, measured in pairs if expected > 0)
         rows.append(
             {
-                "of": of, "number": len(pairs), "Spearman": spearman(pairs),
+                "of": of,
+                "number": len(pairs),
+                "Spearman": spearman(pairs),
                 "measured / predicted, median": ratios[len(ratios) // 2] if ratios else None,
-                "smallest": ratios[0] if ratios else None, "largest": ratios[-1] if ratios else None,
+                "smallest": ratios[0] if ratios else None,
+                "largest": ratios[-1] if ratios else None,
             }
-        )  # fmt: skip
+        )
     return rows, points
 
 

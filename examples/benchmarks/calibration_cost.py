@@ -71,12 +71,11 @@ def measure(
     for metric in ("none", *metrics):
         output = tokens.parent / "out"
         shutil.rmtree(output, ignore_errors=True)
-        command = [
-            sys.executable, "-m", "lrsurgery", "factorise", str(model), "--rank", "0.5", "--quiet", "--no-cache",
-            "--output", str(output), *more,
-        ]  # fmt: skip
+        command = [sys.executable, "-m", "lrsurgery", "factorise", str(model), "--rank", "0.5", "--quiet", "--no-cache"]
+        command += ["--output", str(output), *more]
         if metric != "none":
-            command += ["--calibration", str(tokens), "--metric", metric, "--samples", samples, "--block-size", size]
+            command += ["--calibration", str(tokens), "--importance", metric, "--samples", samples]
+            command += ["--block-size", size]
         figures = watched(command)
         report = json.loads((output / "rank_report.json").read_text(encoding="utf-8"))
         shutil.rmtree(output)

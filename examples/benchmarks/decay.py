@@ -20,16 +20,13 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import lrsurgery
 from lrsurgery.surgery import decay as module
-from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.decay import FrobeniusDecay
-from lrsurgery.surgery.layers import FactorisedLayer
 
 STRENGTH = 1e-8  # too small to change the factors over many rounds
 SMALL = ((48, 32, 8), (48, 64, 16), (48, 192, 48), (48, 768, 192))  # layers, width, rank
 
 
 @torch.no_grad()
-def by_product(layers: list[FactorisedLayer]) -> None:
+def by_product(layers: list[lrsurgery.layers.FactorisedLayer]) -> None:
     for layer in layers:
         u, v = layer.u.weight, layer.v.weight
         product = u @ v
@@ -38,7 +35,7 @@ def by_product(layers: list[FactorisedLayer]) -> None:
         v.add_(of_v, alpha=-STRENGTH)
 
 
-def by_autograd(layers: list[FactorisedLayer]) -> None:
+def by_autograd(layers: list[lrsurgery.layers.FactorisedLayer]) -> None:
     for layer in layers:
         u, v = layer.u.weight, layer.v.weight
         of_u, of_v = torch.autograd.grad(0.5 * (u @ v).square().sum(), (u, v))
@@ -53,10 +50,10 @@ def whole_step(rank: str, batch: int, tokens: int, bf16: bool, repeats: int, dev
     model = GPT2LMHeadModel(GPT2Config(use_cache=False)).train()
     lrsurgery.factorise_(model, rank=rank, init="he")
     model.to(device)
-    layers = list(factorised_layers(model).values())
+    layers = list(lrsurgery.factorised_layers(model).values())
     x = torch.randint(0, model.config.vocab_size, (batch, tokens), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=0.0, fused=True)
-    frobenius = FrobeniusDecay(model, STRENGTH)
+    frobenius = lrsurgery.FrobeniusDecay(model, STRENGTH)
 
     def forward_and_backward() -> Tensor:
         optimizer.zero_grad()
@@ -115,9 +112,9 @@ def small_layers(repeats: int, device: str) -> list[dict[str, Any]]:
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
         optimizer = torch.optim.SGD(model.parameters(), 1e-5)
-        frobenius = FrobeniusDecay(model, STRENGTH)
+        frobenius = lrsurgery.FrobeniusDecay(model, STRENGTH)
 
-        def run(grouped: int, frobenius: FrobeniusDecay = frobenius, optimizer: Any = optimizer) -> None:
+        def run(grouped: int, frobenius: lrsurgery.FrobeniusDecay = frobenius, optimizer: Any = optimizer) -> None:
             kept, module.GROUPED = module.GROUPED, grouped
             frobenius._before_step(optimizer, (), {})
             module.GROUPED = kept

@@ -45,7 +45,7 @@ CHILD = """
 import sys, time
 begun = time.perf_counter()
 from transformers import GPT2LMHeadModel
-from lrsurgery.factorise.memory import factorise_checkpoint
+from lrsurgery import factorise_checkpoint
 imported = time.perf_counter()
 factorise_checkpoint(sys.argv[1], sys.argv[2], rank=0.5)
 print(imported - begun, time.perf_counter() - imported)
@@ -56,7 +56,7 @@ Solver = Callable[[Tensor, int], Pair]  # of a weight (out, in)
 
 
 def ours(weight: Tensor, rank: int, *, svd: str = "auto") -> Pair:
-    from lrsurgery.linalg.svd import truncated_svd
+    from lrsurgery.linalg import truncated_svd
 
     return truncated_svd(weight, rank, svd=svd)
 
@@ -147,18 +147,19 @@ def _error(weight: Tensor, pair: Pair) -> float:
 
 def whole_model(model: Any, repeats: int) -> list[dict[str, Any]]:
     """Rows of the whole model: `factorise_` and its arithmetic, greenformer's, the loop."""
-    from lrsurgery import factorise_
-    from lrsurgery.surgery.ranks import break_even_rank
+    import lrsurgery
 
     every = [module.weight.detach().T.contiguous() for module in block_matrices(model)]
-    weights = [weight for weight in every if break_even_rank(*weight.shape) >= RANK]
+    weights = [weight for weight in every if lrsurgery.ranks.break_even_rank(*weight.shape) >= RANK]
 
     # both entry points work in place, so each run uses up a copy
     def copies() -> list[Any]:
         return [deepcopy(model.transformer.h) for _ in range(repeats + 1)]
 
     for_us = copies()
-    entries: dict[str, Callable[[], Any]] = {"lrsurgery.factorise_": lambda: factorise_(for_us.pop(), rank=RANK)}
+    entries: dict[str, Callable[[], Any]] = {
+        "lrsurgery.factorise_": lambda: lrsurgery.factorise_(for_us.pop(), rank=RANK)
+    }
     try:
         from greenformer import auto_fact  # type: ignore[import-not-found]
 

@@ -63,12 +63,15 @@ def main() -> None:
             {
                 name: partial(factorise, source, place, count, arguments.rank)
                 for name, source, count in (
-                    ("one", big, 1), ("many", big, many), ("one, tiny", tiny, 1), ("many, tiny", tiny, many)
+                    ("one", big, 1),
+                    ("many", big, many),
+                    ("one, tiny", tiny, 1),
+                    ("many, tiny", tiny, many),
                 )
             },
             arguments.repeats,
             warm_up=0,
-        )  # fmt: skip
+        )
     left = {name: [whole - median(seconds[f"{name}, tiny"]) for whole in seconds[name]] for name in ("one", "many")}
     words = {"one": "1 process of 1 thread", "many": f"{many} processes of 1 thread"}
     rows: list[dict[str, Any]] = []

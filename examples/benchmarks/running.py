@@ -31,8 +31,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import lrsurgery
-from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.layers import FactorisedLinear
 
 RANKS = ("dense", "params:0.5", "params:0.25")
 TOKENS, NEW_TOKENS, TRAINED = 256, 32, 8  # of a sequence; generated; sequences or images of a training step
@@ -126,7 +124,8 @@ def cases(model: str, work: str, device: str) -> Iterator[tuple[str, dict[str, C
         return
     for count in (1, 8, 64, 256) if on_gpu else (1, 8):
         if work == "layers":
-            names = [n for n, m in factorised_layers(models[RANKS[1]]).items() if isinstance(m, FactorisedLinear)]
+            factorised = lrsurgery.factorised_layers(models[RANKS[1]])
+            names = [n for n, m in factorised.items() if isinstance(m, lrsurgery.layers.FactorisedLinear)]
             positions = TOKENS if model == "gpt2" else 197
             inputs = {
                 width: torch.randn(count, positions, width, device=device, dtype=dtype) for width in (768, 4 * 768)
