@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 import typer
 
 from lrsurgery.cli.arguments import (
+    OUTPUT,
     ArchitectureOption,
+    Choice,
     ConvOption,
     DebugOption,
     DeviceOption,
@@ -22,15 +24,25 @@ from lrsurgery.cli.arguments import (
     QuietOption,
     RevisionOption,
     TrustOption,
+    choice,
     command_line,
     make_screen,
+    option,
 )
+from lrsurgery.report.views import VIEWS, render
 
 if TYPE_CHECKING:
     from lrsurgery.cli.console import Screen
     from lrsurgery.report.schema import Report
 
-FORMATS = {"terminal": "", "json": ".json", "markdown": ".md", "html": ".html"}
+SHOWN = "What to show"  # panel of help
+
+if TYPE_CHECKING:
+    Sort: TypeAlias = str
+    View: TypeAlias = str
+else:
+    Sort = choice("Sort", "lrsurgery.report.views.columns", "SORTS")
+    View = Choice("View", {name: name for name in VIEWS})
 
 
 def report(
@@ -42,44 +54,45 @@ def report(
             show_default=False,
         ),
     ],
-    rank: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--rank",
-            "-r",
-            metavar="RANK|GLOB=RANK",
-            show_default=False,
-            help="For a dense model: show this plan beside it; as for factorise.",
-        ),
-    ] = None,
     against: Annotated[
         str | None,
-        typer.Option(
+        option(
             "--against",
+            panel=SHOWN,
             metavar="DENSE",
-            show_default=False,
-            help="For a factorised model: measure errors, energy and directions against this dense one.",
+            default=False,
+            text="For a factorised model: measure errors, energy and directions against this dense one.",
         ),
     ] = None,
+    rank: Annotated[
+        list[str] | None,
+        option(
+            "--rank",
+            "-r",
+            panel=SHOWN,
+            metavar="RANK|GLOB=RANK",
+            default=False,
+            text="For a dense model: show this plan beside it; as for factorise.",
+        ),
+    ] = None,
+    sort: Annotated[Sort, option("--sort", panel=SHOWN, text="Order of the layers.")] = "model",
+    every: Annotated[
+        bool, option("--all", panel=SHOWN, text="Each layer of a large model, not a line a block.")
+    ] = False,
     format_: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            "-f",
-            metavar="FORMAT",
-            show_default=False,
-            help="terminal, json, markdown or html; by the ending of --output if left out.",
+        View | None,
+        option(
+            "--format", "-f", panel=OUTPUT, default=False, text="What to write; by the ending of --output if left out."
         ),
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", show_default=False, help="Write it to this file.")
+        Path | None,
+        option("--output", "-o", panel=OUTPUT, metavar="FILE", default=False, text="Write to this file."),
     ] = None,
     plots: Annotated[
         Path | None,
-        typer.Option("--plots", metavar="DIR", show_default=False, help="Draw figures for a paper, as svg and png."),
+        option("--plots", panel=OUTPUT, metavar="DIR", default=False, text="Draw figures for a paper, as svg and png."),
     ] = None,
-    sort: Annotated[str, typer.Option("--sort", help="model, name, params or error: order of the layers.")] = "model",
-    every: Annotated[bool, typer.Option("--all", help="Each layer of a large model, not a line a block.")] = False,
     conv: ConvOption = "channel",
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -112,14 +125,14 @@ def report(
       lrsurgery report healed-none healed-l2 healed-frobenius --output decays.html
 
       lrsurgery report gpt2-rank-0.5 --json | jq .totals
+
+      lrsurgery report gpt2-rank-0.5 --sort error --output layers.csv
     """
     from lrsurgery.errors import SurgeryError
-    from lrsurgery.report.views.terminal import check_sort
 
-    wanted = _format(format_, output, as_json)
-    screen = make_screen(quiet, wanted == "json" and output is None)
-    check_sort(sort)
-    if output is None and wanted == "html" and screen.out.is_terminal:
+    view = _view(format_, output, as_json)
+    screen = make_screen(quiet, view == "json" and output is None)
+    if output is None and view == "html" and screen.out.is_terminal:
         raise SurgeryError("html goes to a file: name it with --output report.html")
     if output is not None and output.exists() and not overwrite:
         raise SurgeryError(f"{output}: exists already; replace it with --overwrite")
@@ -147,10 +160,10 @@ def report(
             command=command_line(),
             listener=listener,
         )
-    if output is not None or wanted in ("markdown", "html"):
-        _write(screen, _drawn(found, wanted, sort=sort, every=every), output)
+    if output is None and view in ("terminal", "json"):
+        show_report(screen, found, sort=str(sort), every=every)
     else:
-        show_report(screen, found, sort=sort, every=every)
+        _write(screen, render(found, view, sort=str(sort), every=every), output)
     if plots is not None:
         from lrsurgery.report.views.figures import draw
 
@@ -158,46 +171,21 @@ def report(
         screen.say(f"Drawn: {', '.join(file.name for file in files)} in {plots}")
 
 
-def _format(asked: str | None, output: Path | None, as_json: bool) -> str:
+def _view(asked: str | None, output: Path | None, as_json: bool) -> str:
+    """The view that was asked for, or that the output's name says. Raises SurgeryError where neither does."""
     from lrsurgery.errors import SurgeryError
 
-    if asked is not None and asked not in FORMATS:
-        raise SurgeryError(f"unknown format '{asked}'; known: {', '.join(FORMATS)}")
     if as_json and asked not in (None, "json"):
         raise SurgeryError(f"--json and --format {asked} exclude each other")
     if asked or as_json:
-        return asked or "json"
+        return str(asked or "json")
     if output is None:
         return "terminal"
-    endings = {ending: name for name, ending in FORMATS.items() if ending} | {".htm": "html", ".txt": "terminal"}
-    if output.suffix not in endings:
-        raise SurgeryError(f"{output}: say what to write with --format, or end the name in .html, .md, .json or .txt")
-    return endings[output.suffix]
-
-
-def _drawn(found: Report, wanted: str, *, sort: str, every: bool) -> str:
-    if wanted == "json":
-        return found.to_json()
-    if wanted == "markdown":
-        from lrsurgery.report.views.markdown import markdown
-
-        return markdown(found)
-    if wanted == "html":
-        from lrsurgery.report.views.html import html_page
-
-        return html_page(found.to_dict())
-    from io import StringIO
-
-    from rich.console import Console
-
-    from lrsurgery.cli.console import PIPED_WIDTH
-    from lrsurgery.report.views.terminal import report_parts
-
-    text = StringIO()
-    paper = Console(file=text, width=PIPED_WIDTH, highlight=False)
-    for part in report_parts(found, PIPED_WIDTH, sort=sort, every=every):
-        paper.print(part, markup=False) if isinstance(part, str) else paper.print(part)
-    return text.getvalue()
+    by_ending = {ending: name for name, endings in VIEWS.items() for ending in endings}
+    if output.suffix not in by_ending:
+        known = ", ".join(sorted(by_ending))
+        raise SurgeryError(f"{output}: say what to write with --format, or end the name in one of {known}")
+    return by_ending[output.suffix]
 
 
 def _write(screen: Screen, text: str, output: Path | None) -> None:

@@ -37,7 +37,7 @@ class Column:
     key: str  # its path in the layer's JSON object, where it has one
     title: str  # in Markdown, CSV and cards
     value: Callable[[Row], Value]
-    form: str = "number"  # text, count, share or number: how people read it
+    form: str = "number"  # text, count, size (a large count), share or number: how people read it
     label: str | None = None  # on the page, beneath `group` if there is one; the title by default
     group: str | None = None
     hint: str | None = None  # what the page says of it
@@ -136,7 +136,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         key="parameters_before",
         title="parameters",
-        form="count",
+        form="size",
         group="Parameters",
         label="before",
         value=lambda row: row.parameters_before,
@@ -145,7 +145,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         key="parameters_after",
         title="after",
-        form="count",
+        form="size",
         group="Parameters",
         value=lambda row: row.parameters_after if row.status == "factorised" else None,
         terse=Terse(
@@ -157,9 +157,10 @@ COLUMNS: tuple[Column, ...] = (
     ),
     Column(
         key="kept",
-        title="kept",
+        title="share of parameters kept",
         form="share",
         group="Parameters",
+        label="kept",
         value=_layers_share,
         terse=Terse("kept", lambda row: _percent(_layers_share(row), 1), always=True),
         drawn=False,
@@ -210,8 +211,8 @@ COLUMNS: tuple[Column, ...] = (
         Column(
             key=f"{when}.{measure}",
             title=f"{measure} rank{', after' if when == 'after' else ''}",
-            group=f"{measure.capitalize()} rank",
-            label=when,
+            group=f"Effective rank {when}",
+            label=measure,
             value=_effective(when, measure),
         )
         for when in ("before", "after")
@@ -276,29 +277,34 @@ def plain_text(value: Value, form: str) -> str:
         return ""
     if form == "share":
         return f"{value:.2%}"
-    if form == "count":
+    if form in ("count", "size"):
         return f"{value:,}"
     return f"{value:.6g}" if isinstance(value, int | float) else value
 
 
-def csv_text(report: Report) -> str:
-    """One row a layer, one column for each of `COLUMNS`, numbers as they are."""
-    import csv
-    import io
-
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    drawn = [column for column in COLUMNS if column.drawn or column.form == "share"]
-    writer.writerow([column.key for column in drawn])
-    for row in report.rows:
-        writer.writerow(["" if (value := column.value(row)) is None else value for column in drawn])
-    return out.getvalue()
+# orders of layers; None is the model's own
+SORTS: dict[str, Callable[[Row], str | float] | None] = {
+    "model": None,
+    "name": lambda row: row.name,
+    "params": lambda row: -row.parameters_before,
+    "error": lambda row: -(row.relative_error or 0.0),
+}
 
 
-def page_columns() -> list[Json]:
-    """What the page's table of layers shows: where each value stands in the JSON, and how it is named and written."""
+def sorted_rows(rows: Iterable[Row], sort: str) -> list[Row]:
+    """In one of the orders of `SORTS`; equal ones as the model has them."""
+    key = SORTS[sort]
+    return list(rows) if key is None else sorted(rows, key=key)
+
+
+def page_columns(report: Report) -> list[Json]:
+    """What the page's table of layers shows: where each value stands in the JSON, and how it is named and written.
+
+    Columns without any value are left out, except of a dense model, whose ladder fills them in.
+    """
+    shown = list(COLUMNS) if report.about == "dense" else columns_with_values(report.rows)
     return [
-        {"key": c.key, "label": c.label or c.title, "group": c.group, "form": c.form, "hint": c.hint}
+        {"key": c.key, "title": c.title, "label": c.label or c.title, "group": c.group, "form": c.form, "hint": c.hint}
         for c in COLUMNS
-        if c.drawn or c.key == "kept"
+        if (c.drawn and c in shown) or c.key == "kept"
     ]

@@ -6,35 +6,58 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.resources import files
 from string import Template
-from typing import Any
 
+from lrsurgery.files import Json
+from lrsurgery.report.schema import Report
+from lrsurgery.report.views import web
+from lrsurgery.report.views.columns import HEADINGS, page_columns
+from lrsurgery.report.views.web.sentences import halfway, sentences
+from lrsurgery.report.views.web.tiles import tiles
+
+ENDINGS = (".html", ".htm")
 # joined in this order: each may use what stands before it
 PARTS = ("draw", "plots", "table", "layers", "detail", "blocks", "runs", "bench", "summary", "page")
 
 
-def html_page(body: Mapping[str, Any]) -> str:
-    """The page that draws a report's JSON object; text in it is shown as text, whatever it contains.
+def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
+    """The page of a report; text in it is shown as text, whatever it contains. Readers sort its tables themselves.
 
     Raises ValueError where a number is not finite: JSON has no such numbers, and a browser would read none of it.
     """
-    folder = files("lrsurgery") / "web"
+    folder = files(web)
     style = folder.joinpath("page.css").read_text(encoding="utf-8")
     script = "\n".join(folder.joinpath(f"{part}.js").read_text(encoding="utf-8") for part in PARTS)
-    title = f"{body.get('name') or 'lrsurgery'}: rank report"
+    title = f"{report.name or 'lrsurgery'}: rank report"
     return Template(folder.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=html.escape(title.encode("utf-8", "replace").decode()),  # a file's name may hold half a character
         style=style,
         style_hash=_allowed(style),
         script=script,
         script_hash=_allowed(script),
-        report=_embedded(body),
+        report=_embedded(report.to_dict()),
+        view=_embedded(view(report)),
     )
 
 
-def _embedded(body: Mapping[str, Any]) -> str:
+def view(report: Report) -> Json:
+    """What the page says of a report and how it names figures; the script lays it out.
+
+    A sentence is a list of parts: a text, {"value", "text"} of a figure, or {"code"}.
+    """
+    halfway_rung = halfway(report)
+    return {
+        "tiles": [asdict(tile) for tile in tiles(report)],
+        "sentences": [[part if isinstance(part, str) else asdict(part) for part in said] for said in sentences(report)],
+        "columns": page_columns(report),
+        "headings": HEADINGS,
+        "halfway": None if halfway_rung is None else halfway_rung[0].rank,
+    }
+
+
+def _embedded(body: Json) -> str:
     """JSON that an HTML parser sees no tag, comment or entity in, and a JSON parser reads unchanged."""
     text = json.dumps(body, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

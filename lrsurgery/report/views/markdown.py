@@ -6,10 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lrsurgery.report.schema import Report, Row
-from lrsurgery.report.views.columns import QUALITY, Column, columns_with_values, plain_text, shape_text
+from lrsurgery.report.views.columns import QUALITY, Column, columns_with_values, plain_text, shape_text, sorted_rows
+
+ENDINGS = (".md",)
 
 
-def markdown(report: Report) -> str:
+def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
     """The whole report; every layer has its row. Percentages have two digits, other numbers up to six."""
     body = report.to_dict()
     lines = [f"# {_text(report.name or 'model')}", ""]
@@ -34,7 +36,7 @@ def markdown(report: Report) -> str:
                 for rung in body["ladder"]
             ),
         )
-    layers = [row for row in report.rows if row.status == "factorised" or row.full_rank is not None]
+    layers = [row for row in sorted_rows(report.rows, sort) if row.status == "factorised" or row.full_rank is not None]
     if layers:
         high = {row["name"] for row in body["layers"] if row["damage_high"]}
         lines += ["## Layers", "", *_layers(layers, high)]

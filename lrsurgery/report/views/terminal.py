@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from io import StringIO
 from itertools import groupby
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
-from lrsurgery.errors import SurgeryError
 from lrsurgery.report.schema import Report, Row
-from lrsurgery.report.views.columns import COLUMNS, HEADINGS, QUALITY, course, shape_text
+from lrsurgery.report.views.columns import COLUMNS, HEADINGS, QUALITY, course, shape_text, sorted_rows
 from lrsurgery.report.views.speed import slower_lines, speed_table
 
 NARROW = 100  # columns; below, a table shows less
@@ -21,24 +22,17 @@ BARS = "▁▂▃▄▅▆▇█"
 LAST = ("loss", "damage", "unbalanced")  # columns of a table of factorised layers
 SHOWN = "params:0.5"  # the rung of the ladder that the table of a dense model's layers shows
 
-SORTS: dict[str, Callable[[Row], Any] | None] = {
-    "model": None,  # the model's own order
-    "name": lambda row: row.name,
-    "params": lambda row: -row.parameters_before,
-    "error": lambda row: -(row.relative_error or 0.0),
-}
+ENDINGS = (".txt",)
+PAPER = 160  # columns of a file, whose lines need not fold at a terminal's 80
 
 
-def check_sort(sort: str) -> None:
-    """Raises SurgeryError that lists the known orders."""
-    if sort not in SORTS:
-        raise SurgeryError(f"unknown sort '{sort}'; known: {', '.join(SORTS)}")
-
-
-def sorted_rows(rows: Iterable[Row], sort: str) -> list[Row]:
-    """In one of the orders of `SORTS`; equal ones as the model has them."""
-    key = SORTS[sort]
-    return sorted(rows, key=key) if key else list(rows)
+def render(report: Report, *, sort: str = "model", every: bool = False) -> str:
+    """What the terminal shows, as plain text."""
+    out = StringIO()
+    paper = Console(file=out, width=PAPER, highlight=False)
+    for part in report_parts(report, PAPER, sort=sort, every=every):
+        paper.print(part, markup=False) if isinstance(part, str) else paper.print(part)
+    return out.getvalue()
 
 
 def report_parts(report: Report, width: int, *, sort: str = "model", every: bool = False) -> list[Any]:
@@ -212,7 +206,7 @@ def runs_table(runs: Sequence[Mapping[str, Any]], width: int = 160) -> Table:
         known = [name for name in known if name in ("perplexity", "top1")][:1] or known[:1]
     columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "decay": _decay,
-        **({"lr": lambda run: f"{run['settings']['lr']:g}"} if wide else {}),
+        **({"lr": _learning_rate} if wide else {}),
         **({"steps": lambda run: str(run["settings"]["steps"])} if wide else {}),
         **{HEADINGS[name]: _quality_course(name) for name in known},
         "entropy rank": lambda run: course([f"{value:.1f}" for value in mean_course(run, "entropy_rank")]),
@@ -230,8 +224,13 @@ def runs_table(runs: Sequence[Mapping[str, Any]], width: int = 160) -> Table:
 
 
 def _decay(run: Mapping[str, Any]) -> str:
-    settings = run["settings"]
-    return "none" if settings["decay"] == "none" else f"{settings['decay']} {settings['decay_strength']:g}"
+    decay, strength = run["settings"]["decay"], run["settings"]["decay_strength"]
+    return (decay or "") if decay in ("none", None) or strength is None else f"{decay} {strength:g}"
+
+
+def _learning_rate(run: Mapping[str, Any]) -> str:
+    rate = run["settings"]["lr"]  # None where the folder has no recipe
+    return "" if rate is None else f"{rate:g}"
 
 
 def _quality_course(name: str) -> Callable[[Mapping[str, Any]], str]:

@@ -1,3 +1,4 @@
+// @ts-check
 // The benchmark: runs and layers against dense.
 
 const workOf = (run) =>

@@ -1,12 +1,7 @@
+// @ts-check
 // The heat map: kinds of layers against blocks.
 
-const QUANTITIES = [
-  ["energy_kept", "energy kept", (l) => l.energy_kept, show.share],
-  ["relative_error", "relative error", (l) => l.relative_error, show.number],
-  ["kept", "share of parameters kept", keptShare, show.share],
-  ["before.stable", "stable rank, dense", (l) => l.before && l.before.stable, show.number],
-  ["after.stable", "stable rank, factorised", (l) => l.after && l.after.stable, show.number],
-];
+const QUANTITIES = ["energy_kept", "relative_error", "kept", "before.stable", "after.stable"];
 
 /** transformer.h.3.mlp.c_fc -> ["transformer.h.*.mlp.c_fc", 3]; block null where no part of the name is a number. */
 function splitName(name) {
@@ -16,7 +11,8 @@ function splitName(name) {
 }
 
 function heatMap(layers, reveal) {
-  const offered = QUANTITIES.filter(([, , get]) => layers.some((layer) => known(get(seen(layer)))));
+  const offered = QUANTITIES.map(columnOf)
+    .filter((column) => column && layers.some((layer) => known(valueOf(seen(layer), column.key))));
   const placed = layers.map((layer) => [layer, ...splitName(layer.name)]);
   const blocks = [...new Set(placed.map(([, , block]) => block).filter(known))].sort((a, b) => a - b);
   const kinds = [...new Set(placed.filter(([, , block]) => known(block)).map(([, kind]) => kind))];
@@ -24,15 +20,16 @@ function heatMap(layers, reveal) {
   const which = choice(
     "heat-quantity",
     "Quantity",
-    offered.map(([key, label]) => [key, label]),
+    offered.map(({ key, title }) => [key, title]),
   );
   const place = html("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Heat map" });
   const scale = html("div", { class: "scale" });
   const alone = html("ul", { class: "alone" });
 
   const draw = () => {
-    const [, label, get, format] = offered.find(([key]) => key === which.value);
-    const value = new Map(placed.map(([layer]) => [layer, get(seen(layer)) ?? null]));
+    const { key, title: label, form } = columnOf(which.value);
+    const format = FORMS[form];
+    const value = new Map(placed.map(([layer]) => [layer, valueOf(seen(layer), key)]));
     const numbers = [...value.values()].filter(known);
     const [low, high] = numbers.length ? [Math.min(...numbers), Math.max(...numbers)] : [0, 1];
     const paint = (number) => viridis(high > low ? (number - low) / (high - low) : 1);

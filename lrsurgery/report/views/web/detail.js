@@ -1,4 +1,7 @@
+// @ts-check
 // What a row of the layer table opens: one layer's spectrum, energy, angles, and ranks over training.
+
+const MEASURED = ["energy_kept", "relative_error", "spectral_error", "weighted_error", "predicted_loss", "balance"];
 
 function layerDetail(raw) {
   const layer = seen(raw);
@@ -43,12 +46,9 @@ function layerDetail(raw) {
     ],
     ["Parameters", pair(layer.parameters_before, layer.parameters_after, show.whole)],
     ["FLOPs", pair(layer.flops_before, layer.flops_after, show.count)],
-    ["Energy kept", known(layer.energy_kept) ? figure(layer.energy_kept, show.share) : null],
-    ["Relative error", known(layer.relative_error) ? figure(layer.relative_error) : null],
-    ["Spectral error", known(layer.spectral_error) ? figure(layer.spectral_error) : null],
-    ["Error in the metric", known(layer.weighted_error) ? figure(layer.weighted_error) : null],
-    ["Predicted loss", known(layer.predicted_loss) ? figure(layer.predicted_loss) : null],
-    ["Unbalanced", known(layer.balance) ? figure(layer.balance) : null],
+    ...MEASURED.map(columnOf)
+      .filter((column) => column && known(dig(layer, column.key)))
+      .map(({ key, title, form }) => [capital(title), figure(dig(layer, key), FORMS[form])]),
     ["Nuclear rank", rankOf("nuclear")],
     ["Entropy rank", rankOf("entropy")],
     ["Stable rank", rankOf("stable")],

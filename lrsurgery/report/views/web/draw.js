@@ -1,6 +1,10 @@
 "use strict";
-// Elements, numbers as text, the note beside the pointer. Everything from the report enters the page as text nodes
-// and attributes, never as markup.
+// @ts-check
+// The report itself, elements, numbers as text, the note beside the pointer. Everything from the report enters the
+// page as text nodes and attributes, never as markup.
+
+const report = JSON.parse(document.getElementById("report").textContent);
+const view = JSON.parse(document.getElementById("view").textContent); // words, tiles and columns, as Python made them
 
 const NAMESPACE = "http://www.w3.org/2000/svg";
 const SERIES = 8; // --series-0 ... --series-7 in page.css

@@ -1,3 +1,4 @@
+// @ts-check
 // The layer table: its columns, filters and sparklines.
 
 const EFFECTIVE = ["nuclear", "entropy", "stable"];
@@ -15,11 +16,22 @@ function seen(layer) {
 const keptShare = (layer) =>
   known(layer.parameters_after) && layer.parameters_before ? layer.parameters_after / layer.parameters_before : null;
 
+const FORMS = { count: show.whole, size: show.count, share: show.share, number: show.number };
+
+/** A value within an object by the path of its keys, such as before.stable; null where there is none. */
+const dig = (row, path) => path.split(".").reduce((at, key) => (known(at) ? at[key] : null), row) ?? null;
+
+/** What a column shows of a layer. */
+function valueOf(layer, key) {
+  if (key === "shape") return (layer.shape || []).join(" \u00d7 ") || null;
+  if (key === "status") return layer.reason ? `${layer.status}: ${layer.reason}` : layer.status;
+  if (key === "kept") return keptShare(layer);
+  return dig(layer, key);
+}
+
+const columnOf = (key) => view.columns.find((column) => column.key === key);
+
 function layerColumns(open) {
-  const of = (get) => (layer) => {
-    const value = get(seen(layer));
-    return known(value) ? value : null;
-  };
   const name = (layer) =>
     html(
       "button",
@@ -40,85 +52,25 @@ function layerColumns(open) {
     known(value)
       ? [seen(layer).damage_high ? html("span", { class: "flag" }, "\u25b2 high") : null, " ", show.number(value)]
       : "";
-  return [
-    { key: "name", label: "Layer", value: (layer) => layer.name, cell: name },
-    {
-      key: "spectrum",
-      label: "Spectrum",
-      value: steepness,
-      cell: sparkline,
-      drawn: true,
-      title: "Singular values, log scale, dense and factorised; sorts by the last one drawn over the first",
-    },
-    { key: "kind", label: "Kind", value: of((l) => l.kind) },
-    { key: "shape", label: "Shape", value: (layer) => (layer.shape || []).join(" \u00d7 ") || null },
-    {
-      key: "status",
-      label: "Status",
-      value: (layer) => (layer.reason ? `${layer.status}: ${layer.reason}` : layer.status),
-    },
-    { key: "rank", group: "Rank", label: "kept", value: of((l) => l.rank), format: show.whole },
-    { key: "full_rank", group: "Rank", label: "full", value: of((l) => l.full_rank), format: show.whole },
-    {
-      key: "break_even",
-      group: "Rank",
-      label: "break-even",
-      value: of((l) => l.break_even),
-      format: show.whole,
-      title: "The largest rank at which two factors have fewer parameters than the matrix",
-    },
-    {
-      key: "parameters_before",
-      group: "Parameters",
-      label: "before",
-      value: of((l) => l.parameters_before),
-      format: show.count,
-    },
-    {
-      key: "parameters_after",
-      group: "Parameters",
-      label: "after",
-      value: of((l) => l.parameters_after),
-      format: show.count,
-    },
-    { key: "kept", group: "Parameters", label: "kept", value: of(keptShare), format: show.share },
-    { key: "energy_kept", label: "Energy kept", value: of((l) => l.energy_kept), format: show.share },
-    {
-      key: "relative_error",
-      group: "Error",
-      label: "relative",
-      value: of((l) => l.relative_error),
-      title: "Frobenius norm of the difference over the dense weight's",
-    },
-    {
-      key: "spectral_error",
-      group: "Error",
-      label: "spectral",
-      value: of((l) => l.spectral_error),
-      title: "The largest singular value left out over the largest of all",
-    },
-    ...EFFECTIVE.flatMap((which) =>
-      ["before", "after"].map((when) => ({
-        key: `${when}.${which}`,
-        group: `${capital(which)} rank`,
-        label: when,
-        value: of((l) => l[when] && l[when][which]),
-      })),
-    ),
-    {
-      key: "predicted_loss",
-      label: "Predicted loss",
-      value: of((l) => l.predicted_loss),
-      title: "What the layer adds to the loss of a token or image, to second order, by the calibration data",
-    },
-    {
-      key: "damage",
-      label: "Predicted damage",
-      value: of((l) => l.damage),
-      cell: damage,
-      title: "Share of parameters removed times stable rank; a rough guide",
-    },
-  ];
+  const cells = { name, damage };
+  const columns = view.columns.map(({ key, label, group, form, hint }) => ({
+    key,
+    group,
+    label: group ? label : capital(label),
+    title: hint,
+    format: FORMS[form],
+    cell: cells[key],
+    value: (layer) => valueOf(seen(layer), key),
+  }));
+  const spectrum = {
+    key: "spectrum",
+    label: "Spectrum",
+    value: steepness,
+    cell: sparkline,
+    drawn: true,
+    title: "Singular values, log scale, dense and factorised; sorts by the last one drawn over the first",
+  };
+  return columns.flatMap((column) => (column.key === "name" ? [column, spectrum] : [column]));
 }
 
 function steepness(layer) {
@@ -168,8 +120,7 @@ function layersSection() {
     layers.some((layer) => (layer.ladder || []).some((step) => step.rank === rank)),
   );
   if (offered.length) {
-    const step = halfway();
-    level = step && offered.includes(step.rank) ? step.rank : offered[0];
+    level = offered.includes(view.halfway) ? view.halfway : offered[0];
   }
   let opened = null;
   const close = () => {

@@ -1,9 +1,5 @@
+// @ts-check
 // The page: header, ladder, explanations; the start.
-
-const report = JSON.parse(document.getElementById("report").textContent);
-report.layers = report.layers || [];
-report.training = report.training || [];
-const totals = report.totals || {};
 
 const section = (id, title, ...content) => html("section", { id }, html("h2", {}, title), ...content);
 const ABOUT = {
@@ -12,8 +8,6 @@ const ABOUT = {
   factorised: "Low-rank model, after surgery",
   runs: "Training runs compared",
 };
-
-const FAMILIAR = ["perplexity", "top1", "accuracy", "loss"]; // the first that there is goes into the summary
 
 function optionPairs(options) {
   const text = (value) =>

@@ -1,3 +1,4 @@
+// @ts-check
 // Plots: lines over an axis with a cursor, and dots with intervals.
 
 function ticksOf(low, high, log, wanted) {
@@ -21,7 +22,7 @@ function ticksOf(low, high, log, wanted) {
   return found;
 }
 
-function axis(values, { log = false, min, max, format = show.tick, pad = 0 }, from, to, wanted) {
+function axis(values, { log = false, min = null, max = null, format = show.tick, pad = 0 }, from, to, wanted) {
   let low = known(min) ? min : Math.min(...values);
   let high = known(max) ? max : Math.max(...values);
   if (low === high) {
@@ -95,7 +96,7 @@ function legend(series) {
  * spots [{x, y, label, paint}],
  * x and y {label, log, min, max, format}.
  */
-function plot({ title, note, series, marks = [], spots = [], x, y, height = 240, keyed = series.length > 1 }) {
+function plot({ title, note = null, series, marks = [], spots = [], x, y, height = 240, keyed = series.length > 1 }) {
   const usable = (x0, y0) => known(x0) && known(y0) && !(x.log && x0 <= 0) && !(y.log && y0 <= 0);
   series = series
     .map((one) => ({ ...one, points: one.points.filter(([a, b]) => usable(a, b)) }))

@@ -1,13 +1,7 @@
+// @ts-check
 // Training runs: settings, curves, ranks and norms over the steps.
 
-const METRICS = {
-  loss: "loss",
-  perplexity: "perplexity",
-  top1: "top-1 accuracy",
-  top5: "top-5 accuracy",
-  accuracy: "accuracy",
-};
-const HIGHER_IS_BETTER = /top\d|acc/;
+const HIGHER_IS_BETTER = /^top/;
 const SETTINGS = ["decay", "decay_strength", "lr", "optimizer", "steps", "teacher", "data", "seed"];
 const STAGES = ["dense", "factorised", "healed"];
 const DYNAMICS = {
@@ -20,7 +14,7 @@ const DYNAMICS = {
   v_norm: "Norm of V",
 };
 
-const metricName = (key) => METRICS[key] || key.replaceAll("_", " ");
+const metricName = (key) => view.headings[key] || key.replaceAll("_", " ");
 const metricFormat = (key) => (HIGHER_IS_BETTER.test(key) ? show.share : show.number);
 const words = (key) => (key === "lr" ? "learning rate" : key.replaceAll("_", " "));
 
@@ -37,7 +31,7 @@ function trainingSection() {
   if (!runs.length) return null;
   const metrics = keysOf(
     runs.flatMap((run) => run.evaluations || []),
-    Object.keys(METRICS),
+    Object.keys(view.headings),
     ["step", "stage"],
   );
   const line = (i) => ({ paint: colour(i), line: dash(i) });
@@ -118,7 +112,7 @@ function runsTable(runs) {
   );
   const figures = keysOf(
     runs.flatMap((run) => Object.values(run.stages || {})),
-    Object.keys(METRICS),
+    Object.keys(view.headings),
   );
   const plain = (value) =>
     known(value) && typeof value !== "number" && typeof value !== "string" ? JSON.stringify(value) : (value ?? null);

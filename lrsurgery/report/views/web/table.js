@@ -1,9 +1,11 @@
+// @ts-check
 // Tables whose every header sorts, and the downloads.
 
 const CHUNK = 100; // rows of a tall table put in at once: all of a thousand would make each sort wait for their layout
 const order = new Intl.Collator("en", { numeric: true }); // h.2 before h.10
 
 /**
+ * @param {{ columns: any[], rows: any[], caption: string, name?: string, onRow?: Function, tall?: boolean }} options
  * columns [{key, label, group, value(row) -> number | text | null, format, cell(row, value) -> node, title}]; those without any value
  * are left out. A tall table scrolls in its own box, and gets its rows as they are scrolled to. Returns
  * {box, table, columns, row(one), shown(), rows(list), flush(), forget()}.
