@@ -5,13 +5,16 @@ from __future__ import annotations
 import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from lrsurgery.errors import DataError
 from lrsurgery.files import fingerprint
 
 if TYPE_CHECKING:
-    pass
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    Table: TypeAlias = Dataset | IterableDataset
+    Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
 FORMATS = {
     ".txt": "text",
@@ -31,12 +34,16 @@ EVAL_SPLITS = ("validation", "valid", "dev", "test")
 
 
 def open_data(
-    reference: str, *, subset: str | None = None, split: str | None = None, streaming: bool = False,
+    reference: str,
+    *,
+    subset: str | None = None,
+    split: str | None = None,
+    streaming: bool = False,
     prefer: Sequence[str] = TRAIN_SPLITS,
-) -> Any:  # fmt: skip
-    """The rows of a file, a glob, a folder (of files, of images, or saved by `datasets`) or a hub dataset.
+) -> Table:
+    """Open a file, a glob, a folder (of data files, of images, or saved by `datasets`) or a hub dataset.
 
-    Without `split`, the first of `prefer` that there is, or the only one. Raises DataError.
+    Without `split`, the first split of `prefer` that exists is taken, or the only one. Raises DataError.
     """
     import datasets
 
@@ -61,7 +68,7 @@ def open_data(
     return found
 
 
-def _open(reference: str, subset: str | None, streaming: bool) -> Any:
+def _open(reference: str, subset: str | None, streaming: bool) -> Table | Splits:
     import datasets
 
     path = Path(reference).expanduser()
@@ -72,7 +79,7 @@ def _open(reference: str, subset: str | None, streaming: bool) -> Any:
         if not any(path.iterdir()):
             raise DataError(f"{reference}: is empty")
         return datasets.load_dataset(str(path), subset, streaming=streaming)
-    files = [path] if path.is_file() else _matching(reference)
+    files = [path] if path.is_file() else _match(reference)
     if not files:
         if reference.startswith((".", "/", "~")) or path.suffix in FORMATS or reference.count("/") > 1:
             raise DataError(f"{reference}: no such file or folder")
@@ -82,7 +89,7 @@ def _open(reference: str, subset: str | None, streaming: bool) -> Any:
         raise DataError(f"{reference}: not a data file; known endings: {', '.join(FORMATS)}")
     if all(file.stat().st_size == 0 for file in files):
         raise DataError(f"{reference}: is empty")
-    options: dict[str, Any] = {}
+    options: dict[str, str | bool] = {}
     if kind == "text":
         # a whole file is one document, so that its tokens are those of its text; too large to hold, it goes by lines
         options = {"keep_linebreaks": True, "sample_by": "line" if streaming else "document"}
@@ -92,24 +99,32 @@ def _open(reference: str, subset: str | None, streaming: bool) -> Any:
     return datasets.load_dataset(kind, data_files=names, split="train", streaming=streaming, **options)
 
 
-def _matching(pattern: str) -> list[Path]:
+def _match(pattern: str) -> list[Path]:
     names = glob.glob(str(Path(pattern).expanduser()), recursive=True)
     return sorted(Path(name) for name in names if Path(name).is_file())
 
 
 def digest_of(reference: str | None, split: str | None, subset: str | None) -> str:
-    """A fingerprint of the data, to tell on resuming whether it is still the same; None for data that is not given."""
+    """Fingerprint the data's files and the split, so that a resumed job notices a change; None stands for no data."""
     if reference is None:
         return fingerprint([], f"none {split} {subset}")
     path = Path(reference).expanduser()
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
-    files = files or _matching(reference)
+    files = files or _match(reference)
     return fingerprint(files, f"{'' if files else reference} {split} {subset}")
 
 
-def pick_column(rows: Any, asked: str | None, usual: Sequence[str], what: str, reference: str) -> str:
-    """The column to read. Raises DataError that lists the columns there are."""
-    names = list(rows.column_names or next(iter(rows)).keys())
+def column_names(rows: Table) -> list[str]:
+    """List the columns, of a stream those of its first row."""
+    return list(rows.column_names or next(iter(rows)).keys())
+
+
+def pick_column(rows: Table, asked: str | None, usual: Sequence[str], what: str, reference: str) -> str:
+    """Choose the column to read: the one asked for, else the first of the usual names.
+
+    Raises DataError that lists the columns.
+    """
+    names = column_names(rows)
     if asked is not None:
         if asked not in names:
             raise DataError(f"{reference}: no column '{asked}'; it has {', '.join(names)}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lrsurgery.data.tasks import CLASSIFICATION, Subject
+from lrsurgery.data.tasks import TASKS, Subject
 from lrsurgery.errors import DataError, SourceError
-from lrsurgery.files import Json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
-def read_labels(rows: Any, column: str, reference: str) -> tuple[list[str], list[int]]:
-    """Class names, and each row's class: from a ClassLabel column, from numbers, or from texts in alphabetical order.
+def read_labels(rows: Dataset, column: str, reference: str) -> tuple[list[str], list[int]]:
+    """Read class names and each row's class from a ClassLabel column, from numbers, or from texts, sorted.
 
     Raises DataError.
     """
@@ -34,9 +36,9 @@ def read_labels(rows: Any, column: str, reference: str) -> tuple[list[str], list
 def match_labels(
     names: list[str], labels: list[int], head: list[str], reference: str, *, hint: str = "--new-head"
 ) -> list[int]:
-    """Each row's class in the head's numbering: by name where the head knows the names, else by number.
+    """Renumber each row's class as the head does: by name if the head knows all names, else by number.
 
-    Raises DataError where they do not fit.
+    Raises DataError if the head has too few classes.
     """
     place = {name: i for i, name in enumerate(head)}
     if set(names) <= set(head):
@@ -48,36 +50,36 @@ def match_labels(
     return labels
 
 
-def class_names(subject_config: Json, library: str, count: int) -> list[str]:
-    """The names of a head's classes as its config gives them, or their numbers."""
-    if library == "timm":
-        names = (subject_config.get("pretrained_cfg") or {}).get("label_names") or subject_config.get("label_names")
-    else:
-        names = list((subject_config.get("id2label") or {}).values())
+def class_names(subject: Subject) -> list[str]:
+    """Name the classes of the model's head as its config does; by numbers where it has no names."""
+    count = head_size(subject)
+    if subject.source.library == "transformers":
+        names = subject.config.id2label
+        return [names.get(i, str(i)) for i in range(count)]
+    names = subject.source.pretrained_cfg.get("label_names") or subject.source.config.get("label_names")
     return list(names) if names and len(names) == count else [str(i) for i in range(count)]
 
 
 def head_size(subject: Subject) -> int:
-    """How many classes the head tells apart."""
+    """Count the classes of the model's head."""
     if subject.source.library == "timm":
         return int(getattr(subject.body, "num_classes", 0))
-    config: Any = subject.body.config
-    return int(config.num_labels)
+    return int(subject.config.num_labels)
 
 
 def check_teacher(subject: Subject, teacher: Subject) -> None:
-    """Raises SourceError where a teacher's answers cannot be compared with the model's."""
+    """Raises SourceError if a teacher's logits cannot be compared with the model's."""
     if teacher.task != subject.task:
         raise SourceError(f"teacher {teacher.source.reference}: is for {teacher.task}, the model for {subject.task}")
-    sizes = [_answers(s) for s in (teacher, subject)]
-    if sizes[0] != sizes[1]:
+    theirs, ours = _count_logits(teacher), _count_logits(subject)
+    if theirs != ours:
         raise SourceError(
-            f"teacher {teacher.source.reference}: has {sizes[0]} outputs, the model {sizes[1]}; they must be the same"
+            f"teacher {teacher.source.reference}: has {theirs} outputs, the model {ours}; they must be the same"
         )
 
 
-def _answers(subject: Subject) -> int:
-    if subject.task in CLASSIFICATION:
+def _count_logits(subject: Subject) -> int:
+    """Logits of one prediction: classes, or tokens of the vocabulary."""
+    if not TASKS[subject.task].is_language:
         return head_size(subject)
-    config: Any = subject.body.config
-    return int(config.get_text_config().vocab_size)
+    return int(subject.config.get_text_config().vocab_size)

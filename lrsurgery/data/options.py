@@ -1,13 +1,14 @@
-"""How data become examples: the settings that calibration, `evaluate` and `finetune` share."""
+"""Options of data, which calibration, `evaluate` and `finetune` share; and how a field of options is described."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from lrsurgery.errors import RecipeError
 
+# names of `data.tasks.TASKS`, for a command line that does not import torch
 TASKS = ("causal-lm", "masked-lm", "sequence-classification", "image-classification")
 DATA = "Data"  # panel of help
 Value = TypeVar("Value")
@@ -15,9 +16,9 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """What stands beside a field of options: its line of help, and bounds that hold for every model and all data."""
+    """Help of one field of options, and bounds that hold for every model and all data."""
 
-    default: Any
+    default: object
     help: str  # a noun phrase; the default is shown behind it
     panel: str
     metavar: str | None = None
@@ -59,13 +60,13 @@ def setting(
 
 
 def settings_of(options: type[DataOptions]) -> dict[str, Setting]:
-    """The settings by name, in the fields' order."""
+    """List the settings by name, in the order of the fields."""
     return {each.name: each.metadata["setting"] for each in fields(options)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """How text or images become examples; `finetune` and `evaluate` share these."""
+    """How text or images become examples."""
 
     task: str | None = setting(
         None, "Purpose of the model; from its architecture by default.", panel=DATA, choices=TASKS
@@ -76,7 +77,7 @@ class DataOptions:
     )
     label_column: str | None = setting(None, "Column of the class.", panel=DATA)
     image_column: str | None = setting(None, "Column of the image.", panel=DATA)
-    block_size: int | None = setting(None, "Tokens of a block; the model's maximum by default.", panel=DATA, least=2)
+    block_size: int | None = setting(None, "Tokens of a sequence; the model's maximum by default.", panel=DATA, least=2)
     image_size: int | None = setting(
         None, "Pixels of an image's side; the checkpoint's own size by default.", panel=DATA, least=1
     )

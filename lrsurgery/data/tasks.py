@@ -1,13 +1,16 @@
-"""What a model is for: its task, its loss, and what is counted of each example, for transformers and timm alike."""
+"""Tasks: the head that each one needs, how it is scored, and models loaded for it, from transformers and timm alike.
+
+To add a task: a `Task` in `TASKS`, its name in `data/options.py`, and its examples in `data/examples.py`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,40 +22,102 @@ from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.text import IGNORED
 from lrsurgery.errors import RecipeError, SourceError
 
-AUTO_CLASSES = {
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
-HEADS = {  # transformers' own mappings of model classes
-    "causal-lm": "CAUSAL_LM",
-    "masked-lm": "MASKED_LM",
-    "sequence-classification": "SEQUENCE_CLASSIFICATION",
-    "image-classification": "IMAGE_CLASSIFICATION",
-}
-LANGUAGE = ("causal-lm", "masked-lm")
-CLASSIFICATION = ("sequence-classification", "image-classification")
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def _next_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits[:, :-1], labels[:, 1:]
+
+
+def _same_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits, labels
+
+
+def _one_class(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    return logits[:, None], labels.view(-1, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """What a model is for."""
+
+    name: str
+    auto_class: str  # transformers' AutoModelFor... that loads a model under the task's head
+    heads: str  # transformers' mapping that lists the model classes with this head
+    unit: str  # what progress and throughput count: "tokens", "sentences" or "images"
+    figures: tuple[str, ...]  # of quality, in the order of reports
+    # logits and labels -> logits (batch, positions, classes) and the labels (batch, positions) that they answer
+    align: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+    is_language: bool = False  # predicts tokens of running text; the other tasks predict one class for each example
+    generates: bool = False  # decodes token by token
+    masks: bool = False  # hides the tokens that it predicts
+    takes_images: bool = False
+
+
+CAUSAL_LM = Task(
+    name="causal-lm",
+    auto_class="AutoModelForCausalLM",
+    heads="CAUSAL_LM",
+    unit="tokens",
+    figures=("loss", "scored", "perplexity", "top1", "top5"),
+    align=_next_tokens,
+    is_language=True,
+    generates=True,
+)
+MASKED_LM = Task(
+    name="masked-lm",
+    auto_class="AutoModelForMaskedLM",
+    heads="MASKED_LM",
+    unit="tokens",
+    figures=("loss", "scored", "perplexity", "top1", "top5"),
+    align=_same_tokens,
+    is_language=True,
+    masks=True,
+)
+SEQUENCE_CLASSIFICATION = Task(
+    name="sequence-classification",
+    auto_class="AutoModelForSequenceClassification",
+    heads="SEQUENCE_CLASSIFICATION",
+    unit="sentences",
+    figures=("loss", "scored", "top1"),
+    align=_one_class,
+)
+IMAGE_CLASSIFICATION = Task(
+    name="image-classification",
+    auto_class="AutoModelForImageClassification",
+    heads="IMAGE_CLASSIFICATION",
+    unit="images",
+    figures=("loss", "scored", "top1", "top5"),
+    align=_one_class,
+    takes_images=True,
+)
+# a checkpoint is for the first task whose mapping lists its model class
+TASKS = {task.name: task for task in (CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)}
+TIMM = IMAGE_CLASSIFICATION  # the task of every timm model
+
+AUTO_CLASSES = {name: task.auto_class for name, task in TASKS.items()}
+LANGUAGE = tuple(name for name, task in TASKS.items() if task.is_language)
 
 
 def task_of(source: Source) -> str:
-    """The task that the checkpoint's architecture is for. Raises RecipeError where it is none of ours."""
+    """Name the task that the checkpoint's architecture is for. Raises RecipeError if it is for none of `TASKS`."""
     if source.library == "timm":
-        return "image-classification"
+        return TIMM.name
     from lrsurgery.checkpoints.upstream.transformers import head_classes
 
     name = source.architecture
-    for task, mapping in HEADS.items():
-        if name in head_classes(mapping):
-            return task
+    for task in TASKS.values():
+        if name in head_classes(task.heads):
+            return task.name
     raise RecipeError(
-        f"{source.reference}: {name or 'a model without a head'} is for none of {', '.join(AUTO_CLASSES)};"
+        f"{source.reference}: {name or 'a model without a head'} is for none of {', '.join(TASKS)};"
         " name one of them with --task"
     )
 
 
 def is_for(source: Source, task: str) -> bool:
-    """Whether the checkpoint comes with the head of this task."""
+    """Tell whether the checkpoint comes with the head of this task."""
     try:
         return task_of(source) == task
     except RecipeError:
@@ -60,7 +125,7 @@ def is_for(source: Source, task: str) -> bool:
 
 
 class ImageClassifier(nn.Module):
-    """A timm model in the form that transformers' Trainer asks for."""
+    """A timm model behind the interface that transformers' Trainer expects."""
 
     main_input_name = "pixel_values"
 
@@ -74,18 +139,18 @@ class ImageClassifier(nn.Module):
             return {"logits": logits}
         return {"loss": cross_entropy(logits.float(), labels), "logits": logits}
 
-    def gradient_checkpointing_enable(self, **_: Any) -> None:
+    def gradient_checkpointing_enable(self, **_: object) -> None:
         if not hasattr(self.body, "set_grad_checkpointing"):
             raise RecipeError(f"gradient_checkpointing: timm's {type(self.body).__name__} cannot do it")
         self.body.set_grad_checkpointing(True)  # type: ignore[operator]
 
-    def activation_checkpointing_enable(self, **options: Any) -> None:
+    def activation_checkpointing_enable(self, **options: object) -> None:
         self.gradient_checkpointing_enable(**options)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model with what it was loaded from and what it is for."""
+    """A model, the checkpoint that it was loaded from, and its task."""
 
     source: Source
     task: str
@@ -97,6 +162,11 @@ class Subject:
     def body(self) -> nn.Module:
         """The transformers or timm module itself."""
         return self.model.body if isinstance(self.model, ImageClassifier) else self.model
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The configuration of a transformers model."""
+        return self.body.config
 
     @property
     def is_factorised(self) -> bool:
@@ -111,7 +181,7 @@ def load_subject(
     classes: Sequence[str] | None = None,
     trust_remote_code: bool = False,
 ) -> Subject:
-    """The model in fp32, in eval mode; with `classes`, under a new head for them.
+    """Load the model in fp32 and eval mode; with `classes`, under a new head for them.
 
     Raises SourceError, also for weights that are not finite; RecipeError for a task that the library has no head for.
     """
@@ -127,82 +197,75 @@ def _load(
     source: Source, task: str, from_scratch_seed: int | None, classes: Sequence[str] | None, trust_remote_code: bool
 ) -> Subject:
     if source.library == "timm":
-        if task != "image-classification":
-            raise RecipeError(f"task {task}: timm models are for image-classification")
+        if task != TIMM.name:
+            raise RecipeError(f"task {task}: timm models are for {TIMM.name}")
         return _load_timm(source, from_scratch_seed, classes)
     own = is_for(source, task)
     notes: tuple[str, ...] = ()
     if from_scratch_seed is not None:
-        model = _fresh(source, task, own, from_scratch_seed, classes, trust_remote_code)
+        model = _initialise(source, task, own, from_scratch_seed, classes, trust_remote_code)
     elif own and classes is None:
-        model = load_model(_place(source), dtype=torch.float32, trust_remote_code=trust_remote_code)
+        place: str | Path = source.folder if source.folder is not None else source.reference
+        model = load_model(place, dtype=torch.float32, trust_remote_code=trust_remote_code)
     else:
-        labels = None if classes is None else dict(enumerate(classes))
         model, new = load_with_head(
-            source, AUTO_CLASSES[task], id2label=labels, trust_remote_code=trust_remote_code, dtype=torch.float32
+            source,
+            TASKS[task].auto_class,
+            id2label=None if classes is None else dict(enumerate(classes)),
+            trust_remote_code=trust_remote_code,
+            dtype=torch.float32,
         )
         if new:
             notes = (f"new and untrained: {', '.join(new)}",)
     return Subject(source, task, model, _stored_dtype(source), notes)
 
 
-def _place(source: Source) -> str | Path:
-    return source.folder if source.folder is not None else source.reference
-
-
 def _stored_dtype(source: Source) -> torch.dtype:
+    """The dtype of most of the checkpoint's floating-point tensors."""
     from lrsurgery.checkpoints.tensors import open_tensors
 
     if not source.files:
         return torch.float32
     tensors = open_tensors(list(source.files))
-    kinds = [tensors.describe(key)[0] for key in tensors.keys()]  # noqa: SIM118
-    floating = [kind for kind in kinds if kind.is_floating_point]
+    dtypes = [tensors.describe(key)[0] for key in tensors.keys()]  # noqa: SIM118
+    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max(set(floating), key=floating.count) if floating else torch.float32
 
 
-def _fresh(
+def _initialise(
     source: Source, task: str, own: bool, seed: int, classes: Sequence[str] | None, trust_remote_code: bool
 ) -> nn.Module:
+    """A transformers model with random weights, of the checkpoint's own class if that has the task's head."""
     import transformers
 
-    skeleton: Any = build_model(source, device="meta", trust_remote_code=trust_remote_code)
+    skeleton: PreTrainedModel = build_model(source, device="meta", trust_remote_code=trust_remote_code)
     config = skeleton.config
     if classes is not None:
         config.id2label = dict(enumerate(classes))
         config.label2id = {name: i for i, name in enumerate(classes)}
     torch.manual_seed(seed)
-    model: nn.Module = (
-        type(skeleton)(config) if own else getattr(transformers, AUTO_CLASSES[task]).from_config(config)
-    ).float()
-    return model.eval()
+    auto_class = getattr(transformers, TASKS[task].auto_class)
+    model: nn.Module = type(skeleton)(config) if own else auto_class.from_config(config)
+    return model.float().eval()
 
 
 def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None) -> Subject:
     if seed is not None:
         torch.manual_seed(seed)
-        body: Any = build_model(source, device="cpu").float()
+        body = build_model(source, device="cpu").float()
     else:
         body = load_timm(source, torch.float32)
     if classes is not None:
-        body.reset_classifier(len(classes))
-        config = {**source.config, "num_classes": len(classes)}
-        pretrained = {**(config.get("pretrained_cfg") or {}), "num_classes": len(classes)}
-        pretrained["label_names"] = list(classes)
-        source = dataclasses.replace(source, config={**config, "pretrained_cfg": pretrained})
-    return Subject(source, "image-classification", ImageClassifier(body).eval(), _stored_dtype(source))
-
-
-def _scored(task: str, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits (batch, positions, classes) and the labels (batch, positions) that they answer."""
-    if task == "causal-lm":
-        return logits[:, :-1], labels[:, 1:]
-    return (logits, labels) if task == "masked-lm" else (logits[:, None], labels.view(-1, 1))
+        body.reset_classifier(len(classes))  # type: ignore[operator]
+        pretrained = {**source.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
+        config = {**source.config, "num_classes": len(classes), "pretrained_cfg": pretrained}
+        source = dataclasses.replace(source, config=config)
+    return Subject(source, TIMM.name, ImageClassifier(body).eval(), _stored_dtype(source))
 
 
 def measure(task: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Of each example, in fp64 (batch, 4): summed negative log likelihood, positions scored, top-1 and top-5 hits."""
-    logits, labels = _scored(task, logits, labels)
+    """Sum over each example, in fp64 (batch, 4): negative log likelihood, positions scored, top-1 and top-5 hits."""
+    logits, labels = TASKS[task].align(logits, labels)
     counted = labels.ne(IGNORED)
     nll = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
     top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
@@ -212,28 +275,29 @@ def measure(task: str, logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def summarise(task: str, sums: Tensor) -> dict[str, float]:
-    """Quality over a whole set from `measure`'s rows (examples, 4)."""
+    """Compute the task's figures over a whole set from the rows (examples, 4) of `measure`."""
     nll, count, top1, top5 = (float(value) for value in sums.double().sum(0))
     if not count:
         return {}
     loss = nll / count
-    found = {"loss": loss, "scored": count}
-    if task in LANGUAGE:
-        # exp overflows beyond about 709 nats a token
-        found["perplexity"] = math.exp(loss) if loss < 700 else math.inf
-    found["top1"] = top1 / count
-    if task != "sequence-classification":
-        found["top5"] = top5 / count
-    return found
+    values = {
+        "loss": loss,
+        "scored": count,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,  # exp overflows beyond about 709 nats a token
+        "top1": top1 / count,
+        "top5": top5 / count,
+    }
+    return {name: values[name] for name in TASKS[task].figures}
 
 
 def distillation(task: str, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, int]:
-    """T^2 KL(teacher || student) at temperature T, summed over the scored positions, and how many there are.
+    """Sum T^2 KL(teacher || student) at temperature T over the scored positions, and count these.
 
     Source: Hinton et al. 2015 (arXiv 1503.02531).
     """
-    student, answers = _scored(task, student, labels)
-    teacher, _ = _scored(task, teacher, labels)
+    align = TASKS[task].align
+    student, answers = align(student, labels)
+    teacher, _ = align(teacher, labels)
     counted = answers.ne(IGNORED)
     ours = log_softmax(student[counted].float() / temperature, dim=-1)
     theirs = log_softmax(teacher[counted].float() / temperature, dim=-1)

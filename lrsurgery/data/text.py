@@ -1,25 +1,36 @@
-"""Text into tokens and tokens into blocks and windows."""
+"""Text into tokens, and tokens into sequences and windows."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
-from lrsurgery.data.datasets import TEXT_COLUMNS, pick_column
+from lrsurgery.checkpoints.source import Source
+from lrsurgery.data.datasets import TEXT_COLUMNS, column_names, pick_column
 from lrsurgery.errors import DataError
+
+if TYPE_CHECKING:
+    import datasets
+    from transformers import PreTrainedTokenizerBase
+
+    from lrsurgery.data.datasets import Table
+
+Batch: TypeAlias = dict[str, torch.Tensor]  # a model's inputs by name
+Example: TypeAlias = dict[str, Any]  # the same of one example, before collation: tensors, lists of tokens, numbers
 
 IGNORED = -100  # the label that no loss counts, as everywhere in transformers
 MASKED_SHARE = 0.15  # of tokens, as BERT
+SHUFFLE_BUFFER = 10_000  # rows of a stream
 
 
-def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
-    """The checkpoint's tokenizer, with a padding token. Raises DataError where it has none."""
+def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load the checkpoint's tokenizer, with a padding token. Raises DataError if it has none."""
     from transformers import AutoTokenizer
 
     try:
@@ -36,19 +47,19 @@ def load_tokenizer(source: Any, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def encode(rows: Any, tokenizer: Any, column: str | None, reference: str) -> Any:
-    """Rows with `input_ids` alone: tokens of each document, an end-of-text token after it where there is one.
+def encode(rows: Table, tokenizer: PreTrainedTokenizerBase, column: str | None, reference: str) -> Table:
+    """Turn each document into its tokens, `input_ids`, with the end-of-text token of the tokenizer after it, if any.
 
-    Tokens spelled out in the text are recognised, none are added within a document. Rows that carry `input_ids` and no
-    text column were tokenised before and stay as they are.
+    Special tokens spelled out in the text are recognised; none are added within a document. Rows with `input_ids` are
+    taken as tokenised already, unless a text column is asked for.
     """
-    names = list(rows.column_names or next(iter(rows)).keys())
+    names = column_names(rows)
     if column is None and "input_ids" in names:
         return rows.select_columns(["input_ids"])
     text = pick_column(rows, column, TEXT_COLUMNS, "text", reference)
     end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
 
-    def tokenise(batch: dict[str, list[Any]]) -> dict[str, list[list[int]]]:
+    def tokenise(batch: dict[str, list[object]]) -> dict[str, list[list[int]]]:
         texts = batch[text]
         for entry in texts:
             if not isinstance(entry, str):
@@ -60,21 +71,22 @@ def encode(rows: Any, tokenizer: Any, column: str | None, reference: str) -> Any
 
 
 class TokenStream:
-    """All tokens of encoded rows as one stream, read from the memory-mapped table; (start, stop) -> tokens."""
+    """All tokens of encoded rows as one stream, read from the memory-mapped table."""
 
-    def __init__(self, rows: Any, end: int | None) -> None:
+    def __init__(self, rows: datasets.Dataset, end: int | None) -> None:
         column = rows.flatten_indices().data.column("input_ids")
         self._chunks = [chunk.flatten().to_numpy(zero_copy_only=False) for chunk in column.chunks]
         self._starts = np.cumsum([0, *(len(chunk) for chunk in self._chunks)])
         total = int(self._starts[-1])
-        # the token that ends the last document has no document after it
         self.largest = max((int(chunk.max()) for chunk in self._chunks if len(chunk)), default=0)
+        # the token that ends the last document has no document after it
         self.length = total - (1 if total and end is not None and self._chunks[-1][-1] == end else 0)
 
     def __len__(self) -> int:
         return self.length
 
     def read(self, start: int, stop: int) -> torch.Tensor:
+        """Read the tokens from `start` up to `stop`, (stop - start,)."""
         pieces = []
         index = int(np.searchsorted(self._starts, start, side="right")) - 1
         while start < stop:
@@ -85,31 +97,40 @@ class TokenStream:
         return torch.from_numpy(np.concatenate(pieces).astype(np.int64))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Masking:
-    """BERT's noise for masked language models: which token masks, how large the vocabulary, what is never masked."""
+    """BERT's noise for masked language models."""
 
-    mask: int
-    vocabulary: int
-    special: tuple[int, ...]
-    prefix: tuple[int, ...]
-    suffix: tuple[int, ...]
+    mask: int  # the token that stands for a hidden one
+    vocabulary: int  # replacements are drawn from it
+    special: tuple[int, ...]  # tokens that are never hidden
+    prefix: tuple[int, ...]  # tokens that the tokenizer puts before a sequence, such as [CLS]
+    suffix: tuple[int, ...]  # and after it, such as [SEP]
 
     @staticmethod
-    def of(tokenizer: Any, reference: str) -> Masking:
+    def of(tokenizer: PreTrainedTokenizerBase, reference: str) -> Masking:
+        """Read the tokens from a tokenizer. Raises DataError if it has no mask token."""
         if tokenizer.mask_token_id is None:
             raise DataError(f"{reference}: its tokenizer has no mask token, which masked-lm needs")
         around = tokenizer("")["input_ids"]
         half = (len(around) + 1) // 2
-        special = tuple(tokenizer.all_special_ids)
-        return Masking(tokenizer.mask_token_id, len(tokenizer), special, tuple(around[:half]), tuple(around[half:]))
+        return Masking(
+            mask=tokenizer.mask_token_id,
+            vocabulary=len(tokenizer),
+            special=tuple(tokenizer.all_special_ids),
+            prefix=tuple(around[:half]),
+            suffix=tuple(around[half:]),
+        )
 
     @property
     def added(self) -> int:
         return len(self.prefix) + len(self.suffix)
 
-    def __call__(self, ids: torch.Tensor, seed: tuple[int, ...]) -> dict[str, torch.Tensor]:
-        """15% of the tokens to be told, of them 80% masked and 10% replaced (Devlin et al. 2019, section 3.1)."""
+    def __call__(self, ids: torch.Tensor, seed: tuple[int, ...]) -> Batch:
+        """Choose 15% of the tokens as labels: 80% of them masked, 10% replaced, 10% shown.
+
+        Source: Devlin et al. 2019, section 3.1.
+        """
         ids = torch.cat([torch.tensor(self.prefix, dtype=ids.dtype), ids, torch.tensor(self.suffix, dtype=ids.dtype)])
         generator = torch.Generator().manual_seed(seed_of(*seed))
         share, how = torch.rand(2, len(ids), generator=generator)
@@ -122,12 +143,12 @@ class Masking:
 
 
 def seed_of(*parts: int) -> int:
-    """One seed of several numbers: the same on every machine, whatever was drawn before."""
+    """Hash several numbers to one seed, the same on every machine and independent of earlier draws."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1
 
 
-class Blocks(Dataset[dict[str, torch.Tensor]]):
-    """Blocks of `size` tokens of a stream, one every `stride` tokens, the remainder left out: for training."""
+class Sequences(Dataset[Batch]):
+    """Sequences of `size` tokens of a stream, one every `stride` tokens, without the remainder: for training."""
 
     def __init__(self, stream: TokenStream, size: int, stride: int, seed: int, masking: Masking | None) -> None:
         self._stream, self._stride, self._masking, self._seed, self._epoch = stream, stride, masking, seed, 0
@@ -139,7 +160,7 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return max(0, (len(self._stream) - self._size) // self._stride + 1)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Batch:
         ids = self._stream.read(index * self._stride, index * self._stride + self._size)
         if self._masking is not None:
             # by place and epoch, so that a resumed run masks as the uninterrupted one does
@@ -147,10 +168,11 @@ class Blocks(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": ids.clone()}
 
 
-class Windows(Dataset[dict[str, torch.Tensor]]):
+class Windows(Dataset[Batch]):
     """Windows that slide by `stride` over a stream, each token scored once, the last window shorter: for evaluation.
 
-    With stride = size they do not overlap; smaller strides give each token at least size - stride tokens before it.
+    With stride = size they do not overlap; with a smaller stride each token has at least size - stride tokens before
+    it.
     """
 
     def __init__(self, stream: TokenStream, size: int, stride: int, masking: Masking | None) -> None:
@@ -161,7 +183,7 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
     def __len__(self) -> int:
         return 1 + max(0, -(-(len(self._stream) - self._size) // self._stride))
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+    def __getitem__(self, index: int) -> Batch:
         start = index * self._stride
         ids = self._stream.read(start, min(start + self._size, len(self._stream)))
         if self._masking is not None:
@@ -172,11 +194,11 @@ class Windows(Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": ids, "labels": labels}
 
 
-class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
-    """Blocks packed from rows as they come, shuffled in a buffer of rows: for text too large to hold."""
+class StreamedSequences(IterableDataset[Batch]):
+    """Sequences packed from rows as they arrive, shuffled in a buffer of rows: for text too large to hold."""
 
-    def __init__(self, rows: Any, size: int, seed: int, masking: Masking | None) -> None:
-        self._rows = rows.shuffle(seed=seed, buffer_size=10_000)
+    def __init__(self, rows: datasets.IterableDataset, size: int, seed: int, masking: Masking | None) -> None:
+        self._rows = rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
         self._masking, self._seed, self._epoch = masking, seed, 0
         self._size = size - (masking.added if masking else 0)
 
@@ -184,7 +206,7 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
         self._epoch = epoch
         self._rows.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         held: list[int] = []
         index = 0
         for row in self._rows:
@@ -199,17 +221,24 @@ class StreamedBlocks(IterableDataset[dict[str, torch.Tensor]]):
                 index += 1
 
 
-class Classified(Dataset[dict[str, Any]]):
-    """Sentences or sentence pairs with their classes, tokenised when they are read; padded by the collator."""
+class Sentences(Dataset[Example]):
+    """Sentences or sentence pairs with their classes, tokenised when they are read; the collator pads them."""
 
-    def __init__(self, rows: Any, columns: Sequence[str], labels: Sequence[int], tokenizer: Any, size: int) -> None:
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        columns: Sequence[str],
+        labels: Sequence[int],
+        tokenizer: PreTrainedTokenizerBase,
+        size: int,
+    ) -> None:
         self._rows, self._columns, self._labels = rows.select_columns(list(columns)), columns, labels
         self._tokenizer, self._size = tokenizer, size
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Example:
         row = self._rows[int(index)]
         encoded = self._tokenizer(*(row[c] for c in self._columns), truncation=True, max_length=self._size)
         return {**encoded, "labels": self._labels[index]}

@@ -401,7 +401,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("from scratch", {"model": "half", "from_scratch": True}, "lrsurgery factorise DENSE --from-scratch"),
     ("no such data", {"data": "nowhere.txt"}, "nowhere.txt: no such file"),
     ("empty file", {"data": "empty.txt"}, "empty.txt: is empty"),
-    ("short text", {"data": "short.txt"}, "fewer than one block of 32; lower --block-size"),
+    ("short text", {"data": "short.txt"}, "fewer than one sequence of 32; lower --block-size"),
     ("not json", {"data": "bad.jsonl"}, "bad.jsonl: cannot be read as a dataset"),
     ("no text column", {"data": "columns.jsonl"}, "which column holds the text? It has a, b; say --text-column"),
     ("wrong column", {"text_column": "words"}, "no column 'words'; it has text"),
