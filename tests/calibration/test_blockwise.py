@@ -23,8 +23,12 @@ from lrsurgery.calibration.offload import in_memory, load_offloaded
 from lrsurgery.surgery.apply import replace_module_
 
 SMALL: dict[str, Any] = {
-    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 96,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 96,
+}
 variable = ContextVar("variable", default="none")
 LENGTHS = (5, 9, 9, 2)
 

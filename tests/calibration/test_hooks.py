@@ -32,6 +32,13 @@ CONVS: dict[str, dict[str, Any]] = {
     "circular": {"kernel_size": 3, "padding": 1, "padding_mode": "circular"},
     "pointwise": {"kernel_size": 1, "stride": 2},
 }
+SMALL_LLAMA: dict[str, Any] = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "vocab_size": 30,
+}
 
 
 def rows_of(model: nn.Module, conv: str = "channel") -> list[Replacement]:
@@ -124,9 +131,7 @@ def test_classes_drawn_from_the_model_give_its_fisher_information(surer: float) 
 def test_padding_does_not_count() -> None:
     """A batch of unlike lengths, filled up, says what its rows say one at a time."""
     torch.manual_seed(0)
-    model = tf.LlamaForCausalLM(tf.LlamaConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=30,
-    )).eval()  # fmt: skip
+    model = tf.LlamaForCausalLM(tf.LlamaConfig(**SMALL_LLAMA)).eval()
     ids = torch.randint(0, 30, (2, 6))
     mask = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]])
 
@@ -183,10 +188,7 @@ def test_inputs_that_are_not_finite_name_the_first_layer() -> None:
 
 def test_several_passes_and_running_blocks_again_change_nothing() -> None:
     torch.manual_seed(0)
-    config = tf.LlamaConfig(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24, vocab_size=30,
-        attention_dropout=0.5,
-    )  # fmt: skip
+    config = tf.LlamaConfig(**SMALL_LLAMA, attention_dropout=0.5)
     model = tf.LlamaForCausalLM(config).eval()
     batches = [{"input_ids": torch.randint(0, 30, (2, 6))} for _ in range(3)]
     rows = rows_of(model)
@@ -280,7 +282,9 @@ def test_gradients_that_are_not_finite_name_the_layer() -> None:
         return (outputs - outputs.detach()).abs().sqrt().sum(), len(outputs)
 
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
-    with pytest.raises(CalibrationError, match=r"^1: its gradients hold NaN or Inf; --importance activations needs none"):
+    with pytest.raises(
+        CalibrationError, match=r"^1: its gradients hold NaN or Inf; --importance activations needs none"
+    ):
         lrsurgery.collect_statistics(model, [torch.randn(3, 4)], loss=steep)
 
 

@@ -102,6 +102,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
+@pytest.mark.process
 def test_hub_id_in_a_real_process(tmp_path: Path) -> None:
     """By id, with the cache where the environment says; sharded, so that links of an index are followed."""
     folder = saved("llama", tmp_path / "llama", max_shard_size="100KB")

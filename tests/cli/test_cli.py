@@ -34,6 +34,7 @@ def in_process(*arguments: object) -> Any:
     return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
 
 
+@pytest.mark.process
 def test_factorise_report_export_in_real_processes(model: Path, tmp_path: Path) -> None:
     made = program("factorise", model, "--rank", "0.5", cwd=tmp_path)
     assert made.returncode == 0, made.stderr
@@ -63,6 +64,7 @@ def test_factorise_report_export_in_real_processes(model: Path, tmp_path: Path) 
     assert plain.returncode == 0, plain.stderr
 
 
+@pytest.mark.process
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\n"
@@ -135,6 +137,7 @@ def test_init_that_gives_up_the_weights_says_so(init: str, model: Path, tmp_path
     assert json.loads(again.stdout)["options"]["init"] == init
 
 
+@pytest.mark.process
 def test_progress_bar_on_a_terminal_names_layers(model: Path, tmp_path: Path) -> None:
     """Run under a pseudo-terminal, as a person would."""
     import os

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -178,11 +177,12 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "LoRA adapter": (only_adapter, "a LoRA adapter"),
 }
 
+RANKS = (
+    "0 1.5 -1 abc nan inf energy:0 energy:1.1 energy:x params:0 params:2 params:nan"
+    " *.up_proj=0 *.up_proj= =0.5 0x10 10000000 stable:2"
+)
 REFUSED: dict[str, tuple[list[str], str]] = {
-    **{f"rank {rank}": (["--rank", rank], "rank") for rank in (
-        "0", "1.5", "-1", "abc", "nan", "inf", "", "energy:0", "energy:1.1", "energy:x", "params:0", "params:2",
-        "params:nan", "*.up_proj=0", "*.up_proj=", "=0.5", "0x10", "10000000", "stable:2",
-    )},
+    **{f"rank {rank}": (["--rank", rank], "rank") for rank in (*RANKS.split(), "")},
     "rank glob that matches nothing": (["--rank", "0.5", "--rank", "*.nosuch=0.5"], r"\*\.nosuch"),
     "include that matches nothing": (["--rank", "0.5", "--include", "nosuch*"], r"nosuch\*"),
     "exclude that matches nothing": (["--rank", "0.5", "--exclude", "nosuch*"], r"nosuch\*"),
@@ -199,7 +199,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "negative seed": (["--rank", "0.5", "--seed", "-1"], "seed"),
     "unknown flag": (["--rank", "0.5", "--nosuch"], "--nosuch"),
     "no number": (["--rank", "0.5", "--multiple-of", "x"], "--multiple-of"),
-}  # fmt: skip
+}
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -243,6 +243,7 @@ def test_json_error_is_one_object(model: Path, capsys: pytest.CaptureFixture[str
     assert f"lrsurgery: {json.loads(out)['error']}\n" == err
 
 
+@pytest.mark.process
 def test_debug_shows_the_traceback(model: Path) -> None:
     done = program(f"factorise {model} --rank 2.5 --debug")
     assert "Traceback" in done.stderr
@@ -297,6 +298,7 @@ def test_damaged_output_is_noticed(model: Path, tmp_path: Path) -> None:
         lrsurgery.load_model(out)
 
 
+@pytest.mark.process
 def test_transformers_alone_refuses_the_output(model: Path, tmp_path: Path) -> None:
     """In a process that knows nothing of this package."""
     out = tmp_path / "out"
@@ -356,6 +358,7 @@ def whole(folder: Path) -> None:
     assert (folder / "README.md").read_text().endswith("\n")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_killed_at_any_moment(moment: str, pristine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Over an older model: afterwards there is the old one, the new one or none, and the next run clears up."""
@@ -381,6 +384,7 @@ def test_killed_at_any_moment(moment: str, pristine: Path, tmp_path: Path, capsy
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("moment", ["first tensor", "halfway", "writing the card"])
 def test_interrupted(moment: str, number: str, pristine: Path, tmp_path: Path) -> None:
@@ -398,6 +402,7 @@ def test_interrupted(moment: str, number: str, pristine: Path, tmp_path: Path) -
     whole(tmp_path / "new" / "out")
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 def test_interrupted_before_anything_was_done(number: str, code: int, pristine: Path, tmp_path: Path) -> None:
     done = program(
@@ -410,6 +415,7 @@ def test_interrupted_before_anything_was_done(number: str, code: int, pristine: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("command", ["factorise", "export"])
 def test_full_disk(command: str, pristine: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: writing fails in the middle of a tensor."""

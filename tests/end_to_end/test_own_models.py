@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import timm
 import torch
-from lrsurgery.imports import import_file
 
 import lrsurgery
 from lrsurgery.errors import SourceError
+from lrsurgery.runtime import import_file
 
 FILE = Path(__file__).parents[2] / "examples" / "wide_resnet.py"
 
@@ -41,13 +41,14 @@ def test_the_networks_are_of_the_papers_size(name: str, classes: int, parameters
     assert model(torch.zeros(2, 3, 32, 32, device="meta")).shape == (2, classes)
 
 
+@pytest.mark.process
 def test_a_model_of_ones_own_is_factorised_by_the_program(tmp_path: Path) -> None:
     made = subprocess.run(
         [sys.executable, FILE, "--name", "wide_resnet16_2", "--classes", "7", "--output", tmp_path / "wrn"], check=False
     )
     assert made.returncode == 0
-    done = program("--import", FILE, "factorise", tmp_path / "wrn", "--from-scratch", "--rank", "0.25", "--output",
-                   tmp_path / "low", "--quiet")  # fmt: skip
+    command = ("factorise", tmp_path / "wrn", "--from-scratch", "--rank", "0.25")
+    done = program("--import", FILE, *command, "--output", tmp_path / "low", "--quiet")
     assert done.returncode == 0, done.stderr
     model = lrsurgery.load_model(tmp_path / "low")
     report = lrsurgery.rank_report(model)
@@ -58,7 +59,7 @@ def test_a_model_of_ones_own_is_factorised_by_the_program(tmp_path: Path) -> Non
     timed = program("--import", FILE, "bench", tmp_path / "low", "--batch", 1, "--seconds", 0.1, "--json")
     assert timed.returncode == 0, timed.stderr
     assert json.loads(timed.stdout)["model"]["parameters"] == sum(p.numel() for p in model.parameters())
-    without = program("factorise", tmp_path / "wrn", "--from-scratch", "--rank", "0.25", "--output", tmp_path / "other")
+    without = program(*command, "--output", tmp_path / "other")
     assert without.returncode == 2
     assert without.stderr.count("\n") == 1
     assert "wide_resnet16_2" in without.stderr

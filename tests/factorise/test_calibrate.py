@@ -29,6 +29,14 @@ from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.plan import SurgeryOptions, make_plan
 from lrsurgery.surgery.ranks import parse_rank
 
+SIX = "--budget 0.6 --samples 6"
+
+
+def factorise(model: Path, options: str, **places: object) -> int:
+    """Run the program with these options and `--NAME PLACE` for each place; its exit code."""
+    words = [word for name, place in places.items() for word in (f"--{name.replace('_', '-')}", place)]
+    return tiny.run("factorise", model, *options.split(), *words)
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,9 +46,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.save_gpt2(folder / "gpt2", dropout=0.0)
     torch.manual_seed(0)
     config = tf.LlamaConfig(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48,
-        vocab_size=tiny.VOCABULARY, max_position_embeddings=64,
-    )  # fmt: skip
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        vocab_size=tiny.VOCABULARY,
+        max_position_embeddings=64,
+    )
     tf.LlamaForCausalLM(config).save_pretrained(folder / "llama", max_shard_size="30KB")
     tiny.tokenizer().save_pretrained(folder / "llama")
     tiny.save_timm(folder / "resnet")
@@ -50,11 +63,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "images").mkdir()
     for i, file in enumerate(sorted(images.rglob("*.png"))):  # no classes: calibration needs none
         shutil.copy(file, folder / "images" / f"{i}.png")
-    done = tiny.run(
-        "factorise", folder / "gpt2", "--budget", 0.6, "--calibration", folder / "train.txt", "--samples", 6,
-        "--save-statistics", folder / "statistics", "--output", folder / "six", "--quiet",
-    )  # fmt: skip
-    assert done == 0
+    keeping = {"save_statistics": folder / "statistics", "output": folder / "six"}
+    assert factorise(folder / "gpt2", f"{SIX} --quiet", calibration=folder / "train.txt", **keeping) == 0
     return folder
 
 
@@ -119,9 +129,7 @@ def test_a_budget_is_met_and_statistics_are_enough_for_another(
 ) -> None:
     monkeypatch.setattr(calibration, "call", None)  # no model runs
     out = tmp_path / "out"
-    done = tiny.run("factorise", place / "gpt2", "--budget", budget, "--statistics", place / "statistics", "-o", out,
-                    "--quiet")  # fmt: skip
-    assert done == 0
+    assert factorise(place / "gpt2", f"--budget {budget} --quiet", statistics=place / "statistics", output=out) == 0
     after, before = parameters_kept(report_of(out))
     step = max(sum(row["shape"]) for row in report_of(out)["layers"] if row["kind"] == "conv1d")
     assert budget * before - step < after <= budget * before
@@ -175,9 +183,8 @@ def test_without_calibration_a_budget_goes_by_relative_energy(place: Path, tmp_p
 
 @pytest.mark.parametrize("conv", ["channel", "spatial"])
 def test_images_without_classes_calibrate_a_timm_model(place: Path, tmp_path: Path, conv: str) -> None:
-    done = tiny.run("factorise", place / "resnet", "--budget", "flops:0.5", "--calibration", place / "images", "--conv",
-                    conv, "--samples", 5, "-o", tmp_path / "out", "--quiet")  # fmt: skip
-    assert done == 0
+    options = f"--budget flops:0.5 --samples 5 --conv {conv} --quiet"
+    assert factorise(place / "resnet", options, calibration=place / "images", output=tmp_path / "out") == 0
     report = report_of(tmp_path / "out")
     assert report["totals"]["predicted_loss"] > 0
     assert report["totals"]["layers_factorised"] > 3
@@ -190,9 +197,15 @@ def test_images_without_classes_calibrate_a_timm_model(place: Path, tmp_path: Pa
 def test_a_budget_of_flops_is_what_torch_counts(conv: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, (3, 5), stride=2, padding=(1, 2)), nn.ReLU(),
-        nn.Conv2d(32, 48, 3, stride=(2, 1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(48, 40),
-    )  # fmt: skip
+        nn.Conv2d(3, 24, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(24, 32, (3, 5), stride=2, padding=(1, 2)),
+        nn.ReLU(),
+        nn.Conv2d(32, 48, 3, stride=(2, 1)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, 40),
+    )
     x = torch.randn(4, 3, 16, 16)
     statistics = lrsurgery.collect_statistics(model, [x], conv=conv)
     low = copy.deepcopy(model)
@@ -207,9 +220,8 @@ def test_a_budget_of_flops_is_what_torch_counts(conv: str) -> None:
 
 
 def test_ranks_of_a_budget_are_the_multiples_that_were_asked_for(place: Path, tmp_path: Path) -> None:
-    done = tiny.run("factorise", place / "gpt2", "--budget", 0.6, "--multiple-of", 4, "--statistics",
-                    place / "statistics", "-o", tmp_path / "out", "--quiet")  # fmt: skip
-    assert done == 0
+    options = "--budget 0.6 --multiple-of 4 --quiet"
+    assert factorise(place / "gpt2", options, statistics=place / "statistics", output=tmp_path / "out") == 0
     ranks = [row["rank"] for row in report_of(tmp_path / "out")["layers"] if row["status"] == "factorised"]
     assert ranks
     assert all(rank % 4 == 0 for rank in ranks)
@@ -240,9 +252,8 @@ def test_a_model_that_is_sure_of_all_it_sees_is_told_so(
     weights["fc.bias"][0] += 30.0
     save_file(weights, tmp_path / "sure" / "model.safetensors")
     for model, told in (("sure", True), ("resnet", False)):
-        folder = tmp_path if told else place
-        assert tiny.run("factorise", folder / model, "--budget", 0.5, "--calibration", place / "images", "--samples", 5,
-                        "-o", tmp_path / "out", "--overwrite") == 0  # fmt: skip
+        folder, options = tmp_path if told else place, "--budget 0.5 --samples 5 --overwrite"
+        assert factorise(folder / model, options, calibration=place / "images", output=tmp_path / "out") == 0
         assert ("the model is sure of all that it sees" in capsys.readouterr().err) == told
     assert report_of(tmp_path / "out")["totals"]["predicted_loss"] > 0
 
@@ -268,24 +279,16 @@ def test_the_split_that_was_named_is_what_the_model_sees(place: Path, tmp_path: 
 
 def test_bytes_are_those_of_the_written_file(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert tiny.run("factorise", place / "gpt2", "--budget", "bytes:110KB", "--statistics", place / "statistics", "-o",
-                    out, "--quiet") == 0  # fmt: skip
+    options = "--budget bytes:110KB --quiet"
+    assert factorise(place / "gpt2", options, statistics=place / "statistics", output=out) == 0
     written = sum(tensor.numel() * 4 for tensor in tensors_of(out).values())
     assert 108_000 < written <= 110_000
 
 
 def test_sentences_are_padded_and_a_split_head_is_no_matter(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    command = (
-        "factorise",
-        place / "bert",
-        "--rank",
-        "params:0.6",
-        "--calibration",
-        place / "sentences.jsonl",
-        "--json",
-    )
-    assert tiny.run(*command, "--metric", "activations", "-o", out) == 0
+    options = "--rank params:0.6 --metric activations --json"
+    assert factorise(place / "bert", options, calibration=place / "sentences.jsonl", output=out) == 0
     report = report_of(out)
     assert report["totals"]["predicted_loss"] is None  # there are no gradients to tell it by
     assert all(row["weighted_error"] > 0 for row in report["layers"] if row["status"] == "factorised")
@@ -293,9 +296,9 @@ def test_sentences_are_padded_and_a_split_head_is_no_matter(place: Path, tmp_pat
 
 def test_blocks_on_disk_give_the_same_factors(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that come and go with their blocks, run again by the backward pass, against the model in memory."""
-    command = ("factorise", place / "llama", "--rank", "params:0.5", "--calibration", place / "train.txt", "--samples",
-               4, "--block-size", 24, "--no-cache", "--quiet")  # fmt: skip
-    assert tiny.run(*command, "-o", tmp_path / "whole") == 0
+    options = "--rank params:0.5 --samples 4 --block-size 24 --no-cache --quiet"
+    data = place / "train.txt"
+    assert factorise(place / "llama", options, calibration=data, output=tmp_path / "whole") == 0
     original, runs = calibrate.load_offloaded, []
 
     def counted(*args: Any) -> nn.Module:
@@ -306,7 +309,7 @@ def test_blocks_on_disk_give_the_same_factors(place: Path, tmp_path: Path, monke
     monkeypatch.setattr(calibrate, "load_offloaded", counted)
     monkeypatch.setattr(calibrate, "free_memory", lambda device: 100_000)
     monkeypatch.setattr(calibration, "split", lambda rows, limit: [list(rows)])  # another pass would draw anew
-    assert tiny.run(*command, "-o", tmp_path / "disk") == 0
+    assert factorise(place / "llama", options, calibration=data, output=tmp_path / "disk") == 0
     assert len(runs) == 2  # one batch, whose blocks are run again on the way back: their weights are not kept
     wanted, found = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "disk")
     assert wanted.keys() == found.keys()
@@ -319,9 +322,8 @@ def test_a_checkpoint_without_its_head_calibrates_under_one(place: Path, tmp_pat
     model: Any = lrsurgery.load_model(place / "gpt2")
     model.transformer.save_pretrained(tmp_path / "body")
     tiny.tokenizer().save_pretrained(tmp_path / "body")
-    done = tiny.run("factorise", tmp_path / "body", "--budget", 0.6, "--task", "causal-lm", "--calibration",
-                    place / "train.txt", "--samples", 6, "-o", tmp_path / "out", "--quiet")  # fmt: skip
-    assert done == 0
+    options = f"{SIX} --task causal-lm --quiet"
+    assert factorise(tmp_path / "body", options, calibration=place / "train.txt", output=tmp_path / "out") == 0
     wanted = tensors_of(place / "six")
     found = {f"transformer.{key}": tensor for key, tensor in tensors_of(tmp_path / "out").items()}
     assert found.keys() == wanted.keys() - {"lm_head.weight"}
@@ -350,10 +352,10 @@ def test_sequential_sees_blocks_after_those_before_are_replaced(place: Path) -> 
 
 
 def test_sequential_from_the_command_line_differs_and_loads(place: Path, tmp_path: Path) -> None:
-    command = ("factorise", place / "llama", "--budget", 0.6, "--calibration", place / "train.txt", "--samples", 4,
-               "--block-size", 24, "--quiet")  # fmt: skip
-    assert tiny.run(*command, "-o", tmp_path / "plain") == 0
-    assert tiny.run(*command, "--sequential", "-o", tmp_path / "sequential") == 0
+    options = "--budget 0.6 --samples 4 --block-size 24 --quiet"
+    for name, more in {"plain": "", "sequential": "--sequential"}.items():
+        where = {"calibration": place / "train.txt", "output": tmp_path / name}
+        assert factorise(place / "llama", f"{options} {more}", **where) == 0
     plain, sequential = report_of(tmp_path / "plain"), report_of(tmp_path / "sequential")
     assert [row["rank"] for row in plain["layers"]] == [row["rank"] for row in sequential["layers"]]
     first, last = ([r["relative_error"] for r in report["layers"] if r["rank"]] for report in (plain, sequential))
@@ -368,8 +370,7 @@ def test_an_interrupted_job_goes_on_from_its_statistics(
 ) -> None:
     from lrsurgery.factorise import jobs
 
-    command = ("factorise", place / "gpt2", "--budget", 0.6, "--calibration", place / "train.txt", "--samples", 6,
-               "-o", tmp_path / "out", "--jobs", 1)  # fmt: skip
+    places = {"calibration": place / "train.txt", "output": tmp_path / "out"}
     done: list[str] = []
     real = jobs.decompose
 
@@ -381,19 +382,19 @@ def test_an_interrupted_job_goes_on_from_its_statistics(
 
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "decompose", stop)
-        assert tiny.run(*command) == 130
+        assert factorise(place / "gpt2", f"{SIX} --jobs 1", **places) == 130
     kept = "the statistics and 2 of 8 layers are kept" if layers else "the statistics are kept"
     assert f"interrupted; {kept}: the same command with --resume goes on" in capsys.readouterr().err
     monkeypatch.setattr(calibration, "call", None)  # no model runs
-    assert tiny.run(*command, "--resume") == 0
+    assert factorise(place / "gpt2", f"{SIX} --jobs 1 --resume", **places) == 0
     wanted = tensors_of(place / "six")
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in tensors_of(tmp_path / "out").items())
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.process
 def test_two_processes_write_what_one_does(place: Path, tmp_path: Path) -> None:
-    command = ["factorise", place / "gpt2", "--budget", 0.6, "--calibration", place / "train.txt", "--samples", 6, "-o",
-               tmp_path / "out"]  # fmt: skip
+    command = ("factorise", place / "gpt2", *SIX.split(), "--calibration", place / "train.txt", "-o", tmp_path / "out")
     words = [str(word) for word in (*tiny.TORCHRUN, "-m", "lrsurgery", *command)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -409,7 +410,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     "neither": ([], "no rank and no budget is given"),
     "budget unreadable": (["--budget", "half"], "budget 'half' is not readable; write a share"),
     "budget out of reach": (
-        ["--budget", "0.001", "--statistics", "{}/statistics"], "the smallest that can be met is 0.",
+        ["--budget", "0.001", "--statistics", "{}/statistics"],
+        "the smallest that can be met is 0.",
     ),
     "budget of what": (["--budget", "0.5", "--budget-of", "world"], "'world' is not one of 'layers', 'model'"),
     "importance unknown": ([*TEXT, "--importance", "cosine"], "'cosine' is not one of 'fisher', 'activations', 'none'"),
@@ -419,14 +421,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     "no statistics": (["--rank", "0.5", "--statistics", "{}/gpt2"], "gpt2: no statistics.json in it"),
     "both": (["--rank", "0.5", "--statistics", "{}/s", "--calibration", "x.txt"], "are both given; leave one out"),
     "another model": (
-        ["--rank", "0.5", "--statistics", "{}/statistics", "--model", "llama"], "take them anew, or --exclude it",
+        ["--rank", "0.5", "--statistics", "{}/statistics", "--model", "llama"],
+        "take them anew, or --exclude it",
     ),
     "he": ([*TEXT, "--init", "he"], "--calibration would change nothing"),
     "block too long": ([*TEXT, "--block-size", "99"], "longer than the 32 positions"),
     "save over": ([*TEXT, "--save-statistics", "{}/statistics"], "is there already"),
     "save into a file": ([*TEXT, "--save-statistics", "{}/train.txt/x"], "what it should lie in is a file"),
     "speedup": (["--budget", "0.5", "--min-speedup", "1.0"], "--min-speedup and --budget are both given"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("options", "message"), BAD.values(), ids=BAD)
@@ -452,17 +455,8 @@ def test_damaged_statistics_name_the_file(place: Path, tmp_path: Path, capsys: p
     body = bytearray(file.read_bytes())
     body[-5] ^= 1
     file.write_bytes(body)
-    command = (
-        "factorise",
-        place / "gpt2",
-        "--rank",
-        0.5,
-        "--statistics",
-        tmp_path / "statistics",
-        "-o",
-        tmp_path / "o",
-    )
-    assert tiny.run(*command) == 2
+    places = {"statistics": tmp_path / "statistics", "output": tmp_path / "o"}
+    assert factorise(place / "gpt2", "--rank 0.5", **places) == 2
     assert f"{file}: damaged" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
 

@@ -63,9 +63,13 @@ def test_no_descent_finds_better_factors(shape: tuple[int, int]) -> None:
 
 
 @given(
-    st.integers(1, 12), st.integers(1, 12), st.integers(1, 30), st.integers(1, 12), st.integers(0, 10**6),
+    st.integers(1, 12),
+    st.integers(1, 12),
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.integers(0, 10**6),
     st.sampled_from(["float32", "float64"]),
-)  # fmt: skip
+)
 @settings(max_examples=60, deadline=None)
 def test_the_error_is_the_tail_and_factors_are_balanced(
     rows: int, columns: int, samples: int, rank: int, seed: int, dtype: str

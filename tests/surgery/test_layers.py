@@ -129,9 +129,12 @@ def test_weight_is_read_only() -> None:
 def test_densify_gives_ordinary_layers_back(conv: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(4, 6, (3, 5), (2, 1), (1, 2), (1, 2)), nn.Conv2d(6, 6, 3, padding="same"), nn.Flatten(1),
-        nn.LazyLinear(9), nn.Linear(9, 5),
-    ).eval()  # fmt: skip
+        nn.Conv2d(4, 6, (3, 5), (2, 1), (1, 2), (1, 2)),
+        nn.Conv2d(6, 6, 3, padding="same"),
+        nn.Flatten(1),
+        nn.LazyLinear(9),
+        nn.Linear(9, 5),
+    ).eval()
     x = torch.randn(2, 4, 9, 11)
     model(x)
     before = [type(m) for m in model]
