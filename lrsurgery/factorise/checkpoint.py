@@ -167,7 +167,7 @@ def run_factorise(
             }
             if not layers:
                 raise SurgeryError(
-                    f"nothing to factorise at {plan.target.asked}: every layer stays dense ({_why(rewriter)})"
+                    f"nothing to factorise at {plan.target.description}: every layer stays dense ({_why(rewriter)})"
                 )
             report = replace(
                 plan_report(plan.with_rows(rewriter.decided), parameters, rewriter.measured),

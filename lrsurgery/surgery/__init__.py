@@ -1,1 +1,1 @@
-"""Which layer becomes what, and doing it in memory."""
+"""Kinds of layers, ranks, budgets and plans, and their application to a model in memory."""

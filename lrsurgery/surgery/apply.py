@@ -1,4 +1,4 @@
-"""Puts a plan into effect on a model in memory. Decides nothing."""
+"""Application of a plan to a model in memory. All decisions are in the plan."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from lrsurgery.surgery.plan import Plan, Replacement
 
 
 def factorised_layers(model: nn.Module) -> dict[str, FactorisedLayer]:
-    """Every factorised layer of a model by name, in the model's order."""
+    """The factorised layers of a model by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, FactorisedLayer)}
 
 
 def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is registered: a shared module has several parents, `named_modules` shows one."""
+    """Replace `old` by `new` in every parent: a shared module has several, and `named_modules` shows one."""
     new.train(old.training)
     for parent in model.modules():
         for key, child in parent._modules.items():
@@ -32,9 +32,9 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
-    """Replace dense layers by factorised ones with empty weights on the meta device: name -> (kind, rank).
+    """Replace dense layers, name -> (kind, rank), by factorised ones with weights on the meta device.
 
-    Raises PlanError for a name that the model does not have, or a layer that is not of this kind.
+    Raises PlanError for an unknown name or kind, or for a layer of another kind.
     """
     modules = dict(model.named_modules())
     for name, (kind_name, rank) in layers.items():
@@ -54,15 +54,15 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
 
 
 def decomposition_cost(row: Replacement) -> float:
-    """Proportional to a decomposition's time: products over the long side, an eigensolver worth four of the short."""
+    """Relative time of a decomposition: a Gram product over the long side and an eigensolver, 4 short^3."""
     short, long = sorted((row.rows, row.columns))
     return float(short) ** 2 * (long + 4 * short)
 
 
 def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = False) -> int:
-    """Bytes at a decomposition's peak: the tensor, its copy in fp32, the eigensolver's five squares, factors twice.
+    """Peak memory of a decomposition in bytes: the tensor, an fp32 copy, five short x short matrices, factors twice.
 
-    In a metric all of that is in fp64, with both of the metric's moments, read in fp32 and damped.
+    With a metric all of these are in fp64, beside both moments of the metric as read (fp32) and as damped (fp64).
     """
     short, long = sorted((row.rows, row.columns))
     wide = max(8 if weighted else 4, item_size)
@@ -84,10 +84,10 @@ def decompose(
     known: Spectrum | None = None,
     keep: bool = False,
 ) -> Decomposition:
-    """Factors of one dense weight, in the working dtype.
+    """Decompose one dense weight into factors in the working dtype.
 
-    `rank` maps singular values to a rank where the plan has none yet; `metric` weighs the weight's errors; `svd`,
-    `known` and `keep` are those of `linalg.spectral_factors`.
+    `rank`, a rank or a function of the singular values, is used if the plan has none yet. `metric` weights the errors.
+    `svd`, `known` and `keep` go to `linalg.spectral_factors`.
 
     Raises SurgeryError that names the layer.
     """
@@ -121,9 +121,9 @@ def apply_plan_(
 ) -> None:
     """Replace every planned layer of a model in memory, computing on `device` (the layer's own by default).
 
-    The plan's ranks must be known. `metric_of` gives a layer's metric.
+    The plan's ranks must be known. `metric_of` returns the metric of a layer, or None for plain SVD.
 
-    Raises SurgeryError that names the layer; layers before it are replaced by then, so work on a copy if that matters.
+    Raises SurgeryError that names the layer. Earlier layers are replaced by then; work on a copy to be safe.
     """
     modules = dict(model.named_modules())
 
@@ -131,10 +131,10 @@ def apply_plan_(
         weight: Tensor = modules[row.name].weight.detach()
         if weight.is_meta:
             raise PlanError(f"{row.name}: its weight is on the meta device; load the model first")
-        found = decompose(
+        decomposition = decompose(
             row, weight.to(device or weight.device), init=init, seed=seed, metric=metric_of(row.name), svd=svd
         )
-        return factor_weights(row.layout, weight, found.factors)
+        return factor_weights(row.layout, weight, decomposition.factors)
 
     weights: list[Tensor] = [modules[row.name].weight for row in plan.replacements]
     on_cpu = all((device or weight.device).type == "cpu" for weight in weights)
@@ -142,8 +142,8 @@ def apply_plan_(
     needs = [
         decomposition_bytes(row, weight.element_size()) for row, weight in zip(plan.replacements, weights, strict=True)
     ]
-    found = compute.in_order(factors_of, plan.replacements, needs)
-    for row, (u, v) in zip(plan.replacements, found, strict=True):
+    factors = compute.in_order(factors_of, plan.replacements, needs)
+    for row, (u, v) in zip(plan.replacements, factors, strict=True):
         dense = modules[row.name]
         assert row.rank is not None
         new = row.layout.build(dense, row.rank)
@@ -155,7 +155,7 @@ def apply_plan_(
 
 
 def densify_layers_(model: nn.Module) -> None:
-    """Multiply every factorised layer out into the ordinary layer that it replaced."""
+    """Replace every factorised layer by a dense layer that holds the product of its factors."""
     for layer in factorised_layers(model).values():
         dense = build_dense(layer)
         dense.weight = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)

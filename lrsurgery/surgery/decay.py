@@ -1,4 +1,4 @@
-"""Frobenius decay: weight decay of the product U V, which the factors' own decay is not."""
+"""Frobenius decay: weight decay of the product U V, in place of weight decay of each factor."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.linalg.factors import working_dtype
 from lrsurgery.surgery.apply import factorised_layers
 
-# Layers with at most this many numbers in both factors go through one batched product with those of their shape.
+# Layers of equal shape with at most this many parameters in both factors are batched into one product.
 # Measured in fp32 on two cores (examples/benchmarks/decay.py), 48 layers, against a loop: 3 to 9 times as fast at 500
-# and 2,000 numbers, between 0.8 and 1.7 times at 18,000, slower from there on, where stacking only copies the factors.
+# and 2,000 parameters, 0.8 to 1.7 times at 18,000, slower above, where stacking only copies the factors.
 GROUPED = 16384
 
 Pair: TypeAlias = "tuple[Tensor, Tensor]"
 
 
 def frobenius_gradients(u: Tensor, v: Tensor) -> Pair:
-    """Gradients of (1/2) ||U V||_F^2: U (V V^T) and (U^T U) V, in O((m + n) r^2), the product never formed.
+    """Gradients of (1/2) ||U V||_F^2: U (V V^T) and (U^T U) V, in O((m + n) r^2) without forming the product.
 
-    `u`, `v` are the weights of a factorised layer of any kind: `u` (out, rank, ...), `v` (rank, ...). Computed in fp32
-    or wider and returned so, in the weights' shapes.
+    `u` (out, rank, ...) and `v` (rank, ...) are the weights of a factorised layer of any kind. Computes and returns
+    fp32 or wider, in the weights' shapes.
 
     Source: Khodak et al. 2021 (arXiv 2105.01029); Kamalakara et al. 2022 (arXiv 2209.13569).
     """
@@ -34,10 +34,10 @@ def frobenius_gradients(u: Tensor, v: Tensor) -> Pair:
 
 
 def _gradients(u: Tensor, v: Tensor, stacked: int) -> Pair:
-    """As `frobenius_gradients`, for weights with so many leading axes for layers (0 or 1)."""
+    """As `frobenius_gradients`, for weights with `stacked` leading batch axes (0 or 1)."""
     columns = v.detach().to(working_dtype(v.dtype)).flatten(stacked + 1)
     rows = u.detach().to(working_dtype(u.dtype))
-    # (positions, ..., out, rank) of a spatial conv: FSDP2 shards `out` unevenly, so it is not flattened with anything
+    # (positions, ..., out, rank) of a spatial conv: FSDP2 shards `out` unevenly, so `out` stays an axis of its own
     spatial = u.shape[stacked + 2 :].numel() > 1
     rows = rows.flatten(stacked + 2).movedim(-1, 0) if spatial else rows.flatten(stacked + 1)
     of_u = rows @ (columns @ columns.mT)
@@ -47,20 +47,19 @@ def _gradients(u: Tensor, v: Tensor, stacked: int) -> Pair:
 
 
 class FrobeniusDecay:
-    """Decays (strength / 2) ||U V||_F^2 of every factorised layer, at every step of any `torch.optim.Optimizer`.
+    """Decay of (strength / 2) ||U V||_F^2 for every factorised layer, at every step of any `torch.optim.Optimizer`.
 
-    Decoupled, as AdamW decays: before the step each factor moves by lr * strength * gradient, with the lr of its own
-    parameter group. Coupled, as Khodak et al.: strength * gradient is added to the factor's `.grad`, and the optimizer
-    does with it what it does with the loss's. A factor without a gradient rests, as in torch's own decay. A step that
-    GradScaler skips decays nothing. Under FSDP2 each rank decays its own shards. Give the factors `weight_decay=0` in
-    the optimizer, or they decay twice.
+    Decoupled, as in AdamW: before the step each factor moves by -lr * strength * gradient, with the lr of its parameter
+    group. Coupled, as in Khodak et al. (2021): strength * gradient is added to the factor's `.grad`. A factor without a
+    gradient is not decayed, as in torch's own weight decay. A step that GradScaler skips decays nothing. Under FSDP2
+    each rank decays its own shards. Set `weight_decay=0` for the factors in the optimizer, or they decay twice.
 
         decay = FrobeniusDecay(model, 0.01).attach(optimizer)
         ...
         decay.detach()
 
-    Raises SurgeryError for a negative strength, a module without factorised layers, or an optimizer that holds none of
-    their factors.
+    Raises SurgeryError for a negative strength, for a module without factorised layers, or for an optimizer that holds
+    none of their factors.
     """
 
     def __init__(self, module: nn.Module, strength: float, *, decoupled: bool = True) -> None:
@@ -73,51 +72,53 @@ class FrobeniusDecay:
         self._handle: RemovableHandle | None = None
 
     def attach(self, optimizer: Optimizer) -> FrobeniusDecay:
-        """Hooks the optimizer; returns self, so that it can be detached later."""
+        """Register the hook of the optimizer; return self, so that it can be detached later."""
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(factor.weight) in held for layer in self._layers for factor in (layer.u, layer.v)):
-            raise SurgeryError("Frobenius decay: the optimizer holds no factor of this model; factorise, then build it")
+            raise SurgeryError(
+                "Frobenius decay: the optimizer holds no factor of this model; factorise first, then create it"
+            )
         self.detach()
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         return self
 
     def detach(self) -> None:
-        """Let go of the optimizer."""
+        """Remove the hook of the optimizer."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # GradScaler hands its scale and verdict to fused optimizers, and calls the others only where all is finite
+        # GradScaler passes its scale and its check to fused optimizers; it skips other optimizers unless all is finite
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         if found_inf is not None and bool(found_inf):
             return
         groups = {id(p): g for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
-        for us, vs in self._alike(groups):
+        for us, vs in self._group_alike(groups):
             if len(us) == 1:
                 of_u, of_v = frobenius_gradients(us[0], vs[0])
                 gradients = [[of_u], [of_v]]
             else:
                 gradients = [list(g.unbind()) for g in _gradients(torch.stack(us), torch.stack(vs), 1)]
-            for factors, found in zip((us, vs), gradients, strict=True):
+            for factors, of_factors in zip((us, vs), gradients, strict=True):
                 group = groups.get(id(factors[0]))
                 if group is None:
                     continue
                 if self.decoupled:
-                    _add_(factors, found, -group["lr"] * self.strength)
+                    _add_(factors, of_factors, -group["lr"] * self.strength)
                 else:
-                    _add_([f.grad for f in factors], found, self.strength * (1 if scale is None else scale))
+                    _add_([f.grad for f in factors], of_factors, self.strength * (1 if scale is None else scale))
 
-    def _alike(self, groups: dict[int, dict[str, Any]]) -> list[tuple[list[Tensor], list[Tensor]]]:
-        """The factors u and v of layers of which one moves, those together that are computed together."""
+    def _group_alike(self, groups: dict[int, dict[str, Any]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Group the factors u and v of layers with a gradient in either, so that each group is one batched product."""
         alike: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
         for number, layer in enumerate(self._layers):
             u, v = layer.u.weight, layer.v.weight
             of_u, of_v = groups.get(id(u)), groups.get(id(v))
             if of_u is None and of_v is None:
                 continue
-            # a DTensor is none of Parameter's own
+            # sharded factors (DTensor) are not batched
             batched = type(u) is type(v) is nn.Parameter and u.numel() + v.numel() <= GROUPED
             shapes = (u.shape, v.shape, u.dtype, v.dtype, u.device, v.device, id(of_u), id(of_v))
             us, vs = alike.setdefault(shapes if batched else number, ([], []))
@@ -127,7 +128,7 @@ class FrobeniusDecay:
 
 
 def _add_(targets: list[Any], gradients: list[Tensor], factor: float | Tensor) -> None:
-    """Add factor * gradient to each target. In the gradient's width, so that a small part of bf16 is rounded once."""
-    if isinstance(factor, Tensor):  # a learning rate or a scale on the device; reading it would wait for the device
+    """Add factor * gradient to each target, in the gradient's width, so that a bf16 target is rounded once."""
+    if isinstance(factor, Tensor):  # a learning rate or scale on the device; reading it would synchronise
         gradients, factor = [g * factor.to(g.device) for g in gradients], 1.0
     torch._foreach_add_(targets, gradients, alpha=factor)

@@ -1,6 +1,8 @@
-"""The kinds of layer that can become factorised, one entry each: all that is special to a kind stands here.
+"""The kinds of layers that can be factorised.
 
-To add one: its functions and an entry in `KINDS`. Entries are asked in order, and the first that matches a module wins.
+The file is long because it is one table: a kind is one entry, and its functions stand beside it. No other module
+distinguishes kinds. To add a kind, write its functions and add an entry to `KINDS`; the first entry that matches a
+module wins.
 """
 
 from __future__ import annotations
@@ -15,13 +17,13 @@ from torch.nn import functional as F
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.layers import Dense, FactorisedConv2d, FactorisedLayer, FactorisedLinear, Kind
 
-PATCHES = 1 << 24  # numbers of unfolded patches at a time: 64 MB
-SIDE = 16  # of a convolution's output, where it is timed
+PATCHES = 1 << 24  # entries of unfolded patches at a time: 64 MB
+SIDE = 16  # height and width of a convolution's output when it is timed
 CONV_SCHEMES = ("channel", "spatial")
 
-# classes known by name, so that neither library is imported for them
+# classes identified by name, so that neither library is imported
 LINEAR_CLASSES = {
-    ("timm.layers.linear", "Linear"),  # a forward of its own for torchscript's sake
+    ("timm.layers.linear", "Linear"),  # overrides forward for torchscript only
     ("transformers.models.falcon.modeling_falcon", "FalconLinear"),  # x @ W.T, then + b
 }
 CONV1D_CLASSES = {("transformers.pytorch_utils", "Conv1D")}
@@ -31,20 +33,20 @@ def _on_meta(layer: Dense) -> dict[str, Any]:
     return {"device": "meta", "dtype": layer.weight.dtype}
 
 
-def _named(module: nn.Module, classes: set[tuple[str, str]]) -> bool:
+def _is_one_of(module: nn.Module, classes: set[tuple[str, str]]) -> bool:
     return (type(module).__module__, type(module).__qualname__) in classes
 
 
-# linear layers, and transformers' Conv1D, which keeps (in, out)
+# linear layers, and transformers' Conv1D, whose weight is (in, out)
 
 
 def _is_linear(module: nn.Module, conv: str) -> bool:
-    # an unknown subclass may compute something else
-    return type(module) is nn.Linear or _named(module, LINEAR_CLASSES)
+    # a subclass may override forward
+    return type(module) is nn.Linear or _is_one_of(module, LINEAR_CLASSES)
 
 
 def _is_conv1d(module: nn.Module, conv: str) -> bool:
-    return _named(module, CONV1D_CLASSES)
+    return _is_one_of(module, CONV1D_CLASSES)
 
 
 def _linear_shape(shape: torch.Size) -> tuple[int, int]:
@@ -55,11 +57,11 @@ def _conv1d_shape(shape: torch.Size) -> tuple[int, int]:
     return shape[1], shape[0]
 
 
-def _as_is(weight: Tensor) -> Tensor:
+def _keep(weight: Tensor) -> Tensor:
     return weight
 
 
-def _transposed(weight: Tensor) -> Tensor:
+def _transpose(weight: Tensor) -> Tensor:
     return weight.T
 
 
@@ -141,7 +143,7 @@ def _is_spatial(module: nn.Module, conv: str) -> bool:
     return type(module) is nn.Conv2d and conv == "spatial" and module.kernel_size != (1, 1)
 
 
-def _grouped(module: Dense) -> str | None:
+def _explain_groups(module: Dense) -> str | None:
     if module.groups == 1:
         return None
     return "depthwise convolution" if module.groups == module.in_channels else "grouped convolution"
@@ -235,7 +237,7 @@ def _spatial_factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tenso
 
 def _build_spatial(layer: Dense, rank: int) -> FactorisedLayer:
     (kh, kw), (sh, sw), (dh, dw) = layer.kernel_size, layer.stride, layer.dilation
-    # "same" pads each axis by its own kernel, so it splits by itself
+    # the string "same" pads each axis by its own kernel, so both layers take it
     down, across = (
         (layer.padding,) * 2 if isinstance(layer.padding, str) else ((layer.padding[0], 0), (0, layer.padding[1]))
     )
@@ -253,7 +255,7 @@ def _dense_spatial(layer: FactorisedLayer) -> nn.Module:
 
 
 def _horizontal_stride(module: Dense) -> int:
-    # of a dense layer, or of a factorised one, whose u takes the horizontal steps
+    # in a factorised layer, u has the horizontal stride
     u: Dense = module.u if isinstance(module, FactorisedLayer) else module
     return int(u.stride[1])
 
@@ -263,7 +265,10 @@ def _pad_mode(module: Dense) -> str:
 
 
 def _patches(x: Tensor, mode: str, padding: tuple[int, ...], *window: tuple[int, int]) -> Iterator[Tensor]:
-    """Patches (positions, in kh kw) in fp32 of images x, for a kernel, stride and dilation; some images at a time."""
+    """Unfold images x into patches (positions, in kh kw) in fp32, some images at a time.
+
+    `window` is the kernel size, stride and dilation.
+    """
     kernel, stride, dilation = window
     per_image = x[0].numel() * kernel[0] * kernel[1] // (stride[0] * stride[1])
     for images in torch.split(x, max(1, PATCHES // max(1, per_image))):
@@ -277,7 +282,7 @@ def _channel_inputs(module: Dense, x: Tensor, mask: Tensor | None) -> Iterator[T
 
 
 def _spatial_inputs(module: Dense, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    # v goes down the columns of the image as they are
+    # v is a kh x 1 convolution: no horizontal window, stride or padding
     _, _, top, bottom = module._reversed_padding_repeated_twice
     window = ((side[0], 1) for side in (module.kernel_size, module.stride, module.dilation))
     return _patches(x, _pad_mode(module), (0, 0, top, bottom), *window)
@@ -292,10 +297,10 @@ def _spatial_gradients(module: Dense, shape: torch.Size, g: Tensor, mask: Tensor
 
 
 def _spread(module: Dense, shape: torch.Size, g: Tensor) -> Tensor:
-    """Gradients (images, out kw, height, width in) at what a spatial layer's outputs are sums of.
+    """Gradients (images, out kw, height, width in) at the summands of a spatial layer's outputs.
 
-    Its matrix maps (in, kh) to (out, kw) at each place of a row; an output adds up kw of those. That sum is a
-    convolution with ones, and its backward pass spreads the layer's own gradients out.
+    The layer's matrix maps (in, kh) to (out, kw) at each position of a row; an output is the sum of kw such values.
+    That sum is a convolution with ones, whose backward pass distributes the output gradients over the summands.
     """
     (kw, sw, dw), out = (module.kernel_size[1], module.stride[1], module.dilation[1]), g.shape[1]
     left, right = module._reversed_padding_repeated_twice[:2]
@@ -312,7 +317,7 @@ def _image_outputs(output: Tensor, counted: int) -> int:
 
 
 def _image_sample(dense: Dense, positions: int) -> tuple[int, ...]:
-    # about SIDE x SIDE positions of one image, and at least the kernel's reach, where a huge one is not padded
+    # one image of about SIDE x SIDE output positions, and no smaller than the kernel, which may lack padding
     windows = zip(dense.stride, dense.dilation, dense.kernel_size, strict=True)
     return (1, dense.in_channels, *(max(SIDE * s, d * (k - 1) + 1) for s, d, k in windows))
 
@@ -322,7 +327,7 @@ LINEAR = Kind(
     matches=_is_linear,
     weight_axes=2,
     matrix_shape=_linear_shape,
-    to_matrix=_as_is,
+    to_matrix=_keep,
     to_weight=_linear_weight,
     to_matrices=Factors,
     to_weights=_linear_factors,
@@ -340,7 +345,7 @@ CONV1D = Kind(
     matches=_is_conv1d,
     weight_axes=2,
     matrix_shape=_conv1d_shape,
-    to_matrix=_transposed,
+    to_matrix=_transpose,
     to_weight=_conv1d_weight,
     to_matrices=Factors,
     to_weights=_linear_factors,
@@ -369,7 +374,7 @@ CONV2D_CHANNEL = Kind(
     outputs=_image_outputs,
     sample_input=_image_sample,
     takes_tokens=False,
-    no_form=_grouped,
+    no_form=_explain_groups,
 )
 CONV2D_SPATIAL = Kind(
     name="conv2d-spatial",
@@ -389,12 +394,12 @@ CONV2D_SPATIAL = Kind(
     sample_input=_image_sample,
     v_per_u=_horizontal_stride,
     takes_tokens=False,
-    no_form=_grouped,
+    no_form=_explain_groups,
 )
 
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, CONV2D_CHANNEL, CONV2D_SPATIAL)}
 
 
 def kind_of(module: nn.Module, conv: str) -> Kind | None:
-    """The kind that this module would be factorised as, convolutions by scheme `conv`; None where there is none."""
+    """The kind of a dense module, with convolution scheme `conv`; None if it has no factorised form."""
     return next((kind for kind in KINDS.values() if kind.matches(module, conv)), None)

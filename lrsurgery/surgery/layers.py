@@ -1,6 +1,7 @@
 """Factorised layers: two ordinary modules, `v` then `u`, in place of one.
 
-Ordinary modules, so that quantisers, LoRA, pruning, tensor parallelism, compilers and exporters meet what they know.
+`u` and `v` are plain nn.Linear or nn.Conv2d modules, so quantisers, LoRA, pruning, tensor parallelism, compilers and
+exporters support them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 
 from lrsurgery.linalg.factors import Factors, working_dtype
 
-# a dense module of some kind: what its attributes are, the kind's functions know
+# a dense module of some kind; only the functions of its kind know its attributes
 Dense: TypeAlias = Any
 
 
@@ -25,15 +26,14 @@ def _one_to_one(module: Dense) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """All that is special to one kind of layer; `kinds.KINDS` holds one entry for each.
+    """The properties of one kind of layer; `kinds.KINDS` holds one entry per kind.
 
-    The matrix of a layer is (rows, columns): rows belong to its outputs, columns to its inputs. Every function that
-    maps between weights and matrices is a view or reshape of its input. Functions have names (no lambdas), so that
-    models can be pickled.
+    The matrix of a layer is (rows, columns): rows are outputs, columns are inputs. Functions between weights and
+    matrices only view or reshape. No field is a lambda, so that models can be pickled.
     """
 
     name: str
-    matches: Callable[[nn.Module, str], bool]  # module, convolution scheme -> whether it is of this kind
+    matches: Callable[[nn.Module, str], bool]  # module, convolution scheme -> whether the module is of this kind
     weight_axes: int  # of the dense weight
     matrix_shape: Callable[[torch.Size], tuple[int, int]]  # of the dense weight's shape
     to_matrix: Callable[[Tensor], Tensor]  # dense weight -> (rows, columns)
@@ -42,24 +42,24 @@ class Kind:
     to_weights: Callable[[Factors, torch.Size], tuple[Tensor, Tensor]]  # factors, dense shape -> u.weight, v.weight
     build: Callable[[Dense, int], FactorisedLayer]  # dense layer, rank -> factorised layer on the meta device
     build_dense: Callable[[FactorisedLayer], nn.Module]  # the reverse, on the meta device
-    fan_in: Callable[[torch.Size], int]  # inputs that an output is a sum of
-    # calibration: module, input x, mask of the positions that count -> inputs (positions, columns) in fp32, in parts
+    fan_in: Callable[[torch.Size], int]  # dense shape -> inputs per output
+    # calibration: module, input x, mask of counted positions -> inputs (positions, columns) in fp32, in parts
     inputs: Callable[[Dense, Tensor, Tensor | None], Iterator[Tensor]]
     # module, shape of the input, gradient of the output, mask -> output gradients (positions, rows) in fp32, in parts
     gradients: Callable[[Dense, torch.Size, Tensor, Tensor | None], Iterator[Tensor]]
     outputs: Callable[[Tensor, int], int]  # output, counted inputs -> positions of the output
     sample_input: Callable[[Dense, int], tuple[int, ...]]  # dense layer, positions -> shape of an input to time
-    v_per_u: Callable[[Dense], int] = _one_to_one  # positions of v's output for each of u's
-    takes_tokens: bool = True  # applied once a token: padding can be masked, and FLOPs of a token are known
-    no_form: Callable[[Dense], str | None] | None = None  # why a module of this kind has no factorised form
+    v_per_u: Callable[[Dense], int] = _one_to_one  # output positions of v per output position of u
+    takes_tokens: bool = True  # applied once per token: padding can be masked, and FLOPs per token are known
+    no_form: Callable[[Dense], str | None] | None = None  # why a module of this kind cannot be factorised, or None
     plain_product: bool = False  # weight @ x may be computed as u @ (v @ x)
 
 
 class FactorisedLayer(nn.Module):
     """A layer whose dense weight is the product of `u` and `v`.
 
-    Attributes: `u`, `v` (modules; `u` carries the bias), `rank`, `kind` (a key of `KINDS`), `weight` (read only: the
-    product in the dense layer's own orientation and dtype) and `bias`.
+    Attributes: `u`, `v` (modules; `u` has the bias), `rank`, `kind` (a key of `KINDS`), `weight` (read-only: the
+    product in the orientation and dtype of the dense layer) and `bias`.
     """
 
     u: nn.Linear | nn.Conv2d
@@ -84,17 +84,17 @@ class FactorisedLayer(nn.Module):
 
     @property
     def factors(self) -> Factors:
-        """The factors as matrices, u (rows, rank), v (rank, columns), as `layout.to_matrix` lays the dense weight."""
+        """The factors as matrices u (rows, rank), v (rank, columns); their product is the matrix of the weight."""
         return self.layout.to_matrices(self.u.weight, self.v.weight)
 
     @property
     def weight(self) -> Tensor:
-        # Model code reads `layer.weight` in places (GPT-2's init, Mamba's dt_proj, nn.MultiheadAttention), often for
-        # its dtype alone (T5, flash attention). Compilers drop a product that nothing uses; they, and factors that are
-        # not plain tensors (sharded, quantised), get it as it is.
+        # Some model code reads `layer.weight` (GPT-2's init, Mamba's dt_proj, nn.MultiheadAttention), often for its
+        # dtype alone (T5, flash attention), so the product is lazy. Compilers drop an unused product by themselves;
+        # they get a plain tensor, and so do factors that are no plain parameters (sharded, quantised).
         plain = type(self.u.weight) is type(self.v.weight) is nn.Parameter
         if not plain or torch.compiler.is_compiling() or torch._C._is_tracing():
-            return _multiplied(self)
+            return _multiply(self)
         return Product(self)
 
     @property
@@ -105,13 +105,13 @@ class FactorisedLayer(nn.Module):
         return f"{self.kind}, rank={self.rank}"
 
 
-def _multiplied(layer: FactorisedLayer) -> Tensor:
+def _multiply(layer: FactorisedLayer) -> Tensor:
     u, v = layer.factors
     return layer.layout.to_weight(u @ v, layer)
 
 
 class Product(Tensor):
-    """The dense weight of a layer, multiplied out by whatever computes with it; shape, dtype and device are free."""
+    """The lazy dense weight of a layer: any computation forms the product; shape, dtype and device cost nothing."""
 
     layer: FactorisedLayer
 
@@ -119,15 +119,15 @@ class Product(Tensor):
     def __new__(cls, layer: FactorisedLayer) -> Product:
         u, v = layer.factors
         rows_columns = torch.empty(u.shape[0], v.shape[1], device="meta")
-        made: Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        product: Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             layer.layout.to_weight(rows_columns, layer).shape,
             dtype=u.dtype,
             device=u.device,
             requires_grad=u.requires_grad or v.requires_grad,
         )
-        made.layer = layer
-        return made
+        product.layer = layer
+        return product
 
     def __init__(self, layer: FactorisedLayer) -> None:
         super().__init__()
@@ -138,14 +138,14 @@ class Product(Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if func in MATMULS and type(args[0]) is cls and args[0].layer.layout.plain_product and not kwargs:
-            u, v = args[0].layer.factors  # as Mamba applies its dt_proj
+            u, v = args[0].layer.factors  # Mamba applies its dt_proj this way
             return u @ (v @ args[1])
-        args, kwargs = tree_map_only(cls, lambda product: _multiplied(product.layer), (args, kwargs or {}))
+        args, kwargs = tree_map_only(cls, lambda product: _multiply(product.layer), (args, kwargs or {}))
         return func(*args, **kwargs)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        raise TypeError(f"{func} met the weight of a factorised layer as it is; take (layer.weight + 0)")
+        raise TypeError(f"{func} got the lazy weight of a factorised layer; pass (layer.weight + 0) instead")
 
 
 FREE = {
@@ -156,7 +156,7 @@ MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 
 
 class FactorisedLinear(FactorisedLayer):
-    """A `nn.Linear` or transformers `Conv1D` as `v` (in -> rank, no bias) and `u` (rank -> out)."""
+    """A factorised `nn.Linear` or transformers `Conv1D`: `v` (in -> rank, no bias), then `u` (rank -> out)."""
 
     @property
     def in_features(self) -> int:
@@ -171,7 +171,7 @@ class FactorisedLinear(FactorisedLayer):
 
 
 class FactorisedConv2d(FactorisedLayer):
-    """A `nn.Conv2d` as two: kh x kw then 1x1 (channel), or kh x 1 then 1 x kw (spatial)."""
+    """A factorised `nn.Conv2d`: kh x kw then 1 x 1 (channel), or kh x 1 then 1 x kw (spatial)."""
 
     u: nn.Conv2d
     v: nn.Conv2d
@@ -195,7 +195,7 @@ class FactorisedConv2d(FactorisedLayer):
 def factor_weights(kind: Kind, weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
     """The tensors `u.weight`, `v.weight` that store `factors` for a dense `weight`, in its dtype and on its device.
 
-    For a `weight` on the meta device they stay where the factors are.
+    For a `weight` on the meta device they stay on the device of the factors.
     """
     u, v = kind.to_weights(factors, weight.shape)
     device = factors.u.device if weight.is_meta else weight.device
@@ -203,12 +203,12 @@ def factor_weights(kind: Kind, weight: Tensor, factors: Factors) -> tuple[Tensor
 
 
 def dense_weight(layer: FactorisedLayer) -> Tensor:
-    """The dense weight, multiplied in fp32 or wider and rounded once to the layer's dtype."""
+    """The dense weight: the product in fp32 or wider, rounded once to the layer's dtype."""
     u, v = layer.factors
     wide = working_dtype(u.dtype)
     return layer.layout.to_weight(u.detach().to(wide) @ v.detach().to(wide), layer).to(u.dtype).contiguous()
 
 
 def build_dense(layer: FactorisedLayer) -> nn.Module:
-    """The dense layer that a factorised one stands for, on the meta device."""
+    """Build the dense layer that a factorised one replaced, on the meta device."""
     return layer.layout.build_dense(layer)

@@ -1,4 +1,4 @@
-"""What would be done to a model: which layers get which rank, and why others stay dense. Nothing is touched."""
+"""Plans: the rank of each layer to factorise, and the reason why each other layer stays dense. Changes no model."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lrsurgery.surgery.kinds import CONV_SCHEMES, KINDS, kind_of
 from lrsurgery.surgery.layers import FactorisedLayer, Kind
 from lrsurgery.surgery.ranks import RankSpec, break_even_rank
 
-Target: TypeAlias = RankSpec | Budget  # a policy decides each layer's rank by itself, a budget all of them together
+Target: TypeAlias = RankSpec | Budget  # a policy decides each layer alone, a budget all layers together
 ALREADY = "already factorised"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SurgeryOptions:
-    """What is to become of a model's layers. Raises SurgeryError for a value that no model could make right."""
+    """Options that decide which layers are factorised, and how. Raises SurgeryError for invalid values."""
 
     target: Target
     init: str = "spectral"
@@ -33,7 +33,7 @@ class SurgeryOptions:
     exclude: Sequence[str] = ()
     allow_larger: bool = False
     seed: int = 0
-    min_speedup: float | None = None  # at which a layer is worth factorising, measured
+    min_speedup: float | None = None  # layers with a lower measured speedup stay dense
     svd: str = "auto"
 
     def __post_init__(self) -> None:
@@ -44,7 +44,8 @@ class SurgeryOptions:
             for name, given in (("--min-speedup", self.min_speedup), ("--allow-larger", self.allow_larger or None)):
                 if given is not None:
                     raise SurgeryError(
-                        f"{name} and --budget are both given: a budget shares out ranks that save parameters"
+                        f"{name} and --budget are both given; a budget only assigns ranks that save parameters,"
+                        f" so leave {name} out"
                     )
         if self.min_speedup is not None and not 0 < self.min_speedup < math.inf:
             raise SurgeryError(f"min speedup {self.min_speedup}: write a number above 0, such as 1.0")
@@ -57,14 +58,14 @@ class SurgeryOptions:
 
 
 def check_conv(conv: str) -> None:
-    """Raises PlanError that lists the schemes."""
+    """Raise PlanError that lists the schemes, unless `conv` is one."""
     if conv not in CONV_SCHEMES:
         raise PlanError(f"unknown conv scheme '{conv}'; known: {', '.join(CONV_SCHEMES)}")
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A layer to factorise. `rank` is None while the policy waits for the singular values."""
+    """A layer to factorise. `rank` is None until the policy has the singular values."""
 
     name: str
     kind: str
@@ -72,8 +73,8 @@ class Replacement:
     rows: int
     columns: int
     rank: int | None
-    bias: int  # parameters that stay as they are
-    across: int = 1  # positions of v's output for each of u's: the horizontal stride of a conv2d-spatial layer
+    bias: int  # parameters of the bias, which does not change
+    v_per_u: int = 1  # output positions of v per output position of u: the horizontal stride of a conv2d-spatial layer
     predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
 
     reason = None
@@ -96,17 +97,17 @@ class Replacement:
 
     @property
     def flops(self) -> int:
-        """Of a token, or of a position of a conv's output: 2 a multiply-add."""
+        """FLOPs per token, or per output position of a convolution; a multiply-add counts 2."""
         return 2 * self.rows * self.columns
 
     @property
     def factorised_flops(self) -> int | None:
-        return None if self.rank is None else 2 * self.rank * (self.rows + self.across * self.columns)
+        return None if self.rank is None else 2 * self.rank * (self.rows + self.v_per_u * self.columns)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A layer, or a bare parameter, that stays dense, and why."""
+    """A layer or bare parameter that stays dense, with the reason."""
 
     name: str
     kind: str
@@ -120,7 +121,7 @@ Refusal: TypeAlias = "Callable[[Replacement], str | None]"  # why a layer of kno
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows in the model's own order."""
+    """The decisions for a model's layers, in the order of the model."""
 
     rows: tuple[Replacement | Kept, ...]
     target: Target
@@ -136,18 +137,18 @@ class Plan:
         return any(row.rank is None for row in self.replacements)
 
     def decide(self, row: Replacement, values: Tensor) -> Replacement | Kept:
-        """The row once its singular values (full rank,) are known."""
+        """Decide a row from its singular values (full rank,)."""
         assert isinstance(self.target, RankSpec), "a budget decides all ranks together"
         rank = self.target.rank_of(row.name, row.rows, row.columns, values)
-        return _unless_refused(replace(row, rank=rank), self.allow_larger, self.refuse)
+        return _apply_refusal(replace(row, rank=rank), self.allow_larger, self.refuse)
 
     def with_rows(self, decided: Mapping[str, Replacement | Kept]) -> Plan:
-        """The same plan with these rows in place of those of the same name."""
+        """The plan with `decided` in place of the rows of the same names."""
         return replace(self, rows=tuple(decided.get(row.name, row) for row in self.rows))
 
 
-def _unless_refused(row: Replacement, allow_larger: bool, refuse: Refusal | None) -> Replacement | Kept:
-    """The row, or why it stays dense at its rank; a rank that is not known yet is not judged."""
+def _apply_refusal(row: Replacement, allow_larger: bool, refuse: Refusal | None) -> Replacement | Kept:
+    """The row, or Kept if its rank saves no parameters or `refuse` gives a reason; rows without a rank pass."""
     if row.rank is None:
         return row
     limit = break_even_rank(row.rows, row.columns)
@@ -167,11 +168,11 @@ def plan_rows(
     tied: Mapping[str, str] | None = None,
     refuse: Refusal | None = None,
 ) -> list[Replacement | Kept]:
-    """Decide for every layer of `model`, which may lie on the meta device.
+    """Decide every layer of `model`, which may be on the meta device.
 
-    `heads` are layer names that stay dense with the reason given, unless a rank override spells the name out; `tied`
-    maps a parameter's name to what it is tied to (parameters shared in memory are found by themselves); `refuse` has
-    the last word on each layer whose rank is known.
+    `heads` maps layers that stay dense to a reason; a rank override that names such a layer exactly takes precedence.
+    `tied` maps a parameter's name to the parameter it is tied to (parameters shared in memory are detected). `refuse`
+    may reject each layer whose rank is known.
 
     Raises PlanError for a glob that matches no layer; RankError for a rank above a layer's full rank.
     """
@@ -184,7 +185,7 @@ def plan_rows(
             if not any(fnmatchcase(name, pattern) for name in names):
                 near = f"; layers are named like '{names[len(names) // 2]}'" if names else ""
                 raise PlanError(f"{option} '{pattern}' matches no layer{near}")
-    shared = _shared(model, tied or {})
+    shared = _find_shared(model, tied or {})
     rows: list[Replacement | Kept] = []
     for name, module, weight in layers:
         kind = kind_of(module, options.conv) if module is not None else None
@@ -203,7 +204,7 @@ def plan_rows(
         row = Replacement(
             name, kind.name, tuple(weight.shape), *matrix, rank, own - weight.numel(), kind.v_per_u(module)
         )
-        rows.append(_unless_refused(row, options.allow_larger, refuse))
+        rows.append(_apply_refusal(row, options.allow_larger, refuse))
     return rows
 
 
@@ -215,21 +216,21 @@ def make_plan(
     tied: Mapping[str, str] | None = None,
     refuse: Refusal | None = None,
 ) -> Plan:
-    """The plan of `plan_rows`, which takes the same arguments.
+    """Make the plan of a model; arguments and errors are those of `plan_rows`.
 
-    Raises PlanError and RankError as it does, and PlanError where nothing at all would be factorised.
+    Also raises PlanError if no layer would be factorised.
     """
     rows = plan_rows(model, options, heads=heads, tied=tied, refuse=refuse)
     plan = Plan(tuple(rows), options.target, options.allow_larger, refuse)
     if not plan.replacements:
         reasons = sorted({row.reason for row in rows if isinstance(row, Kept)})
         why = f" ({'; '.join(reasons[:4])}{'; ...' if len(reasons) > 4 else ''})" if reasons else ""
-        raise PlanError(f"nothing to factorise at {options.target.asked}: every layer stays dense{why}")
+        raise PlanError(f"nothing to factorise at {options.target.description}: every layer stays dense{why}")
     return plan
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
-    """(name, module, its largest parameter) of all that holds a matrix; module None for parameters of a container."""
+    """Yield (name, module, matrix) for everything that holds a matrix; module is None for a container's parameter."""
     inside: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, FactorisedLayer):
@@ -247,22 +248,22 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
             yield f"{name}.{key}".lstrip("."), None, parameter
 
 
-def _shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
-    """Parameter name -> the other parameter that it is, for parameters used by more than one module."""
+def _find_shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
+    """Parameter name -> name of the parameter it is shared with, for parameters of more than one module."""
     partner = dict(tied) | {other: name for name, other in tied.items()}
     first: dict[int, tuple[str, int]] = {}
     for module_name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
             name = f"{module_name}.{key}".lstrip(".")
-            seen = first.setdefault(id(parameter), (name, id(module)))
-            if seen[1] != id(module):
-                partner.setdefault(name, seen[0])
-                partner.setdefault(seen[0], name)
+            other, owner = first.setdefault(id(parameter), (name, id(module)))
+            if owner != id(module):
+                partner.setdefault(name, other)
+                partner.setdefault(other, name)
     return partner
 
 
 def _no_layer_reason(name: str, module: nn.Module | None, weight: Tensor) -> str | None:
-    """Why a parameter is no layer that could be factorised."""
+    """The reason why a parameter is no layer to factorise, or None."""
     if module is None:
         return (
             "fused experts: one parameter of 3 axes"
@@ -313,35 +314,35 @@ def _no_form(module: nn.Module) -> str:
 
 
 def find_heads(model: nn.Module) -> dict[str, str]:
-    """Name of the output heads and classifiers of a model, with the reason that the plan shows.
+    """Find the output heads and classifiers of a model: name -> the reason shown in the plan.
 
     transformers models: the output embeddings and the layers outside the base model. timm models: `get_classifier()`.
-    Others: the last linear layer under a child that is named as torchvision names its heads.
+    Others: the last linear layer under a child with one of torchvision's names for heads.
     """
     names = {id(module): name for name, module in model.named_modules()}
-    found: list[nn.Module] = []
+    heads: list[nn.Module] = []
     base = getattr(model, "base_model", None)
     anything: Any = model
     if isinstance(base, nn.Module) and hasattr(model, "get_output_embeddings"):
         output = anything.get_output_embeddings()
-        found += [output] if isinstance(output, nn.Module) else []
+        heads += [output] if isinstance(output, nn.Module) else []
         if base is not model:
             inside = {id(module) for module in base.modules()}
-            found += [module for module in model.modules() if id(module) not in inside and kind_of(module, "channel")]
+            heads += [module for module in model.modules() if id(module) not in inside and kind_of(module, "channel")]
     wrapped: Any = base if isinstance(base, nn.Module) else model
     if callable(getattr(wrapped, "get_classifier", None)):
         classifier = wrapped.get_classifier()
         for part in classifier if isinstance(classifier, tuple | list) else [classifier]:
-            found += [m for m in part.modules() if kind_of(m, "channel")] if isinstance(part, nn.Module) else []
+            heads += [m for m in part.modules() if kind_of(m, "channel")] if isinstance(part, nn.Module) else []
     elif not isinstance(base, nn.Module):
         for child in ("fc", "classifier", "head", "heads", "lm_head"):
             part = getattr(model, child, None)
             if isinstance(part, nn.Module):
-                found += [m for m in part.modules() if kind_of(m, "channel")][-1:]
-    return {names[id(module)]: "output head" for module in found if id(module) in names}
+                heads += [m for m in part.modules() if kind_of(m, "channel")][-1:]
+    return {names[id(module)]: "output head" for module in heads if id(module) in names}
 
 
 def decide_all(plan: Plan, values_of: Callable[[Replacement], Tensor]) -> Plan:
-    """The plan with every rank known; `values_of` gives a row's singular values and is called only where needed."""
+    """Decide every rank that is not known yet; `values_of` returns the singular values of such a row."""
     decided = {row.name: plan.decide(row, values_of(row)) for row in plan.replacements if row.rank is None}
     return plan.with_rows(decided)

@@ -1,7 +1,7 @@
 """Rank policies: how many singular directions a layer keeps.
 
-A policy maps a matrix (rows, columns) and, where it needs them, its singular values to a rank. To add one: a frozen
-dataclass with `rank_of`, a row in `POLICIES` and an entry in `READABLE`.
+A policy maps the shape of a matrix, and its singular values if needed, to a rank. To add one, write a frozen dataclass
+with `rank_of` and add it to `POLICIES` and `READABLE`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RankPolicy(Protocol):
         ...
 
     def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
-        """The rank for a (rows, columns) matrix with singular values `values` (full rank,), descending."""
+        """The rank for a matrix (rows, columns) with singular values `values` (full rank,), descending."""
         ...
 
 
@@ -61,7 +61,7 @@ class FractionRank:
 
 @dataclass(frozen=True)
 class AbsoluteRank:
-    """The same rank everywhere; matrices of a lower full rank are left as they are."""
+    """The same rank for every layer, capped at full rank."""
 
     rank: int
     needs_spectrum = False
@@ -86,7 +86,7 @@ class EnergyRank:
 
     def __post_init__(self) -> None:
         if not 0 < self.energy <= 1:
-            raise RankError(f"rank energy:{self.energy:g}: the energy kept lies in (0, 1]")
+            raise RankError(f"rank energy:{self.energy:g}: the share of energy lies in (0, 1]")
 
     def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
         assert values is not None, "an energy rank needs singular values"
@@ -95,7 +95,7 @@ class EnergyRank:
         if total == 0:
             return 1
         kept = squares.cumsum(0) / total
-        # cumsum rounds: without the allowance energy:1.0 could ask for one direction too many or never be reached
+        # cumsum rounds: without the tolerance, energy:1.0 could take one direction too many or never be reached
         return _clamp(int((kept < self.energy - 1e-12).sum()) + 1, rows, columns)
 
     def __str__(self) -> str:
@@ -134,24 +134,24 @@ class StableRank:
         return "stable"
 
 
-# what a policy's text begins with -> the policy of what follows the colon
-POLICIES: dict[str, Callable[[str], RankPolicy]] = {
-    "energy": lambda number: EnergyRank(finite(number)),
-    "params": lambda number: ParameterShare(finite(number)),
-    "stable": lambda rest: _stable(rest),
-}
-
-
-def _stable(rest: str) -> StableRank:
+def _parse_stable(rest: str) -> StableRank:
     if rest:
         raise ValueError(rest)
     return StableRank()
 
 
-def parse_policy(text: str) -> RankPolicy:
-    """Read `0.5`, `64`, or one of `POLICIES` such as `energy:0.9`; an integer is a rank and `1.0` a fraction.
+# name before the colon -> parser of the text after it
+POLICIES: dict[str, Callable[[str], RankPolicy]] = {
+    "energy": lambda number: EnergyRank(finite(number)),
+    "params": lambda number: ParameterShare(finite(number)),
+    "stable": _parse_stable,
+}
 
-    Raises RankError with what is readable.
+
+def parse_policy(text: str) -> RankPolicy:
+    """Parse `0.5`, `64`, or one of `POLICIES` such as `energy:0.9`; an integer is a rank, `1.0` is a fraction.
+
+    Raises RankError that lists the accepted forms.
     """
     text = text.strip()
     name, _, number = text.partition(":")
@@ -169,7 +169,7 @@ def parse_policy(text: str) -> RankPolicy:
 
 @dataclass(frozen=True)
 class RankSpec:
-    """A default policy and overrides for the layers that match a glob; the last match wins."""
+    """A default policy and overrides for layers that match a glob; the last match wins."""
 
     default: RankPolicy | None
     overrides: tuple[tuple[str, RankPolicy], ...] = ()
@@ -180,20 +180,20 @@ class RankSpec:
             raise RankError(f"multiple of {self.multiple_of}: write a positive integer")
 
     def policy_for(self, name: str) -> RankPolicy | None:
-        """The policy for a layer, or None where neither a default nor a glob applies."""
+        """The policy of a layer, or None if there is no default and no glob matches."""
         for pattern, policy in reversed(self.overrides):
             if fnmatchcase(name, pattern):
                 return policy
         return self.default
 
     def names(self, name: str) -> bool:
-        """Whether an override spells this layer's name out, with no wildcard."""
+        """Whether an override names this layer exactly, without wildcards."""
         return any(pattern == name for pattern, _ in self.overrides)
 
     def rank_of(self, name: str, rows: int, columns: int, values: Tensor | None = None) -> int:
-        """The rank for one layer, rounded to `multiple_of` and never above full rank.
+        """The rank of one layer, rounded to `multiple_of` and capped at full rank.
 
-        Raises RankError where an override asks for more than the layer's full rank.
+        Raises RankError if an override that names the layer exactly exceeds its full rank.
         """
         policy = self.policy_for(name)
         assert policy is not None, name
@@ -208,8 +208,8 @@ class RankSpec:
         return min(rank, full)
 
     @property
-    def asked(self) -> str:
-        """What was asked for, in words."""
+    def description(self) -> str:
+        """The policies in words."""
         return f"rank {self}"
 
     def __str__(self) -> str:
@@ -221,7 +221,10 @@ RankLike: TypeAlias = "str | int | float | RankPolicy | RankSpec | list[str] | t
 
 
 def parse_rank(rank: RankLike, multiple_of: int = 1) -> RankSpec:
-    """Read the CLI's text, a number, a policy or a list of texts (`GLOB=VALUE` for single layers) into a RankSpec."""
+    """Convert CLI text, a number, a policy or a list of texts (`GLOB=VALUE` for single layers) into a RankSpec.
+
+    Raises RankError that lists the accepted forms.
+    """
     if isinstance(rank, RankSpec):
         return rank
     if isinstance(rank, bool):
@@ -246,5 +249,5 @@ def parse_rank(rank: RankLike, multiple_of: int = 1) -> RankSpec:
 
 
 def break_even_rank(rows: int, columns: int) -> int:
-    """The largest r with r (rows + columns) < rows * columns; 0 where even rank 1 saves nothing."""
+    """The largest r with r (rows + columns) < rows * columns; 0 if even rank 1 saves no parameters."""
     return (rows * columns - 1) // (rows + columns)

@@ -1,7 +1,7 @@
-"""How much faster a factorised layer runs than the dense one, measured on this device and kept for the next run.
+"""Measured speedup of factorised layers over dense ones on this device, cached on disk.
 
-Fewer operations are not always less time: at a high rank, or in a small layer, two products can take longer than one.
-Measured is a forward pass of `POSITIONS` tokens; of a conv, of one image whose output has about as many positions.
+Fewer operations are not always faster: at a high rank, or in a small layer, two products can take longer than one.
+Timed is a forward pass of `POSITIONS` tokens, or of one image with about as many output positions for a convolution.
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from lrsurgery.surgery.plan import Plan, Refusal, Replacement, SurgeryOptions, f
 from lrsurgery.timing import Timed, compare
 
 POSITIONS = SIDE * SIDE
-PRECISION, SECONDS = 0.01, 0.5  # rounds go on until the ratio is known so well, and for at most so long
+PRECISION, SECONDS = 0.01, 0.5  # relative precision of the ratio, and time limit, of one measurement
 FORMAT_VERSION = 1
 
-Speedup: TypeAlias = "Callable[[nn.Module, str, int], float]"  # of a dense layer's shape, its kind, a rank
+Speedup: TypeAlias = (
+    "Callable[[nn.Module, str, int], float]"  # dense layer (only its shape counts), kind, rank -> speedup
+)
 
 
 def plan_layers(
@@ -38,20 +40,20 @@ def plan_layers(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Plan:
-    """The plan for a model; where a minimal speedup is asked for, layers are timed on `device`, slow ones stay dense.
+    """Make the plan of a model. With `options.min_speedup`, layers are timed on `device` and slow ones stay dense.
 
-    `dtype` None times each layer in its own. Raises PlanError and RankError as `plan_rows` does.
+    Layers are timed in `dtype`, by default each in its own. Raises PlanError and RankError as `plan_rows` does.
     """
     refuse = None
     if options.min_speedup is not None:
-        refuse = refusal(model, options.conv, options.min_speedup, device, SpeedTable(device, dtype))
+        refuse = make_refusal(model, options.conv, options.min_speedup, device, SpeedTable(device, dtype))
     return make_plan(model, options, heads=find_heads(model), tied=tied, refuse=refuse)
 
 
-def refusal(model: nn.Module, conv: str, least: float, device: torch.device, speedup: Speedup) -> Refusal:
-    """Say of a planned layer why it stays dense: at its rank it is not `least` times as fast; None where it is.
+def make_refusal(model: nn.Module, conv: str, least: float, device: torch.device, speedup: Speedup) -> Refusal:
+    """A function that refuses layers which are less than `least` times as fast at their rank.
 
-    Only the shapes of the model's layers are looked at, and none of its weights is kept alive.
+    It keeps only the shapes of the model's layers, so no weight stays in memory.
     """
     shapes = {}
     for name, module in model.named_modules():
@@ -61,24 +63,25 @@ def refusal(model: nn.Module, conv: str, least: float, device: torch.device, spe
 
     def refuse(row: Replacement) -> str | None:
         assert row.rank is not None
-        found = speedup(shapes[row.name], row.kind, row.rank)
-        if found >= least:
+        ratio = speedup(shapes[row.name], row.kind, row.rank)
+        if ratio >= least:
             return None
-        size = f"{1 / found:.2f}x slower" if found < 1 else f"{found:.2f}x as fast, under {least:g}x,"
+        size = f"{1 / ratio:.2f}x slower" if ratio < 1 else f"{ratio:.2f}x as fast, under {least:g}x,"
         return f"{size} at rank {row.rank} on {device.type}"
 
     return refuse
 
 
 class SpeedTable:
-    """Measured speedups of one device, kept in the cache folder so that a second run measures nothing.
+    """Measured speedups on one device, kept in the cache folder and reused.
 
-    A file that is damaged or of another version is started anew; where none can be written, the table lasts for a run.
-    Processes of one machine take turns, so that they find the same figures and do not disturb each other's.
+    A damaged file, or one of another version, is replaced. If the folder cannot be written, the table lasts for this
+    process. Processes of one machine take turns by a file lock, so that they use the same figures and do not disturb
+    each other's measurements.
     """
 
     def __init__(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """`dtype` None is each layer's own."""
+        """Layers are timed in `dtype`, by default each in its own."""
         self._device, self._dtype = device, dtype
         self._file = cache_folder() / "speed.json"
         self._known: dict[str, float] = {}
@@ -87,18 +90,18 @@ class SpeedTable:
         """Seconds of `dense` over seconds of its factorised form; of `dense` only shape and dtype matter."""
         dtype = self._dtype or dense.weight.dtype
         assert isinstance(dtype, torch.dtype)
-        key = f"{kind} {dense} rank {rank}, {POSITIONS} positions, {dtype}, {_words(self._device)}"
+        key = f"{kind} {dense} rank {rank}, {POSITIONS} positions, {dtype}, {_describe(self._device)}"
         if key not in self._known:
-            with _alone(self._file):
+            with _lock(self._file):
                 self._known |= _read(self._file)
                 if key not in self._known:
-                    self._known[key] = measured_speedup(dense, kind, rank, self._device, dtype)
+                    self._known[key] = measure_speedup(dense, kind, rank, self._device, dtype)
                     _write(self._file, self._known)
         return self._known[key]
 
 
-def _words(device: torch.device) -> str:
-    """What else decides a time: the processor, the threads, the version."""
+def _describe(device: torch.device) -> str:
+    """Everything else that affects a time: device, threads, torch's version."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     return f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -120,8 +123,8 @@ def _write(file: Path, speedups: dict[str, float]) -> None:
 
 
 @contextlib.contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Hold a lock beside the file, where the folder can be written."""
+def _lock(file: Path) -> Iterator[None]:
+    """Hold a lock beside the file, if the folder can be written."""
     from filelock import FileLock
 
     with contextlib.ExitStack() as stack:
@@ -132,11 +135,11 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def measured_speedup(dense: nn.Module, kind: str, rank: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Median over rounds of dense seconds / factorised seconds. Draws from no global generator."""
+def measure_speedup(dense: nn.Module, kind: str, rank: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Measure dense seconds / factorised seconds, the median over rounds. Uses no global random generator."""
     generator = torch.Generator(device).manual_seed(0)
 
-    def filled(*shape: int) -> Tensor:
+    def random_tensor(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype).normal_(std=0.02, generator=generator)
 
     layout = KINDS[kind]
@@ -144,8 +147,8 @@ def measured_speedup(dense: nn.Module, kind: str, rank: int, device: torch.devic
     for module in pair:
         module.to(dtype).to_empty(device=device)
         for p in module.parameters():
-            p.copy_(filled(*p.shape))
-    x = filled(*layout.sample_input(pair[1], POSITIONS))
-    found = compare([Timed.calls(module, x) for module in pair], precision=PRECISION, seconds=SECONDS, device=device)
-    assert found.ratio is not None
-    return found.ratio
+            p.copy_(random_tensor(*p.shape))
+    x = random_tensor(*layout.sample_input(pair[1], POSITIONS))
+    timings = compare([Timed.calls(module, x) for module in pair], precision=PRECISION, seconds=SECONDS, device=device)
+    assert timings.ratio is not None
+    return timings.ratio

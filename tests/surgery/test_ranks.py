@@ -44,7 +44,22 @@ def test_text_is_read_without_ambiguity(text: str, policy: RankPolicy) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["0", "-1", "1.5", "0.0", "abc", "", "nan", "inf", "energy:", "energy:2", "params:0", "energy:nan", "median:3", "stable:3"],
+    [
+        "0",
+        "-1",
+        "1.5",
+        "0.0",
+        "abc",
+        "",
+        "nan",
+        "inf",
+        "energy:",
+        "energy:2",
+        "params:0",
+        "energy:nan",
+        "median:3",
+        "stable:3",
+    ],
 )
 def test_unreadable_text_is_one_line(text: str) -> None:
     with pytest.raises(RankError) as error:

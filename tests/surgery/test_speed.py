@@ -27,7 +27,7 @@ from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, decide_all, make_plan
 from lrsurgery.surgery.ranks import parse_rank
-from lrsurgery.surgery.speed import SpeedTable, measured_speedup, refusal
+from lrsurgery.surgery.speed import SpeedTable, make_refusal, measure_speedup
 
 CPU = torch.device("cpu")
 LAYERS: dict[str, tuple[nn.Module, str]] = {
@@ -63,7 +63,7 @@ def fake(dense: Any, kind: str, rank: int) -> float:
 
 
 def plan_at(model: nn.Module, rank: Any, least: float, speedup: speed.Speedup = fake) -> Plan:
-    refuse = refusal(model, "channel", least, CPU, speedup)
+    refuse = make_refusal(model, "channel", least, CPU, speedup)
     return make_plan(model, SurgeryOptions(target=parse_rank(rank), allow_larger=True), refuse=refuse)
 
 
@@ -143,7 +143,7 @@ def test_ranks_that_come_late_are_judged_when_they_come(rank: str) -> None:
 def test_every_kind_is_measured(layer: str) -> None:
     dense, kind = LAYERS[layer]
     before = torch.get_rng_state()
-    found = measured_speedup(dense, kind, 3, CPU, torch.float32)
+    found = measure_speedup(dense, kind, 3, CPU, torch.float32)
     assert 0 < found < math.inf
     assert torch.equal(torch.get_rng_state(), before)
     x = torch.zeros(KINDS[kind].sample_input(dense, speed.POSITIONS))
@@ -158,7 +158,7 @@ def count_measurements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(f"{dense} {rank} {dtype}")
         return 1.25
 
-    monkeypatch.setattr(speed, "measured_speedup", measured)
+    monkeypatch.setattr(speed, "measure_speedup", measured)
     return asked
 
 
@@ -265,7 +265,7 @@ def test_the_run_and_the_dry_run_agree_on_late_ranks(model: Path, tmp_path: Path
 
 
 def test_a_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "measured_speedup", lambda dense, kind, rank, device, dtype: dense.weight.numel() / 5000)
+    monkeypatch.setattr(speed, "measure_speedup", lambda dense, kind, rank, device, dtype: dense.weight.numel() / 5000)
     model = Few()
     lrsurgery.factorise_(model, rank=4, min_speedup=1.0, device="cpu")
     assert set(factorised_layers(model)) == {"tall"}  # 8192 numbers; the others have less than 5000
