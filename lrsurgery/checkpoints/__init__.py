@@ -1,1 +1,1 @@
-"""Models in files."""
+"""Checkpoints on disk: finding, loading, writing, the transformers integration, the cache of spectra."""

@@ -1,4 +1,4 @@
-"""Dense models from a source's config: on the meta device as skeletons, or freshly initialised."""
+"""Dense models built from a source's config: skeletons on the meta device, or freshly initialised models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lrsurgery.errors import SourceError, SurgeryError
 
 
 def check_not_converted(source: Source) -> None:
-    """Raises SourceError for a checkpoint that is already factorised or quantised."""
+    """Raise SourceError if the checkpoint is already factorised or quantised."""
     if source.is_factorised:
         raise SourceError(
             f"{source.reference}: already factorised; make it dense first with lrsurgery export --to dense"
@@ -23,9 +23,9 @@ def check_not_converted(source: Source) -> None:
 
 
 def build_model(source: Source, *, device: str, trust_remote_code: bool = False) -> nn.Module:
-    """The dense model of a source's config, in eval mode: on "meta" without weights, on "cpu" freshly initialised.
+    """Build the dense model of a source's config in eval mode: on "meta" without weights, on "cpu" initialised.
 
-    Raises SourceError where transformers or timm cannot build it, with their reason.
+    Raises SourceError with the library's reason if transformers or timm cannot build it.
     """
     try:
         if source.library == "timm":
@@ -33,7 +33,7 @@ def build_model(source: Source, *, device: str, trust_remote_code: bool = False)
         return _build_transformers(source, device, trust_remote_code).eval()
     except SurgeryError:
         raise
-    except Exception as e:  # their constructors raise anything; whatever it is, the config is at fault
+    except Exception as e:  # model constructors raise exceptions of any type for a bad config
         reason = " ".join(str(e).split())[:300]
         raise SourceError(f"{source.reference}: {source.library} cannot build this model: {reason}") from e
 
@@ -51,7 +51,7 @@ def _build_timm(source: Source, device: str) -> nn.Module:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
     except (RuntimeError, NotImplementedError):
-        # some constructors read values of tensors, which meta tensors lack
+        # some constructors read the values of tensors, which fails on the meta device
         return timm.create_model(name, pretrained=False, **options).to("meta")  # type: ignore[no-any-return]
 
 
@@ -69,8 +69,7 @@ def _build_transformers(source: Source, device: str, trust_remote_code: bool) ->
         )
     if not native and not trust_remote_code:
         raise SourceError(
-            f"{source.reference}: needs Python code that comes with the checkpoint;"
-            " read it, then pass --trust-remote-code"
+            f"{source.reference}: needs the Python code in the checkpoint; review it, then add --trust-remote-code"
         )
     assert source.folder is not None
     config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code and not native)
@@ -88,11 +87,14 @@ def _build_transformers(source: Source, device: str, trust_remote_code: bool) ->
 
 
 def timm_tensors(source: Source, model: nn.Module, tensors: TensorSource) -> TensorSource:
-    """The tensors under the model's own names; older layouts go through timm's own filter, in memory."""
+    """Rename tensors to the model's state-dict keys; timm's filter converts older layouts in memory.
+
+    Raises SourceError for a tensor that the architecture does not have.
+    """
     wanted = set(model.state_dict())
     keys = tensors.keys()
-    plain = {key: without_wrappers(key) for key in keys}
-    if plain_values_match(set(plain.values()), wanted):
+    plain = {key: strip_wrappers(key) for key in keys}
+    if keys_match(set(plain.values()), wanted):
         if all(key == name for key, name in plain.items()):
             return tensors
         return DictSource({name: tensors.read(key) for key, name in plain.items()})
@@ -104,8 +106,8 @@ def timm_tensors(source: Source, model: nn.Module, tensors: TensorSource) -> Ten
         try:
             converted = convert(state, build_model(source, device="cpu"))
         except Exception as e:
-            raise SourceError(f"{source.reference}: timm's own conversion of these weights fails: {e}") from e
-        if plain_values_match(set(converted), wanted):
+            raise SourceError(f"{source.reference}: timm's conversion of these weights fails: {e}") from e
+        if keys_match(set(converted), wanted):
             return DictSource(converted)
     foreign = sorted(set(plain.values()) - wanted)
     if foreign:
@@ -113,14 +115,14 @@ def timm_tensors(source: Source, model: nn.Module, tensors: TensorSource) -> Ten
             f"{source.reference}: {foreign[0]} has no place in timm's {source.config['architecture']};"
             " is it another architecture?"
         )
-    return tensors  # what is missing is named later
+    return tensors  # the caller reports missing tensors
 
 
-def without_wrappers(key: str) -> str:
-    """A key as the model has it, without what torch.compile, DistributedDataParallel and TimmWrapper put before it."""
+def strip_wrappers(key: str) -> str:
+    """Remove the prefixes of torch.compile, DistributedDataParallel and TimmWrapper from a key."""
     return key.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("timm_model.")
 
 
-def plain_values_match(have: set[str], wanted: set[str]) -> bool:
-    """Whether keys fill a model, but for batch counters, which old checkpoints lack."""
+def keys_match(have: set[str], wanted: set[str]) -> bool:
+    """Whether the keys fill a model; batch counters, which old checkpoints lack, may be missing."""
     return have <= wanted and all(key.endswith("num_batches_tracked") for key in wanted - have)

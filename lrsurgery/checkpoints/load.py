@@ -1,4 +1,4 @@
-"""Factorised or dense checkpoints into modules."""
+"""Loading of factorised and dense checkpoints into modules."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from lrsurgery.surgery.layers import FactorisedLayer
 def load_model(
     path: str | Path, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **options: Any
 ) -> nn.Module:
-    """Load a factorised or dense checkpoint, in eval mode: the timm module of a timm folder, else transformers' class.
+    """Load a factorised or dense checkpoint in eval mode, as a timm module or as the transformers class of its config.
 
     `options` go to transformers' `from_pretrained` (`device_map`, `attn_implementation`, ...).
 
-    Raises SourceError that names what is missing, left over or misshapen.
+    Raises SourceError that names a tensor which is missing, unexpected or of the wrong shape.
     """
     source = resolve(str(path))
     if source.library == "timm":
@@ -43,39 +43,42 @@ def load_model(
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # told below, by name, where transformers' own error names none
+            ignore_mismatched_sizes=True,  # reported below with the tensor's name, which transformers' error lacks
             **options,
         )
     except SurgeryError:
         raise
     except (RuntimeError, ValueError, OSError) as e:
         raise SourceError(f"{path}: {' '.join(str(e).split())[:300]}") from e
-    for key, found, wanted in sorted(info["mismatched_keys"]):
-        raise SourceError(f"{path}: {key} has shape {tuple(found)}, the model wants {tuple(wanted)}")
+    for key, shape, wanted in sorted(info["mismatched_keys"]):
+        raise SourceError(f"{path}: {key} has shape {tuple(shape)}, the model wants {tuple(wanted)}")
     if info["missing_keys"]:
         raise SourceError(f"{path}: {min(info['missing_keys'])} is missing from the checkpoint")
     return model.eval()  # type: ignore[no-any-return]
 
 
 def _check_whole(source: Source) -> None:
-    """Say which file is cut short, where transformers would not; pickles would have to be read for that."""
+    """Raise SourceError that names a truncated safetensors file, which transformers does not name.
+
+    Pickles are not checked, since that would mean reading them.
+    """
     if all(file.suffix == ".safetensors" for file in source.files):
         open_tensors(list(source.files))
 
 
 @dataclass(frozen=True)
 class FactorisedCheckpoint:
-    """A factorised checkpoint whose weights stay in their files until they are asked for."""
+    """A factorised checkpoint whose weights stay on disk until they are read."""
 
     model: nn.Module  # on the meta device
     layers: Mapping[str, FactorisedLayer]
-    factors: Mapping[str, Callable[[torch.device], Factors]]
+    factors: Mapping[str, Callable[[torch.device], Factors]]  # layer -> function that reads its factors to a device
 
 
 def open_factorised(source: Source, *, trust_remote_code: bool = False) -> FactorisedCheckpoint:
-    """The skeleton of a factorised checkpoint and what reads each layer's factors.
+    """Open a factorised checkpoint without reading its weights.
 
-    Raises SourceError for a missing or misshapen factor; what is wrong with the config.
+    Raises SourceError for a missing factor, a factor of the wrong shape or an invalid config.
     """
     layers = source.layers
     model = build_model(source, device="meta", trust_remote_code=trust_remote_code)
@@ -108,9 +111,9 @@ def load_with_head(
     trust_remote_code: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[nn.Module, list[str]]:
-    """The model under the head of another task or for other classes, and the modules that are new and untrained by it.
+    """Load a model with another head or other classes; return it with the names of its new, untrained modules.
 
-    `auto_class` names one of transformers' `AutoModelFor...`. Raises SourceError.
+    `auto_class` names one of transformers' `AutoModelFor...`. Raises SourceError if transformers cannot load it.
     """
     import transformers
 
@@ -126,7 +129,7 @@ def load_with_head(
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # that is what makes the head a new one
+            ignore_mismatched_sizes=True,  # a head of another shape is initialised anew
             **options,
         )
     except SurgeryError:
@@ -138,7 +141,10 @@ def load_with_head(
 
 
 def load_timm(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
-    """The timm module of a factorised or dense timm folder. Raises SourceError."""
+    """Load the timm module of a factorised or dense timm folder.
+
+    Raises SourceError that names a tensor which is missing, unexpected or of the wrong shape.
+    """
     model = build_model(source, device="cpu")
     tensors = open_tensors(list(source.files))
     if source.is_factorised:

@@ -1,4 +1,4 @@
-"""Checkpoints between files and modules: which tensor goes where, and under which name."""
+"""Mapping between the tensors of checkpoint files and the parameters of a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.checkpoints.build import build_model, timm_tensors, without_wrappers
+from lrsurgery.checkpoints.build import build_model, strip_wrappers, timm_tensors
 from lrsurgery.checkpoints.source import Source, SourceOptions, check_index
 from lrsurgery.checkpoints.tensors import DictSource, SafetensorsSource, TensorSource, in_slices, open_tensors
 from lrsurgery.errors import SourceError, SurgeryError
@@ -21,10 +21,10 @@ from lrsurgery.surgery.plan import Replacement
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor on its way through."""
+    """One tensor of a checkpoint."""
 
-    key: str  # in the files, and in the output where it passes through
-    target: str | None  # state-dict key; None where the model does not use it, or a converter takes it in
+    key: str  # in the files, and in the output if the tensor is copied
+    target: str | None  # state-dict key; None if the model does not use it, or if a converter merges it
     dtype: torch.dtype
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
@@ -33,13 +33,13 @@ class Entry:
 
 @dataclass
 class Checkpoint:
-    """A source with its skeleton: the dense model on the meta device, its heads and ties, and its tensors."""
+    """A source with its skeleton (the dense model on the meta device), ties and tensors."""
 
     source: Source
     model: nn.Module
     tensors: TensorSource
-    tied: dict[str, str] = field(default_factory=dict)  # parameter -> the parameter that stands for it in files
-    unused: list[str] = field(default_factory=list)  # keys that the model class has no place for
+    tied: dict[str, str] = field(default_factory=dict)  # parameter -> the tied parameter that is stored in files
+    unused: list[str] = field(default_factory=list)  # keys that the model class does not use
 
     @property
     def parameters(self) -> int:
@@ -47,12 +47,12 @@ class Checkpoint:
 
 
 def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
-    """Build the skeleton and opens the files; with a seed, initialises the model anew from its config instead.
+    """Build the skeleton and open the files; with a seed in `options`, initialise the model from its config instead.
 
-    Raises SourceError.
+    Raises SourceError if the model cannot be built or a file cannot be read.
     """
     if source.folder is None and source.files:
-        source = _with_classes_of(source)
+        source = _read_num_classes(source)
     trust_remote_code = options.trust_remote_code
     if options.from_scratch_seed is not None:
         torch.manual_seed(options.from_scratch_seed)
@@ -72,8 +72,8 @@ def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
     return Checkpoint(source, model, tensors, tied_weights(model))
 
 
-def _with_classes_of(source: Source) -> Source:
-    """A bare weight file says by its classifier how many classes it was trained for."""
+def _read_num_classes(source: Source) -> Source:
+    """Read the number of classes from the classifier's weight, for a bare weight file."""
     import timm
 
     cfg = timm.get_pretrained_cfg(source.config["architecture"])
@@ -82,27 +82,27 @@ def _with_classes_of(source: Source) -> Source:
     tensors = open_tensors(list(source.files))
     for name in names:
         for key in tensors.keys():  # noqa: SIM118
-            if without_wrappers(key) == f"{name}.weight":
+            if strip_wrappers(key) == f"{name}.weight":
                 config = {**source.config, "num_classes": tensors.describe(key)[1][0]}
                 return Source(source.reference, "timm", config, None, source.files)
     return source
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Parameter -> the parameter that stands for it in files, as transformers tells; empty for other models."""
+    """Parameter -> the tied parameter that is stored in files, from transformers; empty for other models."""
     return dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def is_transformers_model(module: nn.Module) -> bool:
     """Whether the module is one of transformers' models."""
-    # such a model has brought transformers along; anything else need not wait for its import
+    # a transformers model has imported transformers; for any other module, avoid the slow import
     return "transformers" in sys.modules and any(c.__name__ == "PreTrainedModel" for c in type(module).__mro__)
 
 
 def with_tripwire(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state dict and, under the dense key of the first factorised layer, a zero-length tensor.
+    """Add a tripwire to a state dict: a zero-length tensor under the dense key of the first factorised layer.
 
-    A load without `import lrsurgery.hf` then fails on its shape, where it would go on with random layers.
+    A load without `import lrsurgery.hf` then fails on its shape; otherwise it would initialise the layers randomly.
     """
     for name, layer in factorised_layers(model).items():
         return {**state, f"{name}.weight": torch.empty(0, dtype=layer.u.weight.dtype)}
@@ -110,21 +110,21 @@ def with_tripwire(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
 
 
 class KeyTargets(Protocol):
-    """Where the checkpoint's own library would put a key in its model, as the model is now."""
+    """Map of checkpoint keys to state-dict keys of a model, as its library loads them."""
 
     state: dict[str, Tensor]
 
     def target(self, key: str) -> tuple[str | None, str | None]:
-        """(state-dict key or None, the pattern of the converter that takes the tensor in or None)."""
+        """(state-dict key or None, pattern of the converter that merges the tensor or None)."""
         ...
 
     def convert(self, target: str, pieces: Sequence[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
-        """What the converter behind these (source key, pattern, tensor) makes of them: state-dict key -> tensor."""
+        """Apply the converter of these (source key, pattern, tensor) pieces: state-dict key -> tensor."""
         ...
 
 
 class _PlainKeys:
-    """timm's keys are the model's own."""
+    """Keys of timm checkpoints, which are the state-dict keys."""
 
     def __init__(self, model: nn.Module) -> None:
         self.state: dict[str, Tensor] = model.state_dict()
@@ -133,11 +133,11 @@ class _PlainKeys:
         return (key if key in self.state else None), None
 
     def convert(self, target: str, pieces: Sequence[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
-        raise AssertionError("timm converts no tensors as it loads them")
+        raise AssertionError("timm converts no tensors on loading")
 
 
 def key_map(source: Source, model: nn.Module) -> KeyTargets:
-    """The keys of a source in its model, as the model is now."""
+    """The map of a source's keys to the current state-dict keys of `model`."""
     if source.library == "timm":
         return _PlainKeys(model)
     from lrsurgery.checkpoints.upstream.transformers import KeyMap
@@ -146,9 +146,9 @@ def key_map(source: Source, model: nn.Module) -> KeyTargets:
 
 
 def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
-    """Every tensor of the files, with its place in the model. `planned` are names of layers whose weights are needed.
+    """List every tensor of the files with its place in the model; `planned` names the layers to factorise.
 
-    Raises SourceError that names a tensor which is missing or has another shape than the model's.
+    Raises SourceError that names a tensor which is missing or of the wrong shape.
     """
     keys, tensors = key_map(checkpoint.source, checkpoint.model), checkpoint.tensors
     entries: list[Entry] = []
@@ -171,12 +171,14 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
     for target, members in groups.items():
         described = [tensors.describe(key) for key, _ in members]
         empties = [torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in described]
-        made = keys.convert(target, [(key, pattern, e) for (key, pattern), e in zip(members, empties, strict=True)])
-        covered |= set(made)
-        if any(name.rpartition(".")[0] in planned for name in made):
-            # fused in the files and single layers in the model: written under the model's names from here on
-            unfuse = _converted(keys, tensors, target, members)
-            for name, value in made.items():
+        converted = keys.convert(
+            target, [(key, pattern, e) for (key, pattern), e in zip(members, empties, strict=True)]
+        )
+        covered |= set(converted)
+        if any(name.rpartition(".")[0] in planned for name in converted):
+            # fused in the files but separate in the model: the output uses the model's names
+            unfuse = _converter(keys, tensors, target, members)
+            for name, value in converted.items():
                 entries.append(Entry(name, name, described[0][0], tuple(value.shape), *_pickers(unfuse, name)))
         else:
             for (key, _), (dtype, shape) in zip(members, described, strict=True):
@@ -198,7 +200,7 @@ def _pickers(
     return read, lambda: in_slices(read())
 
 
-def _converted(
+def _converter(
     keys: KeyTargets, tensors: TensorSource, target: str, members: list[tuple[str, str]]
 ) -> Callable[[], dict[str, Tensor]]:
     def read_all() -> dict[str, Tensor]:
@@ -208,7 +210,7 @@ def _converted(
 
 
 def _check_complete(checkpoint: Checkpoint, state: Mapping[str, Tensor], covered: set[str]) -> None:
-    same: dict[int, set[str]] = {}  # names of one tensor, by ties in memory
+    same: dict[int, set[str]] = {}  # tensor -> its names, which are several if it is tied in memory
     kept = checkpoint.model.state_dict(keep_vars=True)
     for name, tensor in kept.items():
         same.setdefault(id(tensor), set()).add(name)
@@ -230,18 +232,18 @@ def _missing_keys_excused(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Names:
-    """Under which keys one planned layer is written."""
+    """The keys under which one planned layer is written."""
 
     u: str
     v: str
     bias: str
-    dense: str  # the tripwire's key
+    dense: str  # key of the tripwire
 
 
 def choose_names(checkpoint: Checkpoint, entries: list[Entry], rows: Mapping[str, Replacement]) -> dict[str, Names]:
-    """Keys for the factors: the source's own stem where the loader leads it to the right place, else the model's name.
+    """Choose the factors' keys: the source's stem if the loader maps it to the layer, else the model's name.
 
-    The skeleton is factorised for this, so call it last. Raises SurgeryError where no name works.
+    Factorises the skeleton, so call it last. Raises SurgeryError if transformers would rename both.
     """
     swap_(checkpoint.model, {name: (row.kind, row.rank or 1) for name, row in rows.items()})
     keys = key_map(checkpoint.source, checkpoint.model)
@@ -259,5 +261,5 @@ def choose_names(checkpoint: Checkpoint, entries: list[Entry], rows: Mapping[str
                 chosen[layer] = names
                 break
         else:
-            raise SurgeryError(f"{layer}: transformers would rename its factors on loading; --exclude '{layer}'")
+            raise SurgeryError(f"{layer}: transformers would rename its factors on loading; add --exclude '{layer}'")
     return chosen

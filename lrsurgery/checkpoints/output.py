@@ -1,4 +1,4 @@
-"""Output folders of models: what of the source goes along, and their config.json."""
+"""Output folders of models: companion files, config.json, weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrsurgery.checkpoints.mapping import is_transformers_model, with_tripwire
-from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, Source, inside
+from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, Source, check_inside
 from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
 from lrsurgery.errors import OutputError
 from lrsurgery.files import Json, check_free, json_text, staged, write_text
@@ -21,34 +21,34 @@ from lrsurgery.surgery.apply import factorised_layers
 
 COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".py", ".spm", ".vocab", ".tiktoken")
 COMPANION_NAMES = ("vocab.txt", "merges.txt", "added_tokens.txt")
-NOT_COMPANIONS = ("config.json", "rank_report.json", "bench.json")  # what is true of the source alone
+NOT_COMPANIONS = ("config.json", "rank_report.json", "bench.json")  # valid for the source only
 SHARD_SIZE = 5 * 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputOptions:
-    """How a checkpoint is written."""
+    """Options of a checkpoint's output."""
 
     dtype: torch.dtype | None = None  # None keeps each tensor's own
-    shard_size: int = SHARD_SIZE  # bytes of the largest weight file
+    shard_size: int = SHARD_SIZE  # largest weight file, in bytes
     overwrite: bool = False
     resume: bool = False
     command: str | None = None  # the command line, for the report and the card
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype in which a tensor of this dtype is written."""
+        """The dtype that a tensor of this dtype is written in."""
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
 
 def check_output(output: Path, source: Source, overwrite: bool) -> None:
-    """Raises OutputError for an output folder that is in the way, or that is the model being read."""
+    """Raise OutputError if `output` is the source itself, or exists and may not be overwritten."""
     if source.folder is not None and output.resolve() == source.folder.resolve():
         raise OutputError(f"{output}: is the model that is being read; choose another --output")
     check_free(output, overwrite)
 
 
 def copy_companions(source: Source, stage: Path) -> list[str]:
-    """Copy tokenizer, preprocessor, generation, code and licence files; all else is written anew."""
+    """Copy tokenizer, preprocessor, generation, code and licence files; return their names."""
     copied: list[str] = []
     if source.folder is None:
         return copied
@@ -56,7 +56,7 @@ def copy_companions(source: Source, stage: Path) -> list[str]:
         wanted = file.suffix in COMPANION_SUFFIXES or file.name in COMPANION_NAMES
         wanted = wanted or file.name.startswith(("LICENSE", "NOTICE"))
         if wanted and file.is_file() and file.name not in NOT_COMPANIONS and not file.name.endswith(".index.json"):
-            shutil.copyfile(inside(source.folder, file), stage / file.name)
+            shutil.copyfile(check_inside(source.folder, file), stage / file.name)
             copied.append(file.name)
     return copied
 
@@ -64,7 +64,7 @@ def copy_companions(source: Source, stage: Path) -> list[str]:
 def output_config(
     source: Source, model: nn.Module, layers: Mapping[str, tuple[str, int]], dtype: torch.dtype | None = None
 ) -> Json:
-    """config.json for the output: the source's, with the factorised layers as name -> (kind, rank), none when dense."""
+    """Make the output's config.json from the source's; `layers` maps factorised layers to (kind, rank)."""
     config: Json = json.loads(json.dumps(source.config))
     if source.library == "timm":
         config = _timm_output_config(source, model, config)
@@ -95,14 +95,14 @@ def _timm_output_config(source: Source, model: nn.Module, config: Json) -> Json:
             "num_classes": config.get("num_classes", 1000),
             "pretrained_cfg": rest,
         }
-    # transformers' TimmWrapper passes num_classes itself and fails where it is given twice
+    # transformers' TimmWrapper passes num_classes itself and fails if model_args has it too
     if config.get("model_args", {}).pop("num_classes", None) is not None or "num_classes" not in config:
         config.setdefault("num_classes", getattr(model, "num_classes", 1000))
     return config
 
 
 def write_timm(model: nn.Module, config: Json, stage: Path) -> None:
-    """Write a timm model's weights and config.json into a folder, so that `load_model`, timm and TimmWrapper read it."""
+    """Write weights and config.json of a timm model, in the layout that `load_model`, timm and TimmWrapper read."""
     state = with_tripwire(model, model.state_dict())
     writer = ShardWriter(stage, shard_size=SHARD_SIZE)
     try:
@@ -115,7 +115,7 @@ def write_timm(model: nn.Module, config: Json, stage: Path) -> None:
 
 
 def write_transformers(model: nn.Module, stage: Path) -> None:
-    """Write a transformers model by its own `save_pretrained`, as a factorised checkpoint where it is factorised."""
+    """Write a transformers model by `save_pretrained`, as a factorised checkpoint if it has factorised layers."""
     saved: Any = model
     if factorised_layers(model):
         from lrsurgery.checkpoints.quantizer import attach_
@@ -125,9 +125,9 @@ def write_transformers(model: nn.Module, stage: Path) -> None:
 
 
 def save_model(module: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
-    """Write a transformers or timm model, factorised or not, as a folder that `load_model` and its library read.
+    """Write a transformers or timm model, factorised or dense, as a folder that `load_model` and its library read.
 
-    The folder appears whole or not at all. Raises OutputError where it is in the way, or for any other kind of module.
+    The write is atomic. Raises OutputError if the folder exists, or if the module belongs to neither library.
     """
     with staged(Path(folder), overwrite=overwrite) as stage:
         if is_transformers_model(module):
@@ -137,7 +137,7 @@ def save_model(module: nn.Module, folder: str | Path, *, overwrite: bool = False
         if not isinstance(known, dict) or not known.get("architecture"):
             raise OutputError(
                 f"{type(module).__name__}: neither a transformers nor a timm model; save its state_dict() as"
-                " safetensors, or densify_ it and save it as before"
+                " safetensors, or call densify_ and save it as a dense model"
             )
         source = Source(known["architecture"], "timm", {"architecture": known["architecture"]}, None, ())
         layers = {name: (layer.kind, layer.rank) for name, layer in factorised_layers(module).items()}

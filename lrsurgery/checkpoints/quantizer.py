@@ -1,7 +1,7 @@
-"""The quantizer that makes factorised checkpoints load and save through transformers' own `from_pretrained`.
+"""A transformers quantizer that loads and saves factorised checkpoints through `from_pretrained`.
 
-Factorised checkpoints name "lrsurgery" as their quantization method, transformers' extension point for folders whose
-modules differ from their config's class. Importing this registers the method.
+Factorised checkpoints give "lrsurgery" as their quantization method. Quantizers are transformers' extension point for
+checkpoints whose modules differ from those of the config's class. Importing this module registers the method.
 """
 
 from __future__ import annotations
@@ -28,12 +28,16 @@ from lrsurgery.surgery.apply import densify_layers_, factorised_layers, swap_
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """`quantization_config` of a factorised checkpoint: layers maps a layer's name to {"kind": ..., "rank": ...}."""
+    """`quantization_config` of a factorised checkpoint; `layers` maps names to {"kind": ..., "rank": ...}.
+
+    Raises SourceError for a newer format or a malformed `layers`.
+    """
 
     def __init__(self, layers: dict[str, Json], format_version: int = FORMAT_VERSION, **_: object) -> None:
         if format_version > FORMAT_VERSION:
             raise SourceError(
-                f"checkpoint format {format_version} is newer than this lrsurgery reads ({FORMAT_VERSION}); upgrade it"
+                f"checkpoint format {format_version} is newer than this lrsurgery reads ({FORMAT_VERSION});"
+                " upgrade lrsurgery"
             )
         self.quant_method = METHOD
         self.format_version = format_version
@@ -41,25 +45,25 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps the layers on the meta device before the weights are loaded, and puts the tripwire back on saving."""
+    """Swap layers on the meta device before weights are loaded, and add the tripwire on saving."""
 
     requires_calibration = False
     quantization_config: LowRankConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
-        layers = names_in(model, self.quantization_config.layers)
+        layers = match_names(model, self.quantization_config.layers)
         tripwires = {f"{name}.weight" for name in self.quantization_config.layers}
         swap_(model, {name: (spec["kind"], spec["rank"]) for name, spec in layers.items()})
-        # an AutoModel on a head checkpoint, and the reverse, carries other names from here on
-        self.quantization_config = LowRankConfig(names_in_config(model, layers))
-        expect_tripwire(model, tripwires)
+        # an AutoModel loaded from a checkpoint with a head, or the reverse, has other names than the config
+        self.quantization_config = LowRankConfig(config_names(model, layers))
+        ignore_tripwires(model, tripwires)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
         state = model.state_dict()
         for name, shape in getattr(self, "_shapes", {}).items():
-            # older transformers (5.17) compare no shapes where a quantizer is at work
+            # transformers 5.17 does not compare shapes if there is a quantizer
             if name in state and state[name].shape != shape:
                 raise SourceError(f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(shape)}")
         keep_names_plain(model, [f"{name}.weight" for name in factorised_layers(model)])
@@ -93,36 +97,34 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(LowRankQuantizer)
 
 
-def names_in(model: nn.Module, layers: Mapping[str, Json]) -> dict[str, Json]:
-    """The layers under the names that `model` has for them: with or without the base model's prefix.
+def match_names(model: nn.Module, layers: Mapping[str, Json]) -> dict[str, Json]:
+    """Rename layers to their names in `model`, with or without the base model's prefix; a base model drops heads.
 
-    A base model leaves out the layers of a head. Raises PlanError that names a layer which the model should have.
+    Raises PlanError that names a layer which the model lacks.
     """
     modules = dict(model.named_modules())
     prefix = getattr(model, "base_model_prefix", "") + "."
     is_base = not prefix.removesuffix(".") or prefix.removesuffix(".") not in modules
     headed = is_base and any(name.startswith(prefix) for name in layers)
-    found: dict[str, Json] = {}
+    matched: dict[str, Json] = {}
     for name, spec in layers.items():
         here = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
         if here is not None:
-            found[here] = spec
+            matched[here] = spec
         elif not (headed and not name.startswith(prefix)):
-            raise PlanError(
-                f"{name}: the checkpoint has this layer factorised and {type(model).__name__} has no such layer"
-            )
-    return found
+            raise PlanError(f"{name}: factorised in the checkpoint, but this {type(model).__name__} has no such layer")
+    return matched
 
 
-def names_in_config(model: PreTrainedModel, layers: dict[str, Json]) -> dict[str, Json]:
-    """The names that config.json carries: the model class's own, and timm's own for a timm model in its wrapper."""
+def config_names(model: PreTrainedModel, layers: dict[str, Json]) -> dict[str, Json]:
+    """Rename layers to their names in config.json: those of the model class, or timm's for a wrapped timm model."""
     if model.config.model_type != "timm_wrapper":
         return layers
     return {name.removeprefix("timm_model."): spec for name, spec in layers.items()}
 
 
-def expect_tripwire(model: PreTrainedModel, names: set[str]) -> None:
-    """Let a load pass over the zero-length tensors under these keys, in any spelling of the prefix."""
+def ignore_tripwires(model: PreTrainedModel, names: set[str]) -> None:
+    """Make the loader ignore the zero-length tensors under these keys, with or without the base model's prefix."""
     prefix = model.base_model_prefix + "."
     patterns = {f"^{_escape(spelling)}$" for n in names for spelling in (n, n.removeprefix(prefix), prefix + n)}
     ignore_unexpected(model, patterns)
@@ -133,9 +135,9 @@ def _escape(name: str) -> str:
 
 
 def attach_(model: nn.Module) -> None:
-    """Make a transformers model that was factorised in memory save and load as a factorised checkpoint."""
+    """Make `save_pretrained` of a model factorised in memory write a factorised checkpoint."""
     layers = {name: {"kind": layer.kind, "rank": layer.rank} for name, layer in factorised_layers(model).items()}
-    quantizer = LowRankQuantizer(LowRankConfig(names_in_config(model, layers)))
+    quantizer = LowRankQuantizer(LowRankConfig(config_names(model, layers)))
     quantizer_owner: Any = model
     quantizer_owner.hf_quantizer = quantizer
     quantizer_owner.is_quantized = True
@@ -144,7 +146,7 @@ def attach_(model: nn.Module) -> None:
 
 
 def detach_(model: nn.Module) -> None:
-    """The reverse of `attach_`, for a model that is dense again."""
+    """Undo `attach_`, for a model that is dense again."""
     quantizer = getattr(model, "hf_quantizer", None)
     if isinstance(quantizer, LowRankQuantizer):
         quantizer.remove_quantization_config(model)

@@ -1,4 +1,4 @@
-"""What a MODEL argument means: a local folder, a hub id, a timm name or a bare weight file."""
+"""Resolution of MODEL arguments: local folders, hub ids, timm names and bare weight files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lrsurgery.files import Json, read_json
 METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
 FORMAT_VERSION = 1
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
-# in the order in which transformers and timm look
+# in the order in which transformers and timm search
 WEIGHT_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -29,7 +29,7 @@ HUB_PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin")
 
 @dataclass(frozen=True, kw_only=True)
 class SourceOptions:
-    """How a MODEL argument is read."""
+    """Options for resolving a MODEL argument."""
 
     revision: str | None = None  # of a hub model
     architecture: str | None = None  # timm model name of a bare weight file
@@ -37,7 +37,7 @@ class SourceOptions:
     from_scratch_seed: int | None = None  # initialise the model anew from its config with this seed
 
     def resolve(self, reference: str) -> Source:
-        """The checkpoint on disk, as `resolve` finds it; without weights where the model is initialised anew."""
+        """Resolve a MODEL argument; weights are not needed if the model is initialised from its config."""
         weights = self.from_scratch_seed is None
         return resolve(reference, revision=self.revision, architecture=self.architecture, weights=weights)
 
@@ -46,27 +46,27 @@ class SourceOptions:
 class Source:
     """A checkpoint on this machine's disk."""
 
-    reference: str  # what the user wrote
+    reference: str  # the MODEL argument
     library: str  # "transformers" or "timm"
-    config: Json  # config.json as it stands, or what stands for it
+    config: Json  # config.json, or {"architecture": ...} for a timm model without a folder
     folder: Path | None  # None for a bare weight file or a timm name without weights
-    files: tuple[Path, ...]  # weights, all of one format; empty where none were asked for
+    files: tuple[Path, ...]  # weights, all of one format; empty if none were requested
     hub_id: str | None = None
     revision: str | None = None
 
     @property
     def quant_method(self) -> str | None:
-        """Which tool quantised or factorised it, as its config says."""
+        """The tool that quantised or factorised the checkpoint, according to its config."""
         return (self.config.get("quantization_config") or {}).get("quant_method")
 
     @property
     def is_factorised(self) -> bool:
-        """Whether lrsurgery wrote it with layers factorised."""
+        """Whether it is a factorised checkpoint of lrsurgery."""
         return self.quant_method == METHOD
 
     @property
     def layers(self) -> dict[str, tuple[str, int]]:
-        """Factorised layer -> (kind, rank). Raises SourceError for a config that says anything else."""
+        """Factorised layer -> (kind, rank). Raises SourceError for a malformed config."""
         specs = check_layers((self.config.get("quantization_config") or {}).get("layers"))
         return {name: (spec["kind"], spec["rank"]) for name, spec in specs.items()}
 
@@ -76,17 +76,17 @@ class Source:
 
     @property
     def pretrained_cfg(self) -> Json:
-        """What timm knows of its weights; empty where it says nothing."""
+        """timm's metadata of its weights; empty if the config has none."""
         return dict(self.config.get("pretrained_cfg") or {})
 
     @property
     def architecture(self) -> str | None:
-        """The model class of a transformers config."""
+        """The model class in a transformers config, if any."""
         return next(iter(self.config.get("architectures") or []), None)
 
     @property
     def bytes(self) -> int | None:
-        """Of the weight files; None for a model without any."""
+        """Size of the weight files in bytes; None without weight files."""
         return sum(file.stat().st_size for file in self.files) if self.files else None
 
     @property
@@ -99,7 +99,7 @@ class Source:
 
 
 def check_layers(layers: object) -> dict[str, Json]:
-    """The `layers` entry of a config, as read. Raises SourceError for anything but name -> kind and rank."""
+    """Check the `layers` entry of a config and return it. Raises SourceError unless it maps names to kind and rank."""
     well_formed = isinstance(layers, dict) and all(
         isinstance(spec, dict)
         and isinstance(spec.get("kind"), str)
@@ -116,9 +116,9 @@ def check_layers(layers: object) -> dict[str, Json]:
 def resolve(
     reference: str, *, revision: str | None = None, architecture: str | None = None, weights: bool = True
 ) -> Source:
-    """Find the model; hub ids are fetched to the hub's cache first. With `weights` False only the config is needed.
+    """Find the model on disk, after downloading hub ids to the hub's cache. `weights=False` needs only the config.
 
-    Raises SourceError: which file or name, what is wrong, what to do.
+    Raises SourceError that gives the file or name, the fault and the remedy.
     """
     if not reference.strip():
         raise SourceError("no model given; write a folder, a hub id, timm:NAME or a weight file")
@@ -151,7 +151,7 @@ def _folder(
 
 
 def read_config(folder: Path) -> Json:
-    """config.json of a model folder. Raises SourceError where it is missing, not JSON or not a model's."""
+    """Read config.json of a model folder. Raises SourceError if it is missing, not JSON or not a model's."""
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
@@ -168,25 +168,25 @@ def read_config(folder: Path) -> Json:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, in shard order. Raises SourceError for missing, foreign or unsafe names."""
+    """List the weight files of a model folder in shard order. Raises SourceError for missing or unsafe files."""
     for name in WEIGHT_NAMES:
         file = folder / name
         if not file.exists() and not file.is_symlink():
             continue
         if not name.endswith(".index.json"):
-            return [inside(folder, file)]
-        return [inside(folder, shard) for shard in _shards(folder, file)]
+            return [check_inside(folder, file)]
+        return [check_inside(folder, shard) for shard in _shards(folder, file)]
     loose = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
     if len(loose) == 1:
-        return [inside(folder, loose[0])]
+        return [check_inside(folder, loose[0])]
     others = [p.name for p in folder.iterdir() if p.suffix in (".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")]
-    found = f"; {others[0]} is of a format that this tool does not read" if others else ""
-    raise SourceError(f"{folder}: no weights ({WEIGHT_NAMES[0]} or an index of shards){found}")
+    hint = f"; the format of {others[0]} is not supported" if others else ""
+    raise SourceError(f"{folder}: no weights ({WEIGHT_NAMES[0]} or an index of shards){hint}")
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
     try:
-        names = sorted(set(read_json(inside(folder, index), "an index of shards")["weight_map"].values()))
+        names = sorted(set(read_json(check_inside(folder, index), "an index of shards")["weight_map"].values()))
     except (KeyError, TypeError, AttributeError) as e:
         raise SourceError(f"{index}: not an index of shards ({e!r})") from e
     if not names:
@@ -200,9 +200,9 @@ def _shards(folder: Path, index: Path) -> list[Path]:
 
 
 def check_index(folder: Path, keys_of: dict[str, set[str]]) -> None:
-    """Raises SourceError where the folder's index lists a tensor that the shard named for it does not hold.
+    """Raise SourceError if the folder's index lists a tensor in a shard that does not hold it.
 
-    `keys_of` maps a shard's file name to the keys in it.
+    `keys_of` maps the file name of a shard to the keys in it.
     """
     for name in WEIGHT_NAMES:
         if (folder / name).exists():
@@ -210,15 +210,15 @@ def check_index(folder: Path, keys_of: dict[str, set[str]]) -> None:
                 for key, file in read_json(folder / name)["weight_map"].items():
                     if key not in keys_of.get(file, set()):
                         raise SourceError(
-                            f"{folder / name}: lists {key} in {file}, which does not hold it; fetch it again"
+                            f"{folder / name}: lists {key} in {file}, which does not hold it; download it again"
                         )
             return
 
 
-def inside(folder: Path, file: Path) -> Path:
-    """The file, once it is known to lie in its folder: links out of it are refused, but for the hub cache's own.
+def check_inside(folder: Path, file: Path) -> Path:
+    """Return the file after checking that it lies in its folder; only links of the hub cache may leave the folder.
 
-    Raises SourceError.
+    Raises SourceError for any other link, or for a missing file.
     """
     home = folder.resolve()
     real = file.resolve()
@@ -226,13 +226,13 @@ def inside(folder: Path, file: Path) -> Path:
     if home.parent.name == "snapshots":  # hub cache: snapshots/COMMIT/FILE -> ../../blobs/HASH
         allowed.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
-        raise SourceError(f"{file}: links to a file outside of {folder}, which is not followed")
+        raise SourceError(f"{file}: links to a file outside of {folder}; copy the file into the folder")
     if not real.is_file():
         raise SourceError(f"{file}: the shard is missing")
     return file
 
 
-class _Wanted(TypedDict):
+class _DownloadOptions(TypedDict):
     revision: str | None
     allow_patterns: list[str]
     ignore_patterns: list[str]
@@ -246,23 +246,23 @@ def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
         raise SourceError(f"{hub_id}: no such file or folder, and not a hub id")
 
     def fetch(*patterns: str) -> Path:
-        wanted = _Wanted(revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        wanted = _DownloadOptions(revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
         try:
             return Path(snapshot_download(hub_id, **wanted))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError):
             raise
-        except Exception:  # no answer; which class tells so hangs on the version of huggingface_hub
-            # version 1 asks the hub about a commit even where the cache holds it
+        except Exception:  # offline; the exception's class depends on the version of huggingface_hub
+            # version 1 contacts the hub for a commit even if the cache holds it
             return Path(snapshot_download(hub_id, **wanted, local_files_only=True))
 
     try:
         folder = fetch(*HUB_SMALL_FILES, *(HUB_SAFE_WEIGHTS if weights else ()))
         if weights and not any(folder.glob("*.safetensors")):
             folder = fetch(*HUB_SMALL_FILES, *HUB_PICKLED_WEIGHTS)
-    except Exception as e:  # of several libraries: whatever it is, the model was not fetched
+    except Exception as e:  # of huggingface_hub, its HTTP library or the disk
         at = f" at revision {revision}" if revision else ""
         reason = " ".join(str(e).split())[:200]
-        raise SourceError(f"{hub_id}{at}: no such folder, and it could not be fetched from the hub: {reason}") from e
+        raise SourceError(f"{hub_id}{at}: no such folder, and the download from the hub failed: {reason}") from e
     return folder
 
 
@@ -272,7 +272,7 @@ def _timm_config(architecture: str, overrides: Json | None = None) -> Json:
     name = architecture.removeprefix("timm:")
     if not timm.is_model(name.split(".")[0]):
         near = timm.list_models(f"{name.split('_')[0][:6]}*")[:3]
-        hint = f"; names like it: {', '.join(near)}" if near else ""
+        hint = f"; similar names: {', '.join(near)}" if near else ""
         raise SourceError(f"{name}: timm {timm.__version__} has no model of this name{hint}")
     return {"architecture": name, **(overrides or {})}
 
@@ -293,8 +293,8 @@ def _timm_name(reference: str, revision: str | None, weights: bool) -> Source:
         try:
             return Source(reference, "timm", config, None, (upstream.download(cfg.url),))
         except OSError as e:
-            raise SourceError(f"{reference}: could not be fetched: {e}") from e
+            raise SourceError(f"{reference}: the download failed: {e}") from e
     raise SourceError(
-        f"{reference}: timm has no pretrained weights for it in a format that is read here;"
+        f"{reference}: timm has no pretrained weights for it in a supported format;"
         " use --from-scratch, or a weight file with --architecture"
     )

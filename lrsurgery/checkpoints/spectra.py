@@ -1,6 +1,6 @@
-"""Singular values, and vectors where asked for, kept between runs by the digest of the tensor that they are of.
+"""A disk cache of singular values, and optionally singular vectors, keyed by the digest of the tensor.
 
-All decompositions of checkpoints go this way: the tensor's digest, what the cache knows of it, else the arithmetic.
+Every decomposition of a checkpoint's tensor goes through `SpectrumLookup`: digest, cache, then computation.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LIMIT = "10GB"  # unless $LRSURGERY_CACHE_SIZE says otherwise
 
 
 class SpectrumCache:
-    """A file for each decomposed tensor. An entry belongs to a tensor's content, so it cannot be out of date."""
+    """One file per decomposed tensor. The key is a digest of the tensor's content, so no entry can be stale."""
 
     def __init__(self) -> None:
         self.folder = cache_folder() / "spectra"
@@ -33,23 +33,23 @@ class SpectrumCache:
         return self.folder / digest[:2] / f"{digest}-{kind}.safetensors"
 
     def get(self, digest: str, kind: str) -> Spectrum | None:
-        """What is known of the tensor of this digest as a layer of this kind; damaged entries are put away."""
+        """The spectrum of the tensor with this digest, as a layer of this kind; damaged entries are removed."""
         file = self._file(digest, kind)
         piece = load_piece(file)
         try:
             if piece is None or piece.facts["format"] != FORMAT:
                 file.unlink(missing_ok=True)
                 return None
-            os.utime(file)  # the least recently used go first
+            os.utime(file)  # `trim` removes the least recently used entries
             precision = {"float32": torch.float32, "float64": torch.float64}[piece.facts["precision"]]
             return Spectrum(piece.tensors["values"], piece.tensors.get("vectors"), precision)
         except (OSError, KeyError):
             return None
 
-    def put(self, digest: str, kind: str, found: Decomposition | Tensor) -> None:
-        """Keep what a decomposition found, or the values alone. A cache that cannot be written is no fault."""
-        values = found if isinstance(found, Tensor) else found.values
-        spectrum = None if isinstance(found, Tensor) else found.spectrum
+    def put(self, digest: str, kind: str, result: Decomposition | Tensor) -> None:
+        """Store the spectrum of a decomposition, or singular values; does nothing if the cache cannot be written."""
+        values = result if isinstance(result, Tensor) else result.values
+        spectrum = None if isinstance(result, Tensor) else result.spectrum
         if bool(values.isnan().any()):
             return
         tensors, precision = {"values": values}, torch.float32
@@ -62,7 +62,10 @@ class SpectrumCache:
             return
 
     def trim(self) -> None:
-        """Remove the least recently used entries beyond the limit. Raises OutputError for a limit that is no size."""
+        """Remove the least recently used entries beyond the limit.
+
+        Raises OutputError if $LRSURGERY_CACHE_SIZE is no size.
+        """
         limit = parse_size(os.environ.get("LRSURGERY_CACHE_SIZE") or LIMIT)
         total = 0
         for _, size, file in sorted(self._entries(), reverse=True):
@@ -80,58 +83,58 @@ class SpectrumCache:
             file.unlink(missing_ok=True)
 
     def _entries(self) -> list[tuple[float, int, Path]]:
-        found = []
+        entries = []
         for file in self.folder.glob("*/*"):
             try:
                 stat = file.stat()
-            except OSError:  # another process has just removed it
+            except OSError:  # another process removed it
                 continue
-            found.append((stat.st_mtime, stat.st_size, file))
-        return found
+            entries.append((stat.st_mtime, stat.st_size, file))
+        return entries
 
 
 class SpectrumLookup:
-    """What the cache knows of one dense weight as a layer of some kind, and how to find the rest."""
+    """Spectra of one dense weight as a layer of some kind, from the cache or computed."""
 
     def __init__(self, weight: Tensor, kind: Kind, compute: Compute, device: torch.device | None = None) -> None:
-        """`weight` is the dense weight as stored; arithmetic runs on `device`, the compute's by default."""
+        """`weight` is the dense weight as stored; computation runs on `device`, by default that of `compute`."""
         self.digest = tensor_digest(weight.dtype, tuple(weight.shape), [weight.cpu()]) if compute.cache else ""
         self._weight, self._kind, self._compute = weight, kind, compute
         self._device = device or compute.device
         self._cache = SpectrumCache() if compute.cache else None
 
     def spectrum(self) -> Spectrum | None:
-        """Of the weight itself, where an earlier decomposition kept it."""
+        """The cached spectrum of the weight, or None."""
         return self._cache.get(self.digest, self._kind.name) if self._cache else None
 
-    def keep(self, found: Decomposition) -> None:
-        """Keep what a decomposition found of the weight itself."""
+    def keep(self, decomposition: Decomposition) -> None:
+        """Store the spectrum of a decomposition of the weight."""
         if self._cache:
-            self._cache.put(self.digest, self._kind.name, found)
+            self._cache.put(self.digest, self._kind.name, decomposition)
 
     def matrix(self) -> Tensor:
         return self._kind.to_matrix(self._weight.to(self._device))
 
     def values(self, metric: Metric | None = None, metric_digest: str | None = None) -> Tensor:
-        """Singular values (full rank,) of the weight, or in a metric, whose digest names them in the cache.
+        """Singular values (full rank,) of the weight, or in a metric, which are cached under the digest of the metric.
 
-        Raises WeightError where the weight is not finite.
+        Raises WeightError if the weight is not finite.
         """
         if metric is None:
-            return self.values_named("", lambda: singular_values(self.matrix()))
-        found: Callable[[], Tensor] = lambda: weighted_values(self.matrix(), metric)  # noqa: E731
-        return self.values_named(f"-{metric_digest}", found) if metric_digest else found()
+            return self._cached_values("", lambda: singular_values(self.matrix()))
+        compute: Callable[[], Tensor] = lambda: weighted_values(self.matrix(), metric)  # noqa: E731
+        return self._cached_values(f"-{metric_digest}", compute) if metric_digest else compute()
 
     def wide_values(self) -> Tensor:
-        """Singular values from arithmetic in fp64, which resolves small ones."""
-        return self.values_named("", lambda: singular_values(self.matrix().double()), kind=f"{self._kind.name}-fp64")
+        """Singular values computed in fp64, which resolves small ones."""
+        return self._cached_values("", lambda: singular_values(self.matrix().double()), kind=f"{self._kind.name}-fp64")
 
-    def values_named(self, suffix: str, find: Callable[[], Tensor], *, kind: str | None = None) -> Tensor:
+    def _cached_values(self, suffix: str, compute: Callable[[], Tensor], *, kind: str | None = None) -> Tensor:
         kind = kind or self._kind.name
         known = self._cache.get(self.digest + suffix, kind) if self._cache else None
         if known is not None:
             return known.values
-        values = find()
+        values = compute()
         if self._cache:
             self._cache.put(self.digest + suffix, kind, values.cpu())
         return values

@@ -1,4 +1,4 @@
-"""Tensors in files: lazy reading of sharded checkpoints, and writing safetensors shards one tensor at a time."""
+"""Lazy reading of sharded checkpoints, and writing of safetensors shards one tensor at a time."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ SAFETENSORS_NAMES = {
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
 
-SLICE_BYTES = 1 << 26  # what passes through is held this much at a time; a multiple of every item size
+SLICE_BYTES = 1 << 26  # buffer size for copying tensors; a multiple of every item size
 
 
 def in_slices(tensor: Tensor) -> Iterator[Tensor]:
-    """The elements of a tensor in order, flat, `SLICE_BYTES` at a time."""
+    """Yield the elements of a tensor in order, flat, `SLICE_BYTES` at a time."""
     return iter(tensor.contiguous().reshape(-1).split(SLICE_BYTES // tensor.element_size()))  # type: ignore[no-untyped-call]
 
 
@@ -50,7 +50,7 @@ class _Entry(TypedDict):
 
 
 class TensorSource(Protocol):
-    """Named tensors that are read one at a time."""
+    """Named tensors, read one at a time."""
 
     def keys(self) -> list[str]: ...
 
@@ -59,25 +59,25 @@ class TensorSource(Protocol):
         ...
 
     def read(self, key: str) -> Tensor:
-        """The tensor on the CPU. Raises SourceError that names it."""
+        """Read the tensor to the CPU. Raises SourceError that names it."""
         ...
 
     def slices(self, key: str) -> Iterator[Tensor]:
-        """The tensor's elements in order, flat, some at a time."""
+        """Yield the tensor's elements in order, flat, some at a time."""
         ...
 
 
 class SafetensorsSource:
-    """One or several .safetensors files. Raises SourceError for a file whose header and data do not agree.
+    """One or several .safetensors files. Raises SourceError for a file whose header does not match its data.
 
-    The library opens and checks them; tensors are then read into memory of their own, since a mapped file stays in the
-    process's resident memory, page by page, until it is closed.
+    The safetensors library validates the files. Tensors are then read with plain reads, since the pages of a mapped
+    file stay in the resident memory of the process until it is closed.
     """
 
     def __init__(self, files: list[Path]) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self._where: dict[str, tuple[Path, int, _Entry]] = {}  # file, where its data begins, the header's entry
+        self._where: dict[str, tuple[Path, int, _Entry]] = {}  # key -> file, offset of its data, header entry
         for file in files:
             try:
                 with safe_open(file, framework="pt"):
@@ -88,9 +88,9 @@ class SafetensorsSource:
             except FileNotFoundError as e:
                 raise SourceError(f"{file}: the shard is missing") from e
             except (SafetensorError, OSError) as e:
-                raise SourceError(f"{file}: not a whole safetensors file ({e}); fetch it again") from e
+                raise SourceError(f"{file}: not a whole safetensors file ({e}); download it again") from e
             header.pop("__metadata__", None)
-            # in the order of the data
+            # in the order of the data on disk
             for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
                 self._where[key] = (file, 8 + size, entry)
 
@@ -103,7 +103,7 @@ class SafetensorsSource:
     def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
         file, _, entry = self._where[key]
         if entry["dtype"] not in DTYPES:
-            raise SourceError(f"{file}: {key} has dtype {entry['dtype']}, which this tool does not read")
+            raise SourceError(f"{file}: {key} has dtype {entry['dtype']}, which is not supported")
         return DTYPES[entry["dtype"]], tuple(entry["shape"])
 
     def read(self, key: str) -> Tensor:
@@ -123,13 +123,13 @@ class SafetensorsSource:
         file, data, entry = self._where[key]
         buffer = torch.empty(end - begin, dtype=torch.uint8)
         try:
-            with file.open("rb", buffering=0) as opened:  # a handle of its own: several threads read at once
+            with file.open("rb", buffering=0) as opened:  # one handle per read, since threads read concurrently
                 opened.seek(data + entry["data_offsets"][0] + begin)
                 view, done = memoryview(buffer.numpy()), 0  # type: ignore[arg-type]
                 while done < len(view):
                     count = opened.readinto(view[done:])
                     if not count:
-                        raise OSError("the file has become shorter")
+                        raise OSError("unexpected end of file")
                     done += count
         except OSError as e:
             raise SourceError(f"{file}: {key} cannot be read ({e})") from e
@@ -137,7 +137,7 @@ class SafetensorsSource:
 
 
 class DictSource:
-    """Tensors in memory or, from `torch.load(mmap=True)`, in a mapped file."""
+    """Tensors in memory, or in a file mapped by `torch.load(mmap=True)`."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = tensors
@@ -157,9 +157,9 @@ class DictSource:
 
 
 def read_pickle(files: list[Path]) -> DictSource:
-    """.bin, .pth and .pt files, through `torch.load(weights_only=True)` alone: nothing in them is executed.
+    """Read .bin, .pth and .pt files by `torch.load(weights_only=True)`, which executes no code in them.
 
-    Training checkpoints are unwrapped (`state_dict`, `model`, EMA weights first), as timm does.
+    Training checkpoints are unwrapped (`state_dict`, `model`, EMA weights first), as in timm.
 
     Raises SourceError for files that hold more than weights, or are damaged.
     """
@@ -176,8 +176,8 @@ def read_pickle(files: list[Path]) -> DictSource:
                 state = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
         except pickle.UnpicklingError as e:
             raise SourceError(
-                f"{file}: holds more than weights (or is damaged), and nothing in a pickle is executed here;"
-                " save its state dict as safetensors"
+                f"{file}: holds more than weights, or is damaged; code in a pickle is never executed, so save its"
+                " state dict as safetensors"
             ) from e
         except FileNotFoundError as e:
             raise SourceError(f"{file}: the shard is missing") from e
@@ -194,18 +194,18 @@ def read_pickle(files: list[Path]) -> DictSource:
 
 
 def open_tensors(files: list[Path]) -> TensorSource:
-    """The tensors of a checkpoint's files, which are all of one format."""
+    """Open the files of a checkpoint, which are all of one format. Raises SourceError."""
     if files and files[0].suffix == ".safetensors":
         return SafetensorsSource(files)
     return read_pickle(files)
 
 
 class ShardWriter:
-    """Writes safetensors shards into a folder, each tensor as it comes, with no more than one in memory.
+    """Writer of safetensors shards, tensor by tensor, with at most one tensor in memory.
 
-    The safetensors library writes a file from all of its tensors at once; this writes the same format (a header padded
-    with spaces, which the format allows) in the memory of one. Tensors must come in descending order of item size, so
-    that each one lies aligned without holes.
+    The safetensors library needs all tensors of a file in memory. This class writes the same format one tensor at a
+    time, with a header padded with spaces, which the format allows. Tensors must come in descending order of item size,
+    so that each is aligned without gaps.
     """
 
     def __init__(self, folder: Path, *, shard_size: int, stem: str = "model") -> None:
@@ -217,14 +217,14 @@ class ShardWriter:
         self._item_size = 16
         self._names: set[str] = set()
 
-    HEADER_BYTES = 1 << 16  # grown by rewriting the shard where its names need more
+    HEADER_BYTES = 1 << 16  # a shard with a longer header is rewritten
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor under a name that is new to the checkpoint."""
+        """Append a tensor under a new name."""
         self.add_slices(name, tensor.dtype, tuple(tensor.shape), [tensor])
 
     def add_slices(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], slices: Iterable[Tensor]) -> None:
-        """As `add`, the tensor's elements in order, some at a time; they must be of this dtype and fill this shape."""
+        """Append a tensor from slices: its elements in order, of this dtype, that fill this shape."""
         assert name not in self._names, name
         assert dtype.itemsize <= self._item_size, f"{name}: tensors must come in descending item size"
         self._names.add(name)
@@ -252,15 +252,15 @@ class ShardWriter:
         path, entries, _ = self._shards[-1]
         header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
         room = self.HEADER_BYTES - 8
-        if len(header) > room:  # thousands of tensors: make room by copying the shard once
+        if len(header) > room:  # thousands of tensors: copy the shard behind a larger header
             room = -(-(len(header) + 8) // 4096) * 4096 - 8
             self._file.close()
             moved = path.with_suffix(".moved")
             with path.open("rb") as old, moved.open("wb") as new:
                 old.seek(self.HEADER_BYTES)
                 new.seek(room + 8)
-                while block := old.read(1 << 24):
-                    new.write(block)
+                while chunk := old.read(1 << 24):
+                    new.write(chunk)
             moved.replace(path)
             self._file = path.open("r+b")
         self._file.seek(0)
@@ -271,7 +271,7 @@ class ShardWriter:
         self._file = None
 
     def finish(self) -> int:
-        """Name the shards, writes the index where there are several, and returns the bytes of all tensors."""
+        """Rename the shards, write the index if there are several, and return the bytes of all tensors."""
         self._close_shard()
         total = sum(size for _, _, size in self._shards)
         count = len(self._shards)
@@ -288,14 +288,14 @@ class ShardWriter:
         return total
 
     def close(self) -> None:
-        """Let go of the open file without finishing it."""
+        """Close the open file without finishing it."""
         if self._file is not None:
             self._file.close()
             self._file = None
 
 
 def in_write_order(items: list[tuple[torch.dtype, str]]) -> Iterator[str]:
-    """Name in the order that `ShardWriter` needs, stable over runs: wide dtypes first, then by natural name."""
+    """Yield names in the order that `ShardWriter` needs: wide dtypes first, then natural order of names."""
 
     def natural(name: str) -> list[tuple[int, int, str]]:
         return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict
 
-from lrsurgery.checkpoints.source import Source, inside
+from lrsurgery.checkpoints.source import Source, check_inside
 from lrsurgery.files import Json
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def source_metadata(source: Source) -> Json:
     from huggingface_hub.repocard import metadata_load
 
     try:
-        return dict(metadata_load(inside(source.folder, card)) or {})
+        return dict(metadata_load(check_inside(source.folder, card)) or {})
     except Exception:  # whatever is wrong with its YAML, its encoding or its link says nothing against the model
         return {}
 

@@ -1,1 +1,1 @@
-"""What is asked of other libraries beyond their public interface: one file for each of them."""
+"""Private interfaces of other libraries, one file per library."""

@@ -1,4 +1,4 @@
-"""All that is asked of transformers beyond its documented interface; tests/checkpoints/test_upstream.py says what breaks.
+"""All uses of transformers' undocumented interface; tests/checkpoints/test_upstream.py shows what depends on each.
 
 Written against transformers 5.17 to 5.24.
 """
@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 
 class KeyMap:
-    """Where transformers' loader would put a checkpoint key in `model`, by transformers' own renamings."""
+    """Map of checkpoint keys to state-dict keys of `model`, by the renamings of transformers' loader."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         conversions = get_model_conversion_mapping(model)
@@ -28,24 +28,24 @@ class KeyMap:
         self.state: dict[str, Tensor] = model.state_dict()
 
     def target(self, key: str) -> tuple[str | None, str | None]:
-        """(state-dict key or None, the pattern of the converter that takes the tensor in or None)."""
+        """(state-dict key or None, pattern of the converter that merges the tensor or None)."""
         renamed, pattern = rename_source_key(key, self._renamings, self._converters, self._prefix, self.state)
         if renamed not in self.state and key in self.state:
             renamed, pattern = rename_source_key(key, [], [], self._prefix, self.state)
         return (renamed, pattern) if renamed in self.state else (None, None)
 
     def convert(self, target: str, pieces: Sequence[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
-        """What the converter behind these (source key, pattern, tensor) makes of them: state-dict key -> tensor."""
+        """Apply the converter of these (source key, pattern, tensor) pieces: state-dict key -> tensor."""
         converter = next(c for c in self._converters if pieces[0][1] in c.source_patterns)
         converter = copy.deepcopy(converter)
         for key, pattern, tensor in pieces:
             converter.add_tensor(target, key, pattern, tensor)
-        made = converter.convert(target, model=self._model, config=self._model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        converted = converter.convert(target, model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
 
 
 def keep_names_plain(model: PreTrainedModel, dense_keys: Iterable[str]) -> None:
-    """Save under the model's own names where transformers would fuse one of these keys with another's on saving."""
+    """Disable key conversion on saving if transformers would fuse one of these keys with another."""
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
@@ -55,26 +55,26 @@ def keep_names_plain(model: PreTrainedModel, dense_keys: Iterable[str]) -> None:
 
 
 def ignore_unexpected(model: PreTrainedModel, patterns: set[str]) -> None:
-    """Let a load pass over keys that match these patterns and have no place in the model."""
+    """Make the loader ignore keys that match these patterns and are not in the model."""
     model._keys_to_ignore_on_load_unexpected = set(model._keys_to_ignore_on_load_unexpected or ()) | patterns
 
 
 def missing_keys_excused(model: nn.Module) -> tuple[str, ...]:
-    """Patterns of the keys that a checkpoint of this model may lack."""
+    """Patterns of keys that a checkpoint of this model may lack."""
     return tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
 
 
 def is_native(model_type: object) -> bool:
-    """Whether transformers has a configuration class of its own for this model type."""
+    """Whether transformers has a configuration class for this model type."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     return model_type in CONFIG_MAPPING
 
 
 def model_class(config: Any, folder: Path, auto_map: Mapping[str, Any] | None) -> Any:
-    """The class that a config's `architectures` names; from the checkpoint's own code where `auto_map` is given.
+    """The class in a config's `architectures`, or in the checkpoint's code if `auto_map` is given; None if none is.
 
-    None where neither names a class. AttributeError for a name that transformers does not have.
+    Raises AttributeError for a class that transformers does not have.
     """
     import transformers
 
@@ -92,7 +92,7 @@ def model_class(config: Any, folder: Path, auto_map: Mapping[str, Any] | None) -
 
 
 def head_classes(mapping: str) -> frozenset[str]:
-    """Name of the model classes under one kind of head, such as "CAUSAL_LM"."""
+    """Names of the model classes with one kind of head, such as "CAUSAL_LM"."""
     from transformers.models.auto import modeling_auto
 
     values = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
@@ -100,31 +100,31 @@ def head_classes(mapping: str) -> frozenset[str]:
 
 
 def checkpoint_blocks_(model: nn.Module) -> None:
-    """Turn gradient checkpointing on in a model that stays in evaluation mode, where transformers has it for training.
+    """Enable gradient checkpointing in evaluation mode, which transformers supports in training mode only.
 
-    A backward pass then runs each block again, and so brings back weights that were dropped after it had run.
+    The backward pass then recomputes each block, which reloads weights that were offloaded after the forward pass.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     enable_checkpointing_(model)
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
-            module.training = True  # of the layer itself, not of the dropout in it
+            module.training = True  # of the block only; dropout layers in it stay in evaluation mode
 
 
 def enable_checkpointing_(model: Any) -> None:
-    """Turn gradient checkpointing on, by the newer of two names where this transformers has it."""
+    """Enable gradient checkpointing, by the method's newer name if this transformers has it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
 
 
 def train_on_one_gpu_(arguments: Any) -> None:
-    """Take one GPU of several: they are for torchrun, and DataParallel in one process is slower than one GPU."""
+    """Use one GPU of several: DataParallel in one process is slower than one GPU; torchrun uses them all."""
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
 
 
 def forget_preparation_(modules: Iterable[nn.Module]) -> None:
-    """Let accelerate prepare modules anew: it wraps nothing that bears its mark, neither for DDP nor for autocast."""
+    """Clear accelerate's mark on modules, so that it prepares them again for DDP and autocast."""
     for module in modules:
         vars(module).pop("_is_accelerate_prepared", None)
