@@ -46,7 +46,7 @@ class Preprocessing:
         return replace(found, size=size, crop=1.0)
 
     def for_evaluation(self) -> Transform:
-        """Resize an image, crop it in the middle and normalise it."""
+        """Make a transform of images to (3, size, size): resized, cropped in the middle, normalised."""
         from torchvision.transforms import v2
 
         whole = round(self.size / self.crop)
@@ -54,7 +54,7 @@ class Preprocessing:
         return v2.Compose([*crop, *self._to_tensor()])  # type: ignore[no-any-return]
 
     def for_training(self) -> Transform:
-        """The same with random crops and horizontal flips."""
+        """Make the same with random crops and horizontal flips, drawn from torch's global generator."""
         from torchvision.transforms import v2
 
         mode = self._mode()
@@ -132,6 +132,7 @@ class Images(Dataset[Example]):
         self._transform, self._reference, self._seed, self._epoch = transform, reference, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Augment otherwise from now on."""
         self._epoch = epoch
 
     def __len__(self) -> int:

@@ -68,7 +68,7 @@ def head_size(subject: Subject) -> int:
 
 
 def check_teacher(subject: Subject, teacher: Subject) -> None:
-    """Raises SourceError if a teacher's logits cannot be compared with the model's."""
+    """Check that a teacher has the model's task and as many logits. Raises SourceError."""
     if teacher.task != subject.task:
         raise SourceError(f"teacher {teacher.source.reference}: is for {teacher.task}, the model for {subject.task}")
     theirs, ours = _count_logits(teacher), _count_logits(subject)

@@ -43,7 +43,7 @@ def setting(
     least: int | None = None,
     positive: bool = False,
 ) -> Value:
-    """A field of a dataclass with its `Setting`."""
+    """Make a field of a dataclass, with its `Setting` as metadata."""
     about = Setting(
         default=default,
         help=help,
@@ -83,7 +83,7 @@ class DataOptions:
     )
 
     def check(self) -> None:
-        """Raises RecipeError for a value that no data could make right."""
+        """Check every setting. Raises RecipeError for a value that no data could make right."""
         for name, about in settings_of(type(self)).items():
             value = getattr(self, name)
             if value is None:
@@ -97,18 +97,18 @@ class DataOptions:
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
-    """Raises RecipeError that lists the known values."""
+    """Check that a value is among the known ones. Raises RecipeError that lists them."""
     if value not in known:
         raise RecipeError(f"unknown {name} '{value}'; known: {', '.join(known)}")
 
 
 def check_at_least(name: str, value: float, bound: int) -> None:
-    """Raises RecipeError for a value below a bound."""
+    """Check a lower bound. Raises RecipeError for a value below it."""
     if value < bound:
         raise RecipeError(f"{name} {value}: write at least {bound}")
 
 
 def check_finite(name: str, value: float, *, positive: bool) -> None:
-    """Raises RecipeError for NaN, an infinity, or a number below the bound."""
+    """Check for a number of at least 0, or above 0 if `positive`. Raises RecipeError, also for NaN and infinities."""
     if not math.isfinite(value) or value < 0 or (positive and value == 0):
         raise RecipeError(f"{name} {value}: write a number {'above 0' if positive else 'of at least 0'}")

@@ -127,7 +127,9 @@ class Masking:
         return len(self.prefix) + len(self.suffix)
 
     def __call__(self, ids: torch.Tensor, seed: tuple[int, ...]) -> Batch:
-        """Choose 15% of the tokens as labels: 80% of them masked, 10% replaced, 10% shown.
+        """Choose 15% of the tokens `ids` (length,) as labels: 80% of them masked, 10% replaced, 10% shown.
+
+        `input_ids` and `labels` have the tokenizer's prefix and suffix around: (length + added,).
 
         Source: Devlin et al. 2019, section 3.1.
         """
@@ -155,6 +157,7 @@ class Sequences(Dataset[Batch]):
         self._size = size - (masking.added if masking else 0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Draw other masks from now on."""
         self._epoch = epoch
 
     def __len__(self) -> int:
@@ -203,6 +206,7 @@ class StreamedSequences(IterableDataset[Batch]):
         self._size = size - (masking.added if masking else 0)
 
     def set_epoch(self, epoch: int) -> None:
+        """Shuffle and mask otherwise from the next pass on."""
         self._epoch = epoch
         self._rows.set_epoch(epoch)
 
