@@ -17,6 +17,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 import lrsurgery.checkpoints.quantizer
 from lrsurgery.surgery.apply import factorised_layers
 
+pytestmark = pytest.mark.process  # no processes, but minutes
+
 
 def assert_tripwire(monkeypatch: pytest.MonkeyPatch, cls: Any, folder: Path) -> None:
     """As in a process that never imported lrsurgery.hf."""
