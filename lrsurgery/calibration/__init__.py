@@ -1,1 +1,1 @@
-"""Which errors matter."""
+"""Calibration: second moments of layer inputs and output gradients, which weight the errors of layers."""

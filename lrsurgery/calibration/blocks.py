@@ -1,4 +1,4 @@
-"""Finds a model's repeated blocks."""
+"""Detection of the repeated blocks of a model."""
 
 from __future__ import annotations
 
@@ -9,24 +9,23 @@ from torch import nn
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Name of a model's repeated blocks, in its modules' order; none inside another, each shared one once.
+    """Find the names of a model's repeated blocks, in module order; blocks do not nest, and shared ones appear once.
 
-    They are the children of the outermost ModuleLists and Sequentials of which at least half are of one class that has
-    several layers: `model.layers.0`, `bert.encoder.layer.0`, `layer1.0`. Experts in a block are part of it. Stages
-    are split where it is sure that their parts follow each other: a Sequential of blocks (`blocks.1.0` of an
-    EfficientNet), or a module with at least half its parameters in one (`stages.1.blocks.0` of a ConvNeXt, whose
-    downsampling is then in no block). A stage that lists its blocks in a ModuleList, as a block does its experts, stays
-    whole.
+    Blocks are the children of the outermost ModuleLists and Sequentials of which at least half are of one class with
+    several layers: `model.layers.0`, `bert.encoder.layer.0`, `layer1.0`. Experts belong to their block. Stages are
+    split only if their parts are certain to run in sequence: a Sequential of blocks (`blocks.1.0` of an EfficientNet),
+    or a module with at least half of its parameters in one (`stages.1.blocks.0` of a ConvNeXt, whose downsampling is
+    then in no block). A stage with a ModuleList of blocks stays whole, since it looks like a block with experts.
 
-    Without any such container: single layers of containers, if they hold more than half of the parameters, else none.
+    Without such containers the blocks are single layers in containers, if they hold more than half of the parameters.
     """
-    found = list(_blocks(model, "", deep=True))
-    if not found:
-        found = list(_blocks(model, "", deep=False))
-        if 2 * sum(_size(block) for _, block in found) <= _size(model):
+    blocks = list(_blocks(model, "", deep=True))
+    if not blocks:
+        blocks = list(_blocks(model, "", deep=False))
+        if 2 * sum(_size(block) for _, block in blocks) <= _size(model):
             return []
     names: dict[nn.Module, str] = {}
-    for name, block in found:
+    for name, block in blocks:
         names.setdefault(block, name)
     return list(names.values())
 
@@ -35,14 +34,14 @@ def _blocks(module: nn.Module, name: str, *, deep: bool) -> Iterator[tuple[str, 
     repeats = _repeats(module, deep)
     for key, child in module.named_children():
         path = f"{name}.{key}" if name else key
-        if not repeats or isinstance(child, nn.ModuleList):  # which nothing calls
+        if not repeats or isinstance(child, nn.ModuleList):  # a ModuleList is never called, so it is no block
             yield from _blocks(child, path, deep=deep)
         elif _size(child):
             yield from _parts(child, path)
 
 
 def _parts(stage: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks of a stage, or itself if it is a block."""
+    """The blocks of a stage, or the stage itself if it is one block."""
     if isinstance(stage, nn.Sequential) and _repeats(stage, True):
         yield from _blocks(stage, name, deep=True)
         return
@@ -54,16 +53,16 @@ def _parts(stage: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _repeats(module: nn.Module, deep: bool) -> bool:
-    """Whether a module is a container with half of its children or more of one class; `deep`: of several layers."""
+    """Whether at least half of a container's children are of one class, with several layers each if `deep`."""
     children = [child for child in module.children() if _size(child)]
     if not children or not isinstance(module, nn.ModuleList | nn.Sequential):
         return False
-    kind, count = Counter(map(type, children)).most_common(1)[0]
-    return 2 * count >= len(children) and (not deep or any(_layers(c) > 1 for c in children if type(c) is kind))
+    cls, count = Counter(map(type, children)).most_common(1)[0]
+    return 2 * count >= len(children) and (not deep or any(_count_layers(c) > 1 for c in children if type(c) is cls))
 
 
-def _layers(module: nn.Module) -> int:
-    """How many modules in this one have a weight of two dimensions or more, as norms have not."""
+def _count_layers(module: nn.Module) -> int:
+    """Number of modules with a parameter of at least two axes, which excludes norms."""
     return sum(any(p.ndim > 1 for p in m.parameters(recurse=False)) for m in module.modules())
 
 

@@ -1,9 +1,9 @@
-"""All batches through a model block by block: for models larger than memory, a block's weights come once for all.
+"""Block-by-block execution: all batches pass one block before the next, so that each block is loaded only once.
 
-Nothing is known of the arguments that blocks take. Each batch runs the model's own forward in a thread of its own,
-which stops where it calls a block until every other batch has come as far. One thread runs at a time, in the batches'
-order: the threads only hold where each forward stands. For a batch that waits, memory keeps what its forward holds
-there, mostly hidden states; on a CPU its thread keeps the idle ones of torch's that helped it.
+No assumption is made about the arguments of blocks. Each batch runs the model's own forward in a thread, which waits
+before each block until all other batches have reached it. One thread runs at a time, in the order of the batches; a
+thread only holds the state of its forward. A waiting batch occupies memory for its local tensors, mostly hidden
+states, and on a CPU for its idle worker threads of torch.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.calibration.offload import in_memory
+from lrsurgery.calibration.offload import hold_in_memory
 
 
 class Visit:
-    """All batches at one block, whose weights are in memory. What runs, runs in the batches' threads, hooks too."""
+    """All batches at one block, whose weights are in memory. The block and its hooks run in the batches' threads."""
 
     def __init__(self, name: str, batches: Sequence[_Batch], renew: Callable[[], None]) -> None:
         self.name = name
         self._batches, self._renew, self._done = batches, renew, False
 
     def replay(self) -> None:
-        """Run the block on every batch for nothing, on copies of its arguments; only before `run`."""
+        """Run the block on copies of every batch's arguments and discard the outputs; allowed only before `run`."""
         assert not self._done, f"{self.name}: its batches are past it"
         for batch in self._batches:
             batch.resume("replay")
 
     def run(self) -> None:
-        """Run the block on every batch, with what was put in its place or in it; once, by itself if not called."""
+        """Run the block, as the model holds it now, on every batch; happens once, at the visit's end at the latest."""
         if self._done:
             return
         self._done = True
@@ -44,21 +44,22 @@ class Visit:
             batch.resume()
 
 
-def lockstep(
+def visit_blocks(
     model: nn.Module, blocks: Sequence[str], calls: Sequence[Callable[[], Any]]
 ) -> Generator[Visit, None, None]:
-    """Run every call, which each run the model on one batch, so that all of them pass a block before any has the next.
+    """Run every call (the model on one batch) so that all of them pass a block before any reaches the next.
 
-    Yields a visit for each block: the batches run it when they are told to, at the latest when the next visit is asked
-    for. Blocks are visited in the order of `blocks`; batches that skip one are waited for at the next, and a block that
-    is called again is visited again. A block inside another is part of it.
+    Yields a visit per block. The batches run the block when the visit says so, at the latest when the next visit is
+    requested. Blocks are visited in the order of `blocks`. Batches that skip a block wait at the next one, and a block
+    that is called again is visited again. A block inside another is part of it.
 
-    Calls run without gradients; what else torch keeps per thread (autocast, the default device) they must set
-    themselves. Replays run on copies of the tensors in a block's arguments, lists, tuples and dicts of them included:
-    some blocks change their input in place. Other objects are not copied, so turn caches off (`use_cache=False`). A
-    model that keeps values of a batch on its modules between blocks would find those of another batch.
+    Calls run without gradients and must set torch's other per-thread state (autocast, default device) themselves.
+    Replays copy the tensors in a block's arguments, including those in lists, tuples and dicts, since some blocks
+    modify their input in place. Other objects are not copied, so turn the KV cache off (`use_cache=False`). A model
+    must not keep a batch's values on its modules between blocks, since another batch would read them.
 
-    Raises what a call raises, once no thread is left and the blocks are as before; so does closing it early.
+    An exception of a call is raised after all threads have ended and the blocks are restored. Closing the generator
+    ends the threads in the same way.
     """
     modules: dict[str, nn.Module] = {}
     for name in blocks:
@@ -68,7 +69,7 @@ def lockstep(
     batches = [_Batch(i, call) for i, call in enumerate(calls)]
 
     def renew(name: str) -> None:
-        """Let the batches run what was put in a block's place."""
+        """Make the batches call the module that has replaced a block."""
         if (new := model.get_submodule(name)) is not modules[name]:
             del modules[name].__dict__["_call_impl"]
             modules[name] = new
@@ -83,7 +84,7 @@ def lockstep(
         while waiting := [batch for batch in batches if batch.at is not None]:
             name = min((batch.at for batch in waiting if batch.at is not None), key=order.__getitem__)
             visit = Visit(name, [batch for batch in waiting if batch.at == name], functools.partial(renew, name))
-            with in_memory(modules[name]):
+            with hold_in_memory(modules[name]):
                 yield visit
                 visit.run()
     finally:
@@ -96,15 +97,15 @@ def lockstep(
 
 
 class _EndedError(BaseException):
-    """Unwinds the forward of a batch that is not to go on."""
+    """Unwinds the forward of a batch that is ended early."""
 
 
 class _Batch(Thread):
-    """A call in a thread that runs only while the caller's waits in `resume`."""
+    """A call in a thread that runs only while the caller waits in `resume`."""
 
     def __init__(self, number: int, call: Callable[[], Any]) -> None:
         super().__init__(name=f"batch-{number}", daemon=True)
-        self.at: str | None = None  # the block that it waits at
+        self.at: str | None = None  # the block it waits at
         self.inside = False
         self._call: Callable[[], Any] | None = call
         self._variables = contextvars.copy_context()
@@ -113,22 +114,22 @@ class _Batch(Thread):
         self._error: BaseException | None = None
 
     def resume(self, order: str = "run") -> None:
-        """Let the batch run until it waits again or is done ("run"), or run its block only ("replay").
+        """Let the batch run to its next block or to its end ("run"), or replay its block ("replay").
 
-        Raises what that raises.
+        Raises the exception of the batch, if any.
         """
         self._order = order
         self._go.release()
         self._back.acquire()
         if self.at is None:
             self.join()
-        _malloc_trim()(0)  # glibc would keep, for each thread, what its block needed at its peak
+        _malloc_trim()(0)  # otherwise glibc keeps the peak memory of the block for each thread
         error, self._error = self._error, None
         if error is not None:
             raise error
 
     def end(self) -> None:
-        """End the batch, one that still runs where it would wait next."""
+        """End the batch at the block where it waits or would wait next."""
         if self.is_alive():
             self._order = "end"
             self._go.release()
@@ -151,7 +152,7 @@ class _Batch(Thread):
             self._back.release()
 
     def wait(self, name: str, replay: Callable[[], None]) -> None:
-        """In the batch's thread: stands before the block until it may run it."""
+        """Wait, in the batch's thread, before a block until it may run."""
         self.at = name
         while True:
             self._back.release()
@@ -167,10 +168,10 @@ class _Batch(Thread):
 
 
 def _stop_at(modules: dict[str, nn.Module], name: str) -> None:
-    """Make batches wait where they call a block, before any of its hooks: those set in the meantime see the call."""
+    """Make batches wait when they call a block, before its hooks run, so that hooks added in a visit take effect."""
 
     def plain(*args: Any, **kwargs: Any) -> Any:
-        block = modules[name]  # looked up late: the visitor may have put another there
+        block = modules[name]  # looked up late, since a visit may replace the block
         call: Callable[..., Any] = type(block)._call_impl
         return call(block, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""Calibration: batches through a dense model, which tell which errors of its layers matter."""
+"""Collection of calibration statistics: runs batches through a dense model, whole or block by block."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.calibration.blocks import find_blocks
-from lrsurgery.calibration.blockwise import lockstep
-from lrsurgery.calibration.hooks import Collector, frozen
+from lrsurgery.calibration.blockwise import visit_blocks
+from lrsurgery.calibration.hooks import Collector, freeze
 from lrsurgery.calibration.loss import IMPORTANCES, Batch, Loss, Outputs, SampledLoss, check_importance
-from lrsurgery.calibration.statistics import LayerUse, Moments, Statistics, StatisticsWriter, added
+from lrsurgery.calibration.statistics import LayerUse, Moments, Statistics, StatisticsWriter, merge
 from lrsurgery.errors import CalibrationError
 from lrsurgery.files import Json
 from lrsurgery.progress import SILENT, Listener
@@ -34,44 +34,48 @@ def collect_statistics(
     loss: Loss | None = None,
     seed: int = 0,
 ) -> Statistics:
-    """Run batches through a model in memory, where it lies, and returns what `factorise_(..., statistics=...)` takes.
+    """Run batches through a model in memory and return the statistics for `factorise_(..., statistics=...)`.
 
-    `batches` are dicts of keyword arguments (labels are left out), tensors or tuples. `importance`: "fisher" for second
-    moments of inputs and of output gradients, "activations" for the inputs alone. `loss` maps the model's outputs and
-    the batch to a loss that is summed, not averaged, and the number of things that it scores; by default the model's
-    own log likelihood of classes that are drawn from its logits by `seed`, which needs no labels.
+    `batches` are dicts of keyword arguments (labels are not passed), tensors or tuples. `importance`: "fisher" collects
+    second moments of inputs and output gradients, "activations" those of inputs only. `loss` maps the model's outputs
+    and the batch to a loss that is summed, not averaged, and the number of scored items. By default it is the log
+    likelihood of classes sampled from the model's logits with `seed` (`SampledLoss`), which needs no labels.
 
-    Raises CalibrationError where there is no batch, for an unknown importance, or naming the layer whose inputs or
-    gradients are not finite; PlanError as `plan_rows` does.
+    Raises CalibrationError without batches, for an unknown importance, or for inputs or gradients of a layer that are
+    not finite; PlanError as `plan_rows` does.
     """
     check_importance(importance)
     whole = SurgeryOptions(
         target=RankSpec(FractionRank(1.0)), conv=conv, include=include, exclude=exclude, allow_larger=True
     )
     rows = [row for row in plan_rows(model, whole, heads=find_heads(model)) if isinstance(row, Replacement)]
-    return collect(model, list(batches), rows, importance=importance, loss=loss or SampledLoss(seed), store=Memory())
+    return collect(
+        model, list(batches), rows, importance=importance, loss=loss or SampledLoss(seed), store=MemoryStore()
+    )
 
 
-class Memory:
-    """Keeps what was collected in memory, where a `StatisticsWriter` keeps it in a folder."""
+class MemoryStore:
+    """Store of statistics in memory; `StatisticsWriter` is its counterpart on disk."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, LayerUse] = {}
+        self._uses: dict[str, LayerUse] = {}
         self._moments: dict[str, Moments] = {}
 
-    def add(self, name: str, seen: LayerUse, moments: Moments) -> None:
-        if name in self:  # a block that a model runs more than once
-            seen, moments = added((self._seen[name], self._moments[name]), (seen, moments))
-        self._seen[name], self._moments[name] = seen, moments
+    def add(self, name: str, use: LayerUse, moments: Moments) -> None:
+        """Keep the moments of one layer, merged with those added before."""
+        if name in self:  # a block that the model runs more than once
+            use, moments = merge((self._uses[name], self._moments[name]), (use, moments))
+        self._uses[name], self._moments[name] = use, moments
 
     def __contains__(self, name: str) -> bool:
-        return name in self._seen
+        return name in self._uses
 
     def finish(self, facts: Json) -> Statistics:
-        return Statistics(self._seen, facts, self._moments.__getitem__)
+        """Return the statistics."""
+        return Statistics(self._uses, facts, self._moments.__getitem__)
 
 
-Store: TypeAlias = Memory | StatisticsWriter
+Store: TypeAlias = MemoryStore | StatisticsWriter
 
 
 def collect(
@@ -86,41 +90,40 @@ def collect(
     limit: int | None = None,
     listener: Listener = SILENT,
 ) -> Statistics:
-    """As `collect_statistics`, of these layers and into `store`.
+    """Collect statistics of these layers into `store`; see `collect_statistics`.
 
-    With `limit`, gradients are taken of as many layers at a time as have moments of so many bytes, in several passes
-    over the batches.
+    `limit` bounds the moments in memory, in bytes: with gradients, layers are then split over several passes.
     """
     if not batches:
-        raise CalibrationError("no calibration batch was given")
-    told = {"metric": importance, **(facts or {})}
+        raise CalibrationError("no calibration batch was given; pass at least one")
+    recorded = {"metric": importance, **(facts or {})}
     if not IMPORTANCES[importance]:
         _by_block(model, batches, rows, store, listener=listener)
-        return store.finish(told)
+        return store.finish(recorded)
     passes = split(rows, limit)
     total = len(passes) * len(batches)
     for number, group in enumerate(passes):
         collector = Collector(model, group, gradients=True)
-        with frozen(model), collector.watching():
+        with freeze(model), collector.watch():
             for index, batch in enumerate(batches):
                 listener.progress("calibration", number * len(batches) + index, total)
                 _forward_backward(model, batch, collector, loss)
         for row in group:
             store.add(row.name, *collector.take(row.name))
-    return store.finish({**told, "scored": collector.scored})
+    return store.finish({**recorded, "scored": collector.scored})
 
 
 def _forward_backward(model: nn.Module, batch: Batch, collector: Collector, loss: Loss) -> None:
     with torch.enable_grad(), collector.batch(_mask(batch)):
         value, count = loss(call(model, batch), batch)
         collector.scored += count
-        if value.requires_grad:  # else none of the watched layers was reached
-            with collector.going_back():
+        if value.requires_grad:  # otherwise the batch reached no hooked layer
+            with collector.backward_pass():
                 value.backward()  # type: ignore[no-untyped-call]
 
 
 def split(rows: Sequence[Replacement], limit: int | None) -> list[list[Replacement]]:
-    """The layers in groups whose moments, of inputs and gradients, take at most `limit` bytes, or one layer each."""
+    """Split layers into groups whose moments take at most `limit` bytes, with at least one layer each."""
     groups: list[list[Replacement]] = [[]]
     held = 0
     for row in rows:
@@ -134,18 +137,18 @@ def split(rows: Sequence[Replacement], limit: int | None) -> list[list[Replaceme
 
 
 def moment_bytes(row: Replacement, *, gradients: bool) -> int:
-    """What the moments of one layer take in memory and in files, in fp32."""
+    """Size of the moments of one layer in bytes, in fp32."""
     return 4 * (row.columns**2 + (row.rows**2 if gradients else 0))
 
 
 def call(model: nn.Module, batch: Batch) -> Outputs:
-    """The model's outputs for a batch, on the device of its parameters."""
+    """Run the model on a batch, on the device of its parameters; labels are not passed, and the KV cache is off."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     if isinstance(batch, Mapping):
-        given = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        arguments = {name: value.to(device) for name, value in batch.items() if name != "labels"}
         if getattr(getattr(model, "config", None), "use_cache", False):
-            given["use_cache"] = False
-        return model(**given)
+            arguments["use_cache"] = False
+        return model(**arguments)
     if isinstance(batch, Tensor):
         return model(batch.to(device))
     return model(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
@@ -168,14 +171,14 @@ def collect_sequentially(
     facts: Json | None = None,
     listener: Listener = SILENT,
 ) -> Statistics:
-    """The inputs of each block once the blocks before it are replaced as planned; gradients as they are given.
+    """Collect the inputs of each block after the blocks before it are factorised as planned.
 
-    The model is factorised when it is done.
+    `gradients_of` returns the gradient moment of a layer, which is stored as it is. Factorises the model.
     """
 
-    def factorise(found: Mapping[str, tuple[LayerUse, Moments]]) -> None:
-        rows = tuple(row for row in plan.replacements if row.name in found)
-        metrics = {name: moments.metric(use) for name, (use, moments) in found.items() if use.positions}
+    def factorise(collected: Mapping[str, tuple[LayerUse, Moments]]) -> None:
+        rows = tuple(row for row in plan.replacements if row.name in collected)
+        metrics = {name: moments.metric(use) for name, (use, moments) in collected.items() if use.positions}
         apply_plan_(model, replace(plan, rows=rows), init=init, seed=seed, metric_of=metrics.get)
 
     _by_block(model, batches, plan.replacements, store, gradients_of, factorise, listener)
@@ -195,18 +198,18 @@ def _by_block(
     factorise: Callable[[Mapping[str, tuple[LayerUse, Moments]]], None] | None = None,
     listener: Listener = SILENT,
 ) -> None:
-    """Moments of the inputs, block by block: one block's are in memory at a time, and its weights if they are on disk.
+    """Collect moments of the inputs block by block, with one block's moments and offloaded weights in memory.
 
-    With `factorise`, each block is first run as it is, then its layers are replaced, and then it is run again.
+    With `factorise`, each block first runs dense, then its layers are replaced, then it runs again.
     """
     collector = Collector(model, rows, gradients=False)
     blocks = find_blocks(model)
     inside = {block: [row.name for row in rows if row.name.startswith(f"{block}.")] for block in blocks}
-    left = {row.name for row in rows} - {name for names in inside.values() for name in names}
+    outside = {row.name for row in rows} - {name for names in inside.values() for name in names}
 
-    def taken(name: str) -> tuple[LayerUse, Moments]:
-        seen, moments = collector.take(name)
-        return seen, replace(moments, gradients=gradients_of(name))
+    def take(name: str) -> tuple[LayerUse, Moments]:
+        use, moments = collector.take(name)
+        return use, replace(moments, gradients=gradients_of(name))
 
     def run(batch: Batch) -> Callable[[], None]:
         def forward() -> None:
@@ -217,19 +220,19 @@ def _by_block(
 
     listener.progress("calibration", 0, max(1, len(blocks)))
     with ExitStack() as held:
-        held.enter_context(collector.watching(left))
-        visits = held.enter_context(closing(lockstep(model, blocks, [run(batch) for batch in batches])))
+        held.enter_context(collector.watch(outside))
+        visits = held.enter_context(closing(visit_blocks(model, blocks, [run(batch) for batch in batches])))
         for number, visit in enumerate(visits):
             names = inside[visit.name]
-            with collector.watching(names):
+            with collector.watch(names):
                 visit.run() if factorise is None else visit.replay()
-            found = {name: taken(name) for name in names}
-            for name, (seen, moments) in found.items():
-                store.add(name, seen, moments)
+            collected = {name: take(name) for name in names}
+            for name, (use, moments) in collected.items():
+                store.add(name, use, moments)
             if factorise is not None:
-                factorise(found)
+                factorise(collected)
                 visit.run()
             listener.progress(visit.name, min(number + 1, len(blocks)), len(blocks))
-    rest = [name for names in inside.values() for name in names if name not in store]  # of blocks that were not reached
-    for name in [*rest, *sorted(left)]:
-        store.add(name, *taken(name))
+    rest = [name for names in inside.values() for name in names if name not in store]  # in blocks that never ran
+    for name in [*rest, *sorted(outside)]:
+        store.add(name, *take(name))

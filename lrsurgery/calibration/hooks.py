@@ -18,7 +18,7 @@ from lrsurgery.surgery.plan import Replacement
 
 @dataclass
 class _Sums:
-    """Of one layer, in fp32, on the layer's device."""
+    """Sums over the batches for one layer, in fp32 on the layer's device."""
 
     inputs: Tensor
     gradients: Tensor | None
@@ -27,9 +27,9 @@ class _Sums:
 
 
 class Collector:
-    """Adds up x x^T of the inputs and, with `gradients`, g g^T of the output gradients of these layers.
+    """Accumulator of x x^T over the inputs and, with `gradients`, of g g^T over the output gradients of layers.
 
-    Gradients are of a loss that is summed, not averaged, over what is scored; `scored` counts that.
+    The loss must be a sum, not a mean, over scored items; `scored` counts them.
     """
 
     def __init__(self, model: nn.Module, rows: Sequence[Replacement], *, gradients: bool) -> None:
@@ -38,13 +38,13 @@ class Collector:
         self._modules = {name: module for name, module in model.named_modules() if name in self._rows}
         self._gradients = gradients
         self._sums: dict[str, _Sums] = {}
-        self._last: tuple[Tensor, int, str, Tensor, int] | None = None  # an input that several layers share, its sum
-        self._batch = threading.local()  # batches that go through a model in turn have a thread each
+        self._last: tuple[Tensor, int, str, Tensor, int] | None = None  # the last input with its Gram matrix, for reuse
+        self._batch = threading.local()  # in a block-by-block pass each batch has its own thread
         self._recomputing = False
 
     @contextmanager
     def batch(self, mask: Tensor | None) -> Iterator[None]:
-        """A batch whose inputs count where mask (batch, positions) is not 0; all count where there is none."""
+        """Process a batch whose positions count if mask (batch, positions) is not 0; without a mask all count."""
         self._batch.mask = None if mask is None or bool(mask.all()) else mask.bool()
         try:
             yield
@@ -52,8 +52,8 @@ class Collector:
             self._batch.mask = None
 
     @contextmanager
-    def going_back(self) -> Iterator[None]:
-        """While a backward pass lasts: what gradient checkpointing runs again was seen before."""
+    def backward_pass(self) -> Iterator[None]:
+        """Mark a backward pass, so that inputs which gradient checkpointing recomputes are not counted twice."""
         self._recomputing = True
         try:
             yield
@@ -61,8 +61,8 @@ class Collector:
             self._recomputing = False
 
     @contextmanager
-    def watching(self, names: Collection[str] | None = None) -> Iterator[None]:
-        """Add up while this lasts, for these layers or all."""
+    def watch(self, names: Collection[str] | None = None) -> Iterator[None]:
+        """Accumulate within this context, for these layers or for all."""
         handles = [
             module.register_forward_hook(self._hook(name))
             for name, module in self._modules.items()
@@ -76,12 +76,12 @@ class Collector:
                 handle.remove()
 
     def take(self, name: str) -> tuple[LayerUse, Moments]:
-        """What is known of a layer by now, and no longer kept. Zeros for one that was given no input."""
+        """Return the moments of a layer and free its sums; zeros if the layer received no input."""
         row = self._rows[name]
         sums = self._sums.pop(name, None) or self._new(row, torch.device("cpu"))
-        seen = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs)
+        use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs)
         gradients = None if sums.gradients is None else sums.gradients / max(1, self.scored)
-        return seen, Moments(sums.inputs / max(1, sums.positions), gradients)
+        return use, Moments(sums.inputs / max(1, sums.positions), gradients)
 
     def _new(self, row: Replacement, device: torch.device) -> _Sums:
         gradients = torch.zeros(row.rows, row.rows, device=device) if self._gradients else None
@@ -93,15 +93,15 @@ class Collector:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             x = args[0]
             leaf = self._gradients and torch.is_grad_enabled() and not output.requires_grad
-            if leaf:  # with every parameter frozen, the graph begins at the first layer that is watched
+            if leaf:  # parameters are frozen, so the graph starts at the first hooked layer
                 output.requires_grad_()
             if not self._recomputing:
-                self._see(row, module, x, output)
-            return output.clone() if leaf else None  # a leaf must not be changed in place, as activations do
+                self._accumulate(row, module, x, output)
+            return output.clone() if leaf else None  # an in-place activation would fail on a leaf
 
         return hook
 
-    def _see(self, row: Replacement, module: nn.Module, x: Tensor, output: Tensor) -> None:
+    def _accumulate(self, row: Replacement, module: nn.Module, x: Tensor, output: Tensor) -> None:
         sums = self._sums.setdefault(row.name, self._new(row, x.device))
         mask = self._mask(x, row)
         count = self._add_inputs(sums, row, module, x, mask)
@@ -114,7 +114,7 @@ class Collector:
             output.register_hook(at_gradient)  # type: ignore[no-untyped-call]
 
     def _mask(self, x: Tensor, row: Replacement) -> Tensor | None:
-        """Which of the layer's positions count, where the batch has padding and the input is laid out as it is."""
+        """The mask of the layer's positions, if the batch is padded and the input has the layout of the mask."""
         mask: Tensor | None = getattr(self._batch, "mask", None)
         if mask is None or not row.layout.takes_tokens:
             return None
@@ -131,7 +131,7 @@ class Collector:
             and last[2] == row.kind
             and row.layout.plain_product
         ):
-            gram, count = last[3], last[4]  # query, key and value
+            gram, count = last[3], last[4]  # query, key and value have the same input
         else:
             gram, count = torch.zeros_like(sums.inputs), 0
             for part in row.layout.inputs(module, x.detach(), mask):
@@ -155,12 +155,12 @@ class Collector:
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """While no parameter asks for gradients, so that a backward pass computes those of activations alone."""
-    was = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+def freeze(model: nn.Module) -> Iterator[None]:
+    """Freeze all parameters within this context, so that a backward pass computes gradients of activations only."""
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     model.requires_grad_(False)
     try:
         yield
     finally:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(was.get(name, True))
+            parameter.requires_grad_(before.get(name, True))

@@ -1,6 +1,6 @@
-"""Importances: what weighs a layer's errors, and the loss whose gradients weigh them.
+"""Importances, which decide how the errors of a layer are weighted, and the loss of the Fisher importance.
 
-To add an importance: a row in `IMPORTANCES`.
+To add an importance, add a row to `IMPORTANCES`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lrsurgery.errors import CalibrationError
 
-# importance -> whether it needs the gradients of a loss
+# importance -> whether it needs gradients of a loss
 IMPORTANCES = {
     "fisher": True,  # second moments of inputs and of output gradients
     "activations": False,  # second moments of the inputs alone
@@ -21,82 +21,84 @@ IMPORTANCES = {
 WIDE = 1 << 24  # logits at a time in fp64: 128 MB
 TINY = 1e-300
 
-Outputs: TypeAlias = Any  # whatever a model returns: a mapping, an object with logits, a tensor
+Outputs: TypeAlias = Any  # a model's outputs: a mapping, an object with logits, a tensor
 Batch: TypeAlias = Any  # a dict of keyword arguments, a tensor or a tuple
-# The model's outputs and the batch -> a loss summed over what it scores, and how many that are.
+# model outputs, batch -> loss summed over scored items, number of scored items
 Loss: TypeAlias = Callable[[Outputs, Batch], tuple[Tensor, int]]
 
 
 def check_importance(name: str, *others: str) -> None:
-    """Raises CalibrationError that lists the known ones, `others` among them."""
+    """Raise CalibrationError that lists the known importances and `others`, unless `name` is one."""
     if name not in (*IMPORTANCES, *others):
         raise CalibrationError(f"unknown importance '{name}'; known: {', '.join((*IMPORTANCES, *others))}")
 
 
 class SampledLoss:
-    """A loss whose gradients make the Fisher information: the mean of g g^T over the classes that a model predicts.
+    """A loss whose gradients g estimate the Fisher information: the mean of g g^T over classes sampled from the model.
 
-    For each prediction p one class c is drawn, with probability q_c in proportion to p_c ||p - e_c||, and its gradient
-    at the logits, p - e_c, is weighed by sqrt(p_c / q_c) and a random sign, so that those of several tokens add up to
-    nothing on average. The mean is that of classes drawn from p, and no single draw comes nearer to it (importance
-    sampling): a model that is nearly sure has next to no gradient at its likely class, and the others would hardly ever
-    be drawn. Only the gradients mean anything, not the value.
+    For each prediction p one class c is sampled with probability q_c proportional to p_c ||p - e_c||. Its gradient at
+    the logits, p - e_c, is weighted by sqrt(p_c / q_c), so the mean of g g^T is that of classes sampled from p. Random
+    signs make the cross terms of several tokens vanish in the mean. This importance sampling has the least variance of
+    any single sample: a confident model has almost no gradient at its likely class, and the other classes would hardly
+    ever be sampled from p. Only the gradients are meaningful, not the value.
 
-    Taken over the last axis of the logits (batch, ..., classes), wherever the batch has no padding; it needs no labels.
-    With labels in the batch that mark some positions as not counted, as masked language modelling does, over the rest.
+    Scores the last axis of the logits (batch, ..., classes) at every position without padding; labels are not needed.
+    If the batch has labels that ignore some positions (< 0), as in masked language modelling, only the others count.
     """
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._generator: torch.Generator | None = None
-        self._doubt, self._scored = 0.0, 0
+        self._uncertainty, self._scored = 0.0, 0
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, int]:
         logits = logits_of(outputs)
         counted = _counted(batch, logits.shape[:-1])
         flat = (logits[counted] if counted is not None else logits.flatten(0, -2)).float()
-        if not bool(torch.isfinite(flat.detach().logsumexp(-1)).all()):  # -inf rules a class out, which is all right
+        if not bool(torch.isfinite(flat.detach().logsumexp(-1)).all()):  # -inf only excludes a class
             raise CalibrationError("the model's logits hold NaN or Inf; check the data or the model")
         if self._generator is None or self._generator.device != flat.device:
             self._generator = torch.Generator(flat.device).manual_seed(self._seed)
         at_a_time = max(1, WIDE // flat.shape[-1])
-        slopes = torch.cat([self._slopes(part, self._generator) for part in torch.split(flat.detach(), at_a_time)])
+        gradients = torch.cat(
+            [self._logit_gradients(part, self._generator) for part in torch.split(flat.detach(), at_a_time)]
+        )
         self._scored += len(flat)
-        return (flat * slopes).sum(), len(flat)
+        return (flat * gradients).sum(), len(flat)
 
     @property
-    def doubt(self) -> float:
-        """The mean probability, so far, that two classes drawn from one prediction differ: 1 - ||p||^2."""
-        return self._doubt / max(1, self._scored)
+    def uncertainty(self) -> float:
+        """The mean Gini impurity 1 - ||p||^2 so far: probability that two classes sampled from a prediction differ."""
+        return self._uncertainty / max(1, self._scored)
 
-    def _slopes(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """Gradients (n, classes) at these logits, weighed. In fp64: 1 - p is what matters of a p near 1."""
+    def _logit_gradients(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """Weighted gradients (n, classes) at logits (n, classes). In fp64, since 1 - p matters for p near 1."""
         log_p = logits.double().log_softmax(-1)
         p, rest = log_p.exp(), -log_p.expm1()
         squares = p.square().sum(-1, keepdim=True)
         lengths = (rest.square() + (squares - p.square()).clamp(min=0)).sqrt()
         q = p * lengths
         total = q.sum(-1, keepdim=True)
-        self._doubt += float((p * rest).sum())
-        drawn = torch.multinomial(q.clamp(min=TINY), 1, generator=generator)
-        slopes = p.scatter(-1, drawn, -rest.gather(-1, drawn))
-        weights = (total / lengths.gather(-1, drawn).clamp(min=TINY)).sqrt()  # sqrt(p / q)
-        signs = 1 - 2 * torch.randint(2, drawn.shape, generator=generator, device=drawn.device)
-        return (slopes * weights * signs).to(logits.dtype)
+        self._uncertainty += float((p * rest).sum())
+        classes = torch.multinomial(q.clamp(min=TINY), 1, generator=generator)
+        gradients = p.scatter(-1, classes, -rest.gather(-1, classes))
+        weights = (total / lengths.gather(-1, classes).clamp(min=TINY)).sqrt()  # sqrt(p / q)
+        signs = 1 - 2 * torch.randint(2, classes.shape, generator=generator, device=classes.device)
+        return (gradients * weights * signs).to(logits.dtype)
 
 
 def logits_of(outputs: Outputs) -> Tensor:
-    """The logits (batch, ..., classes) of a model's outputs. Raises CalibrationError where there are none."""
-    found = outputs
+    """The logits (batch, ..., classes) of a model's outputs. Raises CalibrationError if there are none."""
+    logits = outputs
     if isinstance(outputs, Mapping):
-        found = outputs.get("logits")
+        logits = outputs.get("logits")
     elif not isinstance(outputs, Tensor):
-        found = getattr(outputs, "logits", None)
-    if not isinstance(found, Tensor) or found.ndim < 2:
+        logits = getattr(outputs, "logits", None)
+    if not isinstance(logits, Tensor) or logits.ndim < 2:
         raise CalibrationError(
-            f"the model gives {type(outputs).__name__} without logits; pass a loss, or use the importance activations"
+            f"the model returns {type(outputs).__name__} without logits; pass a loss, or use importance activations"
         )
-    return found
+    return logits
 
 
 def _counted(batch: Batch, shape: torch.Size) -> Tensor | None:

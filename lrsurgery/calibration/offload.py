@@ -1,4 +1,4 @@
-"""Models whose blocks stay on disk until they are run."""
+"""Models whose blocks stay on disk until they run."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def in_memory(block: nn.Module) -> Iterator[None]:
-    """Hold the weights that accelerate keeps on disk for a block in memory, from the first line to the last.
+def hold_in_memory(block: nn.Module) -> Iterator[None]:
+    """Hold the offloaded weights of a block in memory within this context; other models are unaffected.
 
-    Nothing happens to other models. A layer put in place of one from disk stays in memory afterwards.
+    A layer that replaces an offloaded one stays in memory afterwards.
     """
     loaded = []
     try:
-        for module, hook in _offloading(block):
+        for module, hook in _offload_hooks(block):
             hook.pre_forward(module)
-            hook.offload = False  # or each call would load and drop them
+            hook.offload = False  # otherwise each call would load and drop the weights
             loaded.append((module, hook))
         yield
     finally:
@@ -32,7 +32,7 @@ def in_memory(block: nn.Module) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
-def _offloading(block: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
+def _offload_hooks(block: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
     hooked = [(module, module._hf_hook) for module in block.modules() if hasattr(module, "_hf_hook")]
     if not hooked:
         return []
@@ -47,11 +47,11 @@ def _offloading(block: nn.Module) -> list[tuple[nn.Module, AlignDevicesHook]]:
 def load_offloaded(
     load: Callable[..., nn.Module], skeleton: nn.Module, blocks: Sequence[str], folder: Path, device: str = "cpu"
 ) -> nn.Module:
-    """What `load(device_map=..., offload_folder=...)` gives with the weights of `blocks` on disk, others on `device`.
+    """Load a model by `load(device_map=..., offload_folder=...)` with `blocks` on disk and the rest on `device`.
 
-    `load` ends in transformers' `from_pretrained`; `skeleton` is the same model on the meta device. Safetensors are
-    read where they lie, in the dtype asked for. Only pickles, and tensors that transformers converts as it loads (the
-    experts of most mixtures), are written to `folder` first, which then must stay as long as the model.
+    `load` passes its arguments to transformers' `from_pretrained`; `skeleton` is the same model on the meta device.
+    Safetensors files are read in place. Pickles, and tensors that transformers converts on loading (the experts of most
+    mixtures), are first written to `folder`, which must then exist as long as the model.
     """
     places: dict[str, str] = {}
 

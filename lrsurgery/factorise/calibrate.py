@@ -106,13 +106,13 @@ def calibrate(
         limit=limit,
         listener=listener,
     )
-    if fisher and loss.doubt < SURE:
+    if fisher and loss.uncertainty < SURE:
         listener.note(
-            f"the model is sure of all that it sees (chance of another answer: {loss.doubt:.1g}): take the predicted"
+            f"the model is sure of all that it sees (chance of another answer: {loss.uncertainty:.1g}): take the predicted"
             " loss for an order of layers alone; data that it has not learnt by heart say more"
         )
     shutil.rmtree(folder / "offload", ignore_errors=True)
-    missing = found.unseen()
+    missing = found.unused_layers()
     if missing:
         listener.note(
             f"{len(missing)} layers received no calibration input ({missing[0]}, ...); plain SVD is used for them"

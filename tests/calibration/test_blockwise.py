@@ -18,8 +18,8 @@ import transformers as tf
 from torch import Tensor, nn
 
 from lrsurgery.calibration.blocks import find_blocks
-from lrsurgery.calibration.blockwise import lockstep as visits
-from lrsurgery.calibration.offload import in_memory, load_offloaded
+from lrsurgery.calibration.blockwise import visit_blocks as visits
+from lrsurgery.calibration.offload import hold_in_memory, load_offloaded
 from lrsurgery.surgery.apply import replace_module_
 
 SMALL: dict[str, Any] = {
@@ -521,14 +521,14 @@ def test_a_block_goes_back_to_disk_when_its_use_fails(tmp_path: Path) -> None:
     assert in_cpu_memory(model) == ["model.layers.2"]
 
     def fail() -> None:
-        with in_memory(model.get_submodule(blocks[0])):
+        with hold_in_memory(model.get_submodule(blocks[0])):
             assert in_cpu_memory(model) == [blocks[0], "model.layers.2"]
             raise ValueError("here")
 
     with pytest.raises(ValueError, match="here"):
         fail()
     assert in_cpu_memory(model) == ["model.layers.2"]
-    with in_memory(model.get_submodule("model.layers.2")):
+    with hold_in_memory(model.get_submodule("model.layers.2")):
         assert in_cpu_memory(model) == ["model.layers.2"]
     assert in_cpu_memory(model) == ["model.layers.2"]
 
@@ -543,7 +543,7 @@ def test_a_block_with_several_hooks_is_held_in_memory() -> None:
     add_hook_to_module(model[0], ModelHook())
     attach_align_device_hook(model, execution_device="cpu", offload=True, weights_map=weights)
     assert isinstance(model[0]._hf_hook, SequentialHook)
-    with in_memory(model):
+    with hold_in_memory(model):
         assert torch.equal(model(x), wanted)
         assert in_cpu_memory(model) == ["0", "2", "4"]
     assert in_cpu_memory(model) == []

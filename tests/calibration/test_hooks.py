@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import lrsurgery
-from lrsurgery.calibration.collect import Memory as InMemory
-from lrsurgery.calibration.collect import collect, split
+from lrsurgery.calibration.collect import MemoryStore, collect, split
 from lrsurgery.calibration.loss import SampledLoss
 from lrsurgery.calibration.statistics import LayerUse, Moments, StatisticsWriter
 from lrsurgery.checkpoints.upstream.transformers import checkpoint_blocks_
@@ -167,7 +166,7 @@ def test_a_shared_layer_adds_up_and_an_unused_one_says_so() -> None:
     statistics = lrsurgery.collect_statistics(model, [x], importance="activations")
     again = model.layer(x).detach()
     torch.testing.assert_close(statistics.moments("layer").inputs, (x.T @ x + again.T @ again) / 16)
-    assert statistics.unseen() == ["unused"]
+    assert statistics.unused_layers() == ["unused"]
     assert statistics.metric("unused") is None
     before = model.unused.weight.detach().clone()
     lrsurgery.factorise_(model, rank=2, statistics=statistics, allow_larger=True)
@@ -194,7 +193,7 @@ def test_several_passes_and_running_blocks_again_change_nothing() -> None:
     rows = rows_of(model)
 
     def collected(limit: int | None) -> dict[str, Any]:
-        found = collect(model, batches, rows, importance="fisher", loss=Cycle(), store=InMemory(), limit=limit)
+        found = collect(model, batches, rows, importance="fisher", loss=Cycle(), store=MemoryStore(), limit=limit)
         return {name: (found.uses[name], found.moments(name)) for name in found.uses}
 
     once = collected(None)
@@ -335,16 +334,16 @@ def test_only_what_counts_is_scored(marked: str) -> None:
     assert logits.grad is not None
     assert torch.equal(logits.grad.abs().sum(-1) > 0, counted)
     p = logits.detach()[counted].softmax(-1)
-    assert loss.doubt == pytest.approx(float((1 - p.square().sum(-1)).mean()), rel=1e-5)
+    assert loss.uncertainty == pytest.approx(float((1 - p.square().sum(-1)).mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize("kept", ["in memory", "in a folder"])
 def test_what_was_seen_on_two_occasions_adds_up(kept: str, tmp_path: Path) -> None:
     x, g = torch.randn(9, 4), torch.randn(9, 3)
-    store = InMemory() if kept == "in memory" else StatisticsWriter(tmp_path)
+    store = MemoryStore() if kept == "in memory" else StatisticsWriter(tmp_path)
     for rows in (slice(0, 2), slice(2, 9)):
-        part, seen = x[rows], LayerUse("linear", 3, 4, len(x[rows]), len(x[rows]))
-        store.add("layer", seen, Moments(part.T @ part / len(part), g[rows].T @ g[rows]))
+        part, use = x[rows], LayerUse("linear", 3, 4, len(x[rows]), len(x[rows]))
+        store.add("layer", use, Moments(part.T @ part / len(part), g[rows].T @ g[rows]))
     found = store.finish({"metric": "fisher"})
     assert (found.uses["layer"].positions, found.uses["layer"].outputs) == (9, 9)
     torch.testing.assert_close(found.moments("layer").inputs, x.T @ x / 9)
@@ -354,7 +353,7 @@ def test_what_was_seen_on_two_occasions_adds_up(kept: str, tmp_path: Path) -> No
 def test_statistics_of_another_scheme_or_shape_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3))
     statistics = lrsurgery.collect_statistics(model, [torch.randn(2, 3, 6, 6)], importance="activations")
-    with pytest.raises(CalibrationError, match="0 was seen as conv2d-channel and is to become conv2d-spatial"):
+    with pytest.raises(CalibrationError, match="0 was calibrated as conv2d-channel, but is planned as conv2d-spatial"):
         lrsurgery.factorise_(model, rank=1, conv="spatial", statistics=statistics)
     with pytest.raises(CalibrationError, match=r"0 was \(5, 27\) and is \(6, 27\) here"):
         lrsurgery.factorise_(nn.Sequential(nn.Conv2d(3, 6, 3)), rank=1, statistics=statistics)
@@ -392,7 +391,7 @@ def test_without_gradients_statistics_are_those_of_the_activations() -> None:
 def test_moments_of_few_positions_are_damped_more(positions: int, shares: tuple[float, float]) -> None:
     """By (size / 2 positions)^2 of the inputs' mean diagonal, (size / positions)^2 of the gradients'; at most by 1."""
     x, g = torch.randn(50, 4), torch.randn(50, 3)
-    store = InMemory()
+    store = MemoryStore()
     store.add("layer", LayerUse("linear", 3, 4, positions, positions), Moments(x.T @ x, g.T @ g))
     metric = store.finish({"metric": "fisher"}).metric("layer")
     assert metric is not None

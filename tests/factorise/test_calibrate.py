@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lrsurgery
 from lrsurgery.calibration import collect as calibration
-from lrsurgery.calibration.collect import Memory, collect_sequentially
+from lrsurgery.calibration.collect import MemoryStore, collect_sequentially
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.factorise import calibrate
 from lrsurgery.factorise.options import parse_options
@@ -343,7 +343,7 @@ def test_sequential_sees_blocks_after_those_before_are_replaced(place: Path) -> 
         by_hand |= {name: known.moments(name).inputs for name in known.uses}
         lrsurgery.factorise_(step, rank=0.4, include=block, statistics=known)
     done = copy.deepcopy(model)
-    found = collect_sequentially(done, batches, plan, lambda name: None, init="spectral", seed=0, store=Memory())
+    found = collect_sequentially(done, batches, plan, lambda name: None, init="spectral", seed=0, store=MemoryStore())
     assert set(found.uses) == set(by_hand)
     for name, wanted in by_hand.items():
         torch.testing.assert_close(found.moments(name).inputs, wanted, rtol=1e-4, atol=1e-5)
@@ -422,7 +422,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "both": (["--rank", "0.5", "--statistics", "{}/s", "--calibration", "x.txt"], "are both given; leave one out"),
     "another model": (
         ["--rank", "0.5", "--statistics", "{}/statistics", "--model", "llama"],
-        "take them anew, or --exclude it",
+        "is missing; collect them again, or add --exclude '",
     ),
     "he": ([*TEXT, "--init", "he"], "--calibration would change nothing"),
     "block too long": ([*TEXT, "--block-size", "99"], "longer than the 32 positions"),
