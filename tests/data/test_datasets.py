@@ -8,8 +8,17 @@ import datasets
 import pytest
 from support import tiny
 
-from lrsurgery.data.datasets import digest_of, open_data
+from lrsurgery.data.datasets import (
+    EVAL_SPLITS,
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    column_names,
+    digest_of,
+    open_data,
+    pick_column,
+)
 from lrsurgery.data.text import encode
+from lrsurgery.errors import DataError
 
 TEXTS = ["one row of text,\nwith a comma", "another row", 'a "third" one']
 
@@ -69,3 +78,48 @@ def test_a_fingerprint_notices_a_change(tmp_path: Path, monkeypatch: pytest.Monk
     assert digest_of(None, None, None) == none  # what lies in the current folder is no data
     file.write_text("abd")
     assert digest_of(str(file), None, None) != before
+
+
+def test_the_first_preferred_split_is_taken(tmp_path: Path) -> None:
+    splits = {name: datasets.Dataset.from_dict({"text": [name]}) for name in ("other", "test", "validation", "train")}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "all")
+    del splits["train"]
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "held out")
+    place = str(tmp_path / "all")
+    assert open_data(place)["text"][:] == ["train"]
+    assert open_data(place, prefer=EVAL_SPLITS)["text"][:] == ["validation"]
+    assert open_data(place, split="other")["text"][:] == ["other"]
+    with pytest.raises(DataError, match="several splits among other, test, validation; name one with --split"):
+        open_data(str(tmp_path / "held out"))
+    with pytest.raises(DataError, match="no split 'best' among other, test, validation, train"):
+        open_data(place, split="best")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("absent.txt", None, "no such file or folder"),
+        ("empty.txt", "", "is empty"),
+        ("notes.docx", "words", r"not a data file; known endings: \.txt, "),
+        ("torn.jsonl", '{"text": "a"\n{', "cannot be read as a dataset"),
+    ],
+    ids=["absent", "empty", "unknown ending", "damaged"],
+)
+def test_a_file_that_holds_no_data_is_named(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=f"{name}: {message}"):
+        open_data(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["held", "streamed"])
+def test_a_column_is_asked_for_or_usual(tmp_path: Path, streaming: bool) -> None:
+    (tmp_path / "rows.csv").write_text("words,content,text\na,b,c\n")
+    rows = open_data(str(tmp_path / "rows.csv"), streaming=streaming)
+    assert column_names(rows) == ["words", "content", "text"]
+    assert pick_column(rows, None, TEXT_COLUMNS, "text", "rows") == "text"
+    assert pick_column(rows, "words", TEXT_COLUMNS, "text", "rows") == "words"
+    with pytest.raises(DataError, match="rows: no column 'lines'; it has words, content, text"):
+        pick_column(rows, "lines", TEXT_COLUMNS, "text", "rows")
+    with pytest.raises(DataError, match=r"rows: which column holds the label.* say --label-column"):
+        pick_column(rows, None, LABEL_COLUMNS, "label", "rows")
