@@ -35,7 +35,7 @@ COLUMNS = {
     "relative_error": "{:.2%}",
     "predicted_loss": "{:.3g}",
 }
-TITLES = {"parameters_after": "parameters"}  # of a card, which leaves the dense layer's out
+TITLES = {"parameters_after": "parameters", "kept": "kept"}  # where the column's own is not a card's
 
 
 def model_card(report: Report, source: Source, name: str, config: Json, training: Sequence[str] = ()) -> str:

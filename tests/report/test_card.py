@@ -200,6 +200,7 @@ def test_other_tasks() -> None:
 # --- what it says
 
 
+@pytest.mark.process
 def test_the_loading_code_runs(gpt2: Path, tmp_path: Path) -> None:
     half(gpt2, tmp_path / "half")
     (code,) = snippets(tmp_path / "half")
@@ -217,6 +218,7 @@ def test_the_loading_code_runs(gpt2: Path, tmp_path: Path) -> None:
     assert said.split() == ["GPT2LMHeadModel", str(report.parameters_before)]
 
 
+@pytest.mark.process
 def test_the_loading_code_of_timm_runs(tmp_path: Path) -> None:
     half(tiny.save_timm(tmp_path / "dense"), tmp_path / "half")
     run("export", tmp_path / "half", "--to", "dense", "--output", tmp_path / "back")

@@ -263,6 +263,8 @@ def test_settings_are_those_that_the_recipe_names(folders: Path, tmp_path: Path)
     (tmp_path / "metrics.jsonl").write_bytes((folders / "frobenius" / "metrics.jsonl").read_bytes())
     bare = read_run(tmp_path)["settings"]
     assert (bare["lr"], bare["decay"], bare["rank"], bare["steps"]) == (None, None, [], 6)
+    for ending in ("txt", "md"):
+        assert tiny.run("report", tmp_path, "--output", tmp_path / f"shown.{ending}") == 0
     (tmp_path / "recipe.yaml").write_text("lr: 1e-2\nbatch-size: 4\nrank: 0.5\n")  # YAML takes 1e-2 for text
     partial = read_run(tmp_path)["settings"]
     assert (partial["lr"], partial["batch_size"], partial["rank"], partial["seed"]) == (0.01, 4, ["0.5"], None)
@@ -396,6 +398,7 @@ def run(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=cwd)
 
 
+@pytest.mark.process
 def test_the_command_writes_every_format(folders: Path, tmp_path: Path) -> None:
     shown = run(folders / "half", "--json")
     body = json.loads(shown.stdout)
@@ -413,12 +416,16 @@ def test_the_command_writes_every_format(folders: Path, tmp_path: Path) -> None:
     assert refused.stderr == f"lrsurgery: {tmp_path / 'a.json'}: exists already; replace it with --overwrite\n"
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--format", "pdf"), "unknown format 'pdf'; known: terminal, json, markdown, html"),
+        (
+            ("--format", "pdf"),
+            "Invalid value for '--format' / '-f': 'pdf' is not one of 'csv', 'html', 'json'",
+        ),
         (("--output", "a.doc"), "a.doc: say what to write with --format, or end the name in"),
-        (("--sort", "size"), "unknown sort 'size'; known: model, name, params, error"),
+        (("--sort", "size"), "Invalid value for '--sort': 'size' is not one of 'model', 'name', 'params', 'error'"),
         (("--json", "--format", "html"), "--json and --format html exclude each other"),
         (("--output", "no/such/a.md"), "no/such/a.md: cannot be written (No such file or directory)"),
     ],
