@@ -210,7 +210,7 @@ def _text(
 
 
 def position_limit(config: PreTrainedConfig) -> tuple[int | None, bool]:
-    """The most tokens that a text model's config names, and whether its positions are relative, so that more work."""
+    """Read the most tokens that a text model's config names, and whether positions are relative, so that more work."""
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     if limit is not None and config.model_type in SHIFTED_POSITIONS:
         limit -= 2
@@ -255,7 +255,7 @@ def _labelled(
 
     tokenizer = load_tokenizer(subject.source, trust_remote_code)
     config = subject.config
-    if config.pad_token_id is None:
+    if task.needs_padding and config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
     asked = options.text_column.split(",") if options.text_column else [None]
     columns = [pick_column(rows.rows, c, TEXT_COLUMNS, "text", rows.reference) for c in asked]

@@ -53,6 +53,7 @@ class Task:
     generates: bool = False  # decodes token by token
     masks: bool = False  # hides the tokens that it predicts
     takes_images: bool = False
+    needs_padding: bool = False  # the head finds the last token by the padding token in the config
 
 
 CAUSAL_LM = Task(
@@ -82,6 +83,7 @@ SEQUENCE_CLASSIFICATION = Task(
     unit="sentences",
     figures=("loss", "scored", "top1"),
     align=_one_class,
+    needs_padding=True,
 )
 IMAGE_CLASSIFICATION = Task(
     name="image-classification",
@@ -96,7 +98,6 @@ IMAGE_CLASSIFICATION = Task(
 TASKS = {task.name: task for task in (CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)}
 TIMM = IMAGE_CLASSIFICATION  # the task of every timm model
 
-AUTO_CLASSES = {name: task.auto_class for name, task in TASKS.items()}
 LANGUAGE = tuple(name for name, task in TASKS.items() if task.is_language)
 
 

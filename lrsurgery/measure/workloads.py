@@ -21,7 +21,7 @@ from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model, load_timm, load_with_head
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.data.examples import position_limit
-from lrsurgery.data.tasks import AUTO_CLASSES, LANGUAGE, is_for, task_of
+from lrsurgery.data.tasks import TASKS, TIMM, is_for, task_of
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight
@@ -61,10 +61,10 @@ class Contender:
         """Read the config alone. Raises SurgeryError for a model or a task that cannot be measured."""
         source = resolve(reference)
         task = task or task_of(source)
-        if source.library == "timm" and task != "image-classification":
-            raise SurgeryError(f"task {task}: timm models are for image-classification")
+        if source.library == "timm" and task != TIMM.name:
+            raise SurgeryError(f"task {task}: timm models are for {TIMM.name}")
         skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
-        if task == "image-classification":
+        if TASKS[task].takes_images:
             size = _image_size(source, skeleton)
             return Contender(source=source, task=task, size=size, trust_remote_code=trust_remote_code)
         config = _text_config(skeleton)
@@ -89,9 +89,9 @@ class Contender:
             place: str | Path = source.folder if source.folder is not None else source.reference
             model = load_model(place, dtype=dtype, trust_remote_code=self.trust_remote_code)
         else:
-            name = AUTO_CLASSES[self.task]
+            name = TASKS[self.task].auto_class
             model, _ = load_with_head(source, name, trust_remote_code=self.trust_remote_code, dtype=dtype)
-        if self.task == "sequence-classification" and _text_config(model).pad_token_id is None:
+        if TASKS[self.task].needs_padding and _text_config(model).pad_token_id is None:
             _text_config(model).pad_token_id = 0  # a decoder without one takes a single sentence at most
         # torch's counter of FLOPs would look for gradients, which are never computed here
         return model.to(device).requires_grad_(False)
@@ -99,14 +99,12 @@ class Contender:
     @property
     def works(self) -> tuple[str, ...]:
         """The kinds of work that the task has."""
-        return (PREFILL, DECODE) if self.task == "causal-lm" else (FORWARD,)
+        return (PREFILL, DECODE) if TASKS[self.task].generates else (FORWARD,)
 
     @property
     def unit(self) -> str:
         """What throughput counts."""
-        if self.task in LANGUAGE:
-            return "tokens"
-        return "images" if self.task == "image-classification" else "sentences"
+        return TASKS[self.task].unit
 
     def units(self, work: str, batch: int, length: int) -> int:
         """Units of one pass; a pass of decode is one token of each sequence."""
