@@ -27,7 +27,7 @@ WAYS: dict[str, list[str]] = {
 
 
 def lrsurgery(*arguments: object) -> dict[str, Any]:
-    """Runs the program; what it says in JSON."""
+    """Run the program and return its JSON output."""
     command = [sys.executable, "-m", "lrsurgery", *map(str, arguments), "--json"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
     found: dict[str, Any] = json.loads(done.stdout)

@@ -19,7 +19,7 @@ TEST = 25  # images of a letter
 
 
 def draw(letter: str, random: Random) -> Image.Image:
-    """A letter on a dark ground: its angle, place, brightness and noise are drawn by `random`."""
+    """Draw a letter on a dark ground with random angle, place, brightness and noise."""
     image = Image.new("L", (SIZE, SIZE), random.randrange(60))
     font = ImageFont.load_default(size=random.randrange(16, 24))
     place = (SIZE // 2 + random.randrange(-3, 4), SIZE // 2 + random.randrange(-3, 4))
@@ -29,7 +29,7 @@ def draw(letter: str, random: Random) -> Image.Image:
 
 
 def images(count: int, seed: int) -> Dataset:
-    """So many images of each letter, with the letters as their classes."""
+    """Draw `count` images of each letter; the letters are the classes."""
     random = Random(seed)
     labels = [label for label in range(len(LETTERS)) for _ in range(count)]
     columns = {"image": [draw(LETTERS[label], random) for label in labels], "label": labels}
@@ -38,7 +38,7 @@ def images(count: int, seed: int) -> Dataset:
 
 
 def write(folder: Path, count: int) -> None:
-    """Splits train and test, as `datasets` saves them; a folder FOLDER/SPLIT/CLASS/FILE.png would do as well."""
+    """Write the splits train and test as `datasets` saves them; FOLDER/SPLIT/CLASS/FILE.png would do as well."""
     DatasetDict(train=images(count, seed=0), test=images(TEST, seed=1)).save_to_disk(folder)
 
 

@@ -1,4 +1,4 @@
-"""lrsurgery as a library: a loop of one's own around a factorised network, with Frobenius decay of its layers.
+"""lrsurgery as a library: your own training loop around a factorised network, with Frobenius decay of its layers.
 
     python examples/own_training_loop.py --output own
 
@@ -25,7 +25,7 @@ STRENGTH = 0.3
 
 
 def batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Noisy waves (count, 3, SIZE, SIZE) of any phase, and which of the CLASSES directions each runs in (count,)."""
+    """Draw noisy waves (count, 3, SIZE, SIZE) of random phase, and the direction of each as its class (count,)."""
     labels = torch.randint(CLASSES, (count,), generator=generator)
     angle, phase = labels * torch.pi / CLASSES, torch.rand(count, generator=generator) * 2 * torch.pi
     y, x = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing="ij")
@@ -36,7 +36,7 @@ def batch(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module) -> float:
-    """On images that no training sees."""
+    """Measure the accuracy on images that training does not see."""
     pixels, labels = batch(400, torch.Generator().manual_seed(1))
     return float(model.eval()(pixels).argmax(-1).eq(labels).float().mean())
 

@@ -2,9 +2,9 @@
 
     python examples/perplexity.py TEXT MODEL [MODEL ...] [--block-size N] [--device DEVICE] [--json]
 
-The text is tokenised as a whole with each model's own tokenizer and cut into consecutive, non-overlapping blocks.
-Within a block every token but the first is predicted from the ones before it; the reported loss is the mean over all
-predicted tokens of the text, the last, shorter block included, and the perplexity is its exponential.
+The text is tokenised as a whole with each model's own tokenizer and cut into consecutive, non-overlapping sequences.
+Within a sequence every token but the first is predicted from the ones before it; the reported loss is the mean over all
+predicted tokens of the text, the last, shorter sequence included, and the perplexity is its exponential.
 
 Losses are per token, so they compare only models that share a tokenizer: a checkpoint before and after surgery does.
 """
@@ -59,25 +59,25 @@ def maximum_positions(model: Any) -> int | None:
 
 @torch.no_grad()
 def measure(model: Any, ids: list[int], block_size: int | None = None) -> Measurement:
-    """Measure ``model`` on the token ids of a text, in non-overlapping blocks of ``block_size`` tokens."""
+    """Measure ``model`` on the token ids of a text, in non-overlapping sequences of ``block_size`` tokens."""
     limit = maximum_positions(model)
     size = block_size or limit
     if size is None:
         raise SystemExit("the model's configuration names no maximum length: pass --block-size")
     if limit is not None and size > limit:
-        raise SystemExit(f"blocks of {size} tokens are too long for a model of at most {limit}")
+        raise SystemExit(f"sequences of {size} tokens are too long for a model of at most {limit}")
     was_training = model.training
     model.eval()
     total, predicted = 0.0, 0
-    # One block at a time: no padding and no batch dimension, so nothing but the text and the model affects the sum.
+    # One sequence at a time: no padding and no batch dimension, so nothing but the text and the model affects the sum.
     for start in range(0, len(ids), size):
-        block = torch.tensor([ids[start : start + size]], device=model.device)
-        if block.shape[1] < 2:
+        sequence = torch.tensor([ids[start : start + size]], device=model.device)
+        if sequence.shape[1] < 2:
             continue  # a lone last token has nothing before it to be predicted from
-        logits = model(input_ids=block, use_cache=False).logits[0, :-1].float()
-        # Summed in float64, token by token, so that a short last block weighs exactly what its tokens weigh.
-        total += float(cross_entropy(logits, block[0, 1:], reduction="none").double().sum())
-        predicted += block.shape[1] - 1
+        logits = model(input_ids=sequence, use_cache=False).logits[0, :-1].float()
+        # Summed in float64, token by token, so that a short last sequence weighs exactly what its tokens weigh.
+        total += float(cross_entropy(logits, sequence[0, 1:], reduction="none").double().sum())
+        predicted += sequence.shape[1] - 1
     model.train(was_training)
     if not predicted:
         raise SystemExit("the text is too short: it has no token to predict")
@@ -107,7 +107,7 @@ def print_table(results: dict[str, Measurement]) -> None:
 
     table = Table(box=None, pad_edge=False)
     table.add_column("model", overflow="fold")
-    for title in ("parameters", "tokens", "block", "loss/token", "perplexity"):
+    for title in ("parameters", "tokens", "sequence", "loss/token", "perplexity"):
         table.add_column(title, justify="right", no_wrap=True)
     for name, m in results.items():
         counts = f"{m.parameters:,}", f"{m.tokens:,}", str(m.block_size)
@@ -121,7 +121,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Perplexity of causal language models on a text file.")
     parser.add_argument("text", type=Path, metavar="TEXT", help="UTF-8 text file")
     parser.add_argument("models", nargs="+", metavar="MODEL", help="checkpoint folder or hub name")
-    parser.add_argument("--block-size", type=int, metavar="N", help="tokens per block (default: the model's maximum)")
+    parser.add_argument(
+        "--block-size", type=int, metavar="N", help="tokens per sequence (default: the model's maximum)"
+    )
     parser.add_argument("--device", default="cpu", help="torch device to measure on (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON, one object per model, instead of a table")
     args = parser.parse_args()

@@ -24,7 +24,7 @@ from transformers import GPT2Config, GPT2Tokenizer
 EOT = "<|endoftext|>"
 SEPARATOR = f"\n{EOT}"  # spelled out between documents: whoever tokenises valid.txt gets the tokens trained on
 VOCAB = 2048
-BLOCK = 256
+LENGTH = 256  # tokens of a sequence
 VALID_PERCENT = 5
 VALID_BYTES = 120_000
 # Not documentation of the library: tests, an application, a test-like package, and whatever was installed later.
@@ -105,7 +105,7 @@ def make_tokenizer(documents: list[str]) -> Any:
     )
     tokenizer.train_from_iterator(documents, trainer)
     # GPT-2's own class: its name in tokenizer_config.json is one that every release of transformers can load.
-    wrapped: Any = GPT2Tokenizer(tokenizer_object=tokenizer, model_max_length=BLOCK)
+    wrapped: Any = GPT2Tokenizer(tokenizer_object=tokenizer, model_max_length=LENGTH)
     return wrapped
 
 
@@ -114,7 +114,7 @@ def make_config(tokenizer: Any) -> Any:
     eot = tokenizer.eos_token_id
     return GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=BLOCK,
+        n_positions=LENGTH,
         n_embd=160,
         n_layer=4,
         n_head=5,

@@ -24,7 +24,7 @@ PROMPT = "The return value is"
 
 
 def continuation(model: Path, prompt: str) -> str:
-    """What the model writes after the prompt, always its likeliest token."""
+    """Continue the prompt greedily with the model."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     network = AutoModelForCausalLM.from_pretrained(model)  # a factorised folder loads as any other
     inputs = tokenizer(prompt, return_tensors="pt")

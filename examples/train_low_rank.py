@@ -3,8 +3,8 @@
     python examples/train_low_rank.py --output low-rank
 
 The text is Python's own documentation, by examples/pydocs_text.py; the model and its tokenizer are made from it. Each
-layer is the truncated SVD of a fresh one (spectral init) from the first step on; then the factors are decayed each for
-itself (l2), or as the product that they stand for (frobenius). For all of the text: --steps 2000 --characters 0.
+layer starts as the truncated SVD of a random one (spectral init); then decay applies to each factor by itself (l2), or
+to the product of the two (frobenius). For all of the text: --steps 2000 --characters 0.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import lrsurgery
 
 DECAYS = ("l2", "frobenius")
 STRENGTH = 1.0
-BLOCK = 64  # tokens
+LENGTH = 64  # tokens of a sequence
 
 
 def write_inputs(folder: Path, characters: int) -> Path:
-    """train.txt and valid.txt, cut to so many characters (0: whole), and a model to be: config and tokenizer."""
+    """Write train.txt and valid.txt, cut to `characters` (0: whole), and the config and tokenizer of the model."""
     train, valid = make_split()
     for name, documents, most in (("train", train, characters), ("valid", valid, characters // 20)):
         text = SEPARATOR.join(documents)
@@ -32,7 +32,7 @@ def write_inputs(folder: Path, characters: int) -> Path:
     eot = tokenizer.eos_token_id
     config = GPT2Config(
         vocab_size=len(tokenizer),
-        n_positions=BLOCK,
+        n_positions=LENGTH,
         n_embd=96,
         n_layer=3,
         n_head=4,

@@ -49,7 +49,7 @@ if len(sys.argv) > 2:  # as a forward pass would touch them
 
 
 def make(folder: Path, layers: int) -> Path:
-    """The checkpoint in `folder`/layers-N, made where it is not there yet, in the memory of one shard."""
+    """Make the checkpoint `folder`/layers-N, unless it exists, in the memory of one shard."""
     target = folder / f"layers-{layers}"
     if (target / "config.json").is_file():
         return target
@@ -111,7 +111,7 @@ def _write_texts(target: Path, layers: int, weight_map: dict[str, str], total: i
 
 
 def halve(whole: Path, layers: int) -> Path:
-    """The first `layers` layers of a checkpoint, with its ends, as links to the same shards."""
+    """Make a checkpoint of the first `layers` layers and the ends of another, as links to its shards."""
     target = whole.with_name(f"layers-{layers}")
     if (target / "config.json").is_file():
         return target
@@ -129,7 +129,7 @@ def halve(whole: Path, layers: int) -> Path:
 
 
 def measure(folder: Path, layers: int, arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """One row: the command's peak and time on this checkpoint, and what was factorised in it."""
+    """Measure the command on this checkpoint: one row of peak, time and factorised matrices."""
     chosen = {"ends": [0, layers - 1], "one": [0], "all": list(range(layers))}[arguments.factorise]
     output = scratch / f"out-{layers}"
     shutil.rmtree(output, ignore_errors=True)
@@ -152,7 +152,7 @@ def measure(folder: Path, layers: int, arguments: argparse.Namespace, scratch: P
 
 
 def load(folder: Path, layers: int, size: float) -> dict[str, Any]:
-    """One row: what loading the checkpoint with `from_pretrained` takes, its weights touched once."""
+    """Measure loading the checkpoint with `from_pretrained` and touching its weights once: one row."""
     figures = run_measured([sys.executable, "-c", LOAD, str(folder), "touch"])
     return {
         "what": "from_pretrained",

@@ -31,22 +31,27 @@ import lrsurgery
 from lrsurgery.calibration.collect import call
 from lrsurgery.calibration.loss import logits_of
 from lrsurgery.checkpoints.source import resolve
-from lrsurgery.data.examples import calibration_examples, evaluation_examples, open_rows, prepare_subject
-from lrsurgery.data.examples import training_examples as to_train_on
+from lrsurgery.data.examples import (
+    calibration_examples,
+    evaluation_examples,
+    open_rows,
+    prepare_subject,
+    training_examples,
+)
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import LANGUAGE, Subject, task_of
 from lrsurgery.linalg import Factors, balance, truncated_svd
 from lrsurgery.linalg.weighted import second_order, weighted_factors, weighted_values
 from lrsurgery.surgery.layers import factor_weights
 
-BATCH = {True: 8, False: 64}  # blocks of text, images
+BATCH = {True: 8, False: 64}  # sequences, images
 Batch: TypeAlias = "dict[str, Tensor]"
 Truncate: TypeAlias = "Callable[[Tensor, int, lrsurgery.Statistics, str], Factors]"
 
 
 @dataclass(frozen=True)
-class Task:
-    """A model and all the data that it meets."""
+class Case:
+    """A model and its data."""
 
     subject: Subject
     language: bool
@@ -55,17 +60,17 @@ class Task:
     training: Callable[[int], Iterator[Batch]]  # steps
 
 
-def plain(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
+def plain_svd(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
     return truncated_svd(weight, rank)
 
 
-def scaled(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str, *, alpha: float) -> Factors:
+def scale_inputs(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str, *, alpha: float) -> Factors:
     scale = statistics.moments(name).inputs.diagonal().clamp(min=0).pow(alpha / 2) + 1e-6
     u, v = truncated_svd(weight * scale, rank)
     return balance(Factors(u, v / scale))
 
 
-def whitened(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
+def whiten(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
     moment = statistics.moments(name).inputs.double()
     root, failed = torch.linalg.cholesky_ex(moment)
     if failed:
@@ -76,19 +81,19 @@ def whitened(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: 
     return balance(Factors(u[:, :rank].to(weight), v.to(weight)))
 
 
-def in_metric(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
+def use_metric(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
     metric = statistics.metric(name)
     assert metric is not None
     return weighted_factors(weight, rank, metric).factors
 
 
 METHODS: dict[str, Truncate] = {
-    "plain SVD": plain,
-    "scaling, alpha 0.5 (ASVD)": functools.partial(scaled, alpha=0.5),
-    "scaling, alpha 1": functools.partial(scaled, alpha=1.0),
-    "whitening (SVD-LLM)": whitened,
-    "lrsurgery, activations": in_metric,
-    "lrsurgery, fisher": in_metric,
+    "plain SVD": plain_svd,
+    "scaling, alpha 0.5 (ASVD)": functools.partial(scale_inputs, alpha=0.5),
+    "scaling, alpha 1": functools.partial(scale_inputs, alpha=1.0),
+    "whitening (SVD-LLM)": whiten,
+    "lrsurgery, activations": use_metric,
+    "lrsurgery, fisher": use_metric,
 }
 BUDGET = "lrsurgery, fisher, one budget"
 
@@ -119,7 +124,7 @@ def size_of(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def predicted(dense: nn.Module, model: nn.Module, statistics: lrsurgery.Statistics) -> dict[str, float]:
+def predict_increase(dense: nn.Module, model: nn.Module, statistics: lrsurgery.Statistics) -> dict[str, float]:
     """What each factorised layer adds to the loss, by the second order of its metric."""
     found = {}
     for name, layer in lrsurgery.factorised_layers(model).items():
@@ -132,39 +137,39 @@ def predicted(dense: nn.Module, model: nn.Module, statistics: lrsurgery.Statisti
 
 
 @torch.no_grad()
-def measure(model: nn.Module, task: Task) -> dict[str, float]:
+def measure(model: nn.Module, case: Case) -> dict[str, float]:
     """Loss (nats) and top-1 on all that is held out."""
     total, right, count = 0.0, 0, 0
     model.eval()
-    for batch in task.heldout:
-        logits, answers = answered(model, batch, task)
+    for batch in case.heldout:
+        logits, answers = align_answers(model, batch, case)
         total += float(cross_entropy(logits, answers, reduction="sum"))
         right += int((logits.argmax(-1) == answers).sum())
         count += len(answers)
     return {"loss": total / count, "top-1": right / count}
 
 
-def answered(model: nn.Module, batch: Batch, task: Task) -> tuple[Tensor, Tensor]:
+def align_answers(model: nn.Module, batch: Batch, case: Case) -> tuple[Tensor, Tensor]:
     """The logits (n, classes) of all that is scored in a batch, and what is right."""
-    logits, labels = logits_of(run(model, batch, task)).float(), batch["labels"]
-    if task.language:
+    logits, labels = logits_of(run(model, batch, case)).float(), batch["labels"]
+    if case.language:
         logits, labels = logits[:, :-1], labels[:, 1:]
     counted = labels >= 0
     return logits[counted], labels[counted]
 
 
-def run(model: nn.Module, batch: Batch, task: Task) -> Any:
-    return call(model, batch if task.subject.source.library == "transformers" else batch["pixel_values"])
+def run(model: nn.Module, batch: Batch, case: Case) -> Any:
+    return call(model, batch if case.subject.source.library == "transformers" else batch["pixel_values"])
 
 
-def healed(model: nn.Module, task: Task, steps: int, lr: float) -> nn.Module:
+def heal(model: nn.Module, case: Case, steps: int, lr: float) -> nn.Module:
     """Trained for so many steps, the learning rate going down to 0."""
     torch.manual_seed(0)
     model = copy.deepcopy(model).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for batch in task.training(steps):
-        loss = cross_entropy(*answered(model, batch, task))
+    for batch in case.training(steps):
+        loss = cross_entropy(*align_answers(model, batch, case))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -173,7 +178,7 @@ def healed(model: nn.Module, task: Task, steps: int, lr: float) -> nn.Module:
     return model
 
 
-def prepared(arguments: argparse.Namespace) -> Task:
+def prepare(arguments: argparse.Namespace) -> Case:
     options = DataOptions(block_size=arguments.block_size, image_size=arguments.image_size)
     source = resolve(arguments.model)
     kind = task_of(source)
@@ -191,7 +196,7 @@ def prepared(arguments: argparse.Namespace) -> Task:
         ]
 
     heldout = evaluation_examples(subject, other, options)
-    train = to_train_on(subject, rows, options, seed=0, augment=False)
+    train = training_examples(subject, rows, options, seed=0, augment=False)
 
     def calibration(samples: int, seed: int) -> list[Batch]:
         examples, chosen = calibration_examples(subject, rows, options, samples, seed)
@@ -206,40 +211,40 @@ def prepared(arguments: argparse.Namespace) -> Task:
             yield dict(train.collate([train.dataset[i] for i in order[:size]]))
             order = order[size:]
 
-    return Task(subject, language, batches(heldout, range(len(heldout.dataset))), calibration, training)
+    return Case(subject, language, batches(heldout, range(len(heldout.dataset))), calibration, training)
 
 
-def known(task: Task, samples: int, seed: int, importance: str = "fisher") -> lrsurgery.Statistics:
-    batches: list[Any] = task.calibration(samples, seed)
-    if task.subject.source.library == "timm":
+def collect(case: Case, samples: int, seed: int, importance: str = "fisher") -> lrsurgery.Statistics:
+    batches: list[Any] = case.calibration(samples, seed)
+    if case.subject.source.library == "timm":
         batches = [batch["pixel_values"] for batch in batches]
-    return lrsurgery.collect_statistics(task.subject.body, batches, importance=importance, seed=seed)
+    return lrsurgery.collect_statistics(case.subject.body, batches, importance=importance, seed=seed)
 
 
 def over_seeds(values: Sequence[float]) -> str:
     return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
 
 
-def compare(task: Task, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def compare(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Each method at each share, over seeds of the calibration samples."""
-    dense = task.subject.body
-    seen = [known(task, arguments.samples, seed) for seed in range(arguments.seeds)]
-    rows = [row(task, "dense", 1.0, [dense], None)]
+    dense = case.subject.body
+    seen = [collect(case, arguments.samples, seed) for seed in range(arguments.seeds)]
+    rows = [row(case, "dense", 1.0, [dense], None)]
     for share in arguments.shares:
         for method in (*METHODS, BUDGET):
             seeds = seen[:1] if method == "plain SVD" else seen
             models = [surgery(dense, method, share, statistics) for statistics in seeds]
             again = None
             if arguments.steps and share == arguments.healed_share:
-                again = [healed(model, task, arguments.steps, arguments.lr) for model in models]
-            rows.append(row(task, method, share, models, again))
+                again = [heal(model, case, arguments.steps, arguments.lr) for model in models]
+            rows.append(row(case, method, share, models, again))
     return rows
 
 
 def row(
-    task: Task, method: str, share: float, models: list[nn.Module], again: list[nn.Module] | None
+    case: Case, method: str, share: float, models: list[nn.Module], again: list[nn.Module] | None
 ) -> dict[str, Any]:
-    found = [measure(model, task) for model in models]
+    found = [measure(model, case) for model in models]
     made = {
         "share": share,
         "method": method,
@@ -250,20 +255,20 @@ def row(
         "healed top-1": None,
     }
     if again is not None:
-        after = [measure(model, task) for model in again]
+        after = [measure(model, case) for model in again]
         made["healed loss"] = over_seeds([f["loss"] for f in after])
         made["healed top-1"] = over_seeds([f["top-1"] for f in after])
     print(".", end="", flush=True)
     return made
 
 
-def by_samples(task: Task, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def by_samples(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The loss right after surgery at one share, by the number of calibration samples."""
     share, rows = arguments.healed_share, []
     for samples in arguments.sensitivity:
-        statistics = known(task, samples, 0)
+        statistics = collect(case, samples, 0)
         found = {
-            method: measure(surgery(task.subject.body, method, share, statistics), task)["loss"]
+            method: measure(surgery(case.subject.body, method, share, statistics), case)["loss"]
             for method in (*METHODS, BUDGET)
             if method != "plain SVD"
         }
@@ -272,23 +277,23 @@ def by_samples(task: Task, arguments: argparse.Namespace) -> list[dict[str, Any]
     return rows
 
 
-def agreement(task: Task, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, list[list[float]]]]:
+def agreement(case: Case, arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], dict[str, list[list[float]]]]:
     """How the predicted increase of the loss and the measured one agree: over plans, and over layers one at a time."""
-    dense, statistics = task.subject.body, known(task, arguments.samples, 0)
-    before = measure(dense, task)["loss"]
+    dense, statistics = case.subject.body, collect(case, arguments.samples, 0)
+    before = measure(dense, case)["loss"]
     points: dict[str, list[list[float]]] = {"plans": [], "layers": []}
     for share in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95):
         for method in ("lrsurgery, fisher", BUDGET):
             model = surgery(dense, method, share, statistics)
-            expected = sum(predicted(dense, model, statistics).values())
-            points["plans"].append([expected, measure(model, task)["loss"] - before])
+            expected = sum(predict_increase(dense, model, statistics).values())
+            points["plans"].append([expected, measure(model, case)["loss"] - before])
     whole = copy.deepcopy(dense)
     lrsurgery.factorise_(whole, rank=f"params:{arguments.healed_share}")
     for name in lrsurgery.factorised_layers(whole):
         model = copy.deepcopy(dense)
         lrsurgery.factorise_(model, rank=f"params:{arguments.healed_share}", include=[name], statistics=statistics)
-        expected = sum(predicted(dense, model, statistics).values())
-        points["layers"].append([expected, measure(model, task)["loss"] - before])
+        expected = sum(predict_increase(dense, model, statistics).values())
+        points["layers"].append([expected, measure(model, case)["loss"] - before])
     rows = []
     for of, pairs in points.items():
         ratios = sorted(measured / expected for expected, measured in pairs if expected > 0)
@@ -310,14 +315,14 @@ def spearman(pairs: list[list[float]]) -> float:
     return float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def seconds(task: Task, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def seconds(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """What calibration takes beside the decompositions, in one process."""
-    dense = task.subject.body
-    statistics = known(task, arguments.samples, 0)
+    dense = case.subject.body
+    statistics = collect(case, arguments.samples, 0)
     share = arguments.healed_share
     work: dict[str, Callable[[], Any]] = {
-        "statistics, activations": lambda: known(task, arguments.samples, 0, "activations"),
-        "statistics, fisher": lambda: known(task, arguments.samples, 0),
+        "statistics, activations": lambda: collect(case, arguments.samples, 0, "activations"),
+        "statistics, fisher": lambda: collect(case, arguments.samples, 0),
         "decompositions, plain": lambda: lrsurgery.factorise_(copy.deepcopy(dense), rank=f"params:{share}"),
         "decompositions, in the metric": lambda: lrsurgery.factorise_(
             copy.deepcopy(dense), rank=f"params:{share}", statistics=statistics
@@ -370,16 +375,16 @@ def main() -> None:
     made.add_argument("--only", choices=("all", "samples"), default="all", help="the numbers of samples by themselves")
     made.add_argument("--name", default="calibration", help="of the results file")
     arguments = made.parse_args()
-    task = prepared(arguments)
+    case = prepare(arguments)
     if arguments.only == "samples":
-        finish(arguments.name, by_samples(task, arguments), arguments)
+        finish(arguments.name, by_samples(case, arguments), arguments)
         return
     parts = {
-        "samples": by_samples(task, arguments),
-        "seconds": seconds(task, arguments),
+        "samples": by_samples(case, arguments),
+        "seconds": seconds(case, arguments),
     }
-    parts["agreement"], points = agreement(task, arguments)
-    rows = compare(task, arguments)
+    parts["agreement"], points = agreement(case, arguments)
+    rows = compare(case, arguments)
     if not arguments.json:
         print()
         for name, part in parts.items():

@@ -1,12 +1,12 @@
 """Time and peak memory of calibration beside the surgery itself: whole commands, as processes.
 
-A GPT-2-small-shaped model with either metric, and a 7B-Llama-shaped bf16 checkpoint (13.5 GB; 27 GB in the fp32 that
-it runs in, more than many a machine has) with `--metric activations`, which goes block by block. Of the large one the
-three largest matrices of the last layer are factorised, before which all others have to run. Tokens are random: what
-they say is of no matter here.
+A GPT-2-small-shaped model with either importance, and a 7B-Llama-shaped bf16 checkpoint (13.5 GB; 27 GB in the fp32
+that it runs in, more than many machines have) with `--importance activations`, which works block by block. Of the large
+model the three largest matrices of the last layer are factorised, so that all other layers have to run before. Tokens
+are random: their content does not matter here.
 
-"own" is memory that holds something; "with files" counts pages of the checkpoint as well that are mapped at the time
-(transformers maps all of them once as it loads), which the system takes back when it needs them.
+"own" is anonymous memory; "with files" adds the pages of the checkpoint that are mapped at the time (transformers maps
+all of them once as it loads), which the system can take back.
 
     python examples/benchmarks/calibration_cost.py --folder /somewhere/with/15GB --save
 """
@@ -31,8 +31,8 @@ from harness import finish, parser, run_measured
 from processes import checkpoint
 
 
-def with_tokens(model: Path, vocabulary: int, count: int) -> Path:
-    """Rows of random tokens beside the model, into which a tokenizer of as many words is put."""
+def write_tokens(model: Path, vocabulary: int, count: int) -> Path:
+    """Write rows of random tokens beside the model, and a tokenizer of as many words into it."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -48,8 +48,8 @@ def with_tokens(model: Path, vocabulary: int, count: int) -> Path:
     return file
 
 
-def watched(command: list[str]) -> dict[str, float]:
-    """As `run_measured`, and the peak of what the command's process holds apart from mapped files."""
+def run_watched(command: list[str]) -> dict[str, float]:
+    """Run a command as `run_measured` does; also measure the peak of its memory without mapped files."""
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run_measured, command)
         own = 0
@@ -65,18 +65,18 @@ def watched(command: list[str]) -> dict[str, float]:
 def measure(
     what: str, model: Path, tokens: Path, rows: list[dict[str, Any]], arguments: argparse.Namespace, *more: str
 ) -> None:
-    """Adds a row for plain surgery and one for each metric."""
-    metrics = arguments.metrics if what != "Llama-7B-shaped" else ["activations"]
+    """Add a row for plain surgery and one for each importance."""
+    importances = arguments.importances if what != "Llama-7B-shaped" else ["activations"]
     samples, size = str(arguments.samples), str(arguments.block_size)
-    for metric in ("none", *metrics):
+    for importance in ("none", *importances):
         output = tokens.parent / "out"
         shutil.rmtree(output, ignore_errors=True)
         command = [sys.executable, "-m", "lrsurgery", "factorise", str(model), "--rank", "0.5", "--quiet", "--no-cache"]
         command += ["--output", str(output), *more]
-        if metric != "none":
-            command += ["--calibration", str(tokens), "--importance", metric, "--samples", samples]
+        if importance != "none":
+            command += ["--calibration", str(tokens), "--importance", importance, "--samples", samples]
             command += ["--block-size", size]
-        figures = watched(command)
+        figures = run_watched(command)
         report = json.loads((output / "rank_report.json").read_text(encoding="utf-8"))
         shutil.rmtree(output)
         rows.append(
@@ -84,7 +84,7 @@ def measure(
                 "model": what,
                 "parameters, M": report["totals"]["parameters_before"] / 1e6,
                 "matrices factorised": report["totals"]["layers_factorised"],
-                "calibration": f"{metric}, {samples} blocks of {size}" if metric != "none" else "none",
+                "calibration": f"{importance}, {samples} sequences of {size}" if importance != "none" else "none",
                 "seconds": figures["wall_s"],
                 "peak GB, own": figures["own_bytes"] / 1e9,
                 "with files": figures["peak_bytes"] / 1e9,
@@ -98,17 +98,17 @@ def main() -> None:
     made.add_argument("--layers", type=int, default=32, help="of the Llama; 0 leaves it out")
     made.add_argument("--samples", type=int, default=16)
     made.add_argument("--block-size", type=int, default=256)
-    made.add_argument("--metrics", nargs="*", default=["activations", "fisher"], help="for the small model")
+    made.add_argument("--importances", nargs="*", default=["activations", "fisher"], help="for the small model")
     arguments = made.parse_args()
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as temporary:
         place = arguments.folder or Path(temporary)
         count = 2 * arguments.samples * arguments.block_size
         small = checkpoint(place / "gpt2")
-        measure("GPT-2-small-shaped", small, with_tokens(small, 50257, count), rows, arguments)
+        measure("GPT-2-small-shaped", small, write_tokens(small, 50257, count), rows, arguments)
         if arguments.layers:
             large = make(place, arguments.layers)
-            tokens = with_tokens(large, VOCABULARY, count)
+            tokens = write_tokens(large, VOCABULARY, count)
             measure(
                 "Llama-7B-shaped", large, tokens, rows, arguments, "--include", f"model.layers.{arguments.layers - 1}.*"
             )

@@ -22,7 +22,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """With what every benchmark takes: `--json`, `--repeats`, `--save`."""
+    """Make a parser with the options of every benchmark: `--json`, `--repeats`, `--save`."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--json", action="store_true", help="print the results as one JSON object")
     made.add_argument("--repeats", type=int, default=5, help="rounds after one that is not counted")
@@ -31,7 +31,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def in_turn(candidates: Mapping[str, Callable[[], Any]], repeats: int, *, warm_up: int = 1) -> dict[str, list[float]]:
-    """Seconds of each candidate in each round; the candidates take turns within a round."""
+    """Measure the seconds of each candidate in each round; the candidates take turns within a round."""
     import torch
 
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -49,12 +49,12 @@ def in_turn(candidates: Mapping[str, Callable[[], Any]], repeats: int, *, warm_u
 
 
 def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
-    """Median, smallest and largest ratio over / under, round by round."""
+    """Compute the median, smallest and largest ratio over / under, round by round."""
     ratios = [a / b for a, b in zip(over, under, strict=True)]
     return {"median": median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
-# A process's peak starts at that of the one that starts it, so a small one stands between a benchmark and what it runs.
+# a process inherits the peak of its parent, so a small process stands between a benchmark and its command
 _MEASURER = """
 import json, os, subprocess, sys, time
 begun = time.perf_counter()
@@ -67,9 +67,9 @@ os._exit(0)
 
 
 def run_measured(command: Sequence[str], **environment: str) -> dict[str, float]:
-    """Runs a command to its end: wall seconds, CPU seconds and peak resident bytes of its largest process.
+    """Run a command and measure wall seconds, CPU seconds and peak resident bytes of its largest process.
 
-    Raises RuntimeError with what it printed where it fails.
+    Raises RuntimeError with the command's output if it fails.
     """
     words = [sys.executable, "-I", "-S", "-c", _MEASURER, *command]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **environment})
@@ -82,7 +82,7 @@ def run_measured(command: Sequence[str], **environment: str) -> dict[str, float]
 
 
 def machine() -> dict[str, Any]:
-    """The machine and the versions that decide the numbers."""
+    """Describe the machine and the versions that decide the numbers."""
     import torch
 
     return {
@@ -106,7 +106,7 @@ def _processor() -> str:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows of the same columns as a Markdown table."""
+    """Format rows of the same columns as a Markdown table."""
     columns = list(rows[0])
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     lines += ["| " + " | ".join(_cell(row[c]) for c in columns) + " |" for row in rows]
@@ -120,7 +120,7 @@ def _cell(value: Any) -> str:
 
 
 def finish(name: str, rows: Sequence[Mapping[str, Any]], arguments: argparse.Namespace, **facts: Any) -> None:
-    """Prints the table (or, with --json, everything) and, with --save, writes results/NAME.json."""
+    """Print the table (with --json, everything) and, with --save, write results/NAME.json."""
     body = {"benchmark": name, "command": " ".join(sys.argv), "machine": machine(), **facts, "rows": list(rows)}
     text = json.dumps(body, indent=2) + "\n"
     if arguments.json:

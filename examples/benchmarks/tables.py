@@ -1,4 +1,4 @@
-"""Puts tables of results/*.json into README.md, between `<!-- NAME -->` or `<!-- NAME.PART -->` and `<!-- end -->`.
+"""Put tables of results/*.json into README.md, between `<!-- NAME -->` or `<!-- NAME.PART -->` and `<!-- end -->`.
 
 python examples/benchmarks/tables.py
 """
@@ -16,7 +16,7 @@ README = Path(__file__).parent / "README.md"
 
 
 def block(body: dict[str, Any]) -> str:
-    """The command, the machine and the rows of one results file as Markdown."""
+    """Format the command, the machine and the rows of one results file as Markdown."""
     machine = ", ".join(f"{key} {value}" for key, value in body["machine"].items() if value is not None)
     script = Path(body["command"].split()[0]).name
     options = " ".join(body["command"].split()[1:])
