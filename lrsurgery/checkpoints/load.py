@@ -129,7 +129,7 @@ def load_with_head(
             dtype=dtype or "auto",
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head of another shape is initialised anew
+            ignore_mismatched_sizes=True,  # a head of another shape is newly initialised
             **options,
         )
     except SurgeryError:

@@ -34,7 +34,7 @@ class SourceOptions:
     revision: str | None = None  # of a hub model
     architecture: str | None = None  # timm model name of a bare weight file
     trust_remote_code: bool = False
-    from_scratch_seed: int | None = None  # initialise the model anew from its config with this seed
+    from_scratch_seed: int | None = None  # initialise the model from its config with this seed
 
     def resolve(self, reference: str) -> Source:
         """Resolve a MODEL argument; weights are not needed if the model is initialised from its config."""

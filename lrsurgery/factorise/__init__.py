@@ -1,1 +1,1 @@
-"""From checkpoint to checkpoint."""
+"""Factorisation of checkpoints and models: calibrate, allocate ranks, decompose, rewrite, export."""

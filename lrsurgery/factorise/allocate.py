@@ -1,7 +1,7 @@
-"""The one place where ranks are decided, for a model in memory and for a checkpoint in files alike.
+"""Rank decisions, for models in memory and for checkpoints on disk.
 
-A policy needs each layer's singular values at most; a budget shares ranks out over all layers; statistics of
-calibration weigh what a rank loses, and predict the increase of the loss.
+A policy decides each layer from its singular values; a budget decides all layers together. Statistics of calibration
+weight the error of a rank and predict the increase of the loss.
 """
 
 from __future__ import annotations
@@ -28,26 +28,26 @@ DENSE = "worth its parameters dense, within the budget"
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """The dense weights of a model, wherever they lie, and what the model as a whole takes up."""
+    """Access to the dense weights of a model in memory or on disk, with the size of the model."""
 
     read: Callable[[str], Tensor]  # layer -> its dense weight
-    widths: Mapping[str, int]  # layer -> bytes of a number of its weight, as it lies there
-    stored_widths: Mapping[str, int]  # the same as it is to be stored
+    widths: Mapping[str, int]  # layer -> bytes per entry of its weight as read
+    stored_widths: Mapping[str, int]  # layer -> bytes per entry of its weight as written
     parameters: int
     stored_bytes: int
-    device: torch.device | None = None  # where to compute; None: where each weight lies
+    device: torch.device | None = None  # device for computation; None: that of each weight
 
 
 def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: Statistics | None = None) -> Plan:
-    """The plan with every rank known, and the predicted increase of the loss where statistics hold gradients.
+    """Decide every rank of a plan, and predict the increase of the loss if the statistics have gradients.
 
-    Singular values are kept in the cache for the next time; with statistics they are those in the layer's metric.
+    Singular values, with statistics those in the layer's metric, go to the cache.
 
-    Raises BudgetError with the smallest budget that can be met; SurgeryError that names the layer.
+    Raises BudgetError that gives the smallest feasible budget; SurgeryError that names the layer.
     """
     budget = plan.target if isinstance(plan.target, Budget) else None
-    weigh = statistics is not None
-    rows = [row for row in plan.replacements if row.rank is None or budget is not None or weigh]
+    weighted = statistics is not None
+    rows = [row for row in plan.replacements if row.rank is None or budget is not None or weighted]
 
     def values_of(row: Replacement) -> Tensor:
         metric = statistics.metric(row.name) if statistics is not None else None
@@ -59,10 +59,10 @@ def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: S
         except SurgeryError as e:
             raise type(e)(f"{row.name}: {e}") from e
 
-    needs = [decomposition_bytes(row, weights.widths[row.name], weighted=weigh) for row in rows]
+    needs = [decomposition_bytes(row, weights.widths[row.name], weighted=weighted) for row in rows]
     values = dict(zip((row.name for row in rows), compute.in_order(values_of, rows, needs), strict=True))
     if budget is not None:
-        plan = share_out(plan, budget, values, weights, statistics)
+        plan = apply_budget(plan, budget, values, weights, statistics)
     else:
         plan = decide_all(plan, lambda row: values[row.name])
     if statistics is None or not statistics.has_gradients:
@@ -75,36 +75,38 @@ def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: S
     )
 
 
-def share_out(
+def apply_budget(
     plan: Plan,
     budget: Budget,
     values: Mapping[str, Tensor],
     weights: Weights,
     statistics: Statistics | None = None,
 ) -> Plan:
-    """The plan with the ranks that lose least within a budget, or layers left dense.
+    """Decide the ranks that minimise the total loss within a budget; layers may stay dense.
 
-    `values` are singular values by layer, in its metric where there are statistics. What a rank loses is the second
-    order of the loss where they hold gradients; else the share of the layer's squared norm, in its metric if there is
-    one.
+    `values` are singular values by layer, with statistics those in its metric. The loss of a rank is the predicted
+    increase of the loss if the statistics have gradients, else the share of the layer's squared norm (in its metric, if
+    there is one).
 
-    Raises BudgetError with the smallest budget that can be met.
+    Raises BudgetError that gives the smallest feasible budget.
     """
     rows = plan.replacements
     costs = {row.name: _costs(budget, row, statistics, weights.stored_widths) for row in rows}
     whole = sum(dense for dense, _ in costs.values())
     if rows and not whole:
-        raise BudgetError(f"budget {budget}: none of its layers saw calibration data, so what they cost is not known")
+        raise BudgetError(
+            f"budget {budget}: no layer received calibration input, so FLOPs are unknown; calibrate with other data"
+        )
     total = {"params": weights.parameters, "bytes": weights.stored_bytes, "flops": whole}[budget.kind]
     if budget.of == "model" and budget.kind == "flops":
-        raise BudgetError(f"budget {budget}: FLOPs are counted of the layers alone; leave --budget-of out")
-    rest = total - whole if budget.of == "model" else 0  # of what is in no layer
+        raise BudgetError(f"budget {budget}: FLOPs are counted for the layers only; remove --budget-of")
+    rest = total - whole if budget.of == "model" else 0  # cost of parameters in no planned layer
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
     share = max(1e-9, min(1.0, (asked - rest) / whole))
-    layers = [_layer(budget, row, *costs[row.name], values[row.name], statistics, share) for row in rows]
+    layers = [_make_layer(budget, row, *costs[row.name], values[row.name], statistics, share) for row in rows]
     least = rest + cheapest(layers)
     if asked < least:
-        smallest = f"bytes:{least}" if budget.kind == "bytes" else f"{_up(least / (rest + whole)):g}"
+        smallest = f"bytes:{least}" if budget.kind == "bytes" else f"{_round_up(least / (rest + whole)):g}"
         raise BudgetError(f"budget {budget}: out of reach; the smallest that can be met is {smallest}")
     ranks = allocate(layers, asked - rest)
     decided: dict[str, Replacement | Kept] = {}
@@ -118,8 +120,8 @@ def share_out(
     return plan.with_rows(decided)
 
 
-def _up(share: float) -> float:
-    """Rounded up to four digits, so that what is told can be met."""
+def _round_up(share: float) -> float:
+    """Round up to four digits, so that the reported budget is feasible."""
     digits = 10.0 ** (3 - math.floor(math.log10(share)))
     return math.ceil(share * digits) / digits
 
@@ -127,7 +129,7 @@ def _up(share: float) -> float:
 def _costs(
     budget: Budget, row: Replacement, statistics: Statistics | None, widths: Mapping[str, int]
 ) -> tuple[int, int]:
-    """What the dense matrix costs, and each rank."""
+    """The cost of the dense matrix, and of one unit of rank, in the unit of the budget."""
     if budget.kind == "params":
         return row.rows * row.columns, row.rows + row.columns
     if budget.kind == "bytes":
@@ -135,7 +137,8 @@ def _costs(
         return width * row.rows * row.columns, width * (row.rows + row.columns)
     if statistics is None and not row.layout.takes_tokens:
         raise BudgetError(
-            f"budget {budget}: how often a convolution is applied is not known; give --calibration, or count params"
+            f"budget {budget}: the number of positions of a convolution is unknown; add --calibration, or use a share"
+            " of the parameters"
         )
     if statistics is None:
         return row.flops, 2 * (row.rows + row.columns)
@@ -143,7 +146,7 @@ def _costs(
     return use.outputs * row.flops, 2 * (use.outputs * row.rows + use.positions * row.columns)
 
 
-def _layer(
+def _make_layer(
     budget: Budget,
     row: Replacement,
     dense_cost: int,
@@ -154,14 +157,14 @@ def _layer(
 ) -> Layer:
     squares = values.double().cpu().square()
     total = float(squares.sum())
-    if total > 0 and not (statistics is not None and statistics.has_gradients):  # else layers compare as they are
+    if total > 0 and not (statistics is not None and statistics.has_gradients):  # with gradients, losses compare
         squares = squares / total
     tails = torch.cat([squares.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
     step = budget.multiple_of
     most = min(break_even_rank(row.rows, row.columns), row.full_rank)
     ranks = list(range(step, most + 1, step)) if step <= most else []
     if statistics is not None and not statistics.uses[row.name].positions and ranks:
-        # nothing is known of what its errors cost, so it takes the share that layers take on the whole
+        # no calibration input, so its loss is unknown: keep the share of its parameters that the budget keeps overall
         rank = ParameterShare(share).rank_of(row.rows, row.columns)
         ranks, tails = [max(step, min(most, rank // step * step))], torch.zeros_like(tails)
     return Layer(row.name, dense_cost, rank_cost, ranks, tails)

@@ -1,4 +1,4 @@
-"""What `factorise --calibration` does before it decomposes: the data, the model, and what is known of its layers."""
+"""Calibration of `factorise --calibration`: opens the data and the model, and collects or reads statistics."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
 from lrsurgery.surgery.plan import Plan, Replacement
 
-TOKENS = 2048  # of a batch; its logits and their gradients are what is large
-IMAGES = 16
-NOTABLE = 1 << 30  # bytes of statistics that are told beforehand
-SURE = 1e-3  # below this doubt a model's loss is flat where it is and not around it
+TOKENS = 2048  # per batch; its logits and their gradients dominate the memory
+IMAGES = 16  # per batch
+NOTABLE = 1 << 30  # statistics above this size, in bytes, are announced
+LEAST_UNCERTAINTY = 1e-3  # below this the curvature at the weights says little about the loss at a distance
 
 
 @dataclass(frozen=True)
-class _Ready:
-    """A model and the batches that it is to see."""
+class _Setup:
+    """A model and its calibration batches."""
 
     subject: Subject
     batches: list[Batch]
@@ -57,25 +57,25 @@ def calibrate(
     trust_remote_code: bool = False,
     listener: Listener = SILENT,
 ) -> Statistics:
-    """Statistics of these layers of a checkpoint: read where they were taken before, else taken and kept in `folder`.
+    """Read the statistics of these layers from `calibration.statistics`, or collect them into `folder`.
 
-    Statistics that are in `folder` already, as a resumed job finds them, are read from there.
+    Statistics that a resumed job finds in `folder` are read from there.
 
-    Raises SurgeryError: what is wrong with the data, the model or the statistics.
+    Raises SurgeryError for data, a model or statistics that cannot be used.
     """
     if (folder / FILE_NAME).exists():
         return Statistics.read(folder)
     shutil.rmtree(folder, ignore_errors=True)
     if calibration.statistics is not None:
-        found = calibration.earlier()
-        found.check_for(rows, str(calibration.statistics))
-        if calibration.importance == "fisher" and not found.has_gradients:
-            listener.note(f"{calibration.statistics}: taken with the importance activations, which is used")
-        return found
+        statistics = calibration.read_statistics()
+        statistics.check_for(rows, str(calibration.statistics))
+        if calibration.importance == "fisher" and not statistics.has_gradients:
+            listener.note(f"{calibration.statistics}: collected with importance activations, which is used")
+        return statistics
     fisher = IMPORTANCES[calibration.importance]
     available = free_memory(device)
     limit = max(1, available // 3)
-    ready = _ready(
+    setup = _prepare(
         source,
         calibration,
         seed,
@@ -88,38 +88,38 @@ def calibrate(
     if fisher:
         need = sum(moment_bytes(row, gradients=True) for row in rows)
         passes = len(split(rows, limit))
-        if need > NOTABLE or passes > 1 or ready.offloaded:
-            where = "weights stay on disk and each block is run twice" if ready.offloaded else "beside the model"
+        if need > NOTABLE or passes > 1 or setup.offloaded:
+            where = "weights stay on disk and each block runs twice" if setup.offloaded else "beside the model"
             listener.note(
-                f"calibration: {need / 1e9:.1f} GB of statistics, {where}; {available / 1e9:.1f} GB are free:"
+                f"calibration: {need / 1e9:.1f} GB of statistics, {where}; {available / 1e9:.1f} GB are free, so"
                 f" {'one pass' if passes == 1 else f'{passes} passes'} over the data"
             )
-    named, loss = _names(ready.subject, rows), SampledLoss(seed)
-    found = collect(
-        ready.subject.model,
-        ready.batches,
+    named, loss = _match_names(setup.subject, rows), SampledLoss(seed)
+    statistics = collect(
+        setup.subject.model,
+        setup.batches,
         [replace(row, name=named[row.name]) for row in rows],
         importance=calibration.importance,
         loss=loss,
         store=StatisticsWriter(folder, named),
-        facts=ready.facts,
+        facts=setup.facts,
         limit=limit,
         listener=listener,
     )
-    if fisher and loss.uncertainty < SURE:
+    if fisher and loss.uncertainty < LEAST_UNCERTAINTY:
         listener.note(
-            f"the model is sure of all that it sees (chance of another answer: {loss.uncertainty:.1g}): take the predicted"
-            " loss for an order of layers alone; data that it has not learnt by heart say more"
+            f"the model is certain of its predictions on this data (mean chance of another class:"
+            f" {loss.uncertainty:.1g}), so the predicted loss only ranks layers; use data it has not memorised"
         )
     shutil.rmtree(folder / "offload", ignore_errors=True)
-    missing = found.unused_layers()
+    missing = statistics.unused_layers()
     if missing:
         listener.note(
             f"{len(missing)} layers received no calibration input ({missing[0]}, ...); plain SVD is used for them"
         )
     if calibration.save is not None:
         _save(folder, calibration.save)
-    return found
+    return statistics
 
 
 def _save(folder: Path, target: Path) -> None:
@@ -147,37 +147,37 @@ def recalibrate(
     trust_remote_code: bool = False,
     listener: Listener = SILENT,
 ) -> Statistics:
-    """--sequential: the inputs of each block anew, once the blocks before it are replaced as planned.
+    """Collect the inputs of each block again, after the blocks before it are factorised as planned (--sequential).
 
-    Gradients stay those of the dense model. Statistics that are in `folder` already are read from there.
+    Gradients stay those of the dense model. Statistics that a resumed job finds in `folder` are read from there.
     """
     if (folder / FILE_NAME).exists():
         return Statistics.read(folder)
     shutil.rmtree(folder, ignore_errors=True)
-    ready = _ready(source, calibration, seed, device, trust_remote_code, folder / "offload", by_block=True)
-    named = _names(ready.subject, plan.replacements)
+    setup = _prepare(source, calibration, seed, device, trust_remote_code, folder / "offload", by_block=True)
+    named = _match_names(setup.subject, plan.replacements)
     original = {new: old for old, new in named.items()}
     renamed = replace(plan, rows=tuple(replace(row, name=named[row.name]) for row in plan.replacements))
 
     def gradients_of(name: str) -> Tensor | None:
         return known.moments(original[name]).gradients
 
-    found = collect_sequentially(
-        ready.subject.model,
-        ready.batches,
+    statistics = collect_sequentially(
+        setup.subject.model,
+        setup.batches,
         renamed,
         gradients_of,
         init=init,
         seed=seed,
         store=StatisticsWriter(folder, named),
-        facts={**known.facts, **ready.facts},
+        facts={**known.facts, **setup.facts},
         listener=listener,
     )
     shutil.rmtree(folder / "offload", ignore_errors=True)
-    return found
+    return statistics
 
 
-def _ready(
+def _prepare(
     source: Source,
     calibration: Calibration,
     seed: int,
@@ -187,13 +187,13 @@ def _ready(
     *,
     by_block: bool,
     room: int = 0,
-) -> _Ready:
-    """With the weights of its blocks on disk where the model goes block by block, or is larger than `room` bytes."""
+) -> _Setup:
+    """Open data and model; blocks stay on disk if the pass is by block, or if the model exceeds `room` bytes."""
     assert calibration.data is not None
     how = calibration.how
     task = how.task or task_of(source)
     rows = open_rows(calibration.data, task, how, labels=False, split=calibration.split, prefer=TRAIN_SPLITS)
-    subject = _offloaded(source, task, device, trust_remote_code, offload, None if by_block else room)
+    subject = _load_offloaded(source, task, device, trust_remote_code, offload, None if by_block else room)
     offloaded = subject is not None
     if subject is None:
         subject = prepare_subject(source, how, None, trust_remote_code=trust_remote_code)
@@ -219,15 +219,15 @@ def _ready(
         "sequential": calibration.sequential,
         "model": source.reference,
     }
-    return _Ready(subject, batches, facts, offloaded)
+    return _Setup(subject, batches, facts, offloaded)
 
 
-def _offloaded(
+def _load_offloaded(
     source: Source, task: str, device: torch.device, trust_remote_code: bool, folder: Path, room: int | None
 ) -> Subject | None:
-    """The model with the weights of its blocks on disk; None where it is to be in memory.
+    """Load the model with its blocks on disk; None if it should be in memory.
 
-    That is where it has no blocks, takes up less than `room` bytes, or needs a head that it does not come with.
+    That is a model without blocks, one below `room` bytes, or one that lacks the head of the task.
     """
     if source.library != "transformers" or source.folder is None or not is_for(source, task):
         return None
@@ -235,7 +235,7 @@ def _offloaded(
     blocks = find_blocks(skeleton)
     if not blocks or (room is not None and 4 * sum(p.numel() for p in skeleton.parameters()) < room):
         return None
-    logging.getLogger("accelerate").setLevel(logging.ERROR)  # "some parameters are on the meta device": as they should
+    logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of parameters on the meta device, as intended
 
     def load(**places: Any) -> nn.Module:
         return load_model(str(source.folder), dtype=torch.float32, trust_remote_code=trust_remote_code, **places)
@@ -244,16 +244,18 @@ def _offloaded(
     return Subject(source, task, model, torch.float32)
 
 
-def _names(subject: Subject, rows: Sequence[Replacement]) -> dict[str, str]:
-    """The plan's names of layers -> theirs in the model that runs, which may have a head around it, or lack one."""
-    there = {name for name, _ in subject.model.named_modules()}
+def _match_names(subject: Subject, rows: Sequence[Replacement]) -> dict[str, str]:
+    """Map the plan's layer names to those in the model that runs, which may have another head than the checkpoint."""
+    modules = {name for name, _ in subject.model.named_modules()}
     prefix = getattr(subject.body, "base_model_prefix", "")
     outer = "" if subject.model is subject.body else "body."
-    found = {}
+    names = {}
     for row in rows:
         candidates = (row.name, f"{prefix}.{row.name}", row.name.removeprefix(f"{prefix}."))
-        name = next((outer + c for c in candidates if outer + c in there), None)
+        name = next((outer + c for c in candidates if outer + c in modules), None)
         if name is None:
-            raise CalibrationError(f"{row.name}: the model for {subject.task} has no such layer; --exclude it")
-        found[row.name] = name
-    return found
+            raise CalibrationError(
+                f"{row.name}: the model for {subject.task} has no such layer; add --exclude '{row.name}'"
+            )
+        names[row.name] = name
+    return names

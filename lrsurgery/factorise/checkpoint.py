@@ -1,10 +1,9 @@
-"""From checkpoint to checkpoint, one tensor at a time: the one path for models of every size.
+"""Factorisation of a checkpoint, one tensor at a time, for models of any size.
 
-Layers are decomposed as jobs, several at once and in several processes, and leave their factors as pieces in a work
-folder. Meanwhile the first process goes through all tensors in the order of the output, lets those that stay as they
-are pass through, and puts each layer's factors in their place as soon as its piece is there. So reading, arithmetic and
-writing overlap, no tensor but a tied copy is read twice, a killed run goes on from its pieces, and the output's bytes
-do not depend on who did what.
+Each layer is a job. Several threads and processes decompose layers and write the factors as pieces into a work folder.
+Meanwhile rank 0 writes the output in order: it copies unchanged tensors and inserts the factors of each layer as soon
+as its piece exists. Reading, computation and writing therefore overlap. Only tied copies are read twice, a killed job
+resumes from its pieces, and the output's bytes do not depend on the distribution of jobs.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError
 from lrsurgery.factorise.allocate import Weights, allocate_ranks
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
-from lrsurgery.factorise.jobs import WorkFolder, first_error, still_to_do, wait_some
+from lrsurgery.factorise.jobs import WorkFolder, find_pending, first_error, wait_some
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, parse_options
 from lrsurgery.factorise.rewrite import Rewriter
 from lrsurgery.files import Json, fingerprint, json_text, staged, write_text
@@ -45,10 +44,9 @@ from lrsurgery.surgery.speed import plan_layers
 
 
 def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listener = SILENT) -> Report:
-    """What `factorise` would do.
+    """Report what `factorise` would do.
 
-    Weights are read only where the rank policy needs their singular values, or a budget or calibration asks what they
-    lose. Raises SurgeryError.
+    Reads weights only if the rank policy, a budget or calibration needs their singular values. Raises SurgeryError.
     """
     source = options.source.resolve(reference)
     checkpoint, plan = _open(source, options)
@@ -99,7 +97,7 @@ def _calibrate(
 
 
 def _weights(checkpoint: Checkpoint, entries: list[Entry], options: FactoriseOptions) -> Weights:
-    """The dense weights in a checkpoint's files."""
+    """Access to the dense weights in a checkpoint's files."""
     output = options.output
     by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
     return Weights(
@@ -115,9 +113,9 @@ def _weights(checkpoint: Checkpoint, entries: list[Entry], options: FactoriseOpt
 def factorise_checkpoint(
     source: str | Path, output: str | Path, *, listener: Listener = SILENT, **options: Any
 ) -> Report:
-    """From checkpoint to checkpoint, in the memory of a few tensors; `options` are those of `parse_options`.
+    """Write the factorised checkpoint of a model, in the memory of a few tensors; `options` as in `parse_options`.
 
-    Raises SurgeryError: which file or layer, what is wrong, what to do. Nothing is written then.
+    Raises SurgeryError that gives the file or layer, the fault and the remedy; nothing is written then.
     """
     return run_factorise(str(source), Path(output), parse_options(**options), listener=listener)
 
@@ -132,8 +130,8 @@ def run_factorise(
 ) -> Report:
     """Write the factorised checkpoint of a model; see `factorise_checkpoint`.
 
-    Every process of a job calls it; rank 0 writes the output. Raises SurgeryError, and Interrupted where Ctrl-C or
-    SIGTERM came after statistics or layers were finished, which are kept.
+    Every process of a job calls it; rank 0 writes the output. Raises SurgeryError; raises Interrupted if Ctrl-C or
+    SIGTERM comes after statistics or layers are finished, which are kept.
     """
     processes = processes or Processes()
     if not processes.is_main:
@@ -146,16 +144,16 @@ def run_factorise(
     parameters = checkpoint.parameters
     work = WorkFolder(output)
     if not processes.is_main:
-        plan, statistics = _as_decided(plan, options.calibration, work)
-        _help(_rewriter(checkpoint, plan, options, entries, statistics), work, processes)
-        processes.barrier("end")  # when the output is there
+        plan, statistics = _read_decisions(plan, options.calibration, work)
+        _do_jobs(_rewriter(checkpoint, plan, options, entries, statistics), work, processes)
+        processes.barrier("end")  # rank 0 has written the output
         return Report.read(output)
-    with _kept_when_interrupted(work, len(plan.replacements)):
+    with _keep_on_interrupt(work, len(plan.replacements)):
         work.open(_task(source, options), resume=options.output.resume)
         plan, statistics = _decide(source, checkpoint, plan, options, entries, work, listener)
         work.set_ranks({row.name: row.rank if isinstance(row, Replacement) else row.reason for row in plan.rows})
         rewriter = _rewriter(checkpoint, plan, options, entries, statistics)
-        work.set_to_do([job.number for job in still_to_do(rewriter.jobs, work.file)])
+        work.set_to_do([job.number for job in find_pending(rewriter.jobs, work.file)])
         processes.barrier("begin")
         with staged(output, overwrite=options.output.overwrite) as stage:
             _check_space(stage, rewriter)
@@ -166,8 +164,9 @@ def run_factorise(
                 if isinstance(row, Replacement) and row.rank is not None
             }
             if not layers:
+                why = _list_reasons(rewriter)
                 raise SurgeryError(
-                    f"nothing to factorise at {plan.target.description}: every layer stays dense ({_why(rewriter)})"
+                    f"nothing to factorise at {plan.target.description}: every layer stays dense ({why})"
                 )
             report = replace(
                 plan_report(plan.with_rows(rewriter.decided), parameters, rewriter.measured),
@@ -205,11 +204,11 @@ def _decide(
     work: WorkFolder,
     listener: Listener,
 ) -> tuple[Plan, Statistics | None]:
-    """The plan as far as it has to be decided before layers are decomposed, and the statistics of calibration.
+    """Decide ranks as far as needed before decomposition, and collect the statistics of calibration.
 
-    Ranks that a policy reads off a layer's own spectrum are decided as it is decomposed. But speeds cannot be measured
-    beside decompositions, a budget is shared out over all layers, and with --sequential a block is replaced before the
-    next one is looked at.
+    A rank that depends on the layer's own spectrum is decided with its decomposition. Three options decide it earlier:
+    speeds cannot be measured beside decompositions, a budget needs the spectra of all layers, and --sequential
+    factorises a block before it calibrates the next.
     """
     statistics = _calibrate(source, plan, options, work.path / "statistics", listener)
     sequential = options.calibration is not None and options.calibration.sequential
@@ -233,8 +232,8 @@ def _decide(
     return plan, statistics
 
 
-def _as_decided(plan: Plan, calibration: Calibration | None, work: WorkFolder) -> tuple[Plan, Statistics | None]:
-    """The plan and the statistics that rank 0 has left in the work folder, for the other processes."""
+def _read_decisions(plan: Plan, calibration: Calibration | None, work: WorkFolder) -> tuple[Plan, Statistics | None]:
+    """Read the decisions and statistics of rank 0 from the work folder, for the other processes."""
     ranks = work.ranks()
     rows: dict[str, Replacement | Kept] = {}
     for row in plan.replacements:
@@ -248,7 +247,7 @@ def _as_decided(plan: Plan, calibration: Calibration | None, work: WorkFolder) -
     if calibration is None:
         return plan, None
     if calibration.statistics is not None:
-        return plan, calibration.earlier()
+        return plan, calibration.read_statistics()
     return plan, Statistics.read(work.path / ("sequential" if calibration.sequential else "statistics"))
 
 
@@ -258,10 +257,10 @@ def _rewriter(
     return Rewriter(checkpoint, plan, options.surgery, options.output, options.compute, entries, statistics)
 
 
-def _help(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None:
-    """What the other processes do: their share of the jobs."""
+def _do_jobs(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None:
+    """Do this process's share of the jobs, for processes other than rank 0."""
     try:
-        with rewriter.at_work(work, processes) as futures:
+        with rewriter.start_jobs(work, processes) as futures:
             while True:
                 error = first_error(list(futures.values()))
                 if error is not None:
@@ -275,8 +274,8 @@ def _help(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None:
 
 
 @contextmanager
-def _kept_when_interrupted(work: WorkFolder, layers: int) -> Iterator[None]:
-    """Remove the work folder in the end, but not when an interruption leaves statistics or finished layers in it."""
+def _keep_on_interrupt(work: WorkFolder, layers: int) -> Iterator[None]:
+    """Remove the work folder at the end, unless an interruption leaves statistics or finished layers in it."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit) as e:
@@ -284,7 +283,7 @@ def _kept_when_interrupted(work: WorkFolder, layers: int) -> Iterator[None]:
         kept += [f"{work.count()} of {layers} layers"] if work.count() else []
         if kept:
             raise Interrupted(
-                f"interrupted; {' and '.join(kept)} are kept: the same command with --resume goes on"
+                f"interrupted; {' and '.join(kept)} are kept; run the same command with --resume to continue"
             ) from e
         work.remove()
         raise
@@ -295,23 +294,23 @@ def _kept_when_interrupted(work: WorkFolder, layers: int) -> Iterator[None]:
 
 
 def _task(source: Source, options: FactoriseOptions) -> Json:
-    """What has to be the same for a piece to be of use; each is named where it differs."""
+    """Everything that a piece depends on; `WorkFolder.open` names the entry that differs."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
     return {
         **{name.replace("_", " "): value for name, value in options.recorded().items()},
         "source": [source.name, *map(list, files)],
-        "calibration data": None if options.calibration is None else _data_of(options.calibration),
+        "calibration data": None if options.calibration is None else _digest_data(options.calibration),
         "version of lrsurgery or torch": [__version__, torch.__version__],
     }
 
 
-def _data_of(calibration: Calibration) -> str:
+def _digest_data(calibration: Calibration) -> str:
     if calibration.statistics is not None:
         return fingerprint([calibration.statistics / STATISTICS])
     return digest_of(calibration.data, calibration.split, calibration.how.subset)
 
 
-def _why(rewriter: Rewriter) -> str:
+def _list_reasons(rewriter: Rewriter) -> str:
     reasons = sorted({row.reason for row in rewriter.decided.values() if isinstance(row, Kept)})
     return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
 
@@ -320,7 +319,8 @@ def _check_space(stage: Path, rewriter: Rewriter) -> None:
     free = shutil.disk_usage(stage).free
     if rewriter.expected_bytes > free:
         raise OutputError(
-            f"{stage.parent}: {rewriter.expected_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free"
+            f"{stage.parent}: {rewriter.expected_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free;"
+            " choose another --output"
         )
 
 

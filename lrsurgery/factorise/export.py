@@ -1,4 +1,4 @@
-"""`export`: a factorised checkpoint as a folder that needs no lrsurgery."""
+"""Export of factorised checkpoints to folders that load without lrsurgery."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ def export_dense(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
-    """Write the factorised checkpoint in `folder` as an ordinary one: every product multiplied out, in its dtype.
+    """Write the factorised checkpoint in `folder` as a dense one, with the product of each layer's factors.
 
-    Raises SurgeryError: which file or layer, what is wrong, what to do. Nothing is written then.
+    Weights keep their dtype. Raises SurgeryError that gives the file or layer, the fault and the remedy; nothing is
+    written then.
     """
     options = OutputOptions(shard_size=parse_size(shard_size), overwrite=overwrite)
     to_dense(str(folder), Path(output), SourceOptions(trust_remote_code=trust_remote_code), options)
@@ -47,7 +48,7 @@ def export(
     to: str = "dense",
     listener: Listener = SILENT,
 ) -> None:
-    """Write a factorised checkpoint as one of `EXPORTS`. Raises SurgeryError."""
+    """Write a factorised checkpoint in one of the formats of `EXPORTS`. Raises SurgeryError."""
     if to not in EXPORTS:
         raise SurgeryError(f"unknown target '{to}'; known: {', '.join(EXPORTS)}")
     EXPORTS[to](reference, output, source_options, options, listener)
@@ -60,7 +61,7 @@ def to_dense(
     options: OutputOptions,
     listener: Listener = SILENT,
 ) -> None:
-    """As `export_dense`."""
+    """Write a factorised checkpoint as a dense one; see `export_dense`."""
     source = source_options.resolve(reference)
     if not source.is_factorised:
         raise SourceError(f"{reference}: not a factorised checkpoint, so there is nothing to export")
@@ -72,7 +73,7 @@ def to_dense(
     keys, modules = key_map(source, model), factorised_layers(model)
     readers: dict[str, tuple[torch.dtype, Callable[[], Tensor]]] = {}
     dtypes: dict[str, torch.dtype] = {}
-    found: set[str] = set()
+    places: set[str] = set()  # state-dict keys of factors and biases in the files
     for key in tensors.keys():  # noqa: SIM118
         dtype, shape = tensors.describe(key)
         place = keys.target(key)[0] or ""
@@ -82,7 +83,7 @@ def to_dense(
                 continue  # the tripwire
             readers[key] = (dtype, _reader(tensors, key))
             continue
-        found.add(place)
+        places.add(place)
         if tuple(keys.state[place].shape) != shape:
             raise SourceError(f"{reference}: {key} has shape {shape}, the model wants {tuple(keys.state[place].shape)}")
         stem = key.removesuffix(f".{part}")
@@ -101,7 +102,7 @@ def to_dense(
             readers[f"{stem}.bias"] = (dtype, _reader(tensors, key))
     for layer, module in modules.items():
         for part in ("v.weight", "u.weight", *(["u.bias"] if module.bias is not None else [])):
-            if f"{layer}.{part}" not in found:
+            if f"{layer}.{part}" not in places:
                 raise SourceError(f"{reference}: {layer}.{part} is missing from the checkpoint")
     total, done = len(dtypes), 0
     with staged(output, overwrite=options.overwrite) as stage:
@@ -136,7 +137,7 @@ def _reader(tensors: TensorSource, key: str) -> Callable[[], Tensor]:
 
 def _multiply(tensors: TensorSource, module: FactorisedLayer, stem: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        # one layer's factors are put into its skeleton for as long as the product takes
+        # the skeleton holds the factors of one layer at a time
         module.u.weight = torch.nn.Parameter(tensors.read(f"{stem}.u.weight"), requires_grad=False)
         module.v.weight = torch.nn.Parameter(tensors.read(f"{stem}.v.weight"), requires_grad=False)
         product = dense_weight(module)
@@ -146,6 +147,6 @@ def _multiply(tensors: TensorSource, module: FactorisedLayer, stem: str) -> Call
     return read
 
 
-# what `export --to` takes: a reference, an output folder, how to read the one and how to write the other
+# the formats of `export --to`
 Export = Callable[[str, Path, SourceOptions, OutputOptions, Listener], None]
 EXPORTS: dict[str, Export] = {"dense": to_dense}

@@ -1,6 +1,6 @@
-"""The layers to be decomposed as jobs: shared out over processes, several at once in each, their results as pieces.
+"""Decomposition jobs, one per layer: scheduling over processes, thread pools, and pieces as results.
 
-A finished layer is a file in a work folder that outlives a kill and that processes share.
+A piece is a file in a work folder. The processes share the folder, and it survives a kill.
 """
 
 from __future__ import annotations
@@ -47,39 +47,39 @@ from lrsurgery.surgery.ranks import RankSpec
 
 
 class WorkFolder:
-    """A hidden sibling of an output folder: one piece a finished layer, and what job they are of."""
+    """A hidden sibling of an output folder with a description of the job and one piece per finished layer."""
 
     def __init__(self, output: Path) -> None:
         self.path = output.parent / f".{output.name}.factorising"
         self._output = output
         self._made: list[Path] = []
-        self.ours = False  # whether it was opened, so that it may be removed
+        self.owned = False  # opened by this process, which may therefore remove it
 
     def open(self, task: Json, *, resume: bool) -> None:
-        """Make the folder for this job, or with `resume` takes over the one that an earlier process left.
+        """Create the folder for this job, or with `resume` take over the folder of an interrupted one.
 
-        Raises OutputError where another process is at work in it, or where it is of another job.
+        Raises OutputError if another process uses the folder, or if it belongs to another job.
         """
         file = self.path / "job.json"
         wanted: Json = json.loads(json.dumps(dict(task)))
         try:
             left = read_json(file) if self.path.exists() else None
         except SurgeryError:
-            left = {}  # killed before it was written
+            left = {}  # killed before job.json was written
         if left:
             here = left.get("host") == socket.gethostname()
             if here and left.get("pid") != os.getpid() and alive(str(left.get("pid"))):
                 raise OutputError(f"{self._output}: process {left['pid']} is writing it; wait for it, or stop it")
             if not here and not resume:
                 raise OutputError(
-                    f"{self._output}: begun on {left.get('host')}; if it runs no more there, go on with --resume"
+                    f"{self._output}: started on {left.get('host')}; if that job has ended, continue with --resume"
                     f" or remove {self.path}"
                 )
             if resume and left.get("task") != wanted:
                 was = next((k for k in wanted if (left.get("task") or {}).get(k) != wanted[k]), "")
                 raise OutputError(
-                    f"{self._output}: the job to be resumed had another {was}; give the same options, or leave"
-                    " --resume out to begin anew"
+                    f"{self._output}: the interrupted job had another {was}; pass the same options, or remove --resume"
+                    " to start over"
                 )
         try:
             if left is not None and not resume:
@@ -88,7 +88,7 @@ class WorkFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             owner = {"task": wanted, "host": socket.gethostname(), "pid": os.getpid()}
             file.write_text(json_text(owner), encoding="utf-8")
-            self.ours = True
+            self.owned = True
         except OSError as e:
             remove_empty(self._made)
             raise OutputError(f"{self._output}: cannot be written ({e.strerror})") from e
@@ -97,37 +97,39 @@ class WorkFolder:
         return self.path / f"{number:05d}.safetensors"
 
     def count(self) -> int:
-        """Pieces that are there."""
+        """Number of pieces in the folder."""
         return sum(1 for _ in self.path.glob("*.safetensors"))
 
     def set_to_do(self, numbers: Sequence[int]) -> None:
-        """Write the job list: which pieces are still to be made."""
+        """Write the job list: the numbers of the missing pieces."""
         (self.path / "to_do.json").write_text(json.dumps(list(numbers)), encoding="utf-8")
         (self.path / "failed").unlink(missing_ok=True)
 
     def set_ranks(self, ranks: Mapping[str, int | str | None]) -> None:
-        """Write what was decided of each layer: a rank, why it stays dense, or None where that waits for its spectrum."""
+        """Write the decision for each layer: a rank, the reason to stay dense, or None if its spectrum decides."""
         (self.path / "ranks.json").write_text(json.dumps(dict(ranks)), encoding="utf-8")
 
     def ranks(self) -> dict[str, int | str | None]:
-        found: dict[str, int | str | None] = json.loads((self.path / "ranks.json").read_text(encoding="utf-8"))
-        return found
+        """Read the decisions of `set_ranks`."""
+        ranks: dict[str, int | str | None] = json.loads((self.path / "ranks.json").read_text(encoding="utf-8"))
+        return ranks
 
     def to_do(self) -> set[int]:
+        """Read the job list of `set_to_do`."""
         return set(json.loads((self.path / "to_do.json").read_text(encoding="utf-8")))
 
     def fail(self, message: str) -> None:
-        """Tell the other processes that this one cannot go on."""
+        """Report an error to the other processes."""
         (self.path / "failed").write_text(message, encoding="utf-8")
 
     def failure(self) -> str | None:
-        """What another process said when it could not go on."""
+        """The error of another process, if any."""
         file = self.path / "failed"
         return file.read_text(encoding="utf-8") if file.exists() else None
 
     def remove(self) -> None:
-        """Remove it, where this process has opened it, and the folders that were made for it if nothing came of it."""
-        if not self.ours:
+        """Remove the folder if this process opened it, and the parent folders made for it if there is no output."""
+        if not self.owned:
             return
         shutil.rmtree(self.path, ignore_errors=True)
         if not self._output.exists():
@@ -143,10 +145,10 @@ class Job:
     entry: Entry
 
 
-def share_out(jobs: Sequence[Job], processes: int) -> list[list[Job]]:
-    """The jobs of each process by LPT scheduling (Graham 1969).
+def schedule(jobs: Sequence[Job], processes: int) -> list[list[Job]]:
+    """Assign jobs to processes by LPT scheduling (Graham 1969).
 
-    The most expensive first, each to the least loaded process; original order within a process.
+    The most expensive job comes first, each goes to the least loaded process; original order within a process.
     """
     loads = [(0.0, number) for number in range(processes)]
     shares: list[list[Job]] = [[] for _ in range(processes)]
@@ -158,7 +160,7 @@ def share_out(jobs: Sequence[Job], processes: int) -> list[list[Job]]:
 
 
 class Decomposer:
-    """Does one job: tensor in, piece out. Threads share it."""
+    """Function that does one job: it reads a tensor and returns a piece. Safe to call from several threads."""
 
     def __init__(
         self,
@@ -174,7 +176,7 @@ class Decomposer:
         self._reference, self._device, self._statistics = reference, device, statistics
 
     def __call__(self, job: Job) -> Piece:
-        """Raises WeightError or another SurgeryError that names the layer or its tensor."""
+        """Decompose the layer. Raises WeightError or another SurgeryError that names the layer or its tensor."""
         tensor, row = job.entry.read(), job.row
         lookup = SpectrumLookup(tensor, row.layout, self._compute, self._device)
         known = lookup.spectrum()
@@ -189,7 +191,7 @@ class Decomposer:
             return self._plan.target.rank_of(row.name, row.rows, row.columns, values)
 
         try:
-            found = decompose(
+            decomposition = decompose(
                 row,
                 dense,
                 init=self._surgery.init,
@@ -201,36 +203,37 @@ class Decomposer:
                 keep=self._compute.keep_vectors,
             )
         except WeightError:
-            check_finite(tensor, job.entry.key, self._reference)  # says which file's tensor
+            check_finite(tensor, job.entry.key, self._reference)  # its error names the tensor in the file
             raise
-        if known is None or found.spectrum is not None:
-            lookup.keep(found)
-        values = found.values if found.weighted is None else found.weighted
+        if known is None or decomposition.spectrum is not None:
+            lookup.keep(decomposition)
+        values = decomposition.values if decomposition.weighted is None else decomposition.weighted
         decided = row if row.rank is not None else self._plan.decide(row, values)
         if isinstance(decided, Kept):
             return Piece({**facts, "kept": decided.reason}, {})
         dtype = self._output.stored(dense.dtype)
-        u, v = factor_weights(row.layout, torch.empty(dense.shape, dtype=dtype, device="meta"), found.factors)
-        if dtype != found.factors.u.dtype:
+        u, v = factor_weights(row.layout, torch.empty(dense.shape, dtype=dtype, device="meta"), decomposition.factors)
+        if dtype != decomposition.factors.u.dtype:
             for factor in (u, v):
                 check_overflow(factor, row.name)
         has_gradients = self._statistics is not None and self._statistics.has_gradients
         factors = row.layout.to_matrices(u, v)
-        measured = measured_row(decided, row.layout.to_matrix(dense), factors, found, in_loss=has_gradients)
+        measured = measured_row(decided, row.layout.to_matrix(dense), factors, decomposition, in_loss=has_gradients)
         if self._surgery.init in WITHOUT_DIRECTIONS:
             measured = replace(measured, energy_kept=None, spectral_error=None)
         return Piece({**facts, "rank": decided.rank, "row": measured.to_dict()}, {"u": u.cpu(), "v": v.cpu()})
 
 
 def row_of_piece(row: Replacement, piece: Piece) -> tuple[Replacement | Kept, Row | None]:
-    """The plan's row and the report's once the piece is known."""
+    """The rows of the plan and of the report for a finished piece; None in the report if the layer stays dense."""
     if "kept" in piece.facts:
         return Kept(row.name, row.kind, row.shape, row.parameters, piece.facts["kept"]), None
     return replace(row, rank=piece.facts["rank"]), Row.from_dict(piece.facts["row"])
 
 
 def check_finite(tensor: Tensor, key: str, reference: str) -> None:
-    # the sum of magnitudes is finite only where all are, and needs no copy; where it overflows each one is looked at
+    """Raise WeightError that names the tensor if it holds NaN or Inf."""
+    # the sum of magnitudes needs no copy and is finite only if all entries are; if it overflows, test each entry
     if not tensor.is_floating_point() or not tensor.numel():
         return
     total = torch.linalg.vector_norm(tensor, 1, dtype=torch.promote_types(tensor.dtype, torch.float32))
@@ -239,12 +242,13 @@ def check_finite(tensor: Tensor, key: str, reference: str) -> None:
 
 
 def check_overflow(stored: Tensor, key: str) -> None:
+    """Raise WeightError if the conversion to the stored dtype overflowed."""
     if not bool(torch.isfinite(stored).all()):
         raise WeightError(f"{key}: overflows {stored.dtype}; choose another --dtype")
 
 
 @contextmanager
-def at_work(
+def start_jobs(
     jobs: Sequence[Job],
     do: Callable[[Job], Piece],
     file_of: Callable[[int], Path],
@@ -252,7 +256,7 @@ def at_work(
     *,
     weighted: bool = False,
 ) -> Iterator[dict[int, Future[None]]]:
-    """Start the jobs in a pool; job number -> when its piece is there. Those that run when the block ends finish."""
+    """Start the jobs in a thread pool; yield job number -> future of its piece. On exit, running jobs finish."""
     threads = torch.get_num_threads()
     needs = [decomposition_bytes(job.row, job.entry.dtype.itemsize, weighted=weighted) for job in jobs]
 
@@ -263,13 +267,13 @@ def at_work(
         yield {job.number: pool.submit(run, job) for job in jobs}
 
 
-def still_to_do(jobs: Sequence[Job], file_of: Callable[[int], Path]) -> list[Job]:
-    """The jobs whose pieces are not there yet, or are damaged."""
+def find_pending(jobs: Sequence[Job], file_of: Callable[[int], Path]) -> list[Job]:
+    """The jobs whose pieces are missing or damaged."""
     return [job for job in jobs if load_piece(file_of(job.number)) is None]
 
 
 def first_error(futures: Sequence[Future[None]]) -> SurgeryError | None:
-    """What stopped the first job that was stopped, of those that have ended."""
+    """The SurgeryError of the first failed job, if any; other exceptions are raised."""
     for future in futures:
         if future.done() and not future.cancelled():
             error = future.exception()
@@ -281,5 +285,5 @@ def first_error(futures: Sequence[Future[None]]) -> SurgeryError | None:
 
 
 def wait_some(futures: Sequence[Future[None]], seconds: float) -> None:
-    """Wait until one more of these has ended, or some time has passed."""
+    """Wait until another of these futures is done, at most for some seconds."""
     wait([f for f in futures if not f.done()], timeout=seconds, return_when=FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""`factorise_` and `densify_` on any module in memory."""
+"""`factorise_` and `densify_` for modules in memory."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ def factorise_(
     svd: str = "auto",
     cache: bool = False,
 ) -> None:
-    """Replace the layers of any module in memory by factorised ones; a transformers model then saves as such.
+    """Replace the layers of a module in memory by factorised ones. A transformers model then saves as factorised.
 
-    `rank` is the CLI's text, a number, a policy, or a list of texts. Factors are computed on `device` (each layer's own
-    by default) and stored in the dense layer's dtype, on its device. `min_speedup` leaves dense what would not run so
-    many times as fast on `device` (the GPU by default, where there is one). `budget`, in place of `rank`, is the share
-    of the layers' parameters to keep (0.5, "flops:0.5"), or bytes of the model's weights ("bytes:500MB").
-    `statistics`, from `collect_statistics`, weigh errors by what they do to the model's outputs or loss. With `cache`,
-    singular values are kept between runs as the CLI keeps them.
+    `rank` is CLI text, a number, a policy, or a list of texts. `budget`, in place of `rank`, is the share of the
+    layers' parameters or FLOPs to keep (0.5, "flops:0.5"), or the size of the model's weights ("bytes:500MB").
+    `statistics`, from `collect_statistics`, weight errors by their effect on the model's outputs or loss. Factors are
+    computed on `device` (by default each layer's own) and stored in the dense layer's dtype on its device. Layers
+    whose speedup on `device` (by default the GPU, if there is one) is below `min_speedup` stay dense. `cache` keeps
+    singular values on disk, as the CLI does.
 
-    Raises RankError, PlanError or WeightError that name the layer; BudgetError for a budget out of reach;
+    Raises RankError, PlanError or WeightError that name the layer; BudgetError for an infeasible budget;
     CalibrationError for statistics of another model.
     """
     options = SurgeryOptions(
@@ -71,7 +71,7 @@ def factorise_module_(
     *,
     cache: bool = False,
 ) -> None:
-    """As `factorise_`, for options that are parsed already."""
+    """Replace the layers of a module in memory, with parsed options; see `factorise_`."""
 
     def metric_of(name: str) -> Metric | None:
         return statistics.metric(name) if statistics is not None else None
@@ -98,9 +98,9 @@ def _dense(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
 
 
 def _weights(module: nn.Module, plan: Plan, device: torch.device | None) -> Weights:
-    """The dense weights of a model in memory."""
+    """Access to the dense weights of a model in memory."""
     dense = _dense(module, plan)
-    stored = {p.data_ptr(): p for p in module.parameters()}.values()  # tied ones once
+    stored = {p.data_ptr(): p for p in module.parameters()}.values()  # tied parameters once
     widths = {name: weight.element_size() for name, weight in dense.items()}
     return Weights(
         read=dense.__getitem__,
@@ -113,7 +113,7 @@ def _weights(module: nn.Module, plan: Plan, device: torch.device | None) -> Weig
 
 
 def densify_(module: nn.Module) -> None:
-    """Multiply every factorised layer out into the ordinary layer that it replaced, in its dtype."""
+    """Replace every factorised layer by a dense layer that holds the product of its factors, in its dtype."""
     densify_layers_(module)
     if is_transformers_model(module):
         from lrsurgery.checkpoints.quantizer import detach_

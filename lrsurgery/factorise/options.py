@@ -1,9 +1,9 @@
-"""What `factorise` can be asked for: text is parsed once, into values that each part of the job is handed."""
+"""Options of `factorise`, parsed once from text into typed values."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lrsurgery.calibration.loss import check_importance
@@ -24,51 +24,51 @@ from lrsurgery.units import parse_size
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What the layers' errors are weighed by: data that the model is run on, or statistics that were taken before.
+    """Calibration data or existing statistics, which weight the errors of layers.
 
-    Raises CalibrationError for a value that no data could make right.
+    Raises CalibrationError for invalid or contradictory values.
     """
 
-    data: str | None = None  # whatever `finetune --data` takes
+    data: str | None = None  # as for `finetune --data`
     importance: str = "fisher"  # or "activations"
     samples: int = 128  # sequences, sentences or images
-    sequential: bool = False  # look at each block once those before it are replaced
-    statistics: Path | None = None
-    save: Path | None = None  # where to keep the statistics
+    sequential: bool = False  # calibrate each block after those before it are factorised
+    statistics: Path | None = None  # folder of existing statistics
+    save: Path | None = None  # folder to keep the statistics in
     split: str | None = None
-    how: DataOptions = DataOptions()
+    how: DataOptions = field(default_factory=DataOptions)
 
     def __post_init__(self) -> None:
         check_importance(self.importance)
         if self.samples < 1:
             raise CalibrationError(f"samples {self.samples}: write at least 1")
         if self.data is None and self.statistics is None:
-            raise CalibrationError("no calibration data and no statistics are given; give one of them")
+            raise CalibrationError("no calibration data and no statistics are given; add --calibration or --statistics")
         if self.sequential and self.data is None:
-            raise CalibrationError("--sequential looks at data; give --calibration too")
+            raise CalibrationError("--sequential needs data; add --calibration")
         if self.statistics is not None and self.data is not None:
             raise CalibrationError("--calibration and --statistics are both given; leave one out")
         if self.save is not None and self.data is None:
-            raise CalibrationError("--save-statistics keeps what --calibration finds; give that too")
+            raise CalibrationError("--save-statistics needs data; add --calibration")
         if self.save is not None and self.save.exists():
-            raise CalibrationError(f"{self.save}: is there already; reuse it with --statistics, or name another folder")
+            raise CalibrationError(f"{self.save}: already exists; reuse it with --statistics, or name another folder")
         if self.save is not None and not next(p for p in self.save.absolute().parents if p.exists()).is_dir():
-            raise CalibrationError(f"{self.save}: cannot be written, as what it should lie in is a file")
+            raise CalibrationError(f"{self.save}: cannot be written, since a parent is a file; name another folder")
         if self.statistics is not None:
-            self.earlier()  # or says what is wrong with them
+            self.read_statistics()  # raises CalibrationError if they cannot be read
         try:
             self.how.check()
         except RecipeError as e:
             raise CalibrationError(str(e)) from e
 
-    def earlier(self) -> Statistics:
-        """The statistics that were taken before, as the importance asks for them. Raises CalibrationError."""
+    def read_statistics(self) -> Statistics:
+        """Read the existing statistics; importance activations drops their gradients. Raises CalibrationError."""
         assert self.statistics is not None
-        found = Statistics.read(self.statistics)
-        return found if self.importance == "fisher" else found.without_gradients()
+        statistics = Statistics.read(self.statistics)
+        return statistics if self.importance == "fisher" else statistics.without_gradients()
 
     def recorded(self) -> Json:
-        """What decides the result, as JSON. (Files say `metric` for the importance.)"""
+        """The values that determine the result, as JSON; the importance keeps its key `metric` in files."""
         how = {key: value for key, value in vars(self.how).items() if value is not None}
         return {
             "data": self.data,
@@ -92,7 +92,10 @@ def parse_calibration(
     split: str | None = None,
     how: DataOptions | None = None,
 ) -> Calibration | None:
-    """The calibration that these ask for; None where they ask for none. Raises CalibrationError."""
+    """Make the calibration of these options; None without data and statistics, or for importance "none".
+
+    Raises CalibrationError.
+    """
     check_importance(importance, "none")
     unused = data is None and statistics is None and not sequential and save is None
     if importance == "none" or (unused and samples >= 1):
@@ -111,26 +114,28 @@ def parse_calibration(
 
 @dataclass(frozen=True, kw_only=True)
 class FactoriseOptions:
-    """A whole job; each part of it is handed the value that it uses."""
+    """All options of a job, grouped by the part that uses them. Raises SurgeryError for contradictory options."""
 
     surgery: SurgeryOptions
-    source: SourceOptions = SourceOptions()
+    source: SourceOptions = field(default_factory=SourceOptions)
     compute: Compute
-    output: OutputOptions = OutputOptions()
+    output: OutputOptions = field(default_factory=OutputOptions)
     calibration: Calibration | None = None
 
     def __post_init__(self) -> None:
         init = self.surgery.init
         if self.calibration is not None:
             if init in WITHOUT_DIRECTIONS:
-                raise SurgeryError(f"init {init} keeps nothing of the weights, so --calibration would change nothing")
+                raise SurgeryError(
+                    f"init {init} discards the weights' directions, so --calibration would change nothing; remove one"
+                )
             if self.source.from_scratch_seed is not None:
-                raise SurgeryError("--from-scratch has no pretrained weights to calibrate; leave --calibration out")
+                raise SurgeryError("--from-scratch has no pretrained weights to calibrate; remove --calibration")
             if self.surgery.svd == "fast":
-                raise SurgeryError("--svd fast looks at weights alone; leave it out with --calibration")
+                raise SurgeryError("--svd fast applies to plain SVD only; remove it, or remove --calibration")
 
     def recorded(self) -> Json:
-        """The options that decide the result, as JSON."""
+        """The options that determine the result, as JSON."""
         calibration = None if self.calibration is None else self.calibration.recorded()
         return recorded_options(self.surgery, self.source, self.output.dtype, calibration)
 
@@ -138,12 +143,12 @@ class FactoriseOptions:
 def parse_target(
     rank: RankLike | None, budget: str | float | None, *, of: str = "layers", multiple_of: int = 1
 ) -> Target:
-    """The ranks that are asked for, by policies or by a budget. Raises RankError, BudgetError."""
+    """Parse rank policies or a budget, of which exactly one is given. Raises RankError, BudgetError."""
     if budget is None:
         if rank is None:
             raise RankError(f"no rank and no budget is given; write --rank with {READABLE}, or --budget 0.5")
         if of != "layers":
-            raise RankError(f"--budget-of {of}: say with --budget how much of it is kept")
+            raise RankError(f"--budget-of {of} needs a budget; add --budget")
         return parse_rank(rank, multiple_of)
     if rank is not None:
         raise RankError("rank and budget are both given; a budget chooses every rank, so leave one out")
@@ -179,7 +184,7 @@ def parse_options(
     command: str | None = None,
     calibration: Calibration | None = None,
 ) -> FactoriseOptions:
-    """A job from what the command line and Python callers write. Raises SurgeryError that names the value."""
+    """Parse the options of the command line and of Python callers. Raises SurgeryError that names the value."""
     surgery = SurgeryOptions(
         target=parse_target(rank, budget, of=budget_of, multiple_of=multiple_of),
         init=init,

@@ -388,13 +388,14 @@ def test_killed_at_any_moment(moment: str, pristine: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("moment", ["first tensor", "halfway", "writing the card"])
 def test_interrupted(moment: str, number: str, pristine: Path, tmp_path: Path) -> None:
-    """What is finished is kept, hidden, and the same command with --resume goes on to the same bytes."""
+    """What is finished is kept, hidden, and the same command with --resume continues to the same bytes."""
     command = f"factorise {pristine} --rank 0.5 --output {tmp_path / 'new' / 'out'}"
     done = program(command, moment, f"os.kill(os.getpid(), signal.{number})")
     assert done.returncode == 130
     assert done.stdout == ""
     assert re.fullmatch(
-        r"lrsurgery: interrupted; \d+ of \d+ layers are kept: the same command with --resume goes on\n", done.stderr
+        r"lrsurgery: interrupted; \d+ of \d+ layers are kept; run the same command with --resume to continue\n",
+        done.stderr,
     )
     assert [p.name for p in (tmp_path / "new").iterdir()] == [".out.factorising"]
     assert tiny.run(*command.split(), "--resume", "--quiet") == 0

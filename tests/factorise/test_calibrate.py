@@ -254,7 +254,7 @@ def test_a_model_that_is_sure_of_all_it_sees_is_told_so(
     for model, told in (("sure", True), ("resnet", False)):
         folder, options = tmp_path if told else place, "--budget 0.5 --samples 5 --overwrite"
         assert factorise(folder / model, options, calibration=place / "images", output=tmp_path / "out") == 0
-        assert ("the model is sure of all that it sees" in capsys.readouterr().err) == told
+        assert ("the model is certain of its predictions on this data" in capsys.readouterr().err) == told
     assert report_of(tmp_path / "out")["totals"]["predicted_loss"] > 0
 
 
@@ -384,7 +384,7 @@ def test_an_interrupted_job_goes_on_from_its_statistics(
         patch.setattr(jobs, "decompose", stop)
         assert factorise(place / "gpt2", f"{SIX} --jobs 1", **places) == 130
     kept = "the statistics and 2 of 8 layers are kept" if layers else "the statistics are kept"
-    assert f"interrupted; {kept}: the same command with --resume goes on" in capsys.readouterr().err
+    assert f"interrupted; {kept}; run the same command with --resume to continue" in capsys.readouterr().err
     monkeypatch.setattr(calibration, "call", None)  # no model runs
     assert factorise(place / "gpt2", f"{SIX} --jobs 1 --resume", **places) == 0
     wanted = tensors_of(place / "six")
@@ -426,8 +426,8 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "he": ([*TEXT, "--init", "he"], "--calibration would change nothing"),
     "block too long": ([*TEXT, "--block-size", "99"], "longer than the 32 positions"),
-    "save over": ([*TEXT, "--save-statistics", "{}/statistics"], "is there already"),
-    "save into a file": ([*TEXT, "--save-statistics", "{}/train.txt/x"], "what it should lie in is a file"),
+    "save over": ([*TEXT, "--save-statistics", "{}/statistics"], "already exists; reuse it"),
+    "save into a file": ([*TEXT, "--save-statistics", "{}/train.txt/x"], "since a parent is a file"),
     "speedup": (["--budget", "0.5", "--min-speedup", "1.0"], "--min-speedup and --budget are both given"),
 }
 

@@ -23,7 +23,7 @@ from lrsurgery.checkpoints.mapping import Entry
 from lrsurgery.checkpoints.spectra import SpectrumCache
 from lrsurgery.errors import OutputError, SurgeryError, WeightError
 from lrsurgery.factorise import jobs
-from lrsurgery.factorise.jobs import Job, WorkFolder, share_out
+from lrsurgery.factorise.jobs import Job, WorkFolder, schedule
 from lrsurgery.files import Piece, load_piece, save_piece
 from lrsurgery.linalg import svd as linalg
 from lrsurgery.runtime import POOL_BYTES, in_order, layers_at_once
@@ -141,7 +141,7 @@ def test_damaged_pieces_are_made_again(model: Path, reference: Path, tmp_path: P
 def test_another_job_is_not_resumed(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     work = abandoned(model, out)
-    with pytest.raises(OutputError, match="had another rank; give the same options"):
+    with pytest.raises(OutputError, match="had another rank; pass the same options"):
         lrsurgery.factorise_checkpoint(model, out, rank=0.3, resume=True)
     assert work.exists()
     lrsurgery.factorise_checkpoint(model, out, rank=0.3)  # without --resume the leftovers are cleared away
@@ -166,7 +166,7 @@ def test_an_output_that_another_process_writes_is_left_alone(model: Path, tmp_pa
         with pytest.raises(OutputError, match=f"process {os.getppid()} is writing it"):
             lrsurgery.factorise_checkpoint(model, tmp_path / "out", rank=0.4, resume=resume)
     (work / "job.json").write_text(json.dumps({**job, "host": "elsewhere"}))
-    with pytest.raises(OutputError, match="begun on elsewhere"):
+    with pytest.raises(OutputError, match="started on elsewhere"):
         lrsurgery.factorise_checkpoint(model, tmp_path / "out", rank=0.4)
     lrsurgery.factorise_checkpoint(model, tmp_path / "out", rank=0.4, resume=True)
 
@@ -211,7 +211,7 @@ def test_a_lost_process_is_an_error_and_resume_finishes(
     assert lost.returncode != 0
     assert not out.exists()
     if rank == "1":
-        assert re.search(r"lrsurgery: interrupted; \d of 8 layers are kept: .* --resume goes on", lost.stderr)
+        assert re.search(r"lrsurgery: interrupted; \d of 8 layers are kept; .* --resume to continue", lost.stderr)
     script.unlink()
     again = program(*tiny.TORCHRUN, "-m", "lrsurgery", *command, "--resume")
     assert again.returncode == 0, again.stderr
@@ -269,7 +269,7 @@ def job(number: int, rows: int, columns: int) -> Job:
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(1, 500)), max_size=40), st.integers(1, 9))
 def test_shares_are_fair(shapes: list[tuple[int, int]], processes: int) -> None:
     all_jobs = [job(number, *shape) for number, shape in enumerate(shapes)]
-    shares = share_out(all_jobs, processes)
+    shares = schedule(all_jobs, processes)
     assert sorted(j.number for share in shares for j in share) == list(range(len(shapes)))
     loads = [sum(decomposition_cost(j.row) for j in share) for share in shares]
     # Graham's bound for any greedy schedule
