@@ -24,7 +24,7 @@ from lrsurgery.errors import OutputError, SourceError, SurgeryError
 Json: TypeAlias = dict[str, Any]  # a JSON object of a file; readers turn it into typed values
 
 
-def read_json(file: Path, what: str = "JSON", error: type[SurgeryError] = SourceError) -> Json:
+def read_json(file: Path, what: str = "a JSON object", error: type[SurgeryError] = SourceError) -> Json:
     """Read the JSON object in a file. Raises `error` if the file is missing or is not `what`."""
     try:
         body = json.loads(file.read_text(encoding="utf-8"))
@@ -33,7 +33,7 @@ def read_json(file: Path, what: str = "JSON", error: type[SurgeryError] = Source
     except (OSError, ValueError) as e:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
         raise error(f"{file}: not {what} ({e})") from e
     if not isinstance(body, dict):
-        raise error(f"{file}: not {what} (it holds {type(body).__name__}, not an object)")
+        raise error(f"{file}: not {what} (it holds a {type(body).__name__})")
     return body
 
 

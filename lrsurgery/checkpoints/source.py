@@ -151,7 +151,7 @@ def _folder(
 
 
 def read_config(folder: Path) -> Json:
-    """Read config.json of a model folder. Raises SourceError if it is missing, not JSON or not a model's."""
+    """Read config.json of a model folder. Raises SourceError if it is missing, no JSON object or not a model's."""
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
