@@ -162,7 +162,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "Inf in a layer": (spoil(UP, float("inf")), f"{UP} holds NaN or Inf"),
     "NaN in what passes through": (spoil(NORM, float("nan")), f"{NORM} holds NaN or Inf"),
     "no config": (lambda f: (f / "config.json").unlink(), r"config\.json: missing"),
-    "config that is not a JSON object": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not JSON"),
+    "config that is not JSON": (lambda f: (f / "config.json").write_text("{"), r"config\.json: not a JSON object"),
     "config that is not text": (
         lambda f: (f / "config.json").write_bytes(b"\xff\xfe\x00"),
         r"config\.json: not a JSON object",
