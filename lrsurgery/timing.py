@@ -28,15 +28,15 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True)
-class Timed:
-    """A workload: `run` takes the result of `prepare` (not timed) and yields after every `per` units of work."""
+class Workload:
+    """A workload: `run` takes the result of `prepare` (not workload) and yields after every `per` units of work."""
 
     run: Callable[[Any], Iterator[None]]
     prepare: Callable[[], Any] = _nothing
     per: int = 1
 
     @staticmethod
-    def calls(module: Callable[[Any], object], x: Any, count: int = 1) -> Timed:
+    def calls(module: Callable[[Any], object], x: Any, count: int = 1) -> Workload:
         """A workload of `count` calls of a module on one input, without gradients."""
 
         @torch.inference_mode()
@@ -45,7 +45,7 @@ class Timed:
                 module(x)
             yield
 
-        return Timed(run, per=count)
+        return Workload(run, per=count)
 
     def once(self) -> int:
         """Run once to the end and return the units of work done."""
@@ -85,7 +85,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def compare(
-    workloads: Sequence[Timed],
+    workloads: Sequence[Workload],
     *,
     precision: float,
     seconds: float,
@@ -124,7 +124,7 @@ def compare(
     return Timings(samples, len(values), reached, median(values), (low, high))
 
 
-def _sample(workload: Timed, calls: int, device: torch.device, clock: Callable[[], float]) -> list[float]:
+def _sample(workload: Workload, calls: int, device: torch.device, clock: Callable[[], float]) -> list[float]:
     """Seconds per unit of work, one value per yield of `calls` consecutive calls."""
     seconds = []
     for _ in range(calls):

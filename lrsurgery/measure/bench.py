@@ -37,7 +37,7 @@ from lrsurgery.report.read import BENCH_FILE, BENCH_FORMAT
 from lrsurgery.report.schema import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchModel, BenchRun
 from lrsurgery.runtime import imported, pick_device, pick_dtype, processor, versions
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.timing import CONFIDENCE, Timed, Timings, compare, percentile
+from lrsurgery.timing import CONFIDENCE, Timings, Workload, compare, percentile
 
 LENGTHS = (128, 512)  # tokens, by default
 LAYER_SHARE = 4  # a layer gets this part of a setting's seconds
@@ -254,16 +254,16 @@ class _Measurement:
         for reference, contender, model in zip(self.references, self.contenders, models, strict=True):
             x = contender.random_input(model, batch, length, self.options.seed)
             with name_failures(reference, what):
-                timed = make_workload(model, x, work, new_tokens=self.options.new_tokens)
-                if timed is None:
+                workload = make_workload(model, x, work, new_tokens=self.options.new_tokens)
+                if workload is None:
                     self.notes.append(f"{reference} returns no KV cache, so {setting.name} was left out")
                     return None
-                flops.append(count_flops(timed))
+                flops.append(count_flops(workload))
             if self.options.compile:
-                timed = make_workload(model, x, work, new_tokens=self.options.new_tokens, wrap=torch.compile)
-                assert timed is not None
-                compile_now(timed, reference)
-            workloads.append(timed)
+                workload = make_workload(model, x, work, new_tokens=self.options.new_tokens, wrap=torch.compile)
+                assert workload is not None
+                compile_now(workload, reference)
+            workloads.append(workload)
         with name_failures(self.references[0], what):
             found = self._compare(workloads, self.options.seconds)
         figures = [
@@ -287,7 +287,7 @@ class _Measurement:
             "ideal": flops[1] / flops[0] if both and flops[0] else None,
         }
 
-    def _compare(self, workloads: Sequence[Timed], seconds: float) -> Timings:
+    def _compare(self, workloads: Sequence[Workload], seconds: float) -> Timings:
         return compare(workloads, precision=self.options.precision, seconds=seconds, device=self.device)
 
     def _layer_groups(self, model: nn.Module, setting: Setting) -> list[LayerGroup]:
@@ -310,10 +310,10 @@ class _Measurement:
         calls = GPU_CALLS if self.device.type == "cuda" else 1
         workloads = []
         for module in (layer, dense):
-            timed = Timed.calls(torch.compile(module) if self.options.compile else module, x, calls)
+            workload = Workload.calls(torch.compile(module) if self.options.compile else module, x, calls)
             if self.options.compile:
-                compile_now(timed, group.names[0])
-            workloads.append(timed)
+                compile_now(workload, group.names[0])
+            workloads.append(workload)
         found = self._compare(workloads, self.options.seconds / LAYER_SHARE)
         assert found.interval is not None
         ours, theirs = (1e3 * median(seconds) for seconds in found.seconds)

@@ -74,9 +74,9 @@ def measure_peak(request: MemoryRequest) -> int | None:
         model = contender.load(device, pick_dtype(request.dtype))
         with name_failures(request.reference, f"{request.batch} x {request.length}"):
             x = contender.random_input(model, request.batch, request.length, request.seed)
-            timed = make_workload(model, x, contender.works[0])
-            assert timed is not None
-            timed.once()
+            workload = make_workload(model, x, contender.works[0])
+            assert workload is not None
+            workload.once()
 
     if (contender.source.bytes or 0) < SMALL:
         load_and_run()  # loads the libraries' code

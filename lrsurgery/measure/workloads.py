@@ -25,7 +25,7 @@ from lrsurgery.data.tasks import TASKS, TIMM, is_for, task_of
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight
-from lrsurgery.timing import Timed
+from lrsurgery.timing import Workload
 
 PREFILL, FORWARD = "prefill", "forward"
 DECODE = "token by token"  # the name that bench.json has for it
@@ -141,19 +141,19 @@ def _image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
 
 def make_workload(
     model: nn.Module, x: Tensor, work: str, *, new_tokens: int = 0, wrap: Callable[[nn.Module], Forward] | None = None
-) -> Timed | None:
+) -> Workload | None:
     """One kind of work on the input `x`, to be timed; None for decode with a model that returns no cache.
 
     `wrap` (torch.compile) is applied to what is timed, and not to what prepares it.
     """
     forward = model if wrap is None else wrap(model)
     if work == FORWARD:
-        return Timed(functools.partial(_forward, forward, x, {}))
+        return Workload(functools.partial(_forward, forward, x, {}))
     # a prefill needs the last logits alone, as in transformers' generate
     arguments = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
     if work == PREFILL:
-        return Timed(functools.partial(_forward, forward, x, {"use_cache": True, **last}))
+        return Workload(functools.partial(_forward, forward, x, {"use_cache": True, **last}))
     prompt = max(1, x.shape[1] - new_tokens)
     with torch.inference_mode():
         first = model(x[:, :prompt], use_cache=True, **last)
@@ -172,7 +172,7 @@ def make_workload(
             token, cache = output.logits[:, -1:].argmax(-1), getattr(output, name)
             yield
 
-    return Timed(decode, prepare)
+    return Workload(decode, prepare)
 
 
 @torch.inference_mode()
@@ -195,23 +195,23 @@ def name_failures(reference: str, what: str) -> Iterator[None]:
         raise SurgeryError(f"{reference}: fails on {what}: {type(e).__name__}: {reason}") from e
 
 
-def compile_now(timed: Timed, reference: str) -> None:
+def compile_now(workload: Workload, reference: str) -> None:
     """Make the first call, which compiles. Raises SurgeryError; the model is known to run without compilation."""
     try:
-        timed.once()
+        workload.once()
     except Exception as e:
         lines = str(e).strip().splitlines() or [type(e).__name__]
         raise SurgeryError(f"{reference}: torch.compile fails: {lines[0][:200]}; leave --compile out") from e
 
 
-def count_flops(timed: Timed) -> int:
+def count_flops(workload: Workload) -> int:
     """FLOPs of the matrix products and convolutions in one pass, two for a multiply-add; of decode, mean of a token."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     # fused attention has no count on every device; its plain form consists of products, which have
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        passes = timed.once()
+        passes = workload.once()
     return round(int(counter.get_total_flops()) / passes)
 
 

@@ -21,7 +21,7 @@ from lrsurgery.runtime import processor
 from lrsurgery.surgery.kinds import KINDS, SIDE, kind_of
 from lrsurgery.surgery.layers import build_dense
 from lrsurgery.surgery.plan import Plan, Refusal, Replacement, SurgeryOptions, find_heads, make_plan
-from lrsurgery.timing import Timed, compare
+from lrsurgery.timing import Workload, compare
 
 POSITIONS = SIDE * SIDE
 PRECISION, SECONDS = 0.01, 0.5  # relative precision of the ratio, and time limit, of one measurement
@@ -149,6 +149,8 @@ def measure_speedup(dense: nn.Module, kind: str, rank: int, device: torch.device
         for p in module.parameters():
             p.copy_(random_tensor(*p.shape))
     x = random_tensor(*layout.sample_input(pair[1], POSITIONS))
-    timings = compare([Timed.calls(module, x) for module in pair], precision=PRECISION, seconds=SECONDS, device=device)
+    timings = compare(
+        [Workload.calls(module, x) for module in pair], precision=PRECISION, seconds=SECONDS, device=device
+    )
     assert timings.ratio is not None
     return timings.ratio

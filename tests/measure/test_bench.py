@@ -30,7 +30,7 @@ from lrsurgery.measure.workloads import DECODE, FORWARD, PREFILL, count_flops, m
 from lrsurgery.report.read import read_bench
 from lrsurgery.report.schema import Bench
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.timing import Timed, compare, median_interval, percentile
+from lrsurgery.timing import Workload, compare, median_interval, percentile
 
 CPU = torch.device("cpu")
 QUICK = BenchOptions(batch=(2,), length=(16,), new_tokens=4, seconds=0.3, device="cpu", threads=1)
@@ -58,13 +58,13 @@ class Machine:
     def __init__(self) -> None:
         self.now, self.calls = 0.0, 0
 
-    def work(self, seconds: Callable[[int], float]) -> Timed:
+    def work(self, seconds: Callable[[int], float]) -> Workload:
         def run(_: object) -> Iterator[None]:
             self.now += seconds(self.calls)
             self.calls += 1
             yield
 
-        return Timed(run)
+        return Workload(run)
 
     def clock(self) -> float:
         return self.now
@@ -127,9 +127,9 @@ def test_percentile_is_the_nearest_rank() -> None:
 
 def test_operations_are_two_for_each_weight_and_row() -> None:
     model = nn.Sequential(nn.Linear(24, 40, bias=False), nn.Linear(40, 8, bias=False))
-    timed = make_workload(model, torch.randn(5, 7, 24), FORWARD)
-    assert timed is not None
-    assert count_flops(timed) == 2 * sum(p.numel() for p in model.parameters()) * 5 * 7
+    workload = make_workload(model, torch.randn(5, 7, 24), FORWARD)
+    assert workload is not None
+    assert count_flops(workload) == 2 * sum(p.numel() for p in model.parameters()) * 5 * 7
 
 
 @pytest.fixture(scope="module")
