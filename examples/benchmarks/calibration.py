@@ -39,7 +39,7 @@ from lrsurgery.data.examples import (
     training_examples,
 )
 from lrsurgery.data.options import DataOptions
-from lrsurgery.data.tasks import LANGUAGE, Subject, task_of
+from lrsurgery.data.tasks import TASKS, Subject, task_of
 from lrsurgery.linalg import Factors, balance, truncated_svd
 from lrsurgery.linalg.weighted import second_order, weighted_factors, weighted_values
 from lrsurgery.surgery.layers import factor_weights
@@ -185,7 +185,7 @@ def prepare(arguments: argparse.Namespace) -> Case:
     rows = open_rows(arguments.data, kind, options, split=arguments.split)
     other = open_rows(arguments.eval_data, kind, options, split=arguments.eval_split)
     subject = prepare_subject(source, options, rows)
-    language = kind in LANGUAGE
+    language = TASKS[kind].is_language
     size = BATCH[language]
     subject.model.eval()
 
