@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import typer
 
@@ -201,7 +201,7 @@ def _write(screen: Screen, text: str, output: Path | None) -> None:
     screen.say(f"Written to {output}")
 
 
-def show_report(screen: Screen, found: Report, *, sort: str = "model", every: bool = False, **facts: Any) -> None:
+def show_report(screen: Screen, found: Report, *, sort: str = "model", every: bool = False, **facts: object) -> None:
     """In the terminal, or as JSON."""
     from lrsurgery.report.views.terminal import report_parts
 

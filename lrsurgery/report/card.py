@@ -206,6 +206,6 @@ def _licence(metadata: ModelCardData) -> str:
     return f"That of the base model: {f'[{named}]({link})' if link else named}."
 
 
-def _cell(column: Column, row: Row) -> str:
+def _cell(column: Column[Row], row: Row) -> str:
     value = column.value(row)
     return "" if value is None else COLUMNS[column.key].format(value)

@@ -71,10 +71,10 @@ def tokenizer(*, around: bool = False) -> Any:
     return tf.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=BLOCK, **named)
 
 
-def save_gpt2(folder: Path, *, dropout: float = 0.1, seed: int = 0, **options: Any) -> Path:
+def save_gpt2(folder: Path, *, dropout: float = 0.1, seed: int = 0, blocks: int = 2, **options: Any) -> Path:
     torch.manual_seed(seed)
     config = tf.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=2, n_positions=BLOCK, resid_pdrop=dropout,
+        vocab_size=VOCABULARY, n_embd=32, n_layer=blocks, n_head=2, n_positions=BLOCK, resid_pdrop=dropout,
         embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0, **options,
     )  # fmt: skip
     tf.GPT2LMHeadModel(config).save_pretrained(folder)

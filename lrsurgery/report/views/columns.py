@@ -1,48 +1,58 @@
-"""The columns of a report's layers and the figures of evaluations, listed once; every view draws from these lists.
+"""The columns of a report's layers and ladder, and the figures of evaluations, listed once; every view draws them.
 
-To add a column: a row in `COLUMNS`. Markdown, CSV and the page show every column that a layer has a value for; the
-terminal and the model card name those that they have room for.
+To add a column: a row in `COLUMNS` or `LADDER` (those of bench stand in speed.py). Markdown, CSV and the page show
+every column that a layer has a value for; the terminal and the model card name those that they have room for.
+
+Over 350 lines because it is a table: the formatter gives each field a line of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from lrsurgery.files import Json
-from lrsurgery.report.schema import Report, Row
+from lrsurgery.report.schema import Report, Row, Rung
 
 Value: TypeAlias = str | int | float | None
+T = TypeVar("T")
 UNBALANCED = 0.01  # of factors; below, it is rounding
 
 # figures of an evaluation: what people call them, how they are written
-HEADINGS = {"loss": "loss", "perplexity": "perplexity", "top1": "top-1", "top5": "top-5"}
-QUALITY = {"loss": "{:.4f}", "perplexity": "{:.3f}", "top1": "{:.2%}", "top5": "{:.2%}"}
+QualityName: TypeAlias = Literal["loss", "perplexity", "top1", "top5"]
+HEADINGS: dict[QualityName, str] = {"loss": "loss", "perplexity": "perplexity", "top1": "top-1", "top5": "top-5"}
+QUALITY: dict[QualityName, str] = {"loss": "{:.4f}", "perplexity": "{:.3f}", "top1": "{:.2%}", "top5": "{:.2%}"}
 
 
-class Terse(NamedTuple):
+@dataclass(frozen=True)
+class Terse(Generic[T]):
     """A column as the terminal shows it."""
 
     title: str
-    text: Callable[[Row], str]
+    text: Callable[[T], str]
     wide: bool = False  # only where there is room for more than 80 columns
     always: bool = False  # even where every cell is empty
 
 
 @dataclass(frozen=True, kw_only=True)
-class Column:
-    """One column of the layers' table."""
+class Column(Generic[T]):
+    """One column of a table."""
 
-    key: str  # its path in the layer's JSON object, where it has one
-    title: str  # in Markdown, CSV and cards
-    value: Callable[[Row], Value]
-    form: str = "number"  # text, count, size (a large count), share or number: how people read it
+    key: str  # its path in the row's JSON object, where it has one; the heading in CSV
+    title: str  # in Markdown and cards
+    value: Callable[[T], Value]
+    form: str = "number"  # text, count, size (a large count), share, times or number: how people read it
     label: str | None = None  # on the page, beneath `group` if there is one; the title by default
     group: str | None = None
     hint: str | None = None  # what the page says of it
-    terse: Terse | None = None  # None where the terminal has no room for it
+    terse: Terse[T] | None = None  # None where the terminal has no room for it
     drawn: bool = True  # whether Markdown, CSV and the page show it; the terminal's own sketches they do not
+    notable: Callable[[T], bool] = lambda _: True  # whether people should see a row's value; CSV holds every one
+
+    def shown(self, row: T) -> Value:
+        """The value for people to see."""
+        return self.value(row) if self.notable(row) else None
 
 
 def _layers_share(row: Row) -> float | None:
@@ -69,6 +79,10 @@ def _percent(value: float | None, digits: int = 2) -> str:
     return "" if value is None else f"{value:.{digits}%}"
 
 
+def _is_unbalanced(row: Row) -> bool:
+    return (row.balance or 0.0) >= UNBALANCED
+
+
 def _entropy_course(row: Row) -> str:
     return course([f"{ranks.entropy:.1f}" for ranks in (row.before, row.after) if ranks is not None])
 
@@ -86,13 +100,8 @@ def _shared(row: Row) -> float | None:
     return (last.output + last.input) / 2
 
 
-COLUMNS: tuple[Column, ...] = (
-    Column(
-        key="name",
-        title="layer",
-        form="text",
-        value=lambda row: row.name,
-    ),
+COLUMNS: tuple[Column[Row], ...] = (
+    Column(key="name", title="layer", form="text", value=lambda row: row.name),
     Column(key="kind", title="kind", form="text", value=lambda row: row.kind),
     Column(
         key="shape",
@@ -147,7 +156,8 @@ COLUMNS: tuple[Column, ...] = (
         title="after",
         form="size",
         group="Parameters",
-        value=lambda row: row.parameters_after if row.status == "factorised" else None,
+        value=lambda row: row.parameters_after,
+        notable=lambda row: row.status == "factorised",
         terse=Terse(
             "after",
             lambda row: "?" if row.parameters_after is None else f"{row.parameters_after:,}",
@@ -248,10 +258,9 @@ COLUMNS: tuple[Column, ...] = (
         title="unbalanced",
         form="share",
         hint="How far training has carried the factors from an even split",
-        value=lambda row: row.balance if (row.balance or 0) >= UNBALANCED else None,
-        terse=Terse(
-            "unbalanced", lambda row: _percent(row.balance) if (row.balance or 0) >= UNBALANCED else "", wide=True
-        ),
+        value=lambda row: row.balance,
+        notable=_is_unbalanced,
+        terse=Terse("unbalanced", lambda row: _percent(row.balance) if _is_unbalanced(row) else "", wide=True),
     ),
     Column(
         key="damage",
@@ -261,25 +270,87 @@ COLUMNS: tuple[Column, ...] = (
         terse=Terse("damage", lambda row: "" if row.damage is None else f"{row.damage:.1f}"),
     ),
 )
-BY_KEY: Mapping[str, Column] = {column.key: column for column in COLUMNS}
 
 
-def columns_with_values(rows: Sequence[Row], *, without: Iterable[str] = ()) -> list[Column]:
+class Step(NamedTuple):
+    """A rung of a whole model's ladder, and the share of the parameters that it would leave."""
+
+    rung: Rung
+    share: float
+
+
+def steps_of(report: Report) -> list[Step]:
+    """The ladder of a dense model; no steps where there is none."""
+    return [Step(rung, rung.parameters / report.parameters_before) for rung in report.ladder or ()]
+
+
+LADDER: tuple[Column[Step], ...] = (
+    Column(
+        key="rank",
+        title="`--rank`",
+        label="rank asked",
+        form="text",
+        value=lambda step: step.rung.rank,
+        terse=Terse("--rank", lambda step: step.rung.rank),
+    ),
+    Column(
+        key="layers",
+        title="layers",
+        label="layers factorised",
+        form="count",
+        value=lambda step: step.rung.to,
+        terse=Terse("layers", lambda step: str(step.rung.to)),
+    ),
+    Column(
+        key="parameters",
+        title="parameters",
+        form="size",
+        value=lambda step: step.rung.parameters,
+        terse=Terse("parameters", lambda step: f"{step.rung.parameters:,}"),
+    ),
+    Column(
+        key="share",
+        title="share",
+        form="share",
+        value=lambda step: step.share,
+        terse=Terse("share", lambda step: _percent(step.share, 1)),
+    ),
+    Column(
+        key="energy_kept",
+        title="energy kept",
+        form="share",
+        value=lambda step: step.rung.energy_kept,
+        terse=Terse("energy", lambda step: _percent(step.rung.energy_kept)),
+    ),
+    Column(
+        key="relative_error",
+        title="relative error",
+        form="share",
+        value=lambda step: step.rung.relative_error,
+        terse=Terse("error", lambda step: _percent(step.rung.relative_error)),
+    ),
+    Column(
+        key="damage",
+        title="predicted damage",
+        value=lambda step: step.rung.damage,
+        terse=Terse("damage", lambda step: f"{step.rung.damage:.1f}"),
+    ),
+)
+BY_KEY: Mapping[str, Column[Row]] = {column.key: column for column in COLUMNS}
+
+
+def columns_with_values(rows: Sequence[Row], *, without: Iterable[str] = ()) -> list[Column[Row]]:
     """The columns that some row has a value for, in order."""
     left_out = set(without)
     drawn = (column for column in COLUMNS if column.drawn and column.key not in left_out)
-    return [column for column in drawn if any(column.value(row) is not None for row in rows)]
+    return [column for column in drawn if any(column.shown(row) is not None for row in rows)]
 
 
 def plain_text(value: Value, form: str) -> str:
-    """A value as Markdown and cards write it: shares with two digits, other numbers with up to six."""
-    if value is None:
-        return ""
-    if form == "share":
-        return f"{value:.2%}"
-    if form in ("count", "size"):
-        return f"{value:,}"
-    return f"{value:.6g}" if isinstance(value, int | float) else value
+    """A value as Markdown writes it: shares with two digits, other numbers with up to six."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return f"{value:.2%}" if form == "share" else f"{value:,}" if form in ("count", "size") else f"{value:.6g}"
 
 
 # orders of layers; None is the model's own
@@ -298,13 +369,17 @@ def sorted_rows(rows: Iterable[Row], sort: str) -> list[Row]:
 
 
 def page_columns(report: Report) -> list[Json]:
-    """What the page's table of layers shows: where each value stands in the JSON, and how it is named and written.
+    """What the page's table of layers shows.
 
     Columns without any value are left out, except of a dense model, whose ladder fills them in.
     """
     shown = list(COLUMNS) if report.about == "dense" else columns_with_values(report.rows)
+    return named([c for c in COLUMNS if (c.drawn and c in shown) or c.key == "kept"])
+
+
+def named(columns: Iterable[Column[T]]) -> list[Json]:
+    """Columns for the page's script: where each value stands in the JSON, how it is named and written."""
     return [
         {"key": c.key, "title": c.title, "label": c.label or c.title, "group": c.group, "form": c.form, "hint": c.hint}
-        for c in COLUMNS
-        if (c.drawn and c in shown) or c.key == "kept"
+        for c in columns
     ]

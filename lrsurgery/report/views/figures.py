@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypeAlias
 
 from lrsurgery.errors import OutputError
 from lrsurgery.files import replace_file
-from lrsurgery.report.schema import Report, Row
+from lrsurgery.report.runs import Measure, Run
+from lrsurgery.report.schema import Report, Row, Rung
+from lrsurgery.report.views.terminal import mean_course
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe & Ito (2008), told apart with any kind of colour vision
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -59,7 +64,7 @@ def draw(report: Report, folder: Path, *, overwrite: bool = False) -> list[Path]
     return list(drawn)
 
 
-Fill = Callable[[Any], None]  # draws on a matplotlib Figure
+Fill: TypeAlias = "Callable[[Figure], None]"  # draws on a figure
 
 
 def rendered(name: str, fill: Fill, size: tuple[float, float]) -> dict[str, bytes]:
@@ -98,7 +103,7 @@ def _figures(report: Report) -> Iterator[tuple[str, Fill, tuple[float, float]]]:
         yield "training", lambda figure: _training(figure, report.training), (WIDTH, 4.2)
 
 
-def _spectra(figure: Any, rows: Sequence[Row]) -> None:
+def _spectra(figure: Figure, rows: Sequence[Row]) -> None:
     """Singular values relative to the largest against the position relative to full rank, first layer to last."""
     import matplotlib as mpl
 
@@ -123,7 +128,7 @@ def _spectra(figure: Any, rows: Sequence[Row]) -> None:
     figure.colorbar(scale, ax=list(axes), label="layer", pad=0.02)
 
 
-def _effective_ranks(figure: Any, rows: Sequence[Row]) -> None:
+def _effective_ranks(figure: Figure, rows: Sequence[Row]) -> None:
     """Each measure over the layers in the model's order, before and after."""
     axes = figure.subplots(1, 3)
     for ax, (measure, label), colour in zip(axes, LABELS.items(), COLOURS[: len(LABELS)], strict=True):
@@ -137,10 +142,10 @@ def _effective_ranks(figure: Any, rows: Sequence[Row]) -> None:
             ax.legend()
 
 
-def _ladder(figure: Any, report: Report) -> None:
+def _ladder(figure: Figure, report: Report) -> None:
     """Energy kept and relative error of the whole model against its share of parameters."""
     axes = figure.subplots(1, 2)
-    groups: dict[str, list[Any]] = {}
+    groups: dict[str, list[Rung]] = {}
     for rung in report.ladder or ():
         kind = rung.rank.partition(":")[0] if ":" in rung.rank else "fraction of full rank"
         groups.setdefault(kind, []).append(rung)
@@ -162,9 +167,9 @@ def _place(name: str) -> tuple[str, int | None]:
     return name[: found.start(1)] + "*" + name[found.end(1) :], int(found[1])
 
 
-def _energy_map(figure: Any, rows: Sequence[Row]) -> None:
+def _energy_map(figure: Figure, rows: Sequence[Row]) -> None:
     """Energy kept of each layer: what it is by the block that it is in."""
-    places = {_place(row.name): row.energy_kept for row in rows}
+    places = {_place(row.name): row.energy_kept for row in rows if row.energy_kept is not None}
     names = list(dict.fromkeys(name for name, _ in places))
     blocks = sorted({block for _, block in places if block is not None}) or [0]
     grid = [[places.get((name, block), places.get((name, None), float("nan"))) for block in blocks] for name in names]
@@ -178,7 +183,7 @@ def _energy_map(figure: Any, rows: Sequence[Row]) -> None:
     figure.colorbar(image, ax=ax, label="energy kept", pad=0.02)
 
 
-def _directions(figure: Any, rows: Sequence[Row]) -> None:
+def _directions(figure: Figure, rows: Sequence[Row]) -> None:
     """How much of the k leading directions the factorised layers share with the dense ones."""
     import matplotlib as mpl
 
@@ -196,11 +201,11 @@ def _directions(figure: Any, rows: Sequence[Row]) -> None:
     figure.colorbar(scale, ax=list(axes), label="layer", pad=0.02)
 
 
-def _training(figure: Any, runs: Sequence[Mapping[str, Any]]) -> None:
+def _training(figure: Figure, runs: Sequence[Run]) -> None:
     """Evaluation loss, and the layers' mean effective ranks and norm, over the steps of each run."""
     axes = figure.subplots(2, 3)
     flat = list(axes.flat)
-    panels = ("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm")
+    panels: tuple[Measure, ...] = ("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm")
     for i, run in enumerate(runs):
         colour, style = COLOURS[i % len(COLOURS)], ("-", "--", ":")[i // len(COLOURS) % 3]
         evaluated = [(e["step"], e["loss"]) for e in run["evaluations"] if "loss" in e]
@@ -211,11 +216,10 @@ def _training(figure: Any, runs: Sequence[Mapping[str, Any]]) -> None:
         losses = [(e["step"], e["loss"]) for e in run["losses"]]
         if losses:
             flat[1].plot(*zip(*losses, strict=True), style, color=colour)
-        layers = list(run["layers"].values())
         for ax, measure in zip(flat[2:], panels, strict=True):
-            if layers:
-                means = [sum(v) / len(v) for v in zip(*(layer[measure] for layer in layers), strict=True)]
-                ax.plot(layers[0]["step"], means, style, color=colour, marker="o", markersize=2)
+            if run["layers"]:
+                steps = next(iter(run["layers"].values()))["step"]
+                ax.plot(steps, mean_course(run, measure), style, color=colour, marker="o", markersize=2)
     titles = (
         "Loss, evaluation",
         "Loss, training",

@@ -12,9 +12,9 @@ from string import Template
 
 from lrsurgery.files import Json
 from lrsurgery.report.schema import Report
-from lrsurgery.report.views import web
-from lrsurgery.report.views.columns import HEADINGS, page_columns
-from lrsurgery.report.views.web.sentences import halfway, sentences
+from lrsurgery.report.views import speed, web
+from lrsurgery.report.views.columns import HEADINGS, LADDER, named, page_columns
+from lrsurgery.report.views.web.sentences import halfway, sentences, work_of
 from lrsurgery.report.views.web.tiles import tiles
 
 ENDINGS = (".html", ".htm")
@@ -52,6 +52,10 @@ def view(report: Report) -> Json:
         "tiles": [asdict(tile) for tile in tiles(report)],
         "sentences": [[part if isinstance(part, str) else asdict(part) for part in said] for said in sentences(report)],
         "columns": page_columns(report),
+        "ladder": named(LADDER),
+        "runs": named(speed.RUNS),
+        "layers": named(speed.LAYERS),
+        "works": [work_of(run) for run in report.bench["runs"]] if report.bench else [],
         "headings": HEADINGS,
         "halfway": None if halfway_rung is None else halfway_rung[0].rank,
     }

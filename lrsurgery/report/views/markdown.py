@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
-from lrsurgery.report.schema import Report, Row
-from lrsurgery.report.views.columns import QUALITY, Column, columns_with_values, plain_text, shape_text, sorted_rows
+from lrsurgery.files import Json
+from lrsurgery.report.runs import Run
+from lrsurgery.report.schema import Bench, Report, Row
+from lrsurgery.report.views.columns import (
+    LADDER,
+    QUALITY,
+    Column,
+    T,
+    columns_with_values,
+    plain_text,
+    shape_text,
+    sorted_rows,
+    steps_of,
+)
+from lrsurgery.report.views.speed import RUNS
 
 ENDINGS = (".md",)
 
@@ -19,23 +31,8 @@ def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
         lines += [f"`{report.command}`", ""]
     lines += [f"- {line}" for line in _totals(body)]
     lines += ["", *(f"> {_text(note)}\n" for note in report.notes)]
-    if body["ladder"]:
-        lines += ["## What each rank would keep", ""]
-        lines += table_lines(
-            ("`--rank`", "layers", "parameters", "share", "energy kept", "relative error", "predicted damage"),
-            (
-                (
-                    rung["rank"],
-                    rung["layers"],
-                    rung["parameters"],
-                    _percent(rung["share"]),
-                    _percent(rung["energy_kept"]),
-                    _percent(rung["relative_error"]),
-                    _number(rung["damage"]),
-                )
-                for rung in body["ladder"]
-            ),
-        )
+    if report.ladder:
+        lines += ["## What each rank would keep", "", *column_lines(LADDER, steps_of(report))]
     layers = [row for row in sorted_rows(report.rows, sort) if row.status == "factorised" or row.full_rank is not None]
     if layers:
         high = {row["name"] for row in body["layers"] if row["damage_high"]}
@@ -50,14 +47,14 @@ def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
                 for row in staying
             ),
         )
-    if body["training"]:
-        lines += ["## Training", "", *_training(body["training"])]
-    if body["bench"]:
-        lines += ["## Speed", "", *_bench(body["bench"])]
+    if report.training:
+        lines += ["## Training", "", *_training(report.training)]
+    if report.bench:
+        lines += ["## Speed", "", *_bench(report.bench)]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _totals(body: Mapping[str, Any]) -> Iterable[str]:
+def _totals(body: Json) -> Iterable[str]:
     totals = body["totals"]
     if totals is None:
         return
@@ -74,18 +71,14 @@ def _layers(rows: Sequence[Row], high: set[str]) -> list[str]:
     """`high`: names of the layers whose predicted damage is far above the others'."""
     columns = columns_with_values(rows, without=("kind", "status"))
 
-    def cell(column: Column, row: Row) -> str | int | None:
-        value = column.value(row)
-        if column.key == "damage" and value is not None:
-            return plain_text(value, column.form) + (" (high)" if row.name in high else "")
-        return value if isinstance(value, int) else plain_text(value, column.form)
+    def text(column: Column[Row], row: Row) -> str:
+        found = plain_text(column.shown(row), column.form)
+        return f"{found} (high)" if column.key == "damage" and found and row.name in high else found
 
-    return table_lines(
-        tuple(column.title for column in columns), (tuple(cell(column, row) for column in columns) for row in rows)
-    )
+    return table_lines([c.title for c in columns], ([text(c, row) for c in columns] for row in rows))
 
 
-def _training(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _training(runs: Sequence[Run]) -> list[str]:
     known = [q for q in QUALITY if any(q in e for run in runs for e in run["evaluations"])]
     return table_lines(
         ("run", "decay", "strength", "learning rate", "step", "stage", *known),
@@ -105,32 +98,23 @@ def _training(runs: Sequence[Mapping[str, Any]]) -> list[str]:
     )
 
 
-def _bench(bench: Mapping[str, Any]) -> list[str]:
+def _bench(bench: Bench) -> list[str]:
     machine = ", ".join(f"{key} {value}" for key, value in bench["machine"].items() if value)
-    return [
-        f"{machine}.",
-        "",
-        *table_lines(
-            ("work", "batch", "length", "median ms", "p95 ms", "per second", "speedup", "95% interval", "ideal"),
-            (
-                (
-                    r["work"],
-                    r["batch"],
-                    r["length"],
-                    _number(r["median_ms"]),
-                    _number(r["p95_ms"]),
-                    _number(r["throughput"]),
-                    _number(r["speedup"]),
-                    " to ".join(map(_number, r["interval"] or [])),
-                    _number(r["ideal"]),
-                )
-                for r in bench["runs"]
-            ),
-        ),
-    ]
+    return [f"{machine}.", "", *column_lines([column for column in RUNS if column.drawn], bench["runs"])]
 
 
-def table_lines(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def column_lines(columns: Sequence[Column[T]], rows: Iterable[T]) -> list[str]:
+    """A table of these columns; those of one title share a cell."""
+    titles = list(dict.fromkeys(column.title for column in columns))
+
+    def cell(title: str, row: T) -> str:
+        texts = [plain_text(column.shown(row), column.form) for column in columns if column.title == title]
+        return " to ".join(text for text in texts if text)
+
+    return table_lines(titles, ([cell(title, row) for title in titles] for row in rows))
+
+
+def table_lines(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """A Markdown table, and an empty line after it; cells are text, not Markdown."""
     lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
     for row in rows:
@@ -141,14 +125,10 @@ def table_lines(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[s
 
 def _text(text: str) -> str:
     """A name or a note as it is: nothing in it is Markdown or HTML."""
-    for character in "\\`*_[]<>|":
+    for character in "\\`*_[]<>|&":
         text = text.replace(character, "\\" + character)
     return " ".join(text.split())
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None else f"{value:.2%}"

@@ -1,10 +1,102 @@
-"""What `bench` measured, as tables of the terminal."""
+"""What `bench` measured: its columns, which Markdown and the page draw from, and its tables in the terminal."""
 
 from __future__ import annotations
 
 from rich.table import Table
 
-from lrsurgery.report.schema import Bench, BenchCertainty
+from lrsurgery.report.schema import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchRun
+from lrsurgery.report.views.columns import Column, shape_text
+
+IDEAL = "What the arithmetic saved would give alone"
+
+
+def _against(run: BenchRun) -> BenchFigures | dict[str, None]:
+    return run["against"] or {"median_ms": None, "p95_ms": None, "throughput": None}
+
+
+def _end(row: BenchCertainty, i: int) -> float | None:
+    return row["interval"][i] if row["interval"] else None
+
+
+# columns of one title share a cell in Markdown
+RUNS: tuple[Column[BenchRun], ...] = (
+    Column(key="work", title="work", form="text", value=lambda run: run["work"]),
+    Column(key="batch", title="batch", form="count", value=lambda run: run["batch"]),
+    Column(key="length", title="length", form="count", value=lambda run: run["length"]),
+    Column(key="median_ms", title="median ms", group="Median, ms", label="this", value=lambda run: run["median_ms"]),
+    Column(
+        key="against.median_ms",
+        title="median ms, dense",
+        group="Median, ms",
+        label="dense",
+        value=lambda run: _against(run)["median_ms"],
+        drawn=False,
+    ),
+    Column(key="p95_ms", title="p95 ms", group="95th percentile, ms", label="this", value=lambda run: run["p95_ms"]),
+    Column(
+        key="against.p95_ms",
+        title="p95 ms, dense",
+        group="95th percentile, ms",
+        label="dense",
+        value=lambda run: _against(run)["p95_ms"],
+        drawn=False,
+    ),
+    Column(key="throughput", title="per second", group="Per second", label="this", value=lambda run: run["throughput"]),
+    Column(
+        key="against.throughput",
+        title="per second, dense",
+        group="Per second",
+        label="dense",
+        value=lambda run: _against(run)["throughput"],
+        drawn=False,
+    ),
+    Column(
+        key="speedup",
+        title="speedup",
+        form="times",
+        group="Speedup",
+        label="measured",
+        value=lambda run: run["speedup"],
+    ),
+    Column(
+        key="interval.0",
+        title="95% interval",
+        form="times",
+        group="Speedup",
+        label="from",
+        value=lambda run: _end(run, 0),
+    ),
+    Column(
+        key="interval.1",
+        title="95% interval",
+        form="times",
+        group="Speedup",
+        label="to",
+        value=lambda run: _end(run, 1),
+    ),
+    Column(key="ideal", title="ideal", form="times", group="Speedup", hint=IDEAL, value=lambda run: run["ideal"]),
+    Column(key="rounds", title="rounds", form="count", value=lambda run: run["rounds"], drawn=False),
+    Column(
+        key="reached",
+        title="precision",
+        form="text",
+        value=lambda run: "reached" if run["reached"] else "not reached",
+        drawn=False,
+    ),
+)
+LAYERS: tuple[Column[BenchLayer], ...] = (
+    Column(key="names", title="layers", form="text", value=lambda row: " ".join(row["names"])),
+    Column(key="kind", title="kind", form="text", value=lambda row: row["kind"]),
+    Column(key="shape", title="shape", form="text", value=lambda row: shape_text(row["shape"])),
+    Column(key="rank", title="rank", form="count", value=lambda row: row["rank"]),
+    Column(key="input", title="input", form="text", value=lambda row: shape_text(row["input"])),
+    Column(key="dense_ms", title="dense", group="Median, ms", value=lambda row: row["dense_ms"]),
+    Column(key="factorised_ms", title="factorised", group="Median, ms", value=lambda row: row["factorised_ms"]),
+    Column(key="speedup", title="measured", form="times", group="Speedup", value=lambda row: row["speedup"]),
+    Column(key="interval.0", title="from", form="times", group="Speedup", value=lambda row: _end(row, 0)),
+    Column(key="interval.1", title="to", form="times", group="Speedup", value=lambda row: _end(row, 1)),
+    Column(key="slower", title="verdict", form="text", value=lambda row: "slower" if row["slower"] else "not slower"),
+)
 
 
 def size_table(found: Bench) -> Table:

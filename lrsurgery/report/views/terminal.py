@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from io import StringIO
 from itertools import groupby
-from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 
+from lrsurgery.report.runs import Measure, Run
 from lrsurgery.report.schema import Report, Row
-from lrsurgery.report.views.columns import COLUMNS, HEADINGS, QUALITY, course, shape_text, sorted_rows
+from lrsurgery.report.views.columns import (
+    COLUMNS,
+    HEADINGS,
+    LADDER,
+    QUALITY,
+    QualityName,
+    course,
+    shape_text,
+    sorted_rows,
+    steps_of,
+)
 from lrsurgery.report.views.speed import slower_lines, speed_table
 
 NARROW = 100  # columns; below, a table shows less
@@ -35,9 +45,9 @@ def render(report: Report, *, sort: str = "model", every: bool = False) -> str:
     return out.getvalue()
 
 
-def report_parts(report: Report, width: int, *, sort: str = "model", every: bool = False) -> list[Any]:
+def report_parts(report: Report, width: int, *, sort: str = "model", every: bool = False) -> list[RenderableType]:
     """What the terminal shows of a report, in order: tables and lines, with empty lines between."""
-    parts: list[Any] = []
+    parts: list[RenderableType] = []
     if report.ladder:
         parts += [ladder_table(report), ""]
     rows = [row for row in report.rows if row.status == "factorised" or row.full_rank is not None]
@@ -171,17 +181,10 @@ def _range(values: Sequence[float | None], form: str) -> str:
 
 def ladder_table(report: Report) -> Table:
     """What each rank would keep, lose and save of the whole model."""
-    table = _table("layers", "parameters", "share", "energy", "error", "damage", first="--rank")
-    for rung in report.ladder or ():
-        table.add_row(
-            rung.rank,
-            str(rung.to),
-            f"{rung.parameters:,}",
-            f"{rung.parameters / report.parameters_before:.1%}",
-            _percent(rung.energy_kept),
-            _percent(rung.relative_error),
-            f"{rung.damage:.1f}",
-        )
+    first, *others = [column.terse for column in LADDER if column.terse is not None]
+    table = _table(*(terse.title for terse in others), first=first.title)
+    for step in steps_of(report):
+        table.add_row(first.text(step), *(terse.text(step) for terse in others))
     return table
 
 
@@ -198,23 +201,19 @@ def kept_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def runs_table(runs: Sequence[Mapping[str, Any]], width: int = 160) -> Table:
+def runs_table(runs: Sequence[Run], width: int = 160) -> Table:
     """Training runs side by side: their decay, how good they began and ended, what became of the effective ranks."""
     known = [name for name in QUALITY if any(name in e for run in runs for e in run["evaluations"])]
     wide = width >= NARROW
     if not wide:
-        known = [name for name in known if name in ("perplexity", "top1")][:1] or known[:1]
-    columns: dict[str, Callable[[Mapping[str, Any]], str]] = {
+        known = sorted(known, key=lambda name: name not in ("perplexity", "top1"))[:1]
+    columns: dict[str, Callable[[Run], str]] = {
         "decay": _decay,
         **({"lr": _learning_rate} if wide else {}),
         **({"steps": lambda run: str(run["settings"]["steps"])} if wide else {}),
         **{HEADINGS[name]: _quality_course(name) for name in known},
-        "entropy rank": lambda run: course([f"{value:.1f}" for value in mean_course(run, "entropy_rank")]),
-        **(
-            {"norm": lambda run: course([f"{value:.1f}" for value in mean_course(run, "frobenius_norm")])}
-            if wide
-            else {}
-        ),
+        "entropy rank": lambda run: course(_texts(mean_course(run, "entropy_rank"))),
+        **({"norm": lambda run: course(_texts(mean_course(run, "frobenius_norm")))} if wide else {}),
         "loss": lambda run: sparkline([e["loss"] for e in run["evaluations"] if "loss" in e]),
     }
     table = _table(*columns, first="run")
@@ -223,24 +222,29 @@ def runs_table(runs: Sequence[Mapping[str, Any]], width: int = 160) -> Table:
     return table
 
 
-def _decay(run: Mapping[str, Any]) -> str:
+def _texts(values: Sequence[float | None]) -> list[str]:
+    return [f"{value:.1f}" for value in values if value is not None]
+
+
+def _decay(run: Run) -> str:
     decay, strength = run["settings"]["decay"], run["settings"]["decay_strength"]
     return (decay or "") if decay in ("none", None) or strength is None else f"{decay} {strength:g}"
 
 
-def _learning_rate(run: Mapping[str, Any]) -> str:
+def _learning_rate(run: Run) -> str:
     rate = run["settings"]["lr"]  # None where the folder has no recipe
     return "" if rate is None else f"{rate:g}"
 
 
-def _quality_course(name: str) -> Callable[[Mapping[str, Any]], str]:
+def _quality_course(name: QualityName) -> Callable[[Run], str]:
     return lambda run: course([QUALITY[name].format(e[name]) for e in run["evaluations"] if name in e])
 
 
-def mean_course(run: Mapping[str, Any], measure: str) -> list[float]:
+def mean_course(run: Run, measure: Measure) -> list[float | None]:
     """The mean of a measure over the layers of a run, at each evaluation of its low-rank stage."""
-    layers = list(run["layers"].values())
-    return [sum(values) / len(layers) for values in zip(*(layer[measure] for layer in layers), strict=True)]
+    courses = [layer[measure] for layer in run["layers"].values()]
+    known = [[value for value in values if value is not None] for values in zip(*courses, strict=True)]
+    return [sum(values) / len(values) if values else None for values in known]
 
 
 def totals_lines(report: Report) -> list[str]:

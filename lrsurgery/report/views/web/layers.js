@@ -13,24 +13,6 @@ function seen(layer) {
   return { ...layer, rank: to, parameters_after: parameters, energy_kept, relative_error, damage, damage_high: null };
 }
 
-const keptShare = (layer) =>
-  known(layer.parameters_after) && layer.parameters_before ? layer.parameters_after / layer.parameters_before : null;
-
-const FORMS = { count: show.whole, size: show.count, share: show.share, number: show.number };
-
-/** A value within an object by the path of its keys, such as before.stable; null where there is none. */
-const dig = (row, path) => path.split(".").reduce((at, key) => (known(at) ? at[key] : null), row) ?? null;
-
-/** What a column shows of a layer. */
-function valueOf(layer, key) {
-  if (key === "shape") return (layer.shape || []).join(" \u00d7 ") || null;
-  if (key === "status") return layer.reason ? `${layer.status}: ${layer.reason}` : layer.status;
-  if (key === "kept") return keptShare(layer);
-  return dig(layer, key);
-}
-
-const columnOf = (key) => view.columns.find((column) => column.key === key);
-
 function layerColumns(open) {
   const name = (layer) =>
     html(
@@ -52,16 +34,7 @@ function layerColumns(open) {
     known(value)
       ? [seen(layer).damage_high ? html("span", { class: "flag" }, "\u25b2 high") : null, " ", show.number(value)]
       : "";
-  const cells = { name, damage };
-  const columns = view.columns.map(({ key, label, group, form, hint }) => ({
-    key,
-    group,
-    label: group ? label : capital(label),
-    title: hint,
-    format: FORMS[form],
-    cell: cells[key],
-    value: (layer) => valueOf(seen(layer), key),
-  }));
+  const columns = columnsOf(view.columns, { name, damage }, seen);
   const spectrum = {
     key: "spectrum",
     label: "Spectrum",

@@ -91,16 +91,12 @@ function turnTheme() {
 
 // ---- ladder -------------------------------------------------------------------------------------------------------
 
-const ladderColumns = [
-  { key: "rank", label: "Rank asked", value: (step) => step.rank },
-  { key: "to", label: "Rank kept", value: (step) => step.to ?? null, format: show.whole },
-  { key: "layers", label: "Layers factorised", value: (step) => step.layers ?? null, format: show.whole },
-  { key: "parameters", label: "Parameters", value: (step) => step.parameters ?? null, format: show.count },
-  { key: "share", label: "Share", value: (step) => step.share ?? null, format: show.share },
-  { key: "energy_kept", label: "Energy kept", value: (step) => step.energy_kept ?? null, format: show.share },
-  { key: "relative_error", label: "Relative error", value: (step) => step.relative_error ?? null },
-  { key: "damage", label: "Predicted damage", value: (step) => step.damage ?? null },
-];
+// a layer's ladder has its rank where the model's has the number of layers
+const ladderColumns = columnsOf([
+  view.ladder[0],
+  { key: "to", label: "rank kept", form: "count" },
+  ...view.ladder.slice(1),
+]);
 
 function ladderSection() {
   const steps = report.ladder || [];

@@ -114,8 +114,7 @@ function runsTable(runs) {
     runs.flatMap((run) => Object.values(run.stages || {})),
     Object.keys(view.headings),
   );
-  const plain = (value) =>
-    known(value) && typeof value !== "number" && typeof value !== "string" ? JSON.stringify(value) : (value ?? null);
+  const plain = (value) => (Array.isArray(value) ? value.join(", ") || null : (value ?? null));
   return dataTable({
     rows: runs,
     caption: "Settings and results",

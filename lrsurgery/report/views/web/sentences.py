@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import TypeAlias
 
 from lrsurgery.report.runs import Run
 from lrsurgery.report.schema import BenchRun, Report, Rung
-from lrsurgery.report.views.columns import HEADINGS
+from lrsurgery.report.views.columns import HEADINGS, QualityName
 
-FAMILIAR: tuple[Literal["perplexity", "top1", "loss"], ...] = ("perplexity", "top1", "loss")  # the first that there is goes into the summary
+FAMILIAR: tuple[QualityName, ...] = ("perplexity", "top1", "loss")  # the summary tells the first that is known
 LOWER_IS_BETTER = ("perplexity", "loss")
 STAGES = ("dense", "factorised", "healed")
 THIN, FIXED = "\u202f", "\u00a0"  # spaces at which a line does not break
@@ -108,7 +108,7 @@ def halfway(report: Report) -> tuple[Rung, float] | None:
 class Course:
     """The best-known figure of a model's run at each of its stages."""
 
-    name: str
+    name: QualityName
     run: Run
     values: dict[str, float]
 
@@ -129,7 +129,7 @@ def course_of(report: Report) -> Course | None:
     return None
 
 
-def last_figures(report: Report) -> tuple[str, list[tuple[float, int, str]]]:
+def last_figures(report: Report) -> tuple[QualityName, list[tuple[float, int, str]]]:
     """The best-known figure, and its last value, step and run of each run, best first."""
     for name in FAMILIAR:
         found = [

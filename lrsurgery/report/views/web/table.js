@@ -163,6 +163,39 @@ function facts(pairs) {
     : null;
 }
 
+// ---- columns that Python lists ------------------------------------------------------------------------------------
+
+const FORMS = { count: show.whole, size: show.count, share: show.share, times: show.times, number: show.number };
+
+/** Values that are reckoned or put into words, by the key of their column. */
+const DERIVED = {
+  kept: (row) =>
+    known(row.parameters_after) && row.parameters_before ? row.parameters_after / row.parameters_before : null,
+  shape: (row) => row.shape.join(" \u00d7 ") || null,
+  input: (row) => row.input.join(" \u00d7 ") || null,
+  names: (row) => row.names.join(" "),
+  status: (row) => (row.reason ? `${row.status}: ${row.reason}` : row.status),
+  reached: (row) => (row.reached ? "reached" : "not reached"),
+  slower: (row) => (row.slower ? "slower" : "not slower"),
+};
+
+/** A value within an object by the path of its keys, such as before.stable; null where there is none. */
+const dig = (row, path) => path.split(".").reduce((at, key) => (known(at) ? at[key] : null), row) ?? null;
+const valueOf = (row, key) => (key in DERIVED ? DERIVED[key](row) : dig(row, key));
+const columnOf = (key) => view.columns.find((column) => column.key === key);
+
+/** Columns of a table; `cells` draw some by their keys, `through` turns a row into the one that is shown. */
+const columnsOf = (listed, cells = {}, through = (row) => row) =>
+  listed.map(({ key, label, group, form, hint }) => ({
+    key,
+    group,
+    label: group ? label : capital(label),
+    title: hint,
+    format: FORMS[form],
+    cell: cells[key],
+    value: (row) => valueOf(through(row), key),
+  }));
+
 // ---- downloads ----------------------------------------------------------------------------------------------------
 
 function csvOf(columns, rows) {
