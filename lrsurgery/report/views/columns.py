@@ -3,7 +3,7 @@
 To add a column: a row in `COLUMNS` or `LADDER` (those of bench stand in speed.py). Markdown, CSV and the page show
 every column that a layer has a value for; the terminal and the model card name those that they have room for.
 
-Over 350 lines because it is a table: the formatter gives each field a line of its own.
+The file is long because it is one table, and each field of an entry has a line of its own.
 """
 
 from __future__ import annotations
