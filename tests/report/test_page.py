@@ -155,6 +155,36 @@ def test_the_page_says_what_calibration_looked_at_and_predicts(report_of: Report
     assert "calibrat" not in said(report_of("untrained"))
 
 
+def texts_of(parts: list[Any]) -> str:
+    return "".join(part if isinstance(part, str) else part.get("code", part.get("text")) for part in parts)
+
+
+def test_options_are_told_by_name_those_of_calibration_too(report_of: Reports) -> None:
+    found = report_of("calibrated")
+    told = {name: texts_of(parts) for name, parts in plain(view(found))["options"]}
+    assert told["budget"] == "0.7"
+    assert told["init"] == found.options["init"]
+    assert told["calibration samples"] == "4"
+    assert told["calibration data"] == found.options["calibration"]["data"]
+    assert told["from scratch"] == "false"
+    assert "rank" not in told  # a budget has none
+
+
+def test_bench_tells_its_models_machine_and_slower_layers(report_of: Reports) -> None:
+    found = report_of("after surgery")
+    assert found.bench is not None
+    made = plain(view(found))
+    told = {name: texts_of(parts) for name, parts in made["bench"]}
+    assert told["threads"] == str(found.bench["machine"]["threads"])
+    assert told["new tokens"] == "2"
+    sizes = numbers_in(dict(made["bench"])["this model"])
+    assert {found.bench["model"]["parameters"], found.bench["model"]["bytes"]} <= sizes
+    slower = {name for row in found.bench["layers"] if row["slower"] for name in row["names"]}
+    assert {part["code"] for part in made["slower"] if "code" in part} <= slower
+    assert numbers_in(made["slower"]) == ({len(slower)} if slower else set())
+    assert made["works"] == ["prefill, 1 × 8", "decode, 1 × 8", "prefill, 1 × 16", "decode, 1 × 16"]
+
+
 def numbers_in(value: object) -> set[float]:
     if isinstance(value, bool) or value is None or isinstance(value, str):
         return set()

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import json
+from collections.abc import Iterable
 from dataclasses import asdict
 from importlib.resources import files
 from string import Template
@@ -14,7 +15,8 @@ from lrsurgery.files import Json
 from lrsurgery.report.schema import Report
 from lrsurgery.report.views import speed, web
 from lrsurgery.report.views.columns import HEADINGS, LADDER, named, page_columns
-from lrsurgery.report.views.web.sentences import halfway, sentences, work_of
+from lrsurgery.report.views.web.facts import ABOUT, TERMS, bench_facts, option_facts, origin, slower_words
+from lrsurgery.report.views.web.sentences import Part, halfway, sentences, work_of
 from lrsurgery.report.views.web.tiles import tiles
 
 ENDINGS = (".html", ".htm")
@@ -45,20 +47,34 @@ def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
 def view(report: Report) -> Json:
     """What the page says of a report and how it names figures; the script lays it out.
 
-    A sentence is a list of parts: a text, {"value", "text"} of a figure, or {"code"}.
+    A sentence is a list of parts: a text, {"value", "text"} of a figure, {"code"}, or {"text", "href"}.
     """
-    halfway_rung = halfway(report)
+    halfway_rung, bench = halfway(report), report.bench
     return {
         "tiles": [asdict(tile) for tile in tiles(report)],
-        "sentences": [[part if isinstance(part, str) else asdict(part) for part in said] for said in sentences(report)],
+        "sentences": [_plain(said) for said in sentences(report)],
+        "about": ABOUT[report.about],
+        "origin": origin(report),
+        "options": _listed(option_facts(report.options)),
+        "terms": _listed(TERMS.items()),
         "columns": page_columns(report),
         "ladder": named(LADDER),
         "runs": named(speed.RUNS),
         "layers": named(speed.LAYERS),
-        "works": [work_of(run) for run in report.bench["runs"]] if report.bench else [],
+        "works": [work_of(run) for run in bench["runs"]] if bench else [],
+        "bench": _listed(bench_facts(bench)) if bench else [],
+        "slower": _plain(slower_words(bench)) if bench else [],
         "headings": HEADINGS,
         "halfway": None if halfway_rung is None else halfway_rung[0].rank,
     }
+
+
+def _plain(parts: Iterable[Part]) -> list[object]:
+    return [part if isinstance(part, str) else asdict(part) for part in parts]
+
+
+def _listed(facts: Iterable[tuple[str, Iterable[Part]]]) -> list[list[object]]:
+    return [[name, _plain(parts)] for name, parts in facts]
 
 
 def _embedded(body: Json) -> str:

@@ -6,9 +6,6 @@ function benchSection() {
   if (!bench) return null;
   const runs = bench.runs || [];
   const compared = runs.map((run, i) => ({ ...run, label: view.works[i] })).filter((run) => known(run.speedup));
-  const machine = Object.entries(bench.machine || {})
-    .filter(([, value]) => known(value))
-    .map(([key, value]) => [words(key), String(value)]);
   const confidence = runs.length ? runs[0].confidence : null;
   const table = dataTable({ rows: runs, caption: "Runs", name: "bench-table", columns: columnsOf(view.runs) });
   const dots = compared.length
@@ -25,47 +22,21 @@ function benchSection() {
         })),
       })
     : null;
-  const size = (model) =>
-    model &&
-    [
-      known(model.parameters) && [figure(model.parameters, show.words), " parameters"],
-      known(model.bytes) && [", ", figure(model.bytes, show.bytes)],
-      known(model.peak_memory) && [", peak memory ", figure(model.peak_memory, show.bytes)],
-    ]
-      .filter(Boolean)
-      .flat();
   return section(
     "speed",
     "Speed",
     runs.length ? table.box : null,
     dots,
     benchLayers(bench.layers || []),
-    facts([
-      ["This model", size(bench.model)],
-      ["Dense model", size(bench.against)],
-      ...machine,
-      ...optionPairs(bench.options),
-    ]),
+    factsOf(view.bench),
   );
 }
 
 function benchLayers(layers) {
   if (!layers.length) return null;
-  const slower = layers.filter((layer) => layer.slower);
-  const shown = slower.flatMap((layer) => layer.names);
   return [
     html("h3", {}, "Layer by layer"),
-    html(
-      "p",
-      {},
-      slower.length
-        ? [
-            `${show.whole(shown.length)} ${shown.length === 1 ? "layer is" : "layers are"} slower factorised than dense on this machine: `,
-            ...shown.slice(0, 8).flatMap((name, i) => [i ? ", " : "", html("code", {}, name)]),
-            shown.length > 8 ? ` and ${shown.length - 8} more; the table has them all.` : ".",
-          ]
-        : "No layer was measured to be slower factorised than dense.",
-    ),
+    html("p", {}, view.slower.map(partOf)),
     dataTable({
       rows: layers,
       caption: "By shape and rank",

@@ -60,8 +60,6 @@ function scaled(value, base, units, space) {
 const show = {
   whole: (value) => value.toLocaleString("en"),
   count: (value) => scaled(value, 1000, ["", "k", "M", "G", "T"], "\u202f"),
-  words: (value) => scaled(value, 1000, ["", "thousand", "million", "billion", "trillion"], "\u00a0"),
-  bytes: (value) => scaled(value, 1000, ["B", "kB", "MB", "GB", "TB"], "\u00a0"),
   share(value) {
     const digits = value > 0.99 && value < 1 ? 2 : 1;
     return (100 * value).toFixed(digits) + "\u202f%";
@@ -91,6 +89,16 @@ const broken = (name) =>
 
 /** A number as text that keeps the report's own number beside it. */
 const figure = (value, format = show.number) => html("span", { "data-value": value, class: "n" }, format(value));
+
+/** A part of a sentence that Python made: a text, a figure of the report with its text, code, or a link. */
+const partOf = (part) =>
+  typeof part === "string"
+    ? part
+    : "code" in part
+      ? html("code", {}, part.code)
+      : "href" in part
+        ? html("a", { href: part.href, rel: "noopener noreferrer" }, part.text)
+        : figure(part.value, () => part.text);
 
 function viridis(at) {
   const place = Math.min(1, Math.max(0, at)) * (VIRIDIS.length - 1);

@@ -2,34 +2,7 @@
 // The page: header, ladder, explanations; the start.
 
 const section = (id, title, ...content) => html("section", { id }, html("h2", {}, title), ...content);
-const ABOUT = {
-  dense: "Profile of a dense model, before any surgery",
-  plan: "Planned surgery; nothing has been changed yet",
-  factorised: "Low-rank model, after surgery",
-  runs: "Training runs compared",
-};
-
-function optionPairs(options) {
-  const text = (value) =>
-    Array.isArray(value)
-      ? value.map((one) => (typeof one === "object" ? JSON.stringify(one) : String(one))).join(", ")
-      : typeof value === "object"
-        ? JSON.stringify(value)
-        : String(value);
-  return Object.entries(options || {})
-    .filter(([, value]) => known(value) && !(Array.isArray(value) && !value.length))
-    .map(([key, value]) => [words(key), typeof value === "number" ? figure(value, String) : text(value)]);
-}
-
 function header() {
-  const source = report.source || {};
-  const from = [
-    source.reference,
-    source.hub_id !== source.reference && source.hub_id,
-    source.revision && `revision ${source.revision}`,
-  ]
-    .filter(Boolean)
-    .join(", ");
   const theme = html("button", { type: "button", id: "theme", on: { click: turnTheme } });
   const data = html(
     "button",
@@ -53,7 +26,7 @@ function header() {
     html(
       "div",
       { class: "top" },
-      html("p", { class: "what" }, ABOUT[report.about] || "Rank report"),
+      html("p", { class: "what" }, view.about),
       html("span", { class: "gap" }),
       data,
       theme,
@@ -63,13 +36,7 @@ function header() {
     html(
       "p",
       { class: "muted origin" },
-      [
-        from && report.about !== "runs" && `from ${from}`,
-        source.digest && `digest ${source.digest}`,
-        ...Object.entries(report.versions || {}).map(([key, value]) => `${key} ${value}`),
-      ]
-        .filter(Boolean)
-        .flatMap((part, i) => [i ? " \u00b7 " : "", html("span", {}, part)]),
+      view.origin.flatMap((part, i) => [i ? " \u00b7 " : "", html("span", {}, part)]),
     ),
   );
 }
@@ -141,49 +108,6 @@ function ladderSection() {
 
 // ---- words --------------------------------------------------------------------------------------------------------
 
-const WORDS = [
-  [
-    "Rank",
-    "How many independent directions a layer\u2019s matrix uses. A matrix of m by n is replaced by two, m by r and r by n; r is the rank kept, and the full rank is the smaller of m and n.",
-  ],
-  [
-    "Break-even rank",
-    "The largest rank at which the two factors have fewer parameters than the matrix that they replace.",
-  ],
-  [
-    "Energy kept",
-    "The sum of the squared singular values that are kept, over the sum of all of them. 100\u202f% is the same matrix. It speaks of weights, not of the model\u2019s answers.",
-  ],
-  [
-    "Relative error, spectral error",
-    "The size of what the layer lost against the size of what it was: in the Frobenius norm (all directions together), and in the spectral norm (the largest direction lost).",
-  ],
-  [
-    "Nuclear, entropy and stable rank",
-    "Three measures of how many directions matter, which need no threshold. Nuclear rank: the sum of the singular values over the largest. Entropy rank: the exponential of the entropy of the singular values as shares of their sum (Roy and Vetterli 2007). Stable rank: the sum of their squares over the largest square; the least of the three to be moved by small values.",
-  ],
-  [
-    "Principal angles, overlap",
-    "How far the main directions of the dense layer and of the factorised one lie apart. An angle of 0\u00b0 or an overlap of 1 is the same subspace; 90\u00b0 or 0 has nothing in common.",
-  ],
-  [
-    "Predicted damage",
-    [
-      "Share of parameters removed times stable rank. Xu 2026, ",
-      html("a", { href: "https://arxiv.org/abs/2604.18085", rel: "noopener noreferrer" }, "arXiv:2604.18085"),
-      ", found compression ratio times stable rank to correlate with accuracy loss (Pearson 0.84 to 0.89 over Qwen3 and Gemma3); a rough guide, not a measurement.",
-    ],
-  ],
-  [
-    "Healing",
-    "Training after surgery, to win back what surgery lost. Frobenius decay pulls on the product of the two factors, L2 on each of them alone.",
-  ],
-  [
-    "Speedup, ideal",
-    "Dense time over factorised time of the same work, with the interval in which repeated measurements put it. Ideal is the ratio of the arithmetic; memory and overhead keep real runs from it.",
-  ],
-];
-
 function explanation() {
   return section(
     "words",
@@ -191,7 +115,7 @@ function explanation() {
     html(
       "dl",
       { class: "words" },
-      WORDS.map(([term, text]) => html("div", {}, html("dt", {}, term), html("dd", {}, text))),
+      view.terms.map(([term, parts]) => html("div", {}, html("dt", {}, term), html("dd", {}, parts.map(partOf)))),
     ),
   );
 }
@@ -212,10 +136,7 @@ function notes() {
     : null;
 }
 
-function options() {
-  const pairs = optionPairs(report.options);
-  return pairs.length ? section("options", "Options", facts(pairs)) : null;
-}
+const factsOf = (pairs) => facts(pairs.map(([term, parts]) => [term, parts.map(partOf)]));
 
 const sections = [
   summary(),
@@ -225,7 +146,7 @@ const sections = [
   trainingSection(),
   benchSection(),
   explanation(),
-  options(),
+  view.options.length && section("options", "Options", factsOf(view.options)),
 ]
   .flat()
   .filter(Boolean);

@@ -31,7 +31,15 @@ class Code:
     code: str
 
 
-Part: TypeAlias = str | Figure | Code
+@dataclass(frozen=True)
+class Link:
+    """A text that leads elsewhere."""
+
+    text: str
+    href: str
+
+
+Part: TypeAlias = str | Figure | Code | Link
 Form: TypeAlias = Callable[[float], str]
 
 

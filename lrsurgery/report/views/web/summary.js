@@ -1,14 +1,6 @@
 // @ts-check
 // The summary: a few big figures, and sentences for a reader who goes no further. What they say is Python's.
 
-/** A part of a sentence: a text, a figure of the report with its text, or code. */
-const partOf = (part) =>
-  typeof part === "string"
-    ? part
-    : "code" in part
-      ? html("code", {}, part.code)
-      : figure(part.value, () => part.text);
-
 const barOf = (share) =>
   html(
     "div",

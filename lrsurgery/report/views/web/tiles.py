@@ -86,7 +86,9 @@ def _loss_tile(report: Report) -> Tile | None:
     if loss is None:
         return None
     unit = (report.calibration or {}).get("scored_in", "sample")
-    return Tile(label="Predicted loss", value=Figure(loss, f"+{three_digits(loss)}"), note=(f"added for a {unit}",))
+    return Tile(
+        label="Predicted loss", value=Figure(loss, f"+{three_digits(loss)}"), note=(f"nats a {unit}, to second order",)
+    )
 
 
 def _quality_tile(report: Report) -> Tile | None:
