@@ -74,9 +74,18 @@ def tokenizer(*, around: bool = False) -> Any:
 def save_gpt2(folder: Path, *, dropout: float = 0.1, seed: int = 0, blocks: int = 2, **options: Any) -> Path:
     torch.manual_seed(seed)
     config = tf.GPT2Config(
-        vocab_size=VOCABULARY, n_embd=32, n_layer=blocks, n_head=2, n_positions=BLOCK, resid_pdrop=dropout,
-        embd_pdrop=dropout, attn_pdrop=dropout, bos_token_id=0, eos_token_id=0, **options,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        n_embd=32,
+        n_layer=blocks,
+        n_head=2,
+        n_positions=BLOCK,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=0,
+        eos_token_id=0,
+        **options,
+    )
     tf.GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -85,9 +94,15 @@ def save_gpt2(folder: Path, *, dropout: float = 0.1, seed: int = 0, blocks: int 
 def save_bert(folder: Path, cls: str, **options: Any) -> Path:
     torch.manual_seed(0)
     config = tf.BertConfig(
-        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-        max_position_embeddings=BLOCK, pad_token_id=1, **options,
-    )  # fmt: skip
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=BLOCK,
+        pad_token_id=1,
+        **options,
+    )
     getattr(tf, cls)(config).save_pretrained(folder)
     tokenizer(around=True).save_pretrained(folder)
     return folder
@@ -96,14 +111,25 @@ def save_bert(folder: Path, cls: str, **options: Any) -> Path:
 def save_vit(folder: Path, classes: int = 3) -> Path:
     torch.manual_seed(0)
     config = tf.ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, image_size=16, patch_size=4,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        image_size=16,
+        patch_size=4,
         num_labels=classes,
-    )  # fmt: skip
+    )
     tf.ViTForImageClassification(config).save_pretrained(folder)
     processor = {
-        "image_processor_type": "ViTImageProcessor", "do_normalize": True, "do_rescale": True, "do_resize": True,
-        "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 2, "size": {"height": 16, "width": 16},
-    }  # fmt: skip
+        "image_processor_type": "ViTImageProcessor",
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 2,
+        "size": {"height": 16, "width": 16},
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
     return folder
 
