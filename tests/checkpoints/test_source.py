@@ -241,6 +241,7 @@ WRAPS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("wrap", "suffix"),
     [("plain", ".safetensors"), ("module.", ".safetensors"), *((w, s) for w in WRAPS for s in (".pth", ".bin"))],
@@ -340,6 +341,7 @@ def test_from_scratch_needs_only_a_config(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("init", ["spectral", "spectral-ones", "he"])
 def test_from_scratch_by_timm_name(init: str, tmp_path: Path) -> None:
     """No weights are asked for, so none are fetched; the output loads in lrsurgery and in transformers' wrapper."""

@@ -188,6 +188,7 @@ HARD = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("svd", ["auto", "fast", "full"])
 @pytest.mark.parametrize("spectrum", HARD)
 def test_leading_directions_keep_their_bound(spectrum: str, svd: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,7 @@ def test_tables_fit_a_terminal_of_80_columns(benched: Bench) -> None:
     assert max(map(len, text.splitlines())) <= 80
 
 
+@pytest.mark.process
 @pytest.mark.usefixtures("in_one_process")
 def test_a_model_against_itself_is_as_fast(models: Path) -> None:
     """At 95% each interval may miss; a comparison that favours one side misses every time."""

@@ -50,6 +50,7 @@ def windows_by_hand(model: Any, ids: torch.Tensor, stride: int) -> tuple[float, 
     return total, count, top1, top5
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stride", [tiny.BLOCK, 8])
 @pytest.mark.parametrize("batch", [1, 7])
 def test_language_figures_are_exact(bench: Path, stride: int, batch: int) -> None:

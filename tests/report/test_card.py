@@ -21,6 +21,8 @@ import lrsurgery
 from lrsurgery.report.hub import head_of
 from lrsurgery.training.finetune import finetune
 
+pytestmark = pytest.mark.process  # each trains or reads a model: seconds a test
+
 __all__ = ["cache"]  # a fixture
 
 LICENCE = "license: other\nlicense_name: llama\nlicense_link: USE_POLICY.md\n"

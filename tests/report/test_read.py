@@ -131,6 +131,7 @@ def test_a_second_look_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> No
     assert report(DENSE).to_json() == first.to_json()
 
 
+@pytest.mark.process
 def test_a_plan_predicts_what_surgery_then_measures(folders: Path) -> None:
     planned = report(DENSE, rank="params:0.5")
     done = report(folders / "half")
@@ -172,6 +173,7 @@ def test_a_head_that_the_rank_spells_out_is_looked_at(tmp_path: Path) -> None:
 # healed models
 
 
+@pytest.mark.process
 def test_a_healed_model_against_its_dense_one_is_what_numpy_says(folders: Path, weights: dict[str, Any]) -> None:
     found = report(folders / "frobenius", against=DENSE)
     tensors = load_file(folders / "frobenius" / "model.safetensors")

@@ -245,6 +245,7 @@ dist.destroy_process_group()
 """
 
 
+@pytest.mark.process
 def test_two_processes_decay_once(tmp_path: Path) -> None:
     """DDP and FSDP2 over two real processes, with factors that do not divide evenly, against one process."""
     script = tmp_path / "train.py"

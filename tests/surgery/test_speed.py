@@ -212,6 +212,7 @@ def test_without_a_folder_it_lasts_for_the_run(monkeypatch: pytest.MonkeyPatch, 
     assert len(asked) == 1
 
 
+@pytest.mark.process
 def test_processes_side_by_side_find_the_same() -> None:
     code = (
         "import torch; from torch import nn; from lrsurgery.surgery.speed import SpeedTable;"

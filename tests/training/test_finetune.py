@@ -24,6 +24,8 @@ from lrsurgery.progress import Listener, TrainingStep
 from lrsurgery.training.finetune import finetune
 from lrsurgery.training.publish import Outcome
 
+pytestmark = pytest.mark.process  # each trains or reads a model: seconds a test
+
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Path:
