@@ -203,6 +203,7 @@ def test_a_healed_model_against_its_dense_one_is_what_numpy_says(folders: Path, 
         assert row.spectrum_after.value == pytest.approx([ours[i - 1] for i in row.spectrum_after.index], rel=1e-3)
 
 
+@pytest.mark.process
 def test_a_healed_model_remembers_the_dense_spectra_from_surgery(folders: Path) -> None:
     half, healed = report(folders / "half"), report(folders / "frobenius")
     assert len(healed.factorised) == 16
@@ -216,6 +217,7 @@ def test_a_healed_model_remembers_the_dense_spectra_from_surgery(folders: Path) 
 # runs
 
 
+@pytest.mark.process
 def test_runs_tell_their_course(folders: Path) -> None:
     found = report(folders / "none", folders / "frobenius")
     assert (found.about, [run["name"] for run in found.training]) == ("runs", ["none", "frobenius"])
@@ -241,10 +243,12 @@ def test_runs_tell_their_course(folders: Path) -> None:
     assert norms[1] < norms[0]  # that is what the decay is for
 
 
+@pytest.mark.process
 def test_a_healed_folder_carries_its_run(folders: Path) -> None:
     assert report(folders / "none").training == (read_run(folders / "none"),)
 
 
+@pytest.mark.process
 def test_a_run_that_is_not_finished_is_read_too(folders: Path, tmp_path: Path) -> None:
     unfinished = tmp_path / "out.run"
     unfinished.mkdir()
@@ -257,6 +261,7 @@ def test_a_run_that_is_not_finished_is_read_too(folders: Path, tmp_path: Path) -
     assert json.loads(found.to_json())["totals"] is None
 
 
+@pytest.mark.process
 def test_settings_are_those_that_the_recipe_names(folders: Path, tmp_path: Path) -> None:
     recipe = yaml.safe_load((folders / "frobenius" / "recipe.yaml").read_text())
     found = dict(read_run(folders / "frobenius")["settings"])
@@ -275,6 +280,7 @@ def test_settings_are_those_that_the_recipe_names(folders: Path, tmp_path: Path)
 # bad input
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("references", "options", "error", "words"),
     [
@@ -297,6 +303,7 @@ def test_what_makes_no_sense_is_refused(
         report(*(folders / reference for reference in references), **options)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("text", ['{"step": 1}\n[3]\n"x"\n', '{"loss": 1.0}\n', '{"step": 0, "eval": {"loss": 1}}\n'])
 def test_metrics_that_are_damaged_are_named(folders: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
@@ -304,6 +311,7 @@ def test_metrics_that_are_damaged_are_named(folders: Path, tmp_path: Path, text:
         report(tmp_path)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [("lr: [", "not a recipe"), ("- 1", "one 'setting: value' a line"), ("lr: fast", "lr 'fast': write a number")],
@@ -366,6 +374,7 @@ def test_points_of_a_spectrum_hold_both_ends(count: int) -> None:
     assert Points.of(values).value == pytest.approx([float(values[i - 1]) for i in index], rel=1e-5)
 
 
+@pytest.mark.process
 def test_a_report_of_the_first_format_is_read(folders: Path, tmp_path: Path) -> None:
     body = json.loads((folders / "half" / "rank_report.json").read_text())
     new = ("flops_before", "flops_after", "spectrum_before", "spectrum_after", "overlap", "ladder", "break_even")
@@ -386,6 +395,7 @@ def test_a_report_of_the_first_format_is_read(folders: Path, tmp_path: Path) -> 
     assert found.about == "factorised"
 
 
+@pytest.mark.process
 def test_every_kind_has_a_break_even(folders: Path) -> None:
     for row in report(folders / "half").factorised:
         rows, columns = KINDS[row.kind].matrix_shape(torch.Size(row.shape))

@@ -250,6 +250,7 @@ def test_the_program_measures_once_and_records_it(model: Path, tmp_path: Path, f
     assert file.stat().st_mtime_ns == written
 
 
+@pytest.mark.process
 def test_the_run_and_the_dry_run_agree_on_late_ranks(model: Path, tmp_path: Path, folder: Path) -> None:
     """A table filled by hand: every second entry says slower."""
     arguments = (model, "--rank", "energy:0.7", "--json", "--min-speedup")
