@@ -189,6 +189,7 @@ def test_hub_cache_link_that_leads_out_is_refused(cache: Path, tmp_path: Path) -
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("layout", ["safetensors", "bin", "sharded bin", "sharded safetensors", "odd name"])
 def test_weight_files(layout: str, tmp_path: Path) -> None:
     sharded = layout == "sharded safetensors"
@@ -280,6 +281,7 @@ def test_bare_weight_file_without_its_architecture(tmp_path: Path) -> None:
 # --- dtypes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_dtype_is_kept(name: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ def stream_of(*rows: list[int], end: int | None = None) -> TokenStream:
 ROWS = st.lists(st.lists(st.integers(0, 50), max_size=9), min_size=1, max_size=8).filter(lambda r: sum(map(len, r)) > 1)
 
 
+@pytest.mark.process
 @settings(max_examples=60, deadline=None)
 @given(ROWS, st.data())
 def test_a_stream_reads_what_its_rows_hold(rows: list[list[int]], data: st.DataObject) -> None:
@@ -30,6 +31,7 @@ def test_a_stream_reads_what_its_rows_hold(rows: list[list[int]], data: st.DataO
     assert stream.read(start, stop).tolist() == flat[start:stop]
 
 
+@pytest.mark.process
 @settings(max_examples=100, deadline=None)
 @given(st.integers(2, 60), st.integers(2, 12), st.data())
 def test_windows_score_each_token_once_with_enough_before_it(length: int, size: int, data: st.DataObject) -> None:

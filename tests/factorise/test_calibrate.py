@@ -181,6 +181,7 @@ def test_without_calibration_a_budget_goes_by_relative_energy(place: Path, tmp_p
         assert lost == pytest.approx(best, abs=1e-6)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("conv", ["channel", "spatial"])
 def test_images_without_classes_calibrate_a_timm_model(place: Path, tmp_path: Path, conv: str) -> None:
     options = f"--budget flops:0.5 --samples 5 --conv {conv} --quiet"
@@ -244,6 +245,7 @@ def test_spectra_that_are_kept_are_those_of_their_metric(
     assert ranks() == plain
 
 
+@pytest.mark.process
 def test_a_model_that_is_sure_of_all_it_sees_is_told_so(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -258,6 +260,7 @@ def test_a_model_that_is_sure_of_all_it_sees_is_told_so(
     assert report_of(tmp_path / "out")["totals"]["predicted_loss"] > 0
 
 
+@pytest.mark.process
 def test_the_split_that_was_named_is_what_the_model_sees(place: Path, tmp_path: Path) -> None:
     import datasets
 
@@ -294,6 +297,7 @@ def test_sentences_are_padded_and_a_split_head_is_no_matter(place: Path, tmp_pat
     assert all(row["weighted_error"] > 0 for row in report["layers"] if row["status"] == "factorised")
 
 
+@pytest.mark.process
 def test_blocks_on_disk_give_the_same_factors(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that come and go with their blocks, run again by the backward pass, against the model in memory."""
     options = "--rank params:0.5 --samples 4 --block-size 24 --no-cache --quiet"
@@ -351,6 +355,7 @@ def test_sequential_sees_blocks_after_those_before_are_replaced(place: Path) -> 
         torch.testing.assert_close(factorised_layers(done)[name].weight + 0, layer.weight + 0, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.process
 def test_sequential_from_the_command_line_differs_and_loads(place: Path, tmp_path: Path) -> None:
     options = "--budget 0.6 --samples 4 --block-size 24 --quiet"
     for name, more in {"plain": "", "sequential": "--sequential"}.items():

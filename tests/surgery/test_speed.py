@@ -95,6 +95,7 @@ def test_slow_layers_stay_dense_and_say_why(least: float, dense: dict[str, str])
     assert {row.name: row.reason for row in found.rows if isinstance(row, Kept)} == dense
 
 
+@pytest.mark.process
 @given(least=st.floats(0.1, 20), more=st.floats(1, 4), rank=st.integers(1, 32))
 def test_a_higher_bar_only_leaves_more_dense(least: float, more: float, rank: int) -> None:
     def times(dense: Any, kind: str, rank: int) -> float:
@@ -237,6 +238,7 @@ def factorise(*arguments: object) -> Any:
         return CliRunner().invoke(app, ["factorise", *map(str, arguments)], catch_exceptions=False)
 
 
+@pytest.mark.process
 def test_the_program_measures_once_and_records_it(model: Path, tmp_path: Path, folder: Path) -> None:
     """A bar so low that every layer passes it, whatever the clock shows."""
     made = factorise(model, "--rank", "0.4", "--min-speedup", "1e-9", "--output", tmp_path / "out", "--json")
@@ -273,6 +275,7 @@ def test_a_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(factorised_layers(model)) == {"tall"}  # 8192 numbers; the others have less than 5000
 
 
+@pytest.mark.process
 def test_a_bar_that_nothing_reaches_says_so(model: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=r"nothing to factorise at rank 0\.4: .* at rank \d+ on cpu"):
         factorise(model, "--rank", "0.4", "--min-speedup", "1e9", "--output", tmp_path / "out")
