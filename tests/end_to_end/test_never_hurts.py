@@ -16,7 +16,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from support import tiny, zoo
+from support import tiny, warm, zoo
 
 import lrsurgery.checkpoints.quantizer
 
@@ -349,8 +349,7 @@ MOMENTS = {
 def program(arguments: str, moment: str | None = None, act: str = "pass") -> subprocess.CompletedProcess[str]:
     place, nth = MOMENTS[moment] if moment else ("os, 'fsync'", -1)
     code = RIGGED.format(place=place, nth=nth, act=act)
-    command = [sys.executable, "-c", code, *arguments.split()]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return warm.program(sys.executable, "-c", code, *arguments.split())
 
 
 def whole(folder: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support import tiny, warm
 
 import lrsurgery
 from lrsurgery.errors import SourceError
@@ -25,8 +26,7 @@ def registered() -> None:
 
 
 def program(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "lrsurgery", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    return warm.program(*tiny.PROGRAM, *arguments)
 
 
 @pytest.mark.parametrize(

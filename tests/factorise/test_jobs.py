@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support import tiny
+from support.warm import program
 
 import lrsurgery
 from lrsurgery.checkpoints.mapping import Entry
@@ -68,11 +68,6 @@ def weights(folder: Path) -> bytes:
 def rows(folder: Path) -> Any:
     report = json.loads((folder / "rank_report.json").read_text())
     return report["layers"], report["totals"], report["source"]
-
-
-def program(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=settings)
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 import transformers as tf
 from support import tiny
+from support.warm import program
 from torch.nn.functional import cross_entropy
 
 import lrsurgery
@@ -93,7 +93,7 @@ def test_the_program_puts_a_model_beside_another(bench: Path) -> None:
         "--against",
         str(bench / "gpt2"),
     ]
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    done = program(*command, "--json")
     assert done.returncode == 0, done.stderr
     dense, half = json.loads(done.stdout)["models"]
     assert dense["parameters"] == sum(p.numel() for p in tf.AutoModel.from_pretrained(bench / "gpt2").parameters())
@@ -101,7 +101,7 @@ def test_the_program_puts_a_model_beside_another(bench: Path) -> None:
     assert half["parameters"] < dense["parameters"]
     again = lrsurgery.evaluate(str(bench / "half"), str(bench / "valid.txt"), DataOptions(block_size=tiny.BLOCK))
     assert half["values"] == pytest.approx(again.values)
-    refused = subprocess.run([*command[:6], "nowhere.txt"], capture_output=True, text=True, check=False)
+    refused = program(*command[:6], "nowhere.txt")
     assert refused.returncode == 2
     assert refused.stderr == "lrsurgery: nowhere.txt: no such file or folder\n"
 
@@ -124,19 +124,12 @@ def test_the_program_heals_and_says_what_comes_next(bench: Path, tmp_path: Path)
         "adam_beta2=0.95",
     ]
 
-    def program(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=tmp_path)
-
-    done = program(*command)
+    done = program(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Written to half-finetuned" in done.stderr
     assert "Next: lrsurgery report half-finetuned" in done.stderr
     assert [line.split()[0] for line in done.stdout.strip().splitlines()] == ["model", "factorised", "healed"]
-    made = subprocess.run(
-        [*command, "--json", "--output", "other"], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    made = program(*command, "--json", "--output", "other", cwd=tmp_path)
     assert json.loads(made.stdout)["stages"]["healed"]["scored"] > 0
-    shown = subprocess.run(
-        [*tiny.PROGRAM, "report", "other"], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
+    shown = program(*tiny.PROGRAM, "report", "other", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

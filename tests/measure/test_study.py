@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from support import tiny
+from support import tiny, warm
 
 from lrsurgery.errors import RecipeError, StudyError
 from lrsurgery.files import alive
@@ -46,8 +46,7 @@ def write(folder: Path, **more: Any) -> Path:
 
 
 def program(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    command = [*tiny.PROGRAM, "study", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=280)
+    return warm.program(*tiny.PROGRAM, "study", *arguments)
 
 
 # recipes

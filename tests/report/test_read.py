@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from support import tiny
+from support.warm import program
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -406,8 +407,7 @@ def test_every_kind_has_a_break_even(folders: Path) -> None:
 
 
 def run(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [*tiny.PROGRAM, "report", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, cwd=cwd)
+    return program(*tiny.PROGRAM, "report", *arguments, cwd=cwd)
 
 
 @pytest.mark.process

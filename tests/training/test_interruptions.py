@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
+from support.warm import program
 
 pytestmark = pytest.mark.process
 STEPS, DENSE, SAVE = 12, 5, 3
@@ -69,11 +68,6 @@ def arguments(bench: Path, output: str, *more: object) -> list[str]:
     length = f"--dense-steps {DENSE} --steps {STEPS} --save-steps {SAVE} --eval-steps {SAVE} --log-steps 1"
     rest = f"--rank 0.5 {length} --batch-size 4 --warmup-steps 2".split()
     return list(map(str, ["finetune", bench / "model", *data, *rest, "--output", bench / output, *more]))
-
-
-def program(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False, env=settings)
 
 
 @pytest.fixture(scope="module")
