@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from support import zoo
+from support import tiny, warm, zoo
 from typer.testing import CliRunner
 
 from lrsurgery import __version__
@@ -44,16 +44,16 @@ def test_factorise_report_export_in_real_processes(model: Path, tmp_path: Path) 
     assert {"config.json", "model.safetensors", "rank_report.json", "README.md"} <= {p.name for p in folder.iterdir()}
     assert "import lrsurgery.hf" in (folder / "README.md").read_text()
 
-    shown = program("report", folder, "--json")
+    shown = warm.program(*tiny.PROGRAM, "report", folder, "--json")
     written = json.loads((folder / "rank_report.json").read_text())
     assert json.loads(shown.stdout) == {**written, "name": folder.name}
 
-    refused = program("factorise", model, "--rank", "0.5", cwd=tmp_path)
+    refused = warm.program(*tiny.PROGRAM, "factorise", model, "--rank", "0.5", cwd=tmp_path)
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "already exists" in refused.stderr
 
-    exported = program("export", folder, "--to", "dense", "--output", tmp_path / "dense", "--json")
+    exported = warm.program(*tiny.PROGRAM, "export", folder, "--to", "dense", "--output", tmp_path / "dense", "--json")
     assert json.loads(exported.stdout)["output"] == str(tmp_path / "dense")
     code = (
         "import sys; from transformers import AutoModelForCausalLM as A;"

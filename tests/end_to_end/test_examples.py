@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.warm import program
 
 import lrsurgery
 
@@ -18,9 +17,7 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 def printed(name: str, output: Path, *options: str) -> list[list[str]]:
     """The words of each line that an example prints, all of its output folder written."""
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--output", str(output), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = program(sys.executable, EXAMPLES / f"{name}.py", "--output", output, *options)
     assert done.returncode == 0, done.stderr
     return [line.split() for line in done.stdout.splitlines()]
 

@@ -43,10 +43,10 @@ def test_the_networks_are_of_the_papers_size(name: str, classes: int, parameters
 
 @pytest.mark.process
 def test_a_model_of_ones_own_is_factorised_by_the_program(tmp_path: Path) -> None:
-    made = subprocess.run(
-        [sys.executable, FILE, "--name", "wide_resnet16_2", "--classes", "7", "--output", tmp_path / "wrn"], check=False
+    made = warm.program(
+        sys.executable, FILE, "--name", "wide_resnet16_2", "--classes", "7", "--output", tmp_path / "wrn"
     )
-    assert made.returncode == 0
+    assert made.returncode == 0, made.stderr
     command = ("factorise", tmp_path / "wrn", "--from-scratch", "--rank", "0.25")
     done = program("--import", FILE, *command, "--output", tmp_path / "low", "--quiet")
     assert done.returncode == 0, done.stderr

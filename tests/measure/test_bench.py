@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import timm
 import torch
 from rich.console import Console
 from support import tiny, zoo
+from support.warm import program
 from torch import nn
 
 import lrsurgery
@@ -136,8 +136,7 @@ def test_operations_are_two_for_each_weight_and_row() -> None:
 def benched(models: Path) -> Bench:
     """The program's JSON on a factorised GPT-2 against the dense one."""
     words = "--batch 1,64 --length 16 --new-tokens 4 --seconds 0.3 --threads 1 --device cpu --layers --save --json"
-    command = [*tiny.PROGRAM, "bench", str(models / "quarter"), "--against", str(models / "gpt2"), *words.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = program(*tiny.PROGRAM, "bench", models / "quarter", "--against", models / "gpt2", *words.split())
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 

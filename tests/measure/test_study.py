@@ -209,7 +209,7 @@ def test_going_on_repeats_no_finished_run(taken: tuple[Study, Path, Findings]) -
     study, out, told = taken
     results = {run.name: out / "runs" / run.name / "result.json" for run in study.runs}
     before = {name: file.stat().st_mtime_ns for name, file in results.items()}
-    with pytest.raises(StudyError, match="--resume goes on with it"):
+    with pytest.raises(StudyError, match="continue it with --resume"):
         run_study(study, out)
     done = Done()
     again = run_study(study, out, resume=True, listener=done)
@@ -300,8 +300,8 @@ def test_an_interrupted_study_keeps_what_its_run_has_saved(root: Path) -> None:
     code, said = stopped_later(signal.SIGINT)
     assert (code, said.count("\n")) == (130, 1)
     assert "0 of 1 runs are finished" in said
-    assert "--resume goes on" in said
+    assert "continue with the same command and --resume" in said
     stopped_later(signal.SIGTERM, "--resume")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if "loss" in record]
-    assert steps == list(range(1, len(steps) + 1))  # it went on, and did not begin anew
+    assert steps == list(range(1, len(steps) + 1))  # it continued, and did not start over

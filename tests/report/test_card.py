@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard
 from support import tiny, zoo
 from support.checks import run
 from support.hub import COMMIT, cache, put_in_cache
+from support.warm import program
 
 import lrsurgery
 from lrsurgery.report.hub import head_of
@@ -66,9 +67,12 @@ def snippets(folder: Path, language: str = "python") -> list[str]:
 
 
 def run_as_copied(code: str, folder: Path, more: str = "") -> str:
-    """In a fresh process, from the folder beside the model's."""
-    command = [sys.executable, "-c", f"{code}\n{more}"]
-    done = subprocess.run(command, cwd=folder.parent, capture_output=True, text=True, check=False)
+    """In a process of its own, from the folder beside the model's; without this package if the code names none."""
+    words = (sys.executable, "-c", f"{code}\n{more}")
+    if "lrsurgery" in code:
+        done = program(*words, cwd=folder.parent)
+    else:
+        done = subprocess.run(words, cwd=folder.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -210,9 +214,7 @@ def test_the_loading_code_runs(gpt2: Path, tmp_path: Path) -> None:
     report = lrsurgery.Report.read(tmp_path / "half")
     assert said.split() == ["GPT2LMHeadModel", str(report.parameters_after)]
     export = next(code for code in snippets(tmp_path / "half", "bash") if " export " in code)
-    done = subprocess.run(
-        [sys.executable, "-m", *export.split()], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
+    done = program(sys.executable, "-m", *export.split(), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     (code,) = snippets(tmp_path / "half-dense")
     assert "lrsurgery" not in code

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support import tiny, warm
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -250,6 +249,5 @@ def test_two_processes_decay_once(tmp_path: Path) -> None:
     """DDP and FSDP2 over two real processes, with factors that do not divide evenly, against one process."""
     script = tmp_path / "train.py"
     script.write_text(SHARDED)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = warm.program(*tiny.TORCHRUN, script)
     assert done.returncode == 0, done.stderr

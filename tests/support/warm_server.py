@@ -1,0 +1,105 @@
+"""The server of warm.py: imports the libraries once, and forks a process for each that is asked for."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import json
+import os
+import random
+import runpy
+import signal
+import socket
+import sys
+import threading
+import traceback
+from importlib import import_module
+from pathlib import Path
+
+PRELOADED = (
+    "datasets",
+    "timm",
+    "torch",
+    "transformers.models.gpt2.modeling_gpt2",
+    "transformers.trainer",
+    "lrsurgery.cli.app",
+    "lrsurgery.factorise.checkpoint",
+    "lrsurgery.factorise.export",
+    "lrsurgery.factorise.memory",
+    "lrsurgery.measure.bench",
+    "lrsurgery.measure.evaluate",
+    "lrsurgery.report.read",
+    "lrsurgery.training.finetune",
+)
+
+
+def _serve(own: socket.socket) -> dict[str, object] | None:
+    """Start processes as they are asked for. Returns in each of them what to run; in the server, None at the end."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that wait are buried by nobody
+    while True:
+        message, fds, *_ = socket.recv_fds(own, 1, 4)
+        if not message:
+            return None
+        asked, out, err, tell = fds
+        if not os.fork():  # waits for the process, and tells how it ended
+            own.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            pid = os.fork()
+            if not pid:
+                os.dup2(out, 1)
+                os.dup2(err, 2)
+                with open(asked, encoding="utf-8") as file:
+                    file.seek(0)
+                    found: dict[str, object] = json.load(file)
+                for fd in (out, err, tell):
+                    os.close(fd)
+                return found
+            for fd in (asked, out, err):
+                os.close(fd)
+            os.write(tell, f"{pid}\n".encode())
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            os.write(tell, f"{code}\n".encode())
+            os._exit(0)
+        for fd in fds:
+            os.close(fd)
+
+
+if __name__ == "__main__":
+    sys.path.remove(str(Path(__file__).parent))  # a program finds its own modules alone
+    for module in PRELOADED:
+        import_module(module)
+    gc.freeze()  # what is shared stays shared: collections in a process do not touch it
+    request = _serve(socket.socket(fileno=int(sys.argv[1])))
+    if request is not None:
+        random.seed()
+        os.environ.clear()
+        os.environ.update(request["env"])  # type: ignore[call-overload]
+        os.chdir(str(request["cwd"]))
+        how, *rest = request["words"]  # type: ignore[misc]
+        code = 0
+        try:
+            if how == "-m":
+                sys.path.insert(0, os.getcwd())
+                sys.argv = rest
+                runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+            elif how == "-c":
+                sys.path.insert(0, os.getcwd())
+                sys.argv = [how, *rest[1:]]
+                exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+            else:
+                sys.path.insert(0, str(Path(how).parent))
+                sys.argv = [how, *rest]
+                runpy.run_path(how, run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        # as the interpreter ends, but for taking apart thousands of modules that this process shares with the server
+        threading._shutdown()  # type: ignore[attr-defined]
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
