@@ -154,7 +154,7 @@ OutputOption = Annotated[
     Path | None,
     option("--output", "-o", panel=OUTPUT, metavar="DIR", text="Output folder; named from model and rank if left out."),
 ]
-OverwriteOption = Annotated[bool, option("--overwrite", panel=OUTPUT, text="Replace an existing model folder.")]
+OverwriteOption = Annotated[bool, option("--overwrite", panel=OUTPUT, text="Replace what is already at --output.")]
 ShardOption = Annotated[
     str, option("--shard-size", panel=OUTPUT, metavar="SIZE", text="Largest weight file, such as 5GB or 500MB.")
 ]

@@ -13,12 +13,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from lrsurgery.progress import Listener, TrainingStep
-from lrsurgery.report.views.columns import HEADINGS, QUALITY
+from lrsurgery.report.views.columns import HEADINGS, PIPED_WIDTH, QUALITY
 
 if TYPE_CHECKING:
     from lrsurgery.files import Json
-
-PIPED_WIDTH = 160  # lines of a pipe or a file need not fold at rich's 80
 
 
 class Screen:

@@ -117,7 +117,7 @@ def factorise(
         ),
     ] = None,
     from_scratch: Annotated[
-        bool, option("--from-scratch", panel=CUT, text="The model initialised anew from its config first.")
+        bool, option("--from-scratch", panel=CUT, text="The model with new random weights from its config.")
     ] = False,
     seed: Annotated[int, option("--seed", panel=CUT, text="For --from-scratch, calibration and --init he.")] = 0,
     device: DeviceOption = "auto",

@@ -98,8 +98,6 @@ IMAGE_CLASSIFICATION = Task(
 TASKS = {task.name: task for task in (CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)}
 TIMM = IMAGE_CLASSIFICATION  # the task of every timm model
 
-LANGUAGE = tuple(name for name, task in TASKS.items() if task.is_language)
-
 
 def task_of(source: Source) -> str:
     """Name the task that the checkpoint's architecture is for. Raises RecipeError if it is for none of `TASKS`."""

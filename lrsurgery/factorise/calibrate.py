@@ -22,7 +22,7 @@ from lrsurgery.checkpoints.load import load_model
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.datasets import TRAIN_SPLITS
 from lrsurgery.data.examples import calibration_examples, open_rows, prepare_subject
-from lrsurgery.data.tasks import LANGUAGE, Subject, is_for, task_of
+from lrsurgery.data.tasks import TASKS, Subject, is_for, task_of
 from lrsurgery.errors import CalibrationError, OutputError
 from lrsurgery.factorise.options import Calibration
 from lrsurgery.files import Json
@@ -205,7 +205,7 @@ def _prepare(
     examples, chosen = calibration_examples(
         subject, rows, how, calibration.samples, seed, trust_remote_code=trust_remote_code
     )
-    size = max(1, TOKENS // examples.size) if task in LANGUAGE else IMAGES
+    size = max(1, TOKENS // examples.size) if TASKS[task].is_language else IMAGES
     batches = [
         dict(examples.collate([examples.dataset[i] for i in chosen[at : at + size]]))
         for at in range(0, len(chosen), size)
@@ -214,7 +214,7 @@ def _prepare(
         "data": calibration.data,
         "samples": len(chosen),
         "scored_in": examples.unit.removesuffix("s"),
-        "tokens": examples.size if task in LANGUAGE else None,
+        "tokens": examples.size if TASKS[task].is_language else None,
         "seed": seed,
         "sequential": calibration.sequential,
         "model": source.reference,

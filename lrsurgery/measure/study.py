@@ -141,7 +141,7 @@ def run_study(
             if isinstance(e, KeyboardInterrupt | SystemExit):
                 raise Interrupted(
                     f"interrupted; {done} of {total} runs are finished, what others have saved is kept:"
-                    " the same command with --resume goes on"
+                    " continue with the same command and --resume"
                 ) from e
             raise
     return [result for run in study.runs if (result := read_result(run, output)) is not None]
@@ -154,7 +154,7 @@ def _open_output(study: Study, output: Path, resume: bool) -> None:
         if not copy.is_file():
             raise StudyError(f"{output}: exists and holds no study; name another folder")
         if not resume:
-            raise StudyError(f"{output}: is there already; --resume goes on with it, or name another folder")
+            raise StudyError(f"{output}: exists already; continue it with --resume, or name another folder")
     output.mkdir(parents=True, exist_ok=True)
     replace_file(copy, text)
 

@@ -126,7 +126,7 @@ class _Run:
         check_output(self.output, self.source, self.overwrite)
         if not self.resumed and self.folder.is_unfinished and not self.overwrite:
             raise OutputError(
-                f"{self.folder.path}: an unfinished run; pass --resume to go on, --overwrite to begin anew"
+                f"{self.folder.path}: an unfinished run; pass --resume to continue it, --overwrite to start over"
             )
         if resume and not self.resumed:
             listener.note(f"{self.folder.path}: no run to resume, so this one begins at the first step")
@@ -298,7 +298,7 @@ class _Run:
         if callback.stopped and step < last:
             again = f"lrsurgery finetune --resume --output {shlex.quote(str(self.output))}"
             again += " --overwrite" if self.overwrite else ""
-            raise Interrupted(f"stopped after step {step} of {total}, all is saved; to go on: {again}")
+            raise Interrupted(f"stopped after step {step} of {total}, all is saved; to continue: {again}")
         if last == total:
             self.trainer = trainer
         else:

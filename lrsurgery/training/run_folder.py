@@ -81,7 +81,7 @@ class RunFolder:
             if old != new and name not in MAY_DIFFER:
                 raise RecipeError(
                     f"{self.path}: was begun with {name} {old}, now it is {new}; resume with what it was begun with,"
-                    " or begin anew with --overwrite"
+                    " or start over with --overwrite"
                 )
         return replace(saved, **{name: getattr(wanted, name) for name in MAY_DIFFER if name in asked})
 
@@ -95,7 +95,7 @@ class RunFolder:
             if getattr(former, name) != getattr(facts, name):
                 raise RecipeError(
                     f"{getattr(recipe, name)}: has changed since the run in {self.path} was begun;"
-                    " begin anew with --overwrite, or put back what was there"
+                    " start over with --overwrite, or put back what was there"
                 )
         if former.world_size != facts.world_size:
             return f"the run was begun with {former.world_size} processes, so it does not go on exactly"

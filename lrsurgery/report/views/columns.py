@@ -17,6 +17,7 @@ from lrsurgery.report.schema import Report, Row, Rung
 
 Value: TypeAlias = str | int | float | None
 T = TypeVar("T")
+PIPED_WIDTH = 160  # columns of a file or a pipe, whose lines need not fold at a terminal's 80
 UNBALANCED = 0.01  # of factors; below, it is rounding
 
 # figures of an evaluation: what people call them, how they are written

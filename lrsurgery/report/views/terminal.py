@@ -17,6 +17,7 @@ from lrsurgery.report.views.columns import (
     COLUMNS,
     HEADINGS,
     LADDER,
+    PIPED_WIDTH,
     QUALITY,
     QualityName,
     course,
@@ -33,14 +34,13 @@ LAST = ("loss", "damage", "unbalanced")  # columns of a table of factorised laye
 SHOWN = "params:0.5"  # the rung of the ladder that the table of a dense model's layers shows
 
 ENDINGS = (".txt",)
-PAPER = 160  # columns of a file, whose lines need not fold at a terminal's 80
 
 
 def render(report: Report, *, sort: str = "model", every: bool = False) -> str:
     """What the terminal shows, as plain text."""
     out = StringIO()
-    paper = Console(file=out, width=PAPER, highlight=False)
-    for part in report_parts(report, PAPER, sort=sort, every=every):
+    paper = Console(file=out, width=PIPED_WIDTH, highlight=False)
+    for part in report_parts(report, PIPED_WIDTH, sort=sort, every=every):
         paper.print(part, markup=False) if isinstance(part, str) else paper.print(part)
     return out.getvalue()
 
