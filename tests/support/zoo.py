@@ -181,7 +181,7 @@ TIMM: dict[str, tuple[dict[str, Any], int]] = {
         {"img_size": 32, "window_size": 4, "embed_dim": 32, "depths": (2, 2), "num_heads": (2, 4)},
         32,
     ),
-    "mixer_s16_224": ({"img_size": 32, "num_blocks": 2}, 32),
+    "mixer_s16_224": ({"img_size": 32}, 32),
     "resnext50_32x4d": (NARROW, 32),
 }
 
