@@ -11,7 +11,7 @@ import torch
 
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.datasets import IMAGE_COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TRAIN_SPLITS, open_data, pick_column
-from lrsurgery.data.images import Images, Preprocessing
+from lrsurgery.data.images import Images, Preprocessing, stack
 from lrsurgery.data.labels import class_names, match_labels, read_labels
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import TASKS, Subject, is_for, load_subject, task_of
@@ -67,6 +67,7 @@ class Examples:
     collate: Collator
     unit: str  # what progress counts: "tokens", "images" or "sentences"
     size: int  # units in one example
+    notes: tuple[str, ...] = ()  # for the user: how the data is read
 
 
 def open_rows(
@@ -108,18 +109,17 @@ def prepare_subject(
         source, name, from_scratch_seed=from_scratch_seed, classes=classes, trust_remote_code=trust_remote_code
     )
     if options.image_size is not None and task.takes_images:
-        subject = _with_image_size(subject, options.image_size)
+        subject = _with_image_size(subject, options.image_size, trust_remote_code)
     return subject
 
 
-def _with_image_size(subject: Subject, size: int) -> Subject:
-    own = Preprocessing.of(subject.source, subject.body, None)
-    if size == own.size:
+def _with_image_size(subject: Subject, size: int, trust_remote_code: bool) -> Subject:
+    own = Preprocessing.of(subject.source, subject.body, None, trust_remote_code=trust_remote_code)
+    other = Preprocessing.of(subject.source, subject.body, size, trust_remote_code=trust_remote_code)
+    if subject.source.library != "timm" or own.shape == other.shape:
         return subject
-    if subject.source.library != "timm":
-        raise RecipeError(f"image_size {size}: this model's preprocessor_config.json says {own.size}; change it there")
-    Preprocessing.of(subject.source, subject.body, size)
-    pretrained = {**subject.source.pretrained_cfg, "input_size": [3, size, size], "crop_pct": 1.0}
+    changed = {"input_size": [*(other.shape or ())], "crop_pct": 1.0, "test_input_size": None, "test_crop_pct": None}
+    pretrained = {**subject.source.pretrained_cfg, **changed}
     source = dataclasses.replace(subject.source, config={**subject.source.config, "pretrained_cfg": pretrained})
     return dataclasses.replace(subject, source=source)
 
@@ -138,6 +138,7 @@ def training_examples(
     """Make examples to train on: sequences of tokens, sentences, or images (augmented by `seed`). Raises DataError."""
     task = TASKS[subject.task]
     if not task.is_language:
+        options = dataclasses.replace(options, test_size=False)  # that is for measuring
         return _labelled(
             subject, rows, options, _match_labels(subject, rows), seed if augment else None, trust_remote_code
         )
@@ -247,10 +248,15 @@ def _labelled(
     task = TASKS[subject.task]
     if task.takes_images:
         column = pick_column(rows.rows, options.image_column, IMAGE_COLUMNS, "image", rows.reference)
-        how = Preprocessing.of(subject.source, subject.body, options.image_size)
-        transform = how.for_evaluation() if augment_seed is None else how.for_training()
-        images = Images(rows.rows, column, labels, transform, rows.reference, augment_seed)
-        return Examples(images, _stack(), task.unit, 1)
+        how = Preprocessing.of(
+            subject.source,
+            subject.body,
+            options.image_size,
+            test_size=options.test_size,
+            trust_remote_code=trust_remote_code,
+        )
+        images = Images(rows.rows, column, labels, how, rows.reference, augment_seed)
+        return Examples(images, stack, task.unit, 1, (how.note, *images.notes))
     from transformers import DataCollatorWithPadding
 
     tokenizer = load_tokenizer(subject.source, trust_remote_code)

@@ -81,6 +81,9 @@ class DataOptions:
     image_size: int | None = setting(
         None, "Pixels of an image's side; the checkpoint's own size by default.", panel=DATA, least=1
     )
+    test_size: bool = setting(
+        False, "Images measured at the size and crop that a timm checkpoint names for tests.", panel=DATA
+    )
 
     def check(self) -> None:
         """Check every setting. Raises RecipeError for a value that no data could make right."""

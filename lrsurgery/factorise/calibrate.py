@@ -205,6 +205,7 @@ def _prepare(
     examples, chosen = calibration_examples(
         subject, rows, how, calibration.samples, seed, trust_remote_code=trust_remote_code
     )
+    subject = replace(subject, notes=(*subject.notes, *examples.notes))
     size = max(1, TOKENS // examples.size) if TASKS[task].is_language else IMAGES
     batches = [
         dict(examples.collate([examples.dataset[i] for i in chosen[at : at + size]]))

@@ -60,6 +60,8 @@ def evaluate(
     rows = open_rows(str(data), task, options, split=split, prefer=EVAL_SPLITS)
     subject = prepare_subject(source, options, rows, trust_remote_code=trust_remote_code)
     examples = evaluation_examples(subject, rows, options, stride=stride, trust_remote_code=trust_remote_code)
+    for note in examples.notes:
+        listener.note(note)
     values = quality(subject, recipe, examples, listener)
     parameters = sum(parameter.numel() for parameter in subject.body.parameters())
     return Evaluation(model=str(model), task=task, parameters=parameters, bytes=source.bytes, values=values)

@@ -128,15 +128,19 @@ def _text_config(model: Any) -> Any:
 def _image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
     from lrsurgery.data.images import Preprocessing
 
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
     try:
-        pixels = Preprocessing.of(source, model, None).size
-        return 3, pixels, pixels
+        shape = Preprocessing.of(source, model, None).shape
     except DataError:  # a transformers folder without a preprocessor
-        config = getattr(model, "config", None)
-        size = getattr(config, "image_size", None)
         if not isinstance(size, int):
             raise
-        return getattr(config, "num_channels", 3), size, size
+        shape = None
+    if shape is not None:
+        return shape
+    if not isinstance(size, int):
+        raise SurgeryError(f"{source.reference}: neither its processor nor its config names one size of images")
+    return getattr(config, "num_channels", 3), size, size
 
 
 def make_workload(

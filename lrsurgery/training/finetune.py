@@ -203,7 +203,7 @@ class _Run:
                 data = recipe.eval_data or recipe.data
                 held_out = open_rows(data, self.task, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS)
                 evaluation = evaluation_examples(subject, held_out, recipe, trust_remote_code=recipe.trust_remote_code)
-        for note in subject.notes:
+        for note in (*subject.notes, *train.notes, *(evaluation.notes if evaluation is not None else ())):
             self._note(note)
         teacher = None
         if recipe.teacher is not None:

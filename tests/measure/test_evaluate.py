@@ -83,6 +83,41 @@ def test_image_figures_are_exact(bench: Path) -> None:
 
 
 @pytest.mark.process
+def test_top1_is_that_of_transformers_pipeline(tmp_path: Path) -> None:
+    """On wide images whose class shows at the borders, which a crop of the middle would lose."""
+    import numpy as np
+    from PIL import Image
+
+    random, names = np.random.default_rng(0), ("left", "middle", "right")
+    files, classes = [], []
+    for k, name in enumerate(names):
+        (tmp_path / "wide" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = random.integers(0, 60, (16, 48, 3), dtype=np.uint8)
+            pixels[:, 16 * k : 16 * k + 16] += 150
+            files.append(tmp_path / "wide" / name / f"{i}.png")
+            classes.append(k)
+            Image.fromarray(pixels).save(files[-1])
+    folder = tiny.save_vit(tmp_path / "vit")
+    model = tf.ViTForImageClassification.from_pretrained(folder, id2label=dict(enumerate(names)))
+    processor = tf.AutoImageProcessor.from_pretrained(folder)
+    inputs = processor([Image.open(file) for file in files], return_tensors="pt")["pixel_values"]
+    optimizer, labels = torch.optim.Adam(model.parameters(), 3e-3), torch.tensor(classes)
+    for _ in range(25):
+        optimizer.zero_grad()
+        model(pixel_values=inputs, labels=labels).loss.backward()
+        optimizer.step()
+    model.config.label2id = {name: i for i, name in enumerate(names)}
+    model.save_pretrained(folder)
+    answers = tf.pipeline("image-classification", model=str(folder), device="cpu")(list(map(str, files)), top_k=1)
+    right = [answer[0]["label"] == names[k] for answer, k in zip(answers, classes, strict=True)]
+    assert sum(right) > 24  # the borders are seen
+    found = lrsurgery.evaluate(str(folder), str(tmp_path / "wide"), split="train", batch_size=5)
+    assert found.values["scored"] == len(files)
+    assert found.values["top1"] == pytest.approx(sum(right) / len(files))
+
+
+@pytest.mark.process
 def test_the_program_puts_a_model_beside_another(bench: Path) -> None:
     command = [
         *tiny.PROGRAM,
