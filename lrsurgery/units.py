@@ -39,3 +39,13 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise OutputError(f"shard size '{text}' is not readable; write a size such as 5GB or 500MB")
     return size
+
+
+def duration_text(seconds: float) -> str:
+    """A duration in words, roughly: "a second", "40 s", "3 min", "2.5 h"."""
+    if seconds < 1:
+        return "a second"
+    for most, unit, size in ((90, "s", 1), (5400, "min", 60)):
+        if seconds < most:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds / 3600:.1f} h"

@@ -133,7 +133,17 @@ def measure(folder: Path, layers: int, arguments: argparse.Namespace, scratch: P
     chosen = {"ends": [0, layers - 1], "one": [0], "all": list(range(layers))}[arguments.factorise]
     output = scratch / f"out-{layers}"
     shutil.rmtree(output, ignore_errors=True)
-    command = [sys.executable, "-m", "lrsurgery", "factorise", str(folder), "--rank", arguments.rank, "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "lrsurgery",
+        "factorise",
+        str(folder),
+        "--rank",
+        arguments.rank,
+        "--quiet",
+        "--no-loss-check",
+    ]
     command += ["--output", str(output), *arguments.option]
     if arguments.factorise != "all":
         command += [part for i in chosen for part in ("--include", f"model.layers.{i}.*")]

@@ -71,7 +71,18 @@ def measure(
     for importance in ("none", *importances):
         output = tokens.parent / "out"
         shutil.rmtree(output, ignore_errors=True)
-        command = [sys.executable, "-m", "lrsurgery", "factorise", str(model), "--rank", "0.5", "--quiet", "--no-cache"]
+        command = [
+            sys.executable,
+            "-m",
+            "lrsurgery",
+            "factorise",
+            str(model),
+            "--rank",
+            "0.5",
+            "--quiet",
+            "--no-cache",
+            "--no-loss-check",
+        ]
         command += ["--output", str(output), *more]
         if importance != "none":
             command += ["--calibration", str(tokens), "--importance", importance, "--samples", samples]

@@ -39,7 +39,18 @@ def checkpoint(folder: Path, **shape: int) -> Path:
 def factorise(source: Path, scratch: Path, processes: int, rank: str) -> float:
     """Seconds of the whole command with so many processes of one thread."""
     with tempfile.TemporaryDirectory(dir=scratch) as out:
-        command = ["-m", "lrsurgery", "factorise", str(source), "--rank", rank, "--output", f"{out}/out", "--quiet"]
+        command = [
+            "-m",
+            "lrsurgery",
+            "factorise",
+            str(source),
+            "--rank",
+            rank,
+            "--output",
+            f"{out}/out",
+            "--quiet",
+            "--no-loss-check",
+        ]
         command += ["--jobs", "1"]
         if processes > 1:
             launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]

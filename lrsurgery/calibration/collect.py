@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -13,7 +14,16 @@ from torch import Tensor, nn
 from lrsurgery.calibration.blocks import find_blocks
 from lrsurgery.calibration.blockwise import visit_blocks
 from lrsurgery.calibration.hooks import Collector, freeze
-from lrsurgery.calibration.loss import IMPORTANCES, Batch, Loss, Outputs, SampledLoss, check_importance
+from lrsurgery.calibration.loss import (
+    IMPORTANCES,
+    TEMPERATURE,
+    Batch,
+    Loss,
+    Outputs,
+    SampledLoss,
+    check_importance,
+    check_temperature,
+)
 from lrsurgery.calibration.statistics import LayerUse, Moments, Statistics, StatisticsWriter, merge
 from lrsurgery.errors import CalibrationError
 from lrsurgery.files import Json
@@ -33,24 +43,34 @@ def collect_statistics(
     exclude: Sequence[str] = (),
     loss: Loss | None = None,
     seed: int = 0,
+    temperature: float = TEMPERATURE,
 ) -> Statistics:
     """Run batches through a model in memory and return the statistics for `factorise_(..., statistics=...)`.
 
     `batches` are dicts of keyword arguments (labels are not passed), tensors or tuples. `importance`: "fisher" collects
     second moments of inputs and output gradients, "activations" those of inputs only. `loss` maps the model's outputs
     and the batch to a loss that is summed, not averaged, and the number of scored items. By default it is the log
-    likelihood of classes sampled from the model's logits with `seed` (`SampledLoss`), which needs no labels.
+    likelihood of classes sampled from the model's logits / `temperature` with `seed` (`SampledLoss`), which needs no
+    labels.
 
     Raises CalibrationError without batches, for an unknown importance, or for inputs or gradients of a layer that are
     not finite; PlanError as `plan_rows` does.
     """
     check_importance(importance)
+    check_temperature(temperature)
+    facts: Json = {"temperature": temperature} if loss is None and IMPORTANCES[importance] else {}
     whole = SurgeryOptions(
         target=RankSpec(FractionRank(1.0)), conv=conv, include=include, exclude=exclude, allow_larger=True
     )
     rows = [row for row in plan_rows(model, whole, heads=find_heads(model)) if isinstance(row, Replacement)]
     return collect(
-        model, list(batches), rows, importance=importance, loss=loss or SampledLoss(seed), store=MemoryStore()
+        model,
+        list(batches),
+        rows,
+        importance=importance,
+        loss=loss or SampledLoss(seed, temperature),
+        store=MemoryStore(),
+        facts=facts,
     )
 
 
@@ -139,6 +159,23 @@ def split(rows: Sequence[Replacement], limit: int | None) -> list[list[Replaceme
 def moment_bytes(row: Replacement, *, gradients: bool) -> int:
     """Size of the moments of one layer in bytes, in fp32."""
     return 4 * (row.columns**2 + (row.rows**2 if gradients else 0))
+
+
+def estimate_seconds(
+    model: nn.Module, batches: Sequence[Batch], rows: Sequence[Replacement], *, gradients: bool
+) -> float:
+    """Estimate the time of one pass of `collect`, from that of a forward on the first batch.
+
+    A backward pass down to the activations costs as much as a forward; second moments of a layer (m, n) cost
+    n^2 + m^2 operations a position where the forward costs m n.
+    """
+    start = time.perf_counter()
+    with torch.no_grad():
+        call(model, batches[0])
+    forward = time.perf_counter() - start
+    products = sum(row.rows * row.columns for row in rows)
+    moments = sum(row.columns**2 + (row.rows**2 if gradients else 0) for row in rows)
+    return len(batches) * forward * ((2 if gradients else 1) + moments / max(1, products))
 
 
 def call(model: nn.Module, batch: Batch) -> Outputs:

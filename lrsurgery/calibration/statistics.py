@@ -73,6 +73,12 @@ class Statistics:
     def has_gradients(self) -> bool:
         return bool(self.facts["metric"] == "fisher")
 
+    @property
+    def temperature(self) -> float | None:
+        """The temperature of the Fisher information; None without gradients, or with those of another loss."""
+        own = self.has_gradients and "head" not in self.facts
+        return float(self.facts.get("temperature", 1.0)) if own else None
+
     def moments(self, name: str) -> Moments:
         """The moments of one layer."""
         return self._read(name)

@@ -116,7 +116,11 @@ ConvOption = Annotated[Conv, option("--conv", panel=CUT, text=SCHEMES)]
 # calibration
 CalibrationOption = Annotated[
     str | None,
-    _calibration("--calibration", metavar="DATA", text="Data that weighs errors; whatever finetune --data takes."),
+    _calibration(
+        "--calibration",
+        metavar="DATA",
+        text="Data that weighs errors: what finetune --data takes, builtin (a text of ours), or none.",
+    ),
 ]
 IMPORTANCES = "fisher: inputs and output gradients; activations: inputs; none: weights alone."
 ImportanceOption = Annotated[Importance, _calibration("--importance", text=IMPORTANCES, default=True)]
@@ -127,6 +131,12 @@ SamplesOption = Annotated[
 ]
 BlockSizeOption = Annotated[
     int | None, _calibration("--block-size", metavar="N", text="Tokens of a sequence; 512, or the model's maximum.")
+]
+TemperatureOption = Annotated[
+    float | None,
+    _calibration(
+        "--fisher-temperature", metavar="T", text="Divisor of the logits in the gradients of fisher: 2; 1 for none."
+    ),
 ]
 SequentialOption = Annotated[
     bool, _calibration("--sequential", text="Inputs of each block as they are once those before it are replaced.")

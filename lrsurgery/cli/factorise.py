@@ -46,6 +46,7 @@ from lrsurgery.cli.arguments import (
     StatisticsOption,
     SubsetOption,
     TaskOption,
+    TemperatureOption,
     TextColumnOption,
     TrustOption,
     choice,
@@ -86,6 +87,7 @@ def factorise(
     importance: ImportanceOption = "fisher",
     metric: MetricOption = None,
     samples: SamplesOption = 128,
+    fisher_temperature: TemperatureOption = None,
     block_size: BlockSizeOption = None,
     sequential: SequentialOption = False,
     statistics: StatisticsOption = None,
@@ -148,6 +150,10 @@ def factorise(
     resume: Annotated[
         bool, option("--resume", panel=OUTPUT, text="Go on where this command was interrupted or killed.")
     ] = False,
+    no_loss_check: Annotated[
+        bool,
+        option("--no-loss-check", panel=OUTPUT, text="No quick look at the loss at the end."),
+    ] = False,
     dry_run: Annotated[bool, option("--dry-run", panel=OUTPUT, text="The plan alone; nothing is written.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -164,6 +170,8 @@ def factorise(
       lrsurgery factorise timm/resnet50.a1_in1k --rank energy:0.9 --conv spatial --output resnet50-small
 
       lrsurgery factorise gpt2 --budget 0.5 --calibration text.txt
+
+      lrsurgery factorise gpt2 --rank params:0.5 --calibration builtin
 
       lrsurgery factorise gpt2 --from-scratch --init spectral-ones --rank 0.62
     """
@@ -204,6 +212,7 @@ def factorise(
             importance=str(metric or importance),
             statistics=statistics,
             samples=samples,
+            fisher_temperature=fisher_temperature,
             sequential=sequential,
             save=save_statistics,
             split=split,
@@ -216,6 +225,7 @@ def factorise(
                 image_size=image_size,
             ),
         ),
+        loss_check=not no_loss_check,
     )
     if dry_run:
         with screen.follow("calibrate") as listener:

@@ -12,23 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrsurgery.calibration import texts
 from lrsurgery.calibration.blocks import find_blocks
-from lrsurgery.calibration.collect import collect, collect_sequentially, moment_bytes, split
-from lrsurgery.calibration.loss import IMPORTANCES, Batch, SampledLoss
+from lrsurgery.calibration.collect import collect, collect_sequentially, estimate_seconds, moment_bytes, split
+from lrsurgery.calibration.loss import IMPORTANCES, Batch, Loss, ProjectionLoss, SampledLoss
 from lrsurgery.calibration.offload import load_offloaded
 from lrsurgery.calibration.statistics import FILE_NAME, Statistics, StatisticsWriter
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.datasets import TRAIN_SPLITS
-from lrsurgery.data.examples import calibration_examples, open_rows, prepare_subject
+from lrsurgery.data.examples import Rows, calibration_examples, open_rows, prepare_subject
+from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import TASKS, Subject, is_for, task_of
-from lrsurgery.errors import CalibrationError, OutputError
+from lrsurgery.errors import CalibrationError, OutputError, RecipeError
 from lrsurgery.factorise.options import Calibration
 from lrsurgery.files import Json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
 from lrsurgery.surgery.plan import Plan, Replacement
+from lrsurgery.units import duration_text
 
 TOKENS = 2048  # per batch; its logits and their gradients dominate the memory
 IMAGES = 16  # per batch
@@ -44,6 +47,11 @@ class _Setup:
     batches: list[Batch]
     facts: Json
     offloaded: bool
+    bare: bool  # an encoder without a head, which the loss of random projections stands in for
+
+    def loss(self, seed: int, temperature: float) -> Loss:
+        """The loss whose gradients the Fisher importance takes."""
+        return ProjectionLoss(seed) if self.bare else SampledLoss(seed, temperature)
 
 
 def calibrate(
@@ -85,28 +93,31 @@ def calibrate(
         by_block=not fisher,
         room=available // 2,
     )
+    named = _match_names(setup.subject, rows)
+    planned = [replace(row, name=named[row.name]) for row in rows]
+    passes = len(split(rows, limit)) if fisher else 1
+    _announce(setup, calibration, planned, passes, listener)
     if fisher:
         need = sum(moment_bytes(row, gradients=True) for row in rows)
-        passes = len(split(rows, limit))
         if need > NOTABLE or passes > 1 or setup.offloaded:
             where = "weights stay on disk and each block runs twice" if setup.offloaded else "beside the model"
             listener.note(
                 f"calibration: {need / 1e9:.1f} GB of statistics, {where}; {available / 1e9:.1f} GB are free, so"
                 f" {'one pass' if passes == 1 else f'{passes} passes'} over the data"
             )
-    named, loss = _match_names(setup.subject, rows), SampledLoss(seed)
+    loss = setup.loss(seed, calibration.temperature)
     statistics = collect(
         setup.subject.model,
         setup.batches,
-        [replace(row, name=named[row.name]) for row in rows],
+        planned,
         importance=calibration.importance,
         loss=loss,
         store=StatisticsWriter(folder, named),
-        facts=setup.facts,
+        facts={**setup.facts, **({"temperature": calibration.temperature} if fisher and not setup.bare else {})},
         limit=limit,
         listener=listener,
     )
-    if fisher and loss.uncertainty < LEAST_UNCERTAINTY:
+    if fisher and isinstance(loss, SampledLoss) and loss.uncertainty < LEAST_UNCERTAINTY:
         listener.note(
             f"the model is certain of its predictions on this data (mean chance of another class:"
             f" {loss.uncertainty:.1g}), so the predicted loss only ranks layers; use data it has not memorised"
@@ -114,12 +125,31 @@ def calibrate(
     shutil.rmtree(folder / "offload", ignore_errors=True)
     missing = statistics.unused_layers()
     if missing:
-        listener.note(
-            f"{len(missing)} layers received no calibration input ({missing[0]}, ...); plain SVD is used for them"
-        )
+        what = f"{len(missing)} layers received no calibration input ({missing[0]}, ...)"
+        listener.note(f"{what}; plain SVD is used for them")
     if calibration.save is not None:
         _save(folder, calibration.save)
     return statistics
+
+
+def _announce(
+    setup: _Setup, calibration: Calibration, rows: Sequence[Replacement], passes: int, listener: Listener
+) -> None:
+    """Say what the model is about to see, and about how long it takes."""
+    fisher = IMPORTANCES[calibration.importance]
+    count, size, unit = setup.facts["samples"], setup.facts["tokens"], TASKS[setup.subject.task].unit
+    what = f"{count:,} {unit}" if size is None else f"{count:,} sequences of {size} tokens ({count * size:,} tokens)"
+    parts = [f"{what} of {texts.TITLE if calibration.data == texts.NAME else calibration.data}"]
+    if count < calibration.samples:
+        parts.append(f"all that it has, {calibration.samples:,} were asked for")
+    if setup.bare:
+        head = "random projections of the pooled output stand in for it" if fisher else "none is needed"
+        parts.append(f"the model has no head, {head}")
+    parts += setup.subject.notes  # heads that had to be made up, how the data is read
+    if not setup.offloaded:
+        seconds = passes * estimate_seconds(setup.subject.model, setup.batches, rows, gradients=fisher)
+        parts.append(f"about {duration_text(seconds)}")
+    listener.note(f"calibration: {'; '.join(parts)}")
 
 
 def _save(folder: Path, target: Path) -> None:
@@ -191,21 +221,23 @@ def _prepare(
     """Open data and model; blocks stay on disk if the pass is by block, or if the model exceeds `room` bytes."""
     assert calibration.data is not None
     how = calibration.how
-    task = how.task or task_of(source)
-    rows = open_rows(calibration.data, task, how, labels=False, split=calibration.split, prefer=TRAIN_SPLITS)
-    subject = _load_offloaded(source, task, device, trust_remote_code, offload, None if by_block else room)
-    offloaded = subject is not None
-    if subject is None:
-        subject = prepare_subject(source, how, None, trust_remote_code=trust_remote_code)
-        subject.model.to(device)
-    elif not by_block:
+    bare = _bare_task(source, trust_remote_code) if how.task is None else None
+    task = bare or how.task or task_of(source)
+    rows = rows_of(calibration.data, task, how, calibration.split)
+    if bare is not None:
+        model = load_model(str(source.folder), dtype=torch.float32, trust_remote_code=trust_remote_code).to(device)
+        subject, offloaded = Subject(source, task, model, torch.float32), False
+    else:
+        subject, offloaded = load_subject(
+            source, task, how, device, trust_remote_code, offload, None if by_block else room
+        )
+    if offloaded and not by_block:
         from lrsurgery.checkpoints.upstream.transformers import checkpoint_blocks_
 
         checkpoint_blocks_(subject.model)
     examples, chosen = calibration_examples(
         subject, rows, how, calibration.samples, seed, trust_remote_code=trust_remote_code
     )
-    subject = replace(subject, notes=(*subject.notes, *examples.notes))
     size = max(1, TOKENS // examples.size) if TASKS[task].is_language else IMAGES
     batches = [
         dict(examples.collate([examples.dataset[i] for i in chosen[at : at + size]]))
@@ -219,8 +251,64 @@ def _prepare(
         "seed": seed,
         "sequential": calibration.sequential,
         "model": source.reference,
+        **({"head": "random projections of the pooled output"} if bare is not None else {}),
     }
-    return _Setup(subject, batches, facts, offloaded)
+    notes = (*subject.notes, *examples.notes)
+    return _Setup(replace(subject, notes=notes), batches, facts, offloaded, bare is not None)
+
+
+def rows_of(data: str, task: str, how: DataOptions, part: str | None, *, characters: int | None = None) -> Rows:
+    """Open calibration data without labels; of the built-in text, the first `characters` of each document or all."""
+    if data != texts.NAME:
+        return open_rows(data, task, how, labels=False, split=part, prefer=TRAIN_SPLITS)
+    if not TASKS[task].is_language:
+        raise CalibrationError(f"--calibration {data}: is for language models, and {task} needs data of its own")
+    if part is not None or how.text_column is not None or how.subset is not None:
+        raise CalibrationError(f"--calibration {data}: has no splits, subsets or columns; leave their options out")
+    import datasets
+
+    documents = texts.read_texts() if characters is None else texts.excerpts(characters)
+    return Rows(datasets.Dataset.from_dict({"text": list(documents.values())}), texts.TITLE)
+
+
+def load_subject(
+    source: Source,
+    task: str,
+    how: DataOptions,
+    device: torch.device,
+    trust_remote_code: bool,
+    folder: Path,
+    room: int | None,
+) -> tuple[Subject, bool]:
+    """Load the model, and whether its blocks stay on disk in `folder`: above `room` bytes, or always if that is None.
+
+    A model without blocks, or without the task's head, is loaded into memory.
+    """
+    subject = _load_offloaded(source, task, device, trust_remote_code, folder, room)
+    if subject is not None:
+        return subject, True
+    subject = prepare_subject(source, replace(how, task=task), None, trust_remote_code=trust_remote_code)
+    subject.model.to(device)
+    return subject, False
+
+
+def _bare_task(source: Source, trust_remote_code: bool) -> str | None:
+    """The task whose examples an encoder without a head takes: sentences or images; None for any other model."""
+    try:
+        task_of(source)
+    except RecipeError:
+        pass
+    else:
+        return None
+    from lrsurgery.checkpoints.upstream.transformers import is_only_causal
+
+    skeleton: Any = build_model(source, device="meta", trust_remote_code=trust_remote_code)
+    if getattr(skeleton.config, "is_encoder_decoder", False):
+        return None
+    known = {"input_ids": "sequence-classification", "pixel_values": "image-classification"}
+    is_decoder = is_only_causal(skeleton.config.model_type)
+    has_head = not skeleton.base_model_prefix or skeleton.base_model is not skeleton
+    return None if is_decoder or has_head else known.get(skeleton.main_input_name)
 
 
 def _load_offloaded(

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from lrsurgery import __version__
+from lrsurgery.calibration.allocate import Weights, allocate_ranks
 from lrsurgery.calibration.statistics import FILE_NAME as STATISTICS
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.build import check_not_converted
@@ -28,10 +29,10 @@ from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.spectra import SpectrumCache
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError
-from lrsurgery.factorise.allocate import Weights, allocate_ranks
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
+from lrsurgery.factorise.check import check_loss, warnings
 from lrsurgery.factorise.jobs import WorkFolder, find_pending, first_error, wait_some
-from lrsurgery.factorise.options import Calibration, FactoriseOptions, parse_options
+from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
 from lrsurgery.factorise.rewrite import Rewriter
 from lrsurgery.files import Json, fingerprint, json_text, staged, write_text
 from lrsurgery.progress import SILENT, Listener
@@ -49,7 +50,10 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
     Reads weights only if the rank policy, a budget or calibration needs their singular values. Raises SurgeryError.
     """
     source = options.source.resolve(reference)
+    options, note = choose_calibration(source, options)
     checkpoint, plan = _open(source, options)
+    if note is not None:
+        listener.note(note)
     statistics = None
     if plan.needs_spectra or options.calibration is not None:
         entries = list_entries(checkpoint, {row.name for row in plan.replacements})
@@ -138,6 +142,7 @@ def run_factorise(
         # Wait for rank 0, which reports errors once, fills the caches and writes the job list.
         processes.barrier("begin")
     source = options.source.resolve(reference)
+    options, note = choose_calibration(source, options)
     check_output(output, source, options.output.overwrite)
     checkpoint, plan = _open(source, options)
     entries = list_entries(checkpoint, {row.name for row in plan.replacements})
@@ -150,6 +155,8 @@ def run_factorise(
         return Report.read(output)
     with _keep_on_interrupt(work, len(plan.replacements)):
         work.open(_task(source, options), resume=options.output.resume)
+        if note is not None and options.surgery.budget is not None:
+            listener.note(note)
         plan, statistics = _decide(source, checkpoint, plan, options, entries, work, listener)
         work.set_ranks({row.name: row.rank if isinstance(row, Replacement) else row.reason for row in plan.rows})
         rewriter = _rewriter(checkpoint, plan, options, entries, statistics)
@@ -187,11 +194,15 @@ def run_factorise(
             copy_companions(source, stage)
             config = output_config(source, checkpoint.model, layers, options.output.dtype)
             write_text(stage / "config.json", json_text(config))
+            report = replace(report, loss_check=check_loss(source, stage, options, listener))
             write_text(stage / FILE_NAME, report.to_json())
             write_text(stage / "README.md", model_card(report, source, output.name, config))
     if options.compute.cache:
         SpectrumCache().trim()
     processes.barrier("end")
+    told = [note] if note is not None and options.surgery.budget is None else []
+    for text in (*told, *warnings(report, reference, output, options)):
+        listener.note(text)
     return report
 
 

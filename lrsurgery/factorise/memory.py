@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lrsurgery.calibration.allocate import Weights, allocate_ranks
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.mapping import is_transformers_model, tied_weights
-from lrsurgery.factorise.allocate import Weights, allocate_ranks
 from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.runtime import Compute, pick_device

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from lrsurgery.calibration.loss import check_importance
+from lrsurgery.calibration import texts
+from lrsurgery.calibration.loss import IMPORTANCES, TEMPERATURE, check_importance, check_temperature
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.output import OutputOptions
-from lrsurgery.checkpoints.source import SourceOptions
+from lrsurgery.checkpoints.source import Source, SourceOptions
 from lrsurgery.data.options import DataOptions
-from lrsurgery.errors import CalibrationError, RankError, RecipeError, SurgeryError
+from lrsurgery.errors import CalibrationError, DataError, RankError, RecipeError, SurgeryError
 from lrsurgery.files import Json
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
 from lrsurgery.report.schema import recorded_options
@@ -29,9 +30,10 @@ class Calibration:
     Raises CalibrationError for invalid or contradictory values.
     """
 
-    data: str | None = None  # as for `finetune --data`
+    data: str | None = None  # as for `finetune --data`, or "builtin"
     importance: str = "fisher"  # or "activations"
     samples: int = 128  # sequences, sentences or images
+    fisher_temperature: float | None = None  # of the logits; None: 2, or that of the statistics
     sequential: bool = False  # calibrate each block after those before it are factorised
     statistics: Path | None = None  # folder of existing statistics
     save: Path | None = None  # folder to keep the statistics in
@@ -40,6 +42,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         check_importance(self.importance)
+        if self.fisher_temperature is not None:
+            check_temperature(self.fisher_temperature)
         if self.samples < 1:
             raise CalibrationError(f"samples {self.samples}: write at least 1")
         if self.data is None and self.statistics is None:
@@ -61,11 +65,27 @@ class Calibration:
         except RecipeError as e:
             raise CalibrationError(str(e)) from e
 
+    @property
+    def temperature(self) -> float:
+        """The temperature to collect at."""
+        return TEMPERATURE if self.fisher_temperature is None else self.fisher_temperature
+
     def read_statistics(self) -> Statistics:
-        """Read the existing statistics; importance activations drops their gradients. Raises CalibrationError."""
+        """Read the existing statistics; importance activations drops their gradients.
+
+        Raises CalibrationError, also if they were collected at another temperature than the one asked for.
+        """
         assert self.statistics is not None
         statistics = Statistics.read(self.statistics)
-        return statistics if self.importance == "fisher" else statistics.without_gradients()
+        if self.importance != "fisher":
+            return statistics.without_gradients()
+        asked, found = self.fisher_temperature, statistics.temperature
+        if asked is not None and found is not None and asked != found:
+            raise CalibrationError(
+                f"{self.statistics}: collected at Fisher temperature {found:g}, and {asked:g} is asked for; collect"
+                " again, or remove --fisher-temperature"
+            )
+        return statistics
 
     def recorded(self) -> Json:
         """The values that determine the result, as JSON; the importance keeps its key `metric` in files."""
@@ -75,6 +95,7 @@ class Calibration:
             "statistics": str(self.statistics) if self.statistics else None,
             "metric": self.importance,
             "samples": self.samples,
+            "temperature": self.temperature if self.data is not None and IMPORTANCES[self.importance] else None,
             "sequential": self.sequential,
             "split": self.split,
             **how,
@@ -87,23 +108,28 @@ def parse_calibration(
     importance: str = "fisher",
     statistics: Path | None = None,
     samples: int = 128,
+    fisher_temperature: float | None = None,
     sequential: bool = False,
     save: Path | None = None,
     split: str | None = None,
     how: DataOptions | None = None,
-) -> Calibration | None:
-    """Make the calibration of these options; None without data and statistics, or for importance "none".
+) -> Calibration | str | None:
+    """Make the calibration of these options; None without data and statistics.
 
-    Raises CalibrationError.
+    "none" for data or importance "none", which decline calibration. Raises CalibrationError.
     """
     check_importance(importance, "none")
+    declined, data = data == texts.DECLINED, None if data == texts.DECLINED else data
     unused = data is None and statistics is None and not sequential and save is None
-    if importance == "none" or (unused and samples >= 1):
+    if importance == "none" or (declined and unused):
+        return texts.DECLINED
+    if unused and samples >= 1:
         return None
     return Calibration(
         data=data,
         importance=importance,
         samples=samples,
+        fisher_temperature=fisher_temperature,
         sequential=sequential,
         statistics=statistics,
         save=save,
@@ -121,6 +147,8 @@ class FactoriseOptions:
     compute: Compute
     output: OutputOptions = field(default_factory=OutputOptions)
     calibration: Calibration | None = None
+    declined: bool = False  # no calibration, though a budget would take the built-in text
+    loss_check: bool = True  # see `factorise.check`
 
     def __post_init__(self) -> None:
         init = self.surgery.init
@@ -134,10 +162,53 @@ class FactoriseOptions:
             if self.surgery.svd == "fast":
                 raise SurgeryError("--svd fast applies to plain SVD only; remove it, or remove --calibration")
 
+    @property
+    def can_calibrate(self) -> bool:
+        """Whether these options leave calibration something to weigh."""
+        keeps = self.surgery.init not in WITHOUT_DIRECTIONS and self.source.from_scratch_seed is None
+        return keeps and self.surgery.svd != "fast"
+
     def recorded(self) -> Json:
         """The options that determine the result, as JSON."""
         calibration = None if self.calibration is None else self.calibration.recorded()
         return recorded_options(self.surgery, self.source, self.output.dtype, calibration)
+
+
+def choose_calibration(source: Source, options: FactoriseOptions) -> tuple[FactoriseOptions, str | None]:
+    """Calibrate a budget over a language model without data on the built-in text; and a note on what goes without."""
+    if options.calibration is not None or not options.can_calibrate:
+        return options, None
+    if options.surgery.budget is None:
+        note = (
+            "plain SVD: without data it minimises the error of the weights, not that of the outputs; --calibration"
+            f" DATA weighs errors by data, for language models also --calibration {texts.NAME}"
+        )
+        return options, note if options.surgery.init == "spectral" else None
+    if not options.declined and _reads_text(source, options.source.trust_remote_code):
+        note = (
+            f"a budget without data: calibrated on {texts.TITLE}; --calibration DATA takes text of your own,"
+            f" --calibration {texts.DECLINED} goes by the weights alone"
+        )
+        return replace(options, calibration=Calibration(data=texts.NAME)), note
+    note = (
+        "a budget without data: layers compare by the relative energy of their weights; --calibration DATA compares"
+        " them by the loss"
+    )
+    return options, note
+
+
+def _reads_text(source: Source, trust_remote_code: bool) -> bool:
+    """Whether it is a language model with its tokenizer."""
+    from lrsurgery.data.tasks import TASKS, task_of
+    from lrsurgery.data.text import load_tokenizer
+
+    try:
+        if not TASKS[task_of(source)].is_language:
+            return False
+        load_tokenizer(source, trust_remote_code)
+    except (DataError, RecipeError):
+        return False
+    return True
 
 
 def parse_target(
@@ -182,9 +253,16 @@ def parse_options(
     overwrite: bool = False,
     resume: bool = False,
     command: str | None = None,
-    calibration: Calibration | None = None,
+    calibration: Calibration | str | None = None,
+    loss_check: bool = True,
 ) -> FactoriseOptions:
-    """Parse the options of the command line and of Python callers. Raises SurgeryError that names the value."""
+    """Parse the options of the command line and of Python callers. Raises SurgeryError that names the value.
+
+    `calibration` is a `Calibration`, or its data as text: "builtin" for the built-in text, "none" to decline it.
+    """
+    declined = calibration == texts.DECLINED
+    if isinstance(calibration, str):
+        calibration = None if declined else Calibration(data=calibration)
     surgery = SurgeryOptions(
         target=parse_target(rank, budget, of=budget_of, multiple_of=multiple_of),
         init=init,
@@ -210,4 +288,12 @@ def parse_options(
         resume=resume,
         command=command,
     )
-    return FactoriseOptions(surgery=surgery, source=source, compute=compute, output=output, calibration=calibration)
+    return FactoriseOptions(
+        surgery=surgery,
+        source=source,
+        compute=compute,
+        output=output,
+        calibration=calibration,
+        declined=declined,
+        loss_check=loss_check,
+    )

@@ -49,6 +49,8 @@ def model_card(report: Report, source: Source, name: str, config: Json, training
     done += ["trained"] if training else []
     paragraphs = [] if training or report.command else [f"Options: `{json.dumps(options)}`"]
     paragraphs += ["\n".join(training)] if training else []
+    if report.loss_check is not None:
+        paragraphs.append(f"Loss right after surgery: {report.loss_check['text']}.")
     paragraphs += [f"Note: {note}." for note in report.notes]
     return _filled(
         source,

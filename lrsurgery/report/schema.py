@@ -203,6 +203,7 @@ class Report:
     training: tuple[Run, ...] = ()
     bench: Bench | None = None
     calibration: Json | None = None  # the importance, the data and how much of it
+    loss_check: Json | None = None  # of the quick check after surgery; `text` is its line for people
 
     @property
     def factorised(self) -> tuple[Row, ...]:
@@ -258,6 +259,7 @@ class Report:
             "training": self.training,
             "bench": self.bench,
             "calibration": self.calibration,
+            "loss_check": self.loss_check,
             "layers": layers,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 
 import lrsurgery
 from lrsurgery.calibration.collect import MemoryStore, collect, split
-from lrsurgery.calibration.loss import SampledLoss
+from lrsurgery.calibration.loss import ProjectionLoss, SampledLoss
 from lrsurgery.calibration.statistics import LayerUse, Moments, StatisticsWriter
 from lrsurgery.checkpoints.upstream.transformers import checkpoint_blocks_
 from lrsurgery.errors import BudgetError, CalibrationError
@@ -108,23 +109,62 @@ class Mixed(nn.Module):
         return torch.stack([h[:, :3], h[:, 3:] + h[:, :3]], dim=1) + torch.tensor([self.surer, 0.0, 0.0])
 
 
-@pytest.mark.parametrize("surer", [0.0, 10.0], ids=["unsure", "nearly sure"])
-def test_classes_drawn_from_the_model_give_its_fisher_information(surer: float) -> None:
-    """The mean over all classes, by autograd; the nearly sure one has 2 in 20,000 draws of an unlikely class."""
+@pytest.mark.parametrize(
+    ("surer", "temperature"),
+    [(0.0, 1.0), (10.0, 1.0), (10.0, 2.0), (1.0, 4.0)],
+    ids=["unsure", "nearly sure", "nearly sure, softened", "softened"],
+)
+def test_classes_drawn_from_the_model_give_its_fisher_information(surer: float, temperature: float) -> None:
+    """The mean over all classes, by autograd; the nearly sure one has 2 in 20,000 draws of an unlikely class.
+
+    Softened by T, it is T^2 times the Fisher information of the logits / T.
+    """
     torch.manual_seed(0)
     model, x = Mixed(surer), 0.3 * torch.randn(20_000, 4)
-    statistics = lrsurgery.collect_statistics(model, [x])
+    statistics = lrsurgery.collect_statistics(model, [x], temperature=temperature)
+    assert statistics.temperature == temperature
     hidden = model.layer(x).detach().requires_grad_()
     halves = hidden[:, :3], hidden[:, 3:] + hidden[:, :3]
     wanted = torch.zeros(6, 6)
     for half in halves:
-        log_p = (half + torch.tensor([surer, 0.0, 0.0])).log_softmax(-1)
+        log_p = ((half + torch.tensor([surer, 0.0, 0.0])) / temperature).log_softmax(-1)
         for c in range(3):
-            g = torch.autograd.grad(log_p[:, c].sum(), hidden, retain_graph=True)[0]
+            g = temperature * torch.autograd.grad(log_p[:, c].sum(), hidden, retain_graph=True)[0]
             wanted += (g * log_p[:, c : c + 1].exp().detach()).T @ g / (2 * len(x))
     found = statistics.moments("layer").gradients
     assert found is not None
     assert float((found - wanted).norm() / wanted.norm()) < 0.03
+
+
+class Encoder(nn.Module):
+    """Hidden states without a head, as transformers' encoders return them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, attention_mask: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.layer(x).tanh())
+
+
+def test_random_projections_of_the_pooled_output_are_its_gauss_newton_matrix() -> None:
+    """Against the Jacobian of the pooled output, of unit length, by autograd, over all that is not padding."""
+    torch.manual_seed(0)
+    model, x = Encoder(), torch.randn(4, 5, 4)
+    mask = torch.ones(4, 5)
+    mask[0, 3:] = mask[2, 1:] = 0
+    batch = {"x": x.repeat(2000, 1, 1), "attention_mask": mask.repeat(2000, 1)}
+    statistics = lrsurgery.collect_statistics(model, [batch], loss=ProjectionLoss(0))
+
+    def pooled(y: Tensor) -> Tensor:
+        mean = torch.stack([row[kept.bool()].mean(0) for row, kept in zip(y.tanh(), mask, strict=True)])
+        return mean / mean.norm(dim=1, keepdim=True)
+
+    jacobian = torch.autograd.functional.jacobian(pooled, model.layer(x).detach()).sum(2)  # (n, out, positions, 3)
+    wanted = torch.einsum("nopi,nopj->ij", jacobian, jacobian) / 4
+    found = statistics.moments("layer").gradients
+    assert found is not None
+    assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
 def test_padding_does_not_count() -> None:

@@ -420,6 +420,15 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "budget of what": (["--budget", "0.5", "--budget-of", "world"], "'world' is not one of 'layers', 'model'"),
     "importance unknown": ([*TEXT, "--importance", "cosine"], "'cosine' is not one of 'fisher', 'activations', 'none'"),
+    "temperature": ([*TEXT, "--fisher-temperature", "0"], "Fisher temperature 0.0: write a number above 0"),
+    "another temperature": (
+        ["--rank", "0.5", "--statistics", "{}/statistics", "--fisher-temperature", "1"],
+        "collected at Fisher temperature 2, and 1 is asked for; collect again, or remove --fisher-temperature",
+    ),
+    "a text for images": (
+        ["--rank", "0.5", "--calibration", "builtin", "--model", "resnet"],
+        "--calibration builtin: is for language models, and image-classification needs data of its own",
+    ),
     "no samples": ([*TEXT, "--samples", "0"], "samples 0: write at least 1"),
     "no data": (["--rank", "0.5", "--calibration", "{}/nothing.txt"], "nothing.txt: no such file or folder"),
     "images for text": (["--rank", "0.5", "--calibration", "{}/images"], "which column holds the text?"),
@@ -487,3 +496,98 @@ def test_what_was_asked_for_is_recorded() -> None:
     assert parse_options(budget="flops:0.5").recorded()["budget"] == "flops:0.5"
     assert parse_options(budget=0.5).recorded()["rank"] is None
     assert parse_options(rank="params:0.5").recorded()["rank"] == "params:0.5"
+
+
+def test_what_is_seen_is_said(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Counted by the tokenizer: the text has so many whole sequences."""
+    tokens = tiny.tokenizer()((place / "train.txt").read_text(), add_special_tokens=False)["input_ids"]
+    whole = len(tokens) // tiny.BLOCK
+    data = place / "train.txt"
+    for asked in (5, 100_000):
+        options = f"--rank params:0.5 --samples {asked} --no-loss-check --overwrite"
+        assert factorise(place / "gpt2", options, calibration=data, output=tmp_path / "out") == 0
+        told = capsys.readouterr().err
+        count = min(asked, whole)
+        assert f"calibration: {count:,} sequences of 32 tokens ({count * 32:,} tokens) of {data}; " in told
+        assert ("; all that it has, 100,000 were asked for; about " in told) == (asked > whole)
+
+
+def test_the_temperature_decides_and_is_recorded(place: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, option in {"plain": "", "2": "--fisher-temperature 2", "1": "--fisher-temperature 1"}.items():
+        options = f"{SIX} {option} --no-loss-check --quiet"
+        assert factorise(place / "gpt2", options, calibration=place / "train.txt", output=tmp_path / name) == 0
+        report = report_of(tmp_path / name)
+        assert report["calibration"]["temperature"] == report["options"]["calibration"]["temperature"]
+        found[name] = (report["calibration"]["temperature"], report["totals"]["predicted_loss"])
+    assert found["plain"] == found["2"] != found["1"]
+    assert [found[name][0] for name in ("2", "1")] == [2.0, 1.0]
+
+
+def test_statistics_from_before_temperatures_are_of_temperature_1(place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "statistics", tmp_path / "statistics")
+    file = tmp_path / "statistics" / "statistics.json"
+    body = json.loads(file.read_text())
+    del body["facts"]["temperature"]
+    file.write_text(json.dumps(body))
+    assert Statistics.read(tmp_path / "statistics").temperature == 1.0
+    options = "--rank 0.5 --no-loss-check --quiet --overwrite"
+    places = {"statistics": tmp_path / "statistics", "output": tmp_path / "out"}
+    assert factorise(place / "gpt2", f"{options} --fisher-temperature 1", **places) == 0
+    assert factorise(place / "gpt2", f"{options} --fisher-temperature 2", **places) == 2
+    assert factorise(place / "gpt2", f"{options} --fisher-temperature 2 --importance activations", **places) == 0
+
+
+def test_a_budget_over_a_language_model_takes_the_text_that_comes_with_the_package(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, option in {"asked": "--calibration builtin", "not asked": "", "declined": "--calibration none"}.items():
+        assert factorise(place / "gpt2", f"--budget 0.6 --no-loss-check {option}", output=tmp_path / name) == 0
+        told = capsys.readouterr().err
+        assert ("calibrated on the built-in text" in told) == (name == "not asked")
+        assert ("by the relative energy of their weights" in told) == (name == "declined")
+        assert ("tokens) of the built-in text; " in told) == (name != "declined")
+    asked, other = tensors_of(tmp_path / "asked"), tensors_of(tmp_path / "not asked")
+    assert asked.keys() == other.keys()
+    assert all(torch.equal(asked[key], other[key]) for key in asked)
+    assert report_of(tmp_path / "not asked")["calibration"]["data"] == "builtin"
+    assert report_of(tmp_path / "declined")["calibration"] is None
+    model = lrsurgery.load_model(place / "gpt2")
+    lrsurgery.factorise_(model, budget=0.6)  # of a model in memory there is no tokenizer
+    written = {name: layer.rank for name, layer in factorised_layers(model).items()}
+    declined = [row for row in report_of(tmp_path / "declined")["layers"] if row["status"] == "factorised"]
+    assert {row["name"]: row["rank"] for row in declined} == written
+
+
+def test_the_built_in_text_has_several_kinds_and_says_where_it_is_from() -> None:
+    from lrsurgery.calibration import texts
+
+    found = texts.read_texts()
+    assert 150_000 < sum(map(len, found.values())) < 300_000
+    readme = (Path(texts.__file__).parent / "README.md").read_text()
+    assert all(f"`{'python_*' if name.startswith('python_') else name}.txt`" in readme for name in found)
+    assert {"public domain", "PSF"} <= {term for term in ("public domain", "PSF") if term in readme}
+    assert all(0.9 * 4000 < len(text) <= 4000 for text in texts.excerpts(4000).values())
+
+
+@pytest.mark.parametrize("importance", ["fisher", "activations"])
+def test_an_encoder_without_a_head_is_calibrated_on_its_pooled_output(
+    place: Path, tmp_path: Path, importance: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny.save_bert(tmp_path / "encoder", "BertModel")
+    options = f"--rank params:0.5 --importance {importance}"
+    assert factorise(tmp_path / "encoder", options, calibration=place / "sentences.jsonl", output=tmp_path / "out") == 0
+    told = capsys.readouterr().err
+    assert "calibration: 16 sentences of " in told
+    head = "random projections of the pooled output stand in for it" if importance == "fisher" else "none is needed"
+    assert f"the model has no head, {head}" in told
+    report = report_of(tmp_path / "out")
+    assert report["calibration"]["head"] == "random projections of the pooled output"
+    assert (report["totals"]["predicted_loss"] is None) == (importance == "activations")
+    used = [row for row in report["layers"] if row["status"] == "factorised" and "pooler" not in row["name"]]
+    assert len(used) == 12
+    assert all(row["weighted_error"] > 0 for row in used)
+    assert report["loss_check"] == {
+        "measured": False,
+        "text": "not measured (the model has no head; lrsurgery evaluate takes --task)",
+    }

@@ -99,6 +99,14 @@ def head_classes(mapping: str) -> frozenset[str]:
     return frozenset(name for value in values for name in (value if isinstance(value, tuple) else (value,)))
 
 
+def is_only_causal(model_type: str) -> bool:
+    """Whether models of this type are decoders: they have a causal head and no masked one."""
+    from transformers.models.auto import modeling_auto
+
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    return model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and model_type not in masked
+
+
 def checkpoint_blocks_(model: nn.Module) -> None:
     """Enable gradient checkpointing in evaluation mode, which transformers supports in training mode only.
 

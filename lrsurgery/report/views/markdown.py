@@ -30,6 +30,8 @@ def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
     if report.command:
         lines += [f"`{report.command}`", ""]
     lines += [f"- {line}" for line in _totals(body)]
+    if report.loss_check is not None:
+        lines.append(f"- loss: {_text(report.loss_check['text'])}")
     lines += ["", *(f"> {_text(note)}\n" for note in report.notes)]
     if report.ladder:
         lines += ["## What each rank would keep", "", *column_lines(LADDER, steps_of(report))]

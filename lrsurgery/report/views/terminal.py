@@ -267,6 +267,8 @@ def totals_lines(report: Report) -> list[str]:
     if totals["predicted_loss"] is not None:
         unit = (report.calibration or {}).get("scored_in", "sample")
         lines.append(f"predicted: +{totals['predicted_loss']:.4g} loss a {unit}, to second order")
+    if report.loss_check is not None:
+        lines.append(f"loss:       {report.loss_check['text']}")
     return lines
 
 

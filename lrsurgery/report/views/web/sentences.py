@@ -171,6 +171,7 @@ def sentences(report: Report) -> list[list[Part]]:
         _energy_words(report),
         _calibration_words(report),
         _loss_words(report),
+        _check_words(report),
         _quality_words(report),
         _speed_words(report),
         _runs_words(report),
@@ -233,7 +234,8 @@ def _energy_words(report: Report) -> list[Part]:
     energy = energy_kept(report)
     if energy is None:
         return []
-    unmeasured = report.about == "factorised" and course_of(report) is None
+    known = course_of(report) is not None or (report.loss_check or {}).get("measured")
+    unmeasured = report.about == "factorised" and not known
     return [
         "The replaced layers would keep " if report.about == "plan" else "The replaced layers kept ",
         Figure(energy, share(energy)),
@@ -265,6 +267,11 @@ def _loss_words(report: Report) -> list[Part]:
         Figure(loss, three_digits(loss)),
         f" to the loss of a {unit}, to second order and as if layers did not disturb each other.",
     ]
+
+
+def _check_words(report: Report) -> list[Part]:
+    check = report.loss_check
+    return ["The loss right after surgery: ", str(check["text"]), "."] if check and check.get("measured") else []
 
 
 def _quality_words(report: Report) -> list[Part]:
