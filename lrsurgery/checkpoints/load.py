@@ -1,19 +1,22 @@
-"""Loading of factorised and dense checkpoints into modules."""
+"""Loading of factorised and dense checkpoints into modules, and the check that a written folder loads."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrsurgery.checkpoints.build import build_model, timm_tensors
-from lrsurgery.checkpoints.mapping import key_map
+from lrsurgery.checkpoints.mapping import check_plain, is_wide, key_map, unwrap_keys
 from lrsurgery.checkpoints.source import Source, resolve
-from lrsurgery.checkpoints.tensors import open_tensors
+from lrsurgery.checkpoints.tensors import RenamedSource, TensorSource, open_tensors
+from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.apply import factorised_layers, swap_
@@ -34,22 +37,15 @@ def load_model(
         return load_timm(source, dtype)
     import lrsurgery.checkpoints.quantizer  # noqa: F401  (registers the format)
 
-    _check_whole(source)
     skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
-    cls: Any = type(skeleton)
-    try:
-        model, info = cls.from_pretrained(
-            source.folder,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below with the tensor's name, which transformers' error lacks
-            **options,
-        )
-    except SurgeryError:
-        raise
-    except (RuntimeError, ValueError, OSError) as e:
-        raise SourceError(f"{path}: {' '.join(str(e).split())[:300]}") from e
+    _check_files(source, skeleton)
+    options |= {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
+    model, info = _from_pretrained(type(skeleton), source, options, source.folder)
+    if info["missing_keys"] and not source.is_factorised:
+        wrapped = unwrap_keys(source, skeleton, open_tensors(list(source.files)))
+        if isinstance(wrapped, RenamedSource):
+            options["key_mapping"] = {f"^{re.escape(p)}": "" for p in wrapped.prefixes}
+            model, info = _from_pretrained(type(skeleton), source, options, source.folder)
     for key, shape, wanted in sorted(info["mismatched_keys"]):
         raise SourceError(f"{path}: {key} has shape {tuple(shape)}, the model wants {tuple(wanted)}")
     if info["missing_keys"]:
@@ -57,13 +53,47 @@ def load_model(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _check_whole(source: Source) -> None:
-    """Raise SourceError that names a truncated safetensors file, which transformers does not name.
+def _from_pretrained(
+    cls: Any, source: Source, options: Mapping[str, Any], folder: Path | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and transformers' account of its loading from `folder`, or from tensors in `options`.
 
-    Pickles are not checked, since that would mean reading them.
+    Raises SourceError with its reason if it cannot load.
     """
-    if all(file.suffix == ".safetensors" for file in source.files):
-        open_tensors(list(source.files))
+    try:
+        model, info = cls.from_pretrained(
+            folder,
+            output_loading_info=True,
+            # reported with the tensor's name, which transformers' error lacks; another head is newly initialised
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    except SurgeryError:
+        raise
+    except (RuntimeError, ValueError, OSError) as e:
+        raise SourceError(f"{source.reference}: {' '.join(str(e).split())[:300]}") from e
+    return model, info
+
+
+def _check_files(source: Source, skeleton: nn.Module | None = None, *, trust_remote_code: bool = False) -> None:
+    """Raise SourceError that names a truncated safetensors file, or a weight that is quantised without a config.
+
+    Transformers names neither. Pickles are not checked, since that would mean reading them.
+    """
+    if any(file.suffix != ".safetensors" for file in source.files):
+        return
+    tensors = open_tensors(list(source.files))
+    if source.quant_method is not None:
+        return
+    narrow = [key for key in tensors.keys() if not is_wide(tensors.describe(key)[0])]  # noqa: SIM118
+    if not narrow:
+        return
+    skeleton = skeleton or build_model(source, device="meta", trust_remote_code=trust_remote_code)
+    keys = key_map(source, skeleton)
+    for key in narrow:
+        target = keys.target(key)[0]
+        if target is not None:
+            check_plain(source, key, tensors.describe(key)[0], keys.state[target])
 
 
 @dataclass(frozen=True)
@@ -119,23 +149,11 @@ def load_with_head(
 
     import lrsurgery.checkpoints.quantizer  # noqa: F401  (registers the format)
 
-    _check_whole(source)
-    options: dict[str, Any] = {}
+    _check_files(source, trust_remote_code=trust_remote_code)
+    options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     if id2label is not None:
-        options = {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
-    try:
-        model, info = getattr(transformers, auto_class).from_pretrained(
-            source.folder,
-            dtype=dtype or "auto",
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head of another shape is newly initialised
-            **options,
-        )
-    except SurgeryError:
-        raise
-    except (RuntimeError, ValueError, OSError) as e:
-        raise SourceError(f"{source.reference}: {' '.join(str(e).split())[:300]}") from e
+        options |= {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
+    model, info = _from_pretrained(getattr(transformers, auto_class), source, options, source.folder)
     keys = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     return model.eval(), sorted({key.rpartition(".")[0] for key in keys})
 
@@ -146,26 +164,146 @@ def load_timm(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
     Raises SourceError that names a tensor which is missing, unexpected or of the wrong shape.
     """
     model = build_model(source, device="cpu")
+    tensors, places = _match_timm(source, model)
+    state = {name: tensors.read(key).clone() for name, key in places.items()}
+    for name in model.state_dict().keys() - state.keys():
+        state[name] = torch.zeros((), dtype=torch.long)
+    model.load_state_dict(state, assign=True)
+    return (model.to(dtype) if dtype is not None else model).eval()
+
+
+def _match_timm(source: Source, model: nn.Module) -> tuple[TensorSource, dict[str, str]]:
+    """Swap factorised layers in, and map the model's state-dict keys to those of the files.
+
+    Old files lack batch counters, which are left out; a tensor with several names is stored under one at least.
+
+    Raises SourceError that names a tensor which is missing, unexpected, quantised or of the wrong shape.
+    """
     tensors = open_tensors(list(source.files))
     if source.is_factorised:
-        layers = source.layers
-        swap_(model, layers)
-        state = {key: tensors.read(key) for key in tensors.keys() if key.removesuffix(".weight") not in layers}  # noqa: SIM118
+        swap_(model, source.layers)
     else:
-        converted = timm_tensors(source, model, tensors)
-        state = {key: converted.read(key) for key in converted.keys()}  # noqa: SIM118
-    wanted = model.state_dict()
-    for key in sorted(wanted.keys() - state.keys()):
-        if key.endswith("num_batches_tracked"):
-            state[key] = torch.zeros((), dtype=torch.long)
-        else:
-            raise SourceError(f"{source.reference}: {key} is missing from the checkpoint")
-    for key, tensor in state.items():
+        tensors = timm_tensors(source, model, tensors)
+    every = model.named_modules(remove_duplicate=False)
+    tripwires = {f"{name}.weight" for name, module in every if isinstance(module, FactorisedLayer)}
+    wanted, stored = model.state_dict(keep_vars=True), set(tensors.keys()) - tripwires
+    same: dict[int, list[str]] = {}  # tensor -> its names
+    for name, tensor in wanted.items():
+        same.setdefault(id(tensor), []).append(name)
+    places: dict[str, str] = {}
+    for name, tensor in sorted(wanted.items()):
+        key = next((key for key in (name, *same[id(tensor)]) if key in stored), None)
+        if key is not None:
+            places[name] = key
+        elif not name.endswith("num_batches_tracked"):
+            raise SourceError(f"{source.reference}: {name} is missing from the checkpoint")
+    for key in sorted(stored):
         if key not in wanted:
             raise SourceError(f"{source.reference}: {key} has no place in {source.config['architecture']}")
-        if tensor.shape != wanted[key].shape:
+        dtype, shape = tensors.describe(key)
+        check_plain(source, key, dtype, wanted[key])
+        if shape != tuple(wanted[key].shape):
             raise SourceError(
-                f"{source.reference}: {key} has shape {tuple(tensor.shape)}, the model wants {tuple(wanted[key].shape)}"
+                f"{source.reference}: {key} has shape {shape}, the model wants {tuple(wanted[key].shape)}"
             )
-    model.load_state_dict({k: v.clone() for k, v in state.items()}, assign=True)
-    return (model.to(dtype) if dtype is not None else model).eval()
+    return tensors, places
+
+
+def check_folder(
+    folder: Path, reference: str, *, unused: Collection[str] = (), trust_remote_code: bool = False
+) -> None:
+    """Run the load of a folder that is being written once on the meta device, and compare names and shapes.
+
+    No weight is read. `reference` names the source, `unused` tensors of it that its model class does not use.
+
+    Raises SurgeryError for a tensor that is missing, left over or of another shape.
+    """
+    try:
+        _load_on_meta(folder, unused, trust_remote_code)
+    except SourceError as e:
+        raise SurgeryError(f"{reference}: the output would not load, so it is not written: {e}") from e
+
+
+def _load_on_meta(folder: Path, unused: Collection[str], trust_remote_code: bool) -> None:
+    source = resolve(str(folder))
+    model = build_model(source, device="meta", trust_remote_code=trust_remote_code)
+    if source.library == "timm":
+        _match_timm(source, model)
+        return
+    import lrsurgery.checkpoints.quantizer  # noqa: F401  (registers the format)
+    from lrsurgery.checkpoints.upstream.transformers import quiet
+
+    tensors = open_tensors(list(source.files))
+    described = {key: tensors.describe(key) for key in tensors.keys()}  # noqa: SIM118
+    state = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in described.items()}
+    options = {"config": model.config, "state_dict": state, "device_map": {"": "meta"}}
+    with quiet():
+        _, info = _from_pretrained(type(model), source, options, None)
+    wrong = {
+        "is missing from": info["missing_keys"],
+        "has another shape in": [key for key, *_ in info["mismatched_keys"]],
+        "has no place in the model, but stands in": set(info["unexpected_keys"]) - set(unused),
+    }
+    for what, keys in wrong.items():
+        if keys:
+            raise SourceError(f"{min(keys)} {what} the folder as {type(model).__name__} loads it")
+
+
+def check_outputs(
+    source: Source,
+    folder: Path,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    dtype: torch.dtype | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> str:
+    """Run a written folder and its dense source with the plan's own factors on the same random input; describe it.
+
+    `factors` maps layers to (u.weight, v.weight); `dtype` is the one that weights were converted to, if any.
+
+    Raises SurgeryError if the outputs differ by more than rounding.
+    """
+    found, wanted = (_load_wide(each, trust_remote_code) for each in (resolve(str(folder)), source))
+    modules = dict(wanted.named_modules())
+    layers = {name: layer for name, layer in factorised_layers(found).items() if name in factors}
+    biases = {name: modules[name].bias for name in layers}
+    swap_(wanted, {name: (layer.kind, layer.rank) for name, layer in layers.items()})
+    for name, layer in factorised_layers(wanted).items():
+        u, v = factors[name]
+        layer.u.weight, layer.v.weight = nn.Parameter(u.float()), nn.Parameter(v.float())
+        layer.u.bias = biases[name]  # type: ignore[assignment]
+    reason = ""
+    for inputs in sample_inputs(wanted):
+        try:
+            expected = outputs_of(wanted, inputs)
+        except Exception as e:  # of the model's own code, for inputs that it does not take
+            reason = " ".join(str(e).split())[:200]
+            continue
+        pairs = zip(outputs_of(found, inputs), expected, strict=True)
+        worst = max((_difference(a, b) for a, b in pairs), default=0.0)
+        limit = 1e-3 if dtype is None else 50 * torch.finfo(dtype).eps
+        if worst > limit:
+            raise SurgeryError(
+                f"{source.reference}: the output computes something else than the plan's own factors: they differ by"
+                f" {worst:.2g} of the largest value, where rounding explains {limit:.2g}; please report this model"
+            )
+        return f"--check: the output and the plan's own factors differ by {worst:.1g} of the largest value"
+    return f"--check: not done, since random inputs do not suit this model ({reason})"
+
+
+def _difference(found: Tensor, wanted: Tensor) -> float:
+    """Largest difference, relative to the largest value; infinite if other entries are finite."""
+    finite = wanted.isfinite()
+    if found.shape != wanted.shape or not torch.equal(found.isfinite(), finite):
+        return math.inf
+    if not finite.any():
+        return 0.0
+    wanted = wanted[finite]
+    return float((found[finite] - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
+
+
+def _load_wide(source: Source, trust_remote_code: bool) -> nn.Module:
+    """The model in fp32, in which rounding is small."""
+    if source.library == "timm":
+        return load_timm(source, torch.float32)
+    return load_model(source.folder or source.reference, dtype=torch.float32, trust_remote_code=trust_remote_code)

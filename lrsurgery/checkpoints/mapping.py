@@ -11,12 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.checkpoints.build import build_model, strip_wrappers, timm_tensors
+from lrsurgery.checkpoints.build import build_model, read_num_classes, timm_tensors, unwrap, wrapper_note
 from lrsurgery.checkpoints.source import Source, SourceOptions, check_index
 from lrsurgery.checkpoints.tensors import DictSource, SafetensorsSource, TensorSource, in_slices, open_tensors
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.plan import Replacement
+
+SAMPLE = 64  # keys that tell whether a file is wrapped; a file has up to some 100,000
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Checkpoint:
     tensors: TensorSource
     tied: dict[str, str] = field(default_factory=dict)  # parameter -> the tied parameter that is stored in files
     unused: list[str] = field(default_factory=list)  # keys that the model class does not use
+    notes: tuple[str, ...] = ()  # what the user should know of how the files were read
 
     @property
     def parameters(self) -> int:
@@ -52,7 +55,7 @@ def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
     Raises SourceError if the model cannot be built or a file cannot be read.
     """
     if source.folder is None and source.files:
-        source = _read_num_classes(source)
+        source = read_num_classes(source)
     trust_remote_code = options.trust_remote_code
     if options.from_scratch_seed is not None:
         torch.manual_seed(options.from_scratch_seed)
@@ -67,25 +70,20 @@ def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
         for key in tensors.keys():  # noqa: SIM118
             keys_of.setdefault(tensors.file_of(key).name, set()).add(key)
         check_index(source.folder, keys_of)
-    if source.library == "timm":
-        tensors = timm_tensors(source, model, tensors)
-    return Checkpoint(source, model, tensors, tied_weights(model))
+    tensors = timm_tensors(source, model, tensors) if source.library == "timm" else unwrap_keys(source, model, tensors)
+    note = wrapper_note(tensors)
+    notes = (*source.notes, *([note] if note else []))
+    return Checkpoint(source, model, tensors, tied_weights(model), notes=notes)
 
 
-def _read_num_classes(source: Source) -> Source:
-    """Read the number of classes from the classifier's weight, for a bare weight file."""
-    import timm
+def unwrap_keys(source: Source, model: nn.Module, tensors: TensorSource) -> TensorSource:
+    """Take the prefixes of wrappers off the keys of a transformers checkpoint, if its model knows none of the first."""
+    keys = key_map(source, model)
 
-    cfg = timm.get_pretrained_cfg(source.config["architecture"])
-    classifier = getattr(cfg, "classifier", None)
-    names = [classifier] if isinstance(classifier, str) else list(classifier or ())
-    tensors = open_tensors(list(source.files))
-    for name in names:
-        for key in tensors.keys():  # noqa: SIM118
-            if strip_wrappers(key) == f"{name}.weight":
-                config = {**source.config, "num_classes": tensors.describe(key)[1][0]}
-                return Source(source.reference, "timm", config, None, source.files)
-    return source
+    def knows(key: str) -> bool:
+        return keys.target(key)[0] is not None
+
+    return tensors if any(map(knows, tensors.keys()[:SAMPLE])) else unwrap(tensors, knows)
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
@@ -157,6 +155,7 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
     for key in tensors.keys():  # noqa: SIM118
         target, pattern = keys.target(key)
         if target is not None and pattern is not None:
+            check_plain(checkpoint.source, key, tensors.describe(key)[0], keys.state[target])
             groups.setdefault(target, []).append((key, pattern))
             continue
         dtype, shape = tensors.describe(key)
@@ -164,6 +163,7 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             checkpoint.unused.append(key)
         else:
             covered.add(target)
+            check_plain(checkpoint.source, key, dtype, keys.state[target])
             wanted = tuple(keys.state[target].shape)
             if shape != wanted:
                 raise SourceError(f"{checkpoint.source.reference}: {key} has shape {shape}, the model wants {wanted}")
@@ -185,6 +185,20 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
                 entries.append(Entry(key, None, dtype, shape, *_readers(tensors, key)))
     _check_complete(checkpoint, keys.state, covered)
     return entries
+
+
+def is_wide(dtype: torch.dtype) -> bool:
+    """Whether a dtype holds weights as they are: floating point of two bytes or more."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def check_plain(source: Source, key: str, dtype: torch.dtype, wanted: Tensor) -> None:
+    """Raise SourceError that names a weight which is stored quantised, though no config says how to read it."""
+    if is_wide(wanted.dtype) and not is_wide(dtype):
+        raise SourceError(
+            f"{source.reference}: {key} is quantised ({str(dtype).removeprefix('torch.')}), and config.json has no"
+            " quantization_config that says how; start from the checkpoint before quantisation"
+        )
 
 
 def _readers(tensors: TensorSource, key: str) -> tuple[Callable[[], Tensor], Callable[[], Iterator[Tensor]]]:
@@ -240,8 +254,12 @@ class Names:
     dense: str  # key of the tripwire
 
 
-def choose_names(checkpoint: Checkpoint, entries: list[Entry], rows: Mapping[str, Replacement]) -> dict[str, Names]:
+def choose_names(
+    checkpoint: Checkpoint, entries: list[Entry], rows: Mapping[str, Replacement], aliases: Mapping[str, str]
+) -> dict[str, Names]:
     """Choose the factors' keys: the source's stem if the loader maps it to the layer, else the model's name.
+
+    `aliases` maps every name of a planned layer to its name in the plan; each that the files use gets keys of its own.
 
     Factorises the skeleton, so call it last. Raises SurgeryError if transformers would rename both.
     """
@@ -250,7 +268,7 @@ def choose_names(checkpoint: Checkpoint, entries: list[Entry], rows: Mapping[str
     chosen: dict[str, Names] = {}
     for entry in entries:
         layer = (entry.target or "").removesuffix(".weight")
-        if layer == entry.target or layer not in rows:
+        if layer == entry.target or layer not in aliases:
             continue
         bias = f"{layer}.u.bias" in keys.state
         for stem in (entry.key.removesuffix(".weight"), layer):

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from lrsurgery.checkpoints.mapping import is_transformers_model, with_tripwire
-from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, Source, check_inside
+from lrsurgery.checkpoints.source import ADAPTER_FILES, FORMAT_VERSION, METHOD, Source, check_inside
 from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
-from lrsurgery.errors import OutputError
+from lrsurgery.errors import OutputError, SourceError
 from lrsurgery.files import Json, check_free, json_text, staged, write_text
 from lrsurgery.surgery.apply import factorised_layers
 
 COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".py", ".spm", ".vocab", ".tiktoken")
 COMPANION_NAMES = ("vocab.txt", "merges.txt", "added_tokens.txt")
-NOT_COMPANIONS = ("config.json", "rank_report.json", "bench.json")  # valid for the source only
+NOT_COMPANIONS = ("config.json", "rank_report.json", "bench.json", *ADAPTER_FILES)  # valid for the source only
 SHARD_SIZE = 5 * 10**9
 
 
@@ -34,6 +34,7 @@ class OutputOptions:
     overwrite: bool = False
     resume: bool = False
     command: str | None = None  # the command line, for the report and the card
+    check: bool = False  # run the output against the plan's own factors before it is published
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype that a tensor of this dtype is written in."""
@@ -48,7 +49,10 @@ def check_output(output: Path, source: Source, overwrite: bool) -> None:
 
 
 def copy_companions(source: Source, stage: Path) -> list[str]:
-    """Copy tokenizer, preprocessor, generation, code and licence files; return their names."""
+    """Copy tokenizer, preprocessor, generation, code and licence files, and the modules of sentence-transformers.
+
+    Returns their names.
+    """
     copied: list[str] = []
     if source.folder is None:
         return copied
@@ -58,7 +62,35 @@ def copy_companions(source: Source, stage: Path) -> list[str]:
         if wanted and file.is_file() and file.name not in NOT_COMPANIONS and not file.name.endswith(".index.json"):
             shutil.copyfile(check_inside(source.folder, file), stage / file.name)
             copied.append(file.name)
+    for folder in _module_folders(source.folder):
+        (stage / folder.relative_to(source.folder)).mkdir(parents=True, exist_ok=True)
+        for file in sorted(f for f in folder.rglob("*") if f.is_file()):
+            target = stage / file.relative_to(source.folder)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(check_inside(source.folder, file), target)
+            copied.append(str(file.relative_to(source.folder)))
     return copied
+
+
+def _module_folders(folder: Path) -> list[Path]:
+    """The folders of a sentence-transformers model's further modules, such as 1_Pooling, by its modules.json.
+
+    Raises SourceError for one that lies elsewhere.
+    """
+    file = folder / "modules.json"
+    if not file.is_file():
+        return []
+    try:
+        modules = json.loads(file.read_text(encoding="utf-8"))
+        paths = [str(module.get("path") or "") for module in modules]
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise SourceError(f"{file}: not a list of sentence-transformers modules ({e})") from e
+    found = [folder / path for path in paths if path]
+    for place in found:
+        if not place.resolve().is_relative_to(folder.resolve()):
+            raise SourceError(f"{file}: names {place}, which is outside of the model's folder")
+    # a module without anything to keep, such as Normalize, has an empty folder, which hubs drop
+    return [place for place in found if place.is_dir()]
 
 
 def output_config(
@@ -78,8 +110,6 @@ def output_config(
     if dtype is not None and source.library == "transformers":
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
-    if not config.get("architectures") and source.library == "transformers":
-        config["architectures"] = [type(model).__name__]
     return config
 
 

@@ -21,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrsurgery.checkpoints.mapping import with_tripwire
 from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, check_layers
-from lrsurgery.checkpoints.upstream.transformers import ignore_unexpected, keep_names_plain
+from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.files import Json
 from lrsurgery.surgery.apply import densify_layers_, factorised_layers, swap_
@@ -97,22 +97,31 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(LowRankQuantizer)
 
 
-def match_names(model: nn.Module, layers: Mapping[str, Json]) -> dict[str, Json]:
-    """Rename layers to their names in `model`, with or without the base model's prefix; a base model drops heads.
+def match_names(model: PreTrainedModel, layers: Mapping[str, Json]) -> dict[str, Json]:
+    """Rename layers to their names in `model`, which may be the base model of the checkpoint's class or the reverse.
 
-    Raises PlanError that names a layer which the model lacks.
+    Transformers' loader decides where a layer's tensors go. Where it drops them, as it drops the heads of a checkpoint
+    that is loaded into a base model, the layer is left out.
+
+    Raises PlanError that names a layer which the checkpoint's own class lacks, or if the model has none of the layers.
     """
-    modules = dict(model.named_modules())
-    prefix = getattr(model, "base_model_prefix", "") + "."
-    is_base = not prefix.removesuffix(".") or prefix.removesuffix(".") not in modules
-    headed = is_base and any(name.startswith(prefix) for name in layers)
+    modules, keys = dict(model.named_modules()), KeyMap(model)
+    prefix = model.base_model_prefix + "."
     matched: dict[str, Json] = {}
+    left_out: list[str] = []
     for name, spec in layers.items():
-        here = next((n for n in (name, name.removeprefix(prefix), prefix + name) if n in modules), None)
+        loaded = (keys.target(f"{name}.weight")[0] or "").removesuffix(".weight")
+        candidates = (name, name.removeprefix(prefix), prefix + name, loaded)
+        here = next((n for n in candidates if n and n in modules), None)
         if here is not None:
             matched[here] = spec
-        elif not (headed and not name.startswith(prefix)):
-            raise PlanError(f"{name}: factorised in the checkpoint, but this {type(model).__name__} has no such layer")
+        else:
+            left_out.append(name)
+    own = type(model).__name__ in (model.config.architectures or [type(model).__name__])
+    if left_out and (own or not matched):
+        raise PlanError(
+            f"{left_out[0]}: factorised in the checkpoint, but this {type(model).__name__} has no such layer"
+        )
     return matched
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,9 @@ from lrsurgery.files import Json, read_json
 
 METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
 FORMAT_VERSION = 1
-WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # of weights in a folder
+# of a weight file that is named itself; timm's training script writes .pth.tar, Lightning .ckpt
+FILE_ENDINGS = (*WEIGHT_SUFFIXES, ".pth.tar", ".pt.tar", ".th", ".ckpt")
 # in the order in which transformers and timm search
 WEIGHT_NAMES = (
     "model.safetensors",
@@ -22,7 +25,11 @@ WEIGHT_NAMES = (
     "pytorch_model.pth",
     "model.pth",
 )
+# of peft, which adds an adapter to a model as it loads
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+MERGE = "peft's merge_and_unload"
 HUB_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md", "*.spm", "*.vocab")
+HUB_MODULES = ("[0-9]*_*/*",)  # folders of sentence-transformers, such as 1_Pooling
 HUB_SAFE_WEIGHTS = ("model.safetensors", "model-*.safetensors")
 HUB_PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model-*.bin")
 
@@ -57,7 +64,9 @@ class Source:
     @property
     def quant_method(self) -> str | None:
         """The tool that quantised or factorised the checkpoint, according to its config."""
-        return (self.config.get("quantization_config") or {}).get("quant_method")
+        found = next(iter(_quantisations(self.config)), {})
+        # a config that names no method is one all the same
+        return found.get("quant_method") or ("an unnamed method" if found else None)
 
     @property
     def is_factorised(self) -> bool:
@@ -85,6 +94,15 @@ class Source:
         return next(iter(self.config.get("architectures") or []), None)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of files beside the weights."""
+        names = [name for name in ADAPTER_FILES if self.folder is not None and (self.folder / name).is_file()]
+        if not names:
+            return ()
+        which = f"the adapter beside the model ({', '.join(names)})"
+        return (f"{which} is left out; merge it first ({MERGE}) if it is to count",)
+
+    @property
     def bytes(self) -> int | None:
         """Size of the weight files in bytes; None without weight files."""
         return sum(file.stat().st_size for file in self.files) if self.files else None
@@ -94,8 +112,19 @@ class Source:
         """A short name for output folders."""
         text = self.hub_id or self.reference.removeprefix("timm:")
         path = Path(text)
-        stem = path.stem if path.suffix in WEIGHT_SUFFIXES else path.name
-        return stem or path.resolve().name
+        return path.name.removesuffix(weight_ending(path.name)) or path.resolve().name
+
+
+def weight_ending(name: str) -> str:
+    """The ending of a weight file's name, such as ".pth.tar"; empty if it has none of `FILE_ENDINGS`."""
+    return max((ending for ending in FILE_ENDINGS if name.lower().endswith(ending)), key=len, default="")
+
+
+def _quantisations(config: Json) -> list[Json]:
+    """Every quantization_config of a config and of the configs in it, such as `text_config`."""
+    inner = [value for key, value in config.items() if isinstance(value, dict) and key != "quantization_config"]
+    own = config.get("quantization_config")
+    return [*([own] if own else []), *(each for part in inner for each in _quantisations(part))]
 
 
 def check_layers(layers: object) -> dict[str, Json]:
@@ -128,12 +157,12 @@ def resolve(
     if path.is_dir():
         return _folder(path, reference, weights)
     if path.is_file():
-        if path.suffix not in WEIGHT_SUFFIXES:
-            raise SourceError(f"{reference}: not a weight file; known endings: {', '.join(WEIGHT_SUFFIXES)}")
+        if not weight_ending(path.name):
+            raise SourceError(f"{reference}: not a weight file; known endings: {', '.join(FILE_ENDINGS)}")
         if architecture is None:
             raise SourceError(f"{reference}: a bare weight file needs --architecture with its timm model name")
         return Source(reference, "timm", _timm_config(architecture), None, (path,))
-    looks_local = reference.startswith((".", "/", "~")) or path.suffix in WEIGHT_SUFFIXES or reference.count("/") > 1
+    looks_local = reference.startswith((".", "/", "~")) or bool(weight_ending(path.name)) or reference.count("/") > 1
     if looks_local:
         raise SourceError(f"{reference}: no such file or folder")
     folder = _fetch(reference, revision, weights)
@@ -155,16 +184,28 @@ def read_config(folder: Path) -> Json:
     file = folder / "config.json"
     if not file.is_file():
         if (folder / "adapter_config.json").is_file():
-            raise SourceError(f"{folder}: a LoRA adapter; merge it into its base model first (peft's merge_and_unload)")
+            raise SourceError(f"{folder}: a LoRA adapter; merge it into its base model first ({MERGE})")
         if (folder / "model_index.json").is_file():
             raise SourceError(f"{folder}: a diffusers pipeline; name one of its transformers or timm models")
         raise SourceError(f"{file}: missing, so this is no transformers or timm model folder")
     config = read_json(file)
+    _check_config(file, config)
     if not (
         isinstance(config.get("model_type"), str) or isinstance(config.get("architecture"), str) or "auto_map" in config
     ):
         raise SourceError(f"{file}: not a model's (it has neither model_type nor architecture)")
     return config
+
+
+def _check_config(file: Path, config: Json) -> None:
+    """Raise SourceError for an entry of config.json that is of another form than transformers writes."""
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise SourceError(f"{file}: architectures must be a list of class names or null, not {json.dumps(names)[:60]}")
+    for each in (config, *(value for value in config.values() if isinstance(value, dict))):
+        found = each.get("quantization_config")
+        if found is not None and not isinstance(found, dict):
+            raise SourceError(f"{file}: quantization_config must be an object, not {json.dumps(found)[:60]}")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -176,9 +217,11 @@ def weight_files(folder: Path) -> list[Path]:
         if not name.endswith(".index.json"):
             return [check_inside(folder, file)]
         return [check_inside(folder, shard) for shard in _shards(folder, file)]
-    loose = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES)
+    loose = sorted(p for p in folder.iterdir() if p.suffix in WEIGHT_SUFFIXES and p.name not in ADAPTER_FILES)
     if len(loose) == 1:
         return [check_inside(folder, loose[0])]
+    if any((folder / name).is_file() for name in ADAPTER_FILES):
+        raise SourceError(f"{folder}: a LoRA adapter beside a config; merge it into its base model first ({MERGE})")
     others = [p.name for p in folder.iterdir() if p.suffix in (".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")]
     hint = f"; the format of {others[0]} is not supported" if others else ""
     raise SourceError(f"{folder}: no weights ({WEIGHT_NAMES[0]} or an index of shards){hint}")
@@ -246,7 +289,7 @@ def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
         raise SourceError(f"{hub_id}: no such file or folder, and not a hub id")
 
     def fetch(*patterns: str) -> Path:
-        wanted = _DownloadOptions(revision=revision, allow_patterns=list(patterns), ignore_patterns=["*/*"])
+        wanted = _DownloadOptions(revision=revision, allow_patterns=list(patterns), ignore_patterns=["[!0-9]*/*"])
         try:
             return Path(snapshot_download(hub_id, **wanted))
         except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError):
@@ -256,9 +299,9 @@ def _fetch(hub_id: str, revision: str | None, weights: bool) -> Path:
             return Path(snapshot_download(hub_id, **wanted, local_files_only=True))
 
     try:
-        folder = fetch(*HUB_SMALL_FILES, *(HUB_SAFE_WEIGHTS if weights else ()))
+        folder = fetch(*HUB_SMALL_FILES, *HUB_MODULES, *(HUB_SAFE_WEIGHTS if weights else ()))
         if weights and not any(folder.glob("*.safetensors")):
-            folder = fetch(*HUB_SMALL_FILES, *HUB_PICKLED_WEIGHTS)
+            folder = fetch(*HUB_SMALL_FILES, *HUB_MODULES, *HUB_PICKLED_WEIGHTS)
     except Exception as e:  # of huggingface_hub, its HTTP library or the disk
         at = f" at revision {revision}" if revision else ""
         reason = " ".join(str(e).split())[:200]

@@ -29,6 +29,12 @@ SAFETENSORS_NAMES = {
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
+    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.complex64: "C64",
+    torch.uint16: "U16",
+    torch.uint32: "U32",
+    torch.uint64: "U64",
 }
 DTYPES = {name: dtype for dtype, name in SAFETENSORS_NAMES.items()}
 
@@ -52,6 +58,16 @@ class _Entry(TypedDict):
 class TensorSource(Protocol):
     """Named tensors, read one at a time."""
 
+    @property
+    def wrappers(self) -> tuple[str, ...]:
+        """What was taken off around the weights: entries of a training checkpoint, prefixes of keys."""
+        ...
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """Keys outside of the wrappers, which are left out."""
+        ...
+
     def keys(self) -> list[str]: ...
 
     def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
@@ -73,6 +89,9 @@ class SafetensorsSource:
     The safetensors library validates the files. Tensors are then read with plain reads, since the pages of a mapped
     file stay in the resident memory of the process until it is closed.
     """
+
+    wrappers: tuple[str, ...] = ()
+    beside: tuple[str, ...] = ()
 
     def __init__(self, files: list[Path]) -> None:
         from safetensors import SafetensorError, safe_open
@@ -139,14 +158,19 @@ class SafetensorsSource:
 class DictSource:
     """Tensors in memory, or in a file mapped by `torch.load(mmap=True)`."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, tensors: Mapping[str, Tensor], wrappers: tuple[str, ...] = (), beside: tuple[str, ...] = ()
+    ) -> None:
         self._tensors = tensors
+        self.wrappers, self.beside = wrappers, beside
 
     def keys(self) -> list[str]:
         return list(self._tensors)
 
     def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
         tensor = self._tensors[key]
+        if tensor.dtype not in SAFETENSORS_NAMES:
+            raise SourceError(f"{key} has dtype {str(tensor.dtype).removeprefix('torch.')}, which is not supported")
         return tensor.dtype, tuple(tensor.shape)
 
     def read(self, key: str) -> Tensor:
@@ -156,48 +180,41 @@ class DictSource:
         yield from in_slices(self.read(key))
 
 
-def read_pickle(files: list[Path]) -> DictSource:
-    """Read .bin, .pth and .pt files by `torch.load(weights_only=True)`, which executes no code in them.
+class RenamedSource:
+    """Tensors of another source under other names."""
 
-    Training checkpoints are unwrapped (`state_dict`, `model`, EMA weights first), as in timm.
+    def __init__(
+        self, tensors: TensorSource, names: Mapping[str, str], wrappers: tuple[str, ...], beside: tuple[str, ...]
+    ) -> None:
+        """`names` maps each name to its key in `tensors`."""
+        self._tensors, self._names = tensors, names
+        self.wrappers, self.beside = wrappers, beside
 
-    Raises SourceError for files that hold more than weights, or are damaged.
-    """
-    import pickle
+    @property
+    def prefixes(self) -> list[str]:
+        """What was taken off the keys."""
+        return list(dict.fromkeys(key.removesuffix(name) for name, key in self._names.items() if key != name))
 
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            try:
-                state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as e:
-                if "mmap" not in str(e):
-                    raise
-                state = torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
-        except pickle.UnpicklingError as e:
-            raise SourceError(
-                f"{file}: holds more than weights, or is damaged; code in a pickle is never executed, so save its"
-                " state dict as safetensors"
-            ) from e
-        except FileNotFoundError as e:
-            raise SourceError(f"{file}: the shard is missing") from e
-        except (RuntimeError, EOFError, OSError, ValueError) as e:
-            raise SourceError(f"{file}: not a readable PyTorch file ({str(e).splitlines()[0]})") from e
-        for wrapper in ("state_dict_ema", "model_ema", "state_dict", "model"):
-            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-                state = state[wrapper]
-                break
-        if not isinstance(state, dict) or not any(isinstance(v, Tensor) for v in state.values()):
-            raise SourceError(f"{file}: holds no state dict")
-        tensors.update({str(key): value for key, value in state.items() if isinstance(value, Tensor)})
-    return DictSource(tensors)
+    def keys(self) -> list[str]:
+        return list(self._names)
+
+    def describe(self, key: str) -> tuple[torch.dtype, tuple[int, ...]]:
+        return self._tensors.describe(self._names[key])
+
+    def read(self, key: str) -> Tensor:
+        return self._tensors.read(self._names[key])
+
+    def slices(self, key: str) -> Iterator[Tensor]:
+        return self._tensors.slices(self._names[key])
 
 
 def open_tensors(files: list[Path]) -> TensorSource:
     """Open the files of a checkpoint, which are all of one format. Raises SourceError."""
     if files and files[0].suffix == ".safetensors":
         return SafetensorsSource(files)
-    return read_pickle(files)
+    from lrsurgery.checkpoints.upstream.pickles import read_pickles
+
+    return DictSource(*read_pickles(files))
 
 
 class ShardWriter:

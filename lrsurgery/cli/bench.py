@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from lrsurgery.cli.arguments import (
     MACHINE,
     OUTPUT,
+    ArchitectureOption,
     DebugOption,
     DeviceOption,
     DtypeName,
@@ -75,6 +76,7 @@ def bench(
         option("--threads", panel=MACHINE, metavar="N", text="Threads of the CPU; torch's default.", default=False),
     ] = None,
     compiled: Annotated[bool, option("--compile", panel=MACHINE, text="Models through torch.compile.")] = False,
+    architecture: ArchitectureOption = None,
     trust_remote_code: TrustOption = False,
     save: Annotated[bool, option("--save", panel=OUTPUT, text="bench.json in MODEL's folder too.")] = False,
     as_json: JsonOption = False,
@@ -114,6 +116,7 @@ def bench(
         seed=seed,
         task=None if task is None else str(task),
         trust_remote_code=trust_remote_code,
+        architecture=architecture,
     )
     with screen.follow("bench") as listener:
         found = measure(model, against, options, command=command_line(), save=save, listener=listener)

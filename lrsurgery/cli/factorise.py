@@ -154,6 +154,10 @@ def factorise(
         bool,
         option("--no-loss-check", panel=OUTPUT, text="No quick look at the loss at the end."),
     ] = False,
+    check: Annotated[
+        bool,
+        option("--check", panel=OUTPUT, text="A forward pass of the output against the plan's own factors."),
+    ] = False,
     dry_run: Annotated[bool, option("--dry-run", panel=OUTPUT, text="The plan alone; nothing is written.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -206,6 +210,7 @@ def factorise(
         shard_size=shard_size,
         overwrite=overwrite,
         resume=resume,
+        check=check,
         command=command_line(),
         calibration=parse_calibration(
             calibration,
@@ -243,13 +248,15 @@ def factorise(
 
 def default_name(model: str, target: Target) -> str:
     """The output folder of a model that is named by nothing but what was asked for."""
+    from lrsurgery.checkpoints.source import weight_ending
     from lrsurgery.surgery.ranks import RankSpec
 
     kind = "rank" if isinstance(target, RankSpec) else "budget"
     asked = target.default if isinstance(target, RankSpec) else target
     text = str(asked or "mixed").replace(":", "-").replace(" ", "-")
     stem = Path(model.removeprefix("timm:"))
-    name = stem.stem if stem.suffix in (".safetensors", ".bin", ".pth", ".pt") else stem.resolve().name
+    ending = weight_ending(stem.name)
+    name = stem.name.removesuffix(ending) if ending else stem.resolve().name
     return f"{name}-{kind}-{text}"
 
 

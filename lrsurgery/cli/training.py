@@ -194,6 +194,7 @@ def finetune(
     parameter_of("precision", default="fp32"),
     parameter_of("device", help="Device to measure on."),
     parameter_of("trust_remote_code"),
+    parameter_of("architecture"),
 )
 def evaluate(
     model: ModelArgument,

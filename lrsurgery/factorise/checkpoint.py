@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +26,10 @@ from lrsurgery.checkpoints.output import check_output, copy_companions, output_c
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.spectra import SpectrumCache
 from lrsurgery.data.datasets import digest_of
-from lrsurgery.errors import Interrupted, OutputError, SurgeryError
+from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.check import check_loss, warnings
-from lrsurgery.factorise.jobs import WorkFolder, find_pending, first_error, wait_some
+from lrsurgery.factorise.jobs import WorkFolder, find_pending, first_error, keep_on_interrupt, wait_some
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
 from lrsurgery.factorise.rewrite import Rewriter
 from lrsurgery.files import Json, fingerprint, json_text, staged, write_text
@@ -66,6 +64,7 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
         options=options.recorded(),
         about="plan",
         name=checkpoint.source.name,
+        notes=checkpoint.notes,
         calibration=None if statistics is None else statistics.facts,
     )
 
@@ -153,7 +152,7 @@ def run_factorise(
         _do_jobs(_rewriter(checkpoint, plan, options, entries, statistics), work, processes)
         processes.barrier("end")  # rank 0 has written the output
         return Report.read(output)
-    with _keep_on_interrupt(work, len(plan.replacements)):
+    with keep_on_interrupt(work, len(plan.replacements)):
         work.open(_task(source, options), resume=options.output.resume)
         if note is not None and options.surgery.budget is not None:
             listener.note(note)
@@ -194,6 +193,7 @@ def run_factorise(
             copy_companions(source, stage)
             config = output_config(source, checkpoint.model, layers, options.output.dtype)
             write_text(stage / "config.json", json_text(config))
+            rewriter.check(stage, work, options.source, listener)
             report = replace(report, loss_check=check_loss(source, stage, options, listener))
             write_text(stage / FILE_NAME, report.to_json())
             write_text(stage / "README.md", model_card(report, source, output.name, config))
@@ -284,26 +284,6 @@ def _do_jobs(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None
         raise
 
 
-@contextmanager
-def _keep_on_interrupt(work: WorkFolder, layers: int) -> Iterator[None]:
-    """Remove the work folder at the end, unless an interruption leaves statistics or finished layers in it."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit) as e:
-        kept = ["the statistics"] if (work.path / "statistics" / STATISTICS).exists() else []
-        kept += [f"{work.count()} of {layers} layers"] if work.count() else []
-        if kept:
-            raise Interrupted(
-                f"interrupted; {' and '.join(kept)} are kept; run the same command with --resume to continue"
-            ) from e
-        work.remove()
-        raise
-    except BaseException:
-        work.remove()
-        raise
-    work.remove()
-
-
 def _task(source: Source, options: FactoriseOptions) -> Json:
     """Everything that a piece depends on; `WorkFolder.open` names the entry that differs."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
@@ -336,7 +316,7 @@ def _check_space(stage: Path, rewriter: Rewriter) -> None:
 
 
 def _notes(options: FactoriseOptions, checkpoint: Checkpoint) -> tuple[str, ...]:
-    notes = []
+    notes = list(checkpoint.notes)
     from_scratch = options.source.from_scratch_seed is not None
     if options.surgery.init != "spectral" and not from_scratch:
         notes.append(f"--init {options.surgery.init} gives up the pretrained values: the model must be trained again")

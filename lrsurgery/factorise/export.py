@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrsurgery.checkpoints.build import build_model
+from lrsurgery.checkpoints.load import check_folder
 from lrsurgery.checkpoints.mapping import key_map
 from lrsurgery.checkpoints.output import OutputOptions, check_output, copy_companions, output_config
 from lrsurgery.checkpoints.source import SourceOptions
@@ -70,9 +71,11 @@ def to_dense(
     dense_keys = key_map(source, model)
     swap_(model, source.layers)
     tensors = open_tensors(list(source.files))
-    keys, modules = key_map(source, model), factorised_layers(model)
+    every = model.named_modules(remove_duplicate=False)
+    keys, modules = key_map(source, model), {name: m for name, m in every if isinstance(m, FactorisedLayer)}
     readers: dict[str, tuple[torch.dtype, Callable[[], Tensor]]] = {}
     dtypes: dict[str, torch.dtype] = {}
+    unused: list[str] = []  # keys that the model class does not use
     places: set[str] = set()  # state-dict keys of factors and biases in the files
     for key in tensors.keys():  # noqa: SIM118
         dtype, shape = tensors.describe(key)
@@ -82,6 +85,7 @@ def to_dense(
             if shape == (0,) and key.endswith(".weight"):
                 continue  # the tripwire
             readers[key] = (dtype, _reader(tensors, key))
+            unused += [] if place else [key]
             continue
         places.add(place)
         if tuple(keys.state[place].shape) != shape:
@@ -100,9 +104,10 @@ def to_dense(
             dtypes[name] = dtype
         elif part == "u.bias":
             readers[f"{stem}.bias"] = (dtype, _reader(tensors, key))
-    for layer, module in modules.items():
+    for layer, module in factorised_layers(model).items():
+        names = [name for name, other in modules.items() if other is module]
         for part in ("v.weight", "u.weight", *(["u.bias"] if module.bias is not None else [])):
-            if f"{layer}.{part}" not in places:
+            if not any(f"{name}.{part}" in places for name in names):
                 raise SourceError(f"{reference}: {layer}.{part} is missing from the checkpoint")
     total, done = len(dtypes), 0
     with staged(output, overwrite=options.overwrite) as stage:
@@ -119,6 +124,7 @@ def to_dense(
         copy_companions(source, stage)
         config = output_config(source, model, {})
         write_text(stage / "config.json", json_text(config))
+        check_folder(stage, reference, unused=unused, trust_remote_code=source_options.trust_remote_code)
         write_text(stage / "README.md", dense_card(source, output.name, config, options.command))
 
 

@@ -20,11 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lrsurgery.calibration.statistics import FILE_NAME as STATISTICS
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.mapping import Entry
 from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.spectra import SpectrumLookup
-from lrsurgery.errors import OutputError, SurgeryError, WeightError
+from lrsurgery.errors import Interrupted, OutputError, SurgeryError, WeightError
 from lrsurgery.files import (
     Json,
     Piece,
@@ -134,6 +135,26 @@ class WorkFolder:
         shutil.rmtree(self.path, ignore_errors=True)
         if not self._output.exists():
             remove_empty(self._made)
+
+
+@contextmanager
+def keep_on_interrupt(work: WorkFolder, layers: int) -> Iterator[None]:
+    """Remove the work folder at the end, unless an interruption leaves statistics or finished layers in it."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit) as e:
+        kept = ["the statistics"] if (work.path / "statistics" / STATISTICS).exists() else []
+        kept += [f"{work.count()} of {layers} layers"] if work.count() else []
+        if kept:
+            raise Interrupted(
+                f"interrupted; {' and '.join(kept)} are kept; run the same command with --resume to continue"
+            ) from e
+        work.remove()
+        raise
+    except BaseException:
+        work.remove()
+        raise
+    work.remove()
 
 
 @dataclass(frozen=True)

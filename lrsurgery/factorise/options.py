@@ -252,6 +252,7 @@ def parse_options(
     shard_size: str = "5GB",
     overwrite: bool = False,
     resume: bool = False,
+    check: bool = False,
     command: str | None = None,
     calibration: Calibration | str | None = None,
     loss_check: bool = True,
@@ -286,6 +287,7 @@ def parse_options(
         shard_size=parse_size(shard_size),
         overwrite=overwrite,
         resume=resume,
+        check=check,
         command=command,
     )
     return FactoriseOptions(

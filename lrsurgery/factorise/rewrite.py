@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.checkpoints.load import check_folder, check_outputs
 from lrsurgery.checkpoints.mapping import Checkpoint, Entry, Names, choose_names
 from lrsurgery.checkpoints.output import OutputOptions
+from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
 from lrsurgery.errors import SurgeryError
 from lrsurgery.factorise.jobs import (
@@ -60,7 +62,7 @@ class Rewriter:
         rows = {row.name: row for row in plan.replacements}
         self._aliases = aliases_of(checkpoint.model, rows)
         self._buffers = {name for name, _ in checkpoint.model.named_buffers()}
-        self._names: dict[str, Names] = choose_names(checkpoint, entries, rows)
+        self._names: dict[str, Names] = choose_names(checkpoint, entries, rows, self._aliases)
         self.decided: dict[str, Replacement | Kept] = dict(rows)
         self.measured: dict[str, Row] = {}
         self.bytes_before = self.bytes_after = 0
@@ -97,6 +99,10 @@ class Rewriter:
         """
         layer, part = self._layer_of(key)
         return -self._width(key), layer is not None, part == "bias"
+
+    def _names_of(self, entry: Entry) -> Names:
+        """The keys of the factors under the name of the layer that this entry has."""
+        return self._names[(entry.target or "").rpartition(".")[0]]
 
     def _layer_of(self, key: str) -> tuple[str | None, str]:
         """(planned layer, "weight" or "bias") of a key; the layer is None for a tensor to copy."""
@@ -140,8 +146,7 @@ class Rewriter:
     def run(self, stage: Path, work: WorkFolder, processes: Processes, listener: Listener) -> None:
         """Write the shards of the output into `stage`."""
         writer = ShardWriter(stage, shard_size=self._output.shard_size)
-        written: set[tuple[str, str]] = set()
-        done = 0
+        written: set[str] = set()
         try:
             with self.start_jobs(work, processes) as futures:
                 for key in self._order:
@@ -149,19 +154,40 @@ class Rewriter:
                     if layer is None or (part == "bias" and isinstance(self._decide(layer, work, futures), Kept)):
                         self._copy(writer, entry, key)
                         continue
-                    if (layer, part) in written:
-                        continue  # a shared layer under another name
-                    written.add((layer, part))
                     if part == "weight":
                         piece = self._wait_for_piece(self._job_of[layer], work, futures)
                         self._write_layer(writer, entry, piece, layer)
-                        done += 1
-                        listener.progress(layer, done, len(self.jobs))
+                        written.add(layer)  # a shared layer comes once more under each other name
+                        listener.progress(layer, len(written), len(self.jobs))
                     else:
-                        self._copy(writer, entry, self._names[layer].bias if part == "bias" else key)
+                        self._copy(writer, entry, self._names_of(entry).bias if part == "bias" else key)
             self.bytes_after = writer.finish()
         finally:
             writer.close()
+
+    def check(self, stage: Path, work: WorkFolder, source_options: SourceOptions, listener: Listener) -> None:
+        """Check that the output loads; with --check, that it computes what the plan's own factors compute.
+
+        Raises SurgeryError, so that no output is published which does not.
+        """
+        source, trust = self._checkpoint.source, source_options.trust_remote_code
+        check_folder(stage, source.reference, unused=self._checkpoint.unused, trust_remote_code=trust)
+        if self._output.check and source_options.from_scratch_seed is not None:
+            listener.note("--check: not done, since a model from scratch has no weights to compare with")
+        elif self._output.check:
+            listener.note(
+                check_outputs(source, stage, self._factors(work), self._output.dtype, trust_remote_code=trust)
+            )
+
+    def _factors(self, work: WorkFolder) -> dict[str, tuple[Tensor, Tensor]]:
+        """The plan's own factors, layer -> (u.weight, v.weight), from the pieces of a finished job."""
+        found = {}
+        for job in self.jobs:
+            piece = load_piece(work.file(job.number))
+            assert piece is not None, job.row.name
+            if piece.tensors:
+                found[job.row.name] = (piece.tensors["u"], piece.tensors["v"])
+        return found
 
     def _decide(self, layer: str, work: WorkFolder, futures: Mapping[int, Future[None]]) -> Replacement | Kept:
         row = self.decided[layer]
@@ -199,7 +225,7 @@ class Rewriter:
             return
         self._digests[entry.key] = piece.facts["digest"]
         self.bytes_before += piece.facts["bytes"]
-        names = self._names[layer]
+        names = self._names_of(entry)
         if not self.measured:
             # tripwire: a loader without lrsurgery fails on its shape instead of ignoring the factors silently
             writer.add(names.dense, torch.empty(0, dtype=piece.tensors["u"].dtype))

@@ -64,6 +64,7 @@ class BenchOptions:
     seed: int = 0
     task: str | None = None
     trust_remote_code: bool = False
+    architecture: str | None = None  # timm model name of weight files without a config
 
     def __post_init__(self) -> None:
         for name, counts in (("batch", self.batch), ("length", self.length)):
@@ -147,7 +148,8 @@ def _folder_to_save_in(model: str) -> Path:
 
 def _contenders(model: str, against: str | None, options: BenchOptions) -> list[Contender]:
     references = [model] if against is None else [model, against]
-    found = [Contender.of(reference, options.task, options.trust_remote_code) for reference in references]
+    how = (options.task, options.trust_remote_code, options.architecture)
+    found = [Contender.of(reference, *how) for reference in references]
     if found[-1].task != found[0].task:
         raise SurgeryError(f"{against}: is for {found[-1].task}, {model} for {found[0].task}; name one with --task")
     return found
@@ -232,6 +234,7 @@ class _Measurement:
             reference=reference,
             task=self.contenders[0].task,
             trust_remote_code=self.options.trust_remote_code,
+            architecture=self.options.architecture,
             device=self.options.device,
             dtype=self.options.dtype,
             threads=torch.get_num_threads(),

@@ -42,6 +42,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "fp32",
     revision: str | None = None,
+    architecture: str | None = None,
     trust_remote_code: bool = False,
     listener: Listener = SILENT,
 ) -> Evaluation:
@@ -55,7 +56,7 @@ def evaluate(
     options = options or DataOptions()
     options.check()
     recipe = Recipe(batch_size=batch_size, device=device, precision=precision)
-    source = SourceOptions(revision=revision).resolve(str(model))
+    source = SourceOptions(revision=revision, architecture=architecture).resolve(str(model))
     task = options.task or task_of(source)
     rows = open_rows(str(data), task, options, split=split, prefer=EVAL_SPLITS)
     subject = prepare_subject(source, options, rows, trust_remote_code=trust_remote_code)

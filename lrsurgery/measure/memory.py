@@ -37,6 +37,7 @@ class MemoryRequest:
     batch: int
     length: int
     seed: int
+    architecture: str | None = None
     imports: tuple[str, ...] = ()  # Python files that register models
 
 
@@ -68,7 +69,7 @@ def measure_peak(request: MemoryRequest) -> int | None:
 
     device = pick_device(request.device)
     torch.set_num_threads(request.threads)
-    contender = Contender.of(request.reference, request.task, request.trust_remote_code)
+    contender = Contender.of(request.reference, request.task, request.trust_remote_code, request.architecture)
 
     def load_and_run() -> None:
         model = contender.load(device, pick_dtype(request.dtype))

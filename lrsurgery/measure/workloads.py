@@ -57,9 +57,11 @@ class Contender:
     trust_remote_code: bool = False
 
     @staticmethod
-    def of(reference: str, task: str | None = None, trust_remote_code: bool = False) -> Contender:
+    def of(
+        reference: str, task: str | None = None, trust_remote_code: bool = False, architecture: str | None = None
+    ) -> Contender:
         """Read the config alone. Raises SurgeryError for a model or a task that cannot be measured."""
-        source = resolve(reference)
+        source = resolve(reference, architecture=architecture)
         task = task or task_of(source)
         if source.library == "timm" and task != TIMM.name:
             raise SurgeryError(f"task {task}: timm models are for {TIMM.name}")

@@ -56,7 +56,7 @@ def read_report(
     if source.is_factorised:
         if planned:
             raise SurgeryError(f"{references[0]}: is factorised already; --rank plans surgery on a dense model")
-        report = _factorised(source, against, compute, trust_remote_code, listener)
+        report = _factorised(source, against, compute, source_options, listener)
     elif against:
         raise SurgeryError(f"{references[0]}: is a dense model; --against compares a factorised one with it")
     else:
@@ -95,17 +95,17 @@ def read_bench(folder: Path) -> Bench | None:
 
 
 def _factorised(
-    source: Source, against: str | None, compute: Compute, trust_remote_code: bool, listener: Listener
+    source: Source, against: str | None, compute: Compute, source_options: SourceOptions, listener: Listener
 ) -> Report:
     """What surgery or training wrote down; failing that, what the factors tell; and the comparison with `against`."""
     assert source.folder is not None
     written = Report.read(source.folder) if (source.folder / FILE_NAME).is_file() else None
     if written is not None and not against:
         return written
-    checkpoint = open_factorised(source, trust_remote_code=trust_remote_code)
+    checkpoint = open_factorised(source, trust_remote_code=source_options.trust_remote_code)
     report = written or replace(rank_report(checkpoint.model, measured=False), source={"reference": source.reference})
     rows = {row.name: row for row in report.rows}
-    dense = _dense_weights(against, checkpoint, trust_remote_code) if against else None
+    dense = _dense_weights(against, checkpoint, source_options) if against else None
 
     def row_of(name: str) -> Row:
         factors = checkpoint.factors[name](compute.device)
@@ -128,17 +128,17 @@ def _factorised(
 
 
 def _dense_weights(
-    reference: str, checkpoint: FactorisedCheckpoint, trust_remote_code: bool
+    reference: str, checkpoint: FactorisedCheckpoint, source_options: SourceOptions
 ) -> Mapping[str, Callable[[], Tensor]]:
     """Layer -> what reads its dense weight.
 
     Raises PlanError where the dense model lacks a layer or has it in another shape, SurgeryError where it is no dense
     model.
     """
-    source = resolve(reference)
+    source = resolve(reference, architecture=source_options.architecture)
     if source.is_factorised:
         raise SurgeryError(f"{reference}: is factorised itself; --against takes the dense model")
-    dense = open_checkpoint(source, SourceOptions(trust_remote_code=trust_remote_code))
+    dense = open_checkpoint(source, source_options)
     entries = {e.target.removesuffix(".weight"): e for e in list_entries(dense, set()) if e.target}
     found = {}
     for name, layer in checkpoint.layers.items():

@@ -11,6 +11,7 @@ from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
 from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric
+from lrsurgery.references import References
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight, factor_weights
@@ -23,12 +24,11 @@ def factorised_layers(model: nn.Module) -> dict[str, FactorisedLayer]:
 
 
 def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Replace `old` by `new` in every parent: a shared module has several, and `named_modules` shows one."""
-    new.train(old.training)
-    for parent in model.modules():
-        for key, child in parent._modules.items():
-            if child is old:
-                parent._modules[key] = new
+    """Replace `old` by `new` wherever the model holds it: a shared module has several parents, of which one is shown.
+
+    Raises PlanError that names a place where it cannot be replaced.
+    """
+    References(model).replace_(old, new)
 
 
 def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
@@ -36,7 +36,7 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
 
     Raises PlanError for an unknown name or kind, or for a layer of another kind.
     """
-    modules = dict(model.named_modules())
+    modules, references = dict(model.named_modules()), References(model)
     for name, (kind_name, rank) in layers.items():
         kind = KINDS.get(kind_name)
         if kind is None:
@@ -50,7 +50,7 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
         new = kind.build(dense, rank)
         if not weight.requires_grad:
             new.requires_grad_(False)
-        replace_module_(model, dense, new)
+        references.replace_(dense, new)
 
 
 def decomposition_cost(row: Replacement) -> float:
@@ -125,7 +125,7 @@ def apply_plan_(
 
     Raises SurgeryError that names the layer. Earlier layers are replaced by then; work on a copy to be safe.
     """
-    modules = dict(model.named_modules())
+    modules, references = dict(model.named_modules()), References(model)
 
     def factors_of(row: Replacement) -> tuple[Tensor, Tensor]:
         weight: Tensor = modules[row.name].weight.detach()
@@ -151,13 +151,14 @@ def apply_plan_(
         new.v.weight = nn.Parameter(v, requires_grad=dense.weight.requires_grad)
         if dense.bias is not None:
             new.u.bias = dense.bias
-        replace_module_(model, dense, new)
+        references.replace_(dense, new)
 
 
 def densify_layers_(model: nn.Module) -> None:
     """Replace every factorised layer by a dense layer that holds the product of its factors."""
+    references = References(model)
     for layer in factorised_layers(model).values():
         dense = build_dense(layer)
         dense.weight = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)
         dense.bias = layer.u.bias  # type: ignore[assignment]
-        replace_module_(model, layer, dense)
+        references.replace_(layer, dense)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import get_init
 from lrsurgery.linalg.svd import check_engine
+from lrsurgery.references import References
 from lrsurgery.surgery.budget import Budget
 from lrsurgery.surgery.kinds import CONV_SCHEMES, KINDS, kind_of
 from lrsurgery.surgery.layers import FactorisedLayer, Kind
@@ -185,13 +186,15 @@ def plan_rows(
             if not any(fnmatchcase(name, pattern) for name in names):
                 near = f"; layers are named like '{names[len(names) // 2]}'" if names else ""
                 raise PlanError(f"{option} '{pattern}' matches no layer{near}")
-    shared = _find_shared(model, tied or {})
+    shared, references = _find_shared(model, tied or {}), References(model)
     rows: list[Replacement | Kept] = []
     for name, module, weight in layers:
         kind = kind_of(module, options.conv) if module is not None else None
         own = sum(p.numel() for p in module.parameters(recurse=False)) if module is not None else weight.numel()
-        reason = _no_layer_reason(name, module, weight) or _reason_to_keep(
-            name, module, weight, kind, heads or {}, shared, options
+        reason = (
+            _no_layer_reason(name, module, weight)
+            or _reason_to_keep(name, module, weight, kind, heads or {}, shared, options)
+            or (references.reason_to_keep(module) if module is not None else None)
         )
         if reason is not None:
             shown = kind.name if kind else (type(module).__name__ if module is not None else "Parameter")
@@ -265,11 +268,8 @@ def _find_shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
 def _no_layer_reason(name: str, module: nn.Module | None, weight: Tensor) -> str | None:
     """The reason why a parameter is no layer to factorise, or None."""
     if module is None:
-        return (
-            "fused experts: one parameter of 3 axes"
-            if ".experts." in f".{name}" and weight.ndim == 3
-            else "a bare parameter, not a layer"
-        )
+        experts = ".experts." in f".{name}" and weight.ndim == 3
+        return "fused experts: one parameter of 3 axes" if experts else "a bare parameter, not a layer"
     return ALREADY if isinstance(module, FactorisedLayer) else None
 
 

@@ -17,7 +17,6 @@ import safetensors.torch
 import torch
 
 from lrsurgery.checkpoints.output import check_output
-from lrsurgery.checkpoints.source import resolve
 from lrsurgery.data.datasets import EVAL_SPLITS
 from lrsurgery.data.examples import Examples, Rows, evaluation_examples, open_rows, prepare_subject, training_examples
 from lrsurgery.data.labels import check_teacher
@@ -110,14 +109,14 @@ class _Run:
         if output is None:
             if not asked.get("model"):
                 raise RecipeError("no model given; name it, or with --resume name the run by its --output")
-            output = Path(f"{resolve(str(asked['model']), weights=False).name}-finetuned")
+            output = Path(f"{Recipe().merged(asked).resolve(str(asked['model']), weights=False).name}-finetuned")
         self.output = output
         self.folder = RunFolder(output)
         self.resumed = resume and self.folder.is_unfinished
         self.recipe = self.folder.resumed_recipe(asked) if self.resumed else Recipe().merged(asked)
         self.recipe.check()
         assert self.recipe.model is not None
-        self.source = resolve(self.recipe.model, weights=not self.recipe.from_scratch)
+        self.source = self.recipe.resolve(self.recipe.model, weights=not self.recipe.from_scratch)
         check_recipe_for(self.recipe, self.source)
         self.task = self.recipe.task or task_of(self.source)
         # this also starts the process group, under torchrun
@@ -207,7 +206,7 @@ class _Run:
             self._note(note)
         teacher = None
         if recipe.teacher is not None:
-            source = resolve(recipe.teacher)
+            source = recipe.resolve(recipe.teacher)
             teacher = load_subject(source, task_of(source), trust_remote_code=recipe.trust_remote_code)
             check_teacher(subject, teacher)
         return _Parts(rows, subject, train, evaluation, teacher, total_steps(recipe, self.args, train))
@@ -249,7 +248,7 @@ class _Run:
         dense = parts.teacher
         if recipe.against is not None:
             trust = recipe.trust_remote_code
-            dense = load_subject(resolve(recipe.against), parts.subject.task, trust_remote_code=trust)
+            dense = load_subject(recipe.resolve(recipe.against), parts.subject.task, trust_remote_code=trust)
         elif self._sharded:  # FSDP shards a model in place, be it only to measure it
             dense = None
         elif recipe.rank and not recipe.from_scratch:

@@ -125,6 +125,9 @@ class Recipe(DataOptions):
     report_to: tuple[str, ...] = setting(
         (), "Installed tracker of experiments, such as tensorboard or wandb.", panel=RUN, metavar="NAME"
     )
+    architecture: str | None = setting(
+        None, "timm model name of weight files without a config.", panel=MACHINE, metavar="NAME"
+    )
     against: str | None = setting(None, "Dense model to measure beside the healed one.", panel=RUN, metavar="DENSE")
     device: str = setting("auto", "Device to train on.", panel=MACHINE, suggestions=DEVICES)
     trust_remote_code: bool = setting(
@@ -178,6 +181,12 @@ class Recipe(DataOptions):
         """Plain values, as YAML and JSON hold them."""
         plain = dataclasses.asdict(self)
         return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+    def resolve(self, reference: str, *, weights: bool = True) -> Source:
+        """Find a model of this recipe on disk: its own, its teacher or the dense one. Raises SourceError."""
+        from lrsurgery.checkpoints.source import resolve
+
+        return resolve(reference, architecture=self.architecture, weights=weights)
 
     def merged(self, given: Mapping[str, object]) -> Recipe:
         """With these settings in place of its own. Raises RecipeError that names a key or value it does not know."""

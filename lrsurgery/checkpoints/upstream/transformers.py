@@ -6,7 +6,8 @@ Written against transformers 5.17 to 5.24.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,19 @@ def forget_preparation_(modules: Iterable[nn.Module]) -> None:
     """Clear accelerate's mark on modules, so that it prepares them again for DDP and autocast."""
     for module in modules:
         vars(module).pop("_is_accelerate_prepared", None)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers' account of a load, and its progress bar."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()

@@ -1,0 +1,114 @@
+"""Pickled checkpoints of PyTorch: what may stand in them besides tensors, and where the weights are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrsurgery.errors import SourceError
+
+# entries of training checkpoints that hold the weights, averaged ones first, as in timm
+ENTRIES = (
+    *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"),
+    *("state_dict", "model_state_dict", "model", "module", "net", "weights"),
+)
+
+
+def _unwrap_entries(state: object) -> tuple[object, tuple[str, ...]]:
+    """The state dict in a training checkpoint, and the entries that lead to it."""
+    path: list[str] = []
+    while isinstance(state, Mapping):
+        inner = next((name for name in ENTRIES if _holds_tensors(state.get(name))), None)
+        if inner is None:
+            break
+        path.append(inner)
+        state = state[inner]
+    return state, tuple(path)
+
+
+def _holds_tensors(entry: object) -> bool:
+    return isinstance(entry, Mapping) and any(
+        isinstance(value, Tensor) or (name in ENTRIES and _holds_tensors(value)) for name, value in entry.items()
+    )
+
+
+def _harmless() -> list[Any]:
+    """What a pickle may name besides tensors: options of a script, and numbers and arrays of numpy."""
+    import argparse
+    import codecs
+
+    import numpy as np
+
+    numpy: Any = np
+    multiarray = (numpy._core if hasattr(numpy, "_core") else numpy.core).multiarray
+    dtypes = [value for name, value in vars(np.dtypes).items() if name.endswith("DType") and name != "ObjectDType"]
+    functions = [multiarray.scalar, multiarray._reconstruct]
+    # numpy 1 writes another name for the same function
+    older = [(function, f"numpy.core.multiarray.{function.__name__}") for function in functions]
+    return [argparse.Namespace, codecs.encode, np.dtype, np.ndarray, *dtypes, *functions, *older]
+
+
+def read_pickles(files: Sequence[Path]) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of pickled files, and the entries of training checkpoints that they were found in.
+
+    `torch.load(weights_only=True)` executes no code in them. Averaged weights come before trained ones, as in timm.
+
+    Raises SourceError for files that hold more than weights, or are damaged.
+    """
+    import pickle
+
+    tensors: dict[str, Tensor] = {}
+    wrappers: dict[str, None] = {}
+    for file in files:
+        try:
+            with torch.serialization.safe_globals(_harmless()):
+                state = _load_pickle(file)
+        except pickle.UnpicklingError as e:
+            raise SourceError(
+                f"{file}: holds more than weights, or is damaged{_foreign_names(file)}; code in a pickle is never"
+                " executed, so save its state dict as safetensors"
+            ) from e
+        except FileNotFoundError as e:
+            raise SourceError(f"{file}: the shard is missing") from e
+        except (RuntimeError, EOFError, OSError, ValueError) as e:
+            raise SourceError(f"{file}: not a readable PyTorch file ({str(e).splitlines()[0]})") from e
+        found, path = _unwrap_entries(state)
+        if not isinstance(found, Mapping) or not any(isinstance(v, Tensor) for v in found.values()):
+            raise SourceError(f"{file}: holds no state dict")
+        wrappers |= {".".join(path): None} if path else {}
+        for key, value in found.items():
+            if isinstance(value, Tensor):
+                tensors[str(key)] = _check_strided(file, str(key), value)
+    return tensors, tuple(wrappers)
+
+
+def _load_pickle(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as e:
+        if "mmap" not in str(e):
+            raise
+        return torch.load(file, map_location="cpu", weights_only=True)  # the format before torch 1.6
+
+
+def _foreign_names(file: Path) -> str:
+    """The classes that a pickle names and that are not loaded; empty if it is too damaged to tell."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # whatever a damaged file makes of the reader
+        return ""
+    return f" ({', '.join(sorted(names)[:3])})" if names else ""
+
+
+def _check_strided(file: Path, key: str, tensor: Tensor) -> Tensor:
+    """Raise SourceError for a tensor that safetensors cannot hold: sparse, or of torch's quantised types."""
+    if tensor.layout != torch.strided:
+        raise SourceError(f"{file}: {key} is a sparse tensor, which is not supported; save it as {key}.to_dense()")
+    if tensor.is_quantized:
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        raise SourceError(f"{file}: {key} is quantised ({dtype}); start from the checkpoint before quantisation")
+    return tensor

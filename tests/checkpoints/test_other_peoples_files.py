@@ -1,0 +1,351 @@
+"""Weights as others save them: wrapped, quantised, of odd dtypes; configs by hand; heads that a base model lacks."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from support import tiny, zoo
+from support.checks import load, run
+from torch import Tensor, nn
+
+import lrsurgery
+from lrsurgery.checkpoints.source import resolve
+from lrsurgery.data.tasks import task_of
+from lrsurgery.errors import PlanError, SourceError
+from lrsurgery.surgery.apply import factorised_layers
+
+State = dict[str, Tensor]
+NETWORK = "test_resnet"
+PIXELS = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(NETWORK, num_classes=3).eval()
+
+
+def prefixed(prefix: str, state: State) -> State:
+    return {prefix + key: value for key, value in state.items()}
+
+
+def other(state: State) -> State:
+    return {key: torch.zeros_like(value) for key, value in state.items()}
+
+
+# what is saved, and what the note names
+WRAPPED: dict[str, tuple[Callable[[State], Any], str]] = {
+    "compiled, then DDP": (lambda s: prefixed("module._orig_mod.", s), "'module._orig_mod.'"),
+    "DDP, then compiled": (lambda s: prefixed("_orig_mod.module.", s), "'_orig_mod.module.'"),
+    "Lightning": (lambda s: {"state_dict": prefixed("model.", s), "epoch": 3}, "state_dict, 'model.'"),
+    "Lightning with a loss": (
+        lambda s: {"state_dict": {**prefixed("model.", s), "criterion.weight": torch.ones(3)}},
+        "state_dict, 'model.', which was taken off; left out beside them: criterion.weight",
+    ),
+    "Lightning, compiled": (
+        lambda s: {"state_dict": prefixed("model._orig_mod.", s)},
+        "state_dict, 'model._orig_mod.'",
+    ),
+    "averaged": (lambda s: {"model_ema": {"module": s, "decay": 0.9}, "model": other(s)}, "model_ema.module"),
+    "averaged beside trained": (
+        lambda s: {"state_dict": {**prefixed("model.", other(s)), **prefixed("ema_model.module.", s)}},
+        "state_dict, 'ema_model.module.'",
+    ),
+    "entry in an entry": (lambda s: {"model": {"state_dict": prefixed("module.", s)}}, "model.state_dict, 'module.'"),
+    "numbers of numpy": (lambda s: {"state_dict": s, "epoch": np.float64(3), "order": np.arange(3)}, "state_dict"),
+    "options of a script": (lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1)}, "state_dict"),
+}
+
+
+@pytest.mark.parametrize("ending", [".pth", ".th", ".ckpt", ".pth.tar"])
+@pytest.mark.parametrize("wrap", WRAPPED)
+def test_wrapped_weight_file(wrap: str, ending: str, tmp_path: Path) -> None:
+    if ending != ".pth" and wrap != "averaged":
+        pytest.skip("each ending once")
+    dense, (change, named) = network(), WRAPPED[wrap]
+    torch.save(change(dense.state_dict()), tmp_path / f"best{ending}")
+    made = run(
+        *("factorise", tmp_path / f"best{ending}", "--architecture", NETWORK),
+        *("--rank", "0.5", "--output", tmp_path / "half"),
+    )
+    (note,) = [note for note in made["notes"] if "wrapped" in note]
+    assert f"wrapped in {named}" in note
+    lrsurgery.factorise_(dense, rank=0.5)
+    with torch.no_grad():
+        assert torch.equal(lrsurgery.load_model(tmp_path / "half")(PIXELS), dense(PIXELS))
+
+
+def test_plain_weights_get_no_note(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "best.pth.tar")
+    made = run(
+        *("factorise", tmp_path / "best.pth.tar", "--architecture", NETWORK, "--rank", "0.5"),
+        *("--output", tmp_path / "half"),
+    )
+    assert not [note for note in made["notes"] if "wrapped" in note]
+    assert resolve(str(tmp_path / "best.pth.tar"), architecture=NETWORK).name == "best"
+
+
+def rewrite(folder: Path, change: Callable[[State], State]) -> None:
+    state = {key: value.contiguous().clone() for key, value in change(load_file(folder / "model.safetensors")).items()}
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("prefix", ["_orig_mod.", "module._orig_mod.", "model.", "module.model."])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_wrapped_transformers_folder(name: str, prefix: str, tmp_path: Path) -> None:
+    model = zoo.save_transformers(name, tmp_path / "dense")
+    rewrite(tmp_path / "dense", lambda state: prefixed(prefix, state))
+    inputs = zoo.TRANSFORMERS[name].inputs
+    assert torch.equal(zoo.outputs(lrsurgery.load_model(tmp_path / "dense"), inputs), zoo.outputs(model, inputs))
+    made = run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
+    # of Llama's own prefix transformers takes another one off by itself
+    named = prefix.removesuffix("model.") if name == "llama" else prefix
+    assert any(f"wrapped in '{named}'" in note for note in made["notes"]) or not named
+    lrsurgery.factorise_(model, rank=0.5)
+    half = load(type(model), tmp_path / "half")
+    assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(model, inputs))
+
+
+# dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.uint8], ids=str)
+@pytest.mark.parametrize("command", ["factorise", "report", "load"])
+def test_quantised_weights_without_a_config_are_refused(dtype: torch.dtype, command: str, tmp_path: Path) -> None:
+    zoo.save_transformers("gpt2", tmp_path / "dense")
+    which = "transformer.h.0.mlp.c_fc.weight"
+    rewrite(tmp_path / "dense", lambda s: {**s, which: s[which].mul(100).to(dtype), f"{which}_scale": torch.ones(1)})
+    name = str(dtype).removeprefix("torch.")
+    wanted = rf"{which} is quantised \({name}\), and config\.json has no quantization_config"
+    uses: dict[str, Callable[[], object]] = {
+        "load": lambda: lrsurgery.load_model(tmp_path / "dense"),
+        "report": lambda: run("report", tmp_path / "dense"),
+        "factorise": lambda: run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half"),
+    }
+    with pytest.raises(SourceError, match=wanted):
+        uses[command]()
+
+
+def test_quantised_weights_of_a_timm_folder_are_refused(tmp_path: Path) -> None:
+    tiny.save_timm(tmp_path / "dense")
+    rewrite(tmp_path / "dense", lambda s: {**s, "fc.weight": s["fc.weight"].to(torch.int8)})
+    for use in (
+        lrsurgery.load_model,
+        lambda folder: run("factorise", folder, "--rank", "0.5", "--output", tmp_path / "o"),
+    ):
+        with pytest.raises(SourceError, match=r"fc\.weight is quantised \(int8\)"):
+            use(tmp_path / "dense")
+
+
+def test_integer_buffers_are_no_quantised_weights(tmp_path: Path) -> None:
+    """GPT-2's causal masks, which its model does not use, are bytes in old files."""
+    zoo.save_transformers("gpt2", tmp_path / "dense")
+    mask = torch.ones(1, 1, 32, 32, dtype=torch.uint8)
+    rewrite(tmp_path / "dense", lambda state: {**state, "transformer.h.0.attn.bias": mask})
+    lrsurgery.load_model(tmp_path / "dense")
+    run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.uint32, torch.uint64], ids=str)
+def test_odd_dtypes_pass_through(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = zoo.save_transformers("gpt2", tmp_path / "dense")
+    state = load_file(tmp_path / "dense" / "model.safetensors")
+    (tmp_path / "dense" / "model.safetensors").unlink()
+    extra = torch.arange(3).to(dtype)
+    torch.save({**state, "freqs": extra}, tmp_path / "dense" / "pytorch_model.bin")
+    run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
+    assert torch.equal(load_file(tmp_path / "half" / "model.safetensors")["freqs"], extra)
+    lrsurgery.factorise_(model, rank=0.5)
+    inputs = zoo.TRANSFORMERS["gpt2"].inputs
+    assert torch.equal(zoo.outputs(lrsurgery.load_model(tmp_path / "half"), inputs), zoo.outputs(model, inputs))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.eye(3).to_sparse(), r"freqs is a sparse tensor, which is not supported"),
+        (torch.ones(3, dtype=torch.complex128), r"freqs has dtype complex128, which is not supported"),
+        (torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8), r"freqs is quantised \(qint8\)"),
+    ],
+    ids=["sparse", "complex128", "qint8"],
+)
+def test_tensors_that_safetensors_cannot_hold_are_refused(value: Tensor, message: str, tmp_path: Path) -> None:
+    zoo.save_transformers("gpt2", tmp_path / "dense")
+    state = load_file(tmp_path / "dense" / "model.safetensors")
+    (tmp_path / "dense" / "model.safetensors").unlink()
+    torch.save({**state, "freqs": value}, tmp_path / "dense" / "pytorch_model.bin")
+    with pytest.raises(SourceError, match=message):
+        run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
+
+
+# configs
+
+
+def edit(folder: Path, **entries: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **entries}))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"quantization_config": [1]}, r"quantization_config must be an object, not \[1\]"),
+        ({"quantization_config": {"quant_method": "lrsurgery"}}, r"quantization_config\.layers must map"),
+        ({"architectures": "GPT2LMHeadModel"}, r'architectures must be a list of class names or null, not "GPT2LMHead'),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "quantised with fp8"),
+        ({"text_config": {"quantization_config": 3}}, "quantization_config must be an object, not 3"),
+    ],
+    ids=["list", "no layers", "text", "inner", "inner number"],
+)
+def test_config_that_is_broken_or_quantised_is_refused(entries: dict[str, Any], message: str, tmp_path: Path) -> None:
+    zoo.save_transformers("gpt2", tmp_path / "dense")
+    edit(tmp_path / "dense", **entries)
+
+    def use() -> object:
+        if "layers" in message:
+            return resolve(str(tmp_path / "dense")).layers
+        return run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
+
+    with pytest.raises(SourceError, match=message) as caught:
+        use()
+    assert "\n" not in str(caught.value)
+
+
+def test_architectures_of_null_stay_null(tmp_path: Path) -> None:
+    dense = tiny.save_gpt2(tmp_path / "dense")
+    edit(dense, architectures=None)
+    run("factorise", dense, "--rank", "0.5", "--output", tmp_path / "half")
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["architectures"] is None
+    head = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "half")
+    assert isinstance(head, tf.GPT2LMHeadModel)
+    assert factorised_layers(head)
+
+
+# base models on checkpoints whose heads are factorised
+
+
+def rt_detr() -> Any:
+    backbone = tf.RTDetrResNetConfig(
+        embedding_size=8,
+        hidden_sizes=[8, 16, 16, 32],
+        depths=[1, 1, 1, 1],
+        layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )
+    config = tf.RTDetrConfig(
+        backbone_config=backbone,
+        use_timm_backbone=False,
+        backbone=None,
+        use_pretrained_backbone=False,
+        encoder_hidden_dim=32,
+        encoder_in_channels=[16, 16, 32],
+        encoder_ffn_dim=32,
+        encoder_attention_heads=2,
+        d_model=32,
+        num_queries=6,
+        decoder_in_channels=[32, 32, 32],
+        decoder_ffn_dim=32,
+        decoder_layers=2,
+        decoder_attention_heads=2,
+        num_denoising=0,
+        num_labels=4,
+    )
+    return tf.RTDetrForObjectDetection(config)
+
+
+def speech_t5() -> Any:
+    config = tf.SpeechT5Config(
+        vocab_size=40,
+        hidden_size=32,
+        encoder_layers=1,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_layers=1,
+        decoder_attention_heads=2,
+        decoder_ffn_dim=48,
+        conv_dim=[16, 16],
+        conv_stride=[5, 2],
+        conv_kernel=[10, 3],
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=4,
+        speech_decoder_prenet_units=16,
+        speaker_embedding_dim=8,
+        speech_decoder_postnet_units=16,
+        num_mel_bins=8,
+    )
+    return tf.SpeechT5ForTextToSpeech(config)
+
+
+def blip() -> Any:
+    text = {**zoo.BERT, "encoder_hidden_size": 48, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2}
+    vision = {**zoo.VIT, "image_size": 32, "patch_size": 8}
+    return tf.BlipForConditionalGeneration(tf.BlipConfig(text_config=text, vision_config=vision, projection_dim=24))
+
+
+@pytest.mark.parametrize("build", [rt_detr, speech_t5, blip], ids=["rt-detr", "speecht5", "blip"])
+def test_base_model_leaves_out_factorised_layers_of_the_head(build: Callable[[], Any], tmp_path: Path) -> None:
+    """As transformers leaves out their dense ones: the same tensors are loaded, and the same are missing."""
+    torch.manual_seed(0)
+    model = build().eval()
+    model.save_pretrained(tmp_path / "dense")
+    base, dense = tf.AutoModel.from_pretrained(tmp_path / "dense", output_loading_info=True)
+    lrsurgery.factorise_(model, rank=0.5, include=["*"], allow_larger=True)
+    heads = set(factorised_layers(model))
+    model.save_pretrained(tmp_path / "half")
+    low, info = tf.AutoModel.from_pretrained(tmp_path / "half", output_loading_info=True)
+    inside = {name for name, _ in base.named_modules()}
+    prefix = base.base_model_prefix + "."
+    kept = {name for name in heads if name in inside or name.removeprefix(prefix) in inside}
+    assert len(factorised_layers(low)) == len(kept) < len(heads)
+    dropped = tuple(f"{name}.{part}" for name in factorised_layers(low) for part in ("u.", "v."))
+    assert {k for k in info["missing_keys"] if not k.startswith(dropped)} <= dense["missing_keys"]
+    assert not {k for k in info["missing_keys"] if k.startswith(dropped)} or dense["missing_keys"]
+
+
+def test_layer_that_the_checkpoints_own_class_lacks_is_an_error(tmp_path: Path) -> None:
+    model: Any = zoo.build_transformers("gpt2")
+    lrsurgery.factorise_(model, rank=0.5)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["layers"]["transformer.h.7.mlp.c_fc"] = {"kind": "conv1d", "rank": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(PlanError, match=r"transformer\.h\.7\.mlp\.c_fc: factorised in the checkpoint"):
+        tf.GPT2LMHeadModel.from_pretrained(tmp_path)
+
+
+# weight files in every command
+
+
+def test_weight_file_in_every_command(tmp_path: Path) -> None:
+    """`--architecture` names the timm model, as for factorise."""
+    dense = network()
+    file = tmp_path / "best.pth"
+    torch.save({"state_dict": dense.state_dict()}, file)
+    images = tiny.write_images(tmp_path / "images", count=4)
+    named = ("--architecture", NETWORK)
+    found = run("evaluate", file, *named, "--data", images, "--split", "train")
+    assert found["models"][0]["parameters"] == sum(p.numel() for p in dense.parameters())
+    assert task_of(resolve(str(file), architecture=NETWORK)) == "image-classification"
+    assert run("report", file, *named)["totals"]
+    run("factorise", file, *named, "--rank", "0.5", "--output", tmp_path / "half")
+    assert run("report", tmp_path / "half", "--against", file, *named)["totals"]
+    timed = run("bench", tmp_path / "half", "--against", file, *named, "--batch", 1, "--seconds", 0.05)
+    assert timed["against"]["parameters"] == sum(p.numel() for p in dense.parameters())
+    trained = run(
+        *("finetune", file, *named, "--rank", "0.5", "--data", images, "--steps", 1, "--output", tmp_path / "healed"),
+        *("--teacher", file),
+    )
+    assert trained["steps"] == 1
+    assert "architecture: test_resnet" in (tmp_path / "healed" / "recipe.yaml").read_text()
+    for command in ("evaluate", "finetune"):
+        with pytest.raises(SourceError, match="needs --architecture"):
+            run(command, file, "--data", images, *(["--dense"] if command == "finetune" else []))
