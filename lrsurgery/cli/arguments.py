@@ -66,6 +66,7 @@ def choice(name: str, module: str, table: str, *others: str) -> type[Choice]:
 
 
 if TYPE_CHECKING:
+    Bos: TypeAlias = str
     Conv: TypeAlias = str
     DtypeName: TypeAlias = str
     EngineName: TypeAlias = str
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     Init: TypeAlias = str
     Task: TypeAlias = str
 else:
+    Bos = choice("Bos", "lrsurgery.data.options", "BOS")
     Conv = choice("Conv", "lrsurgery.surgery.kinds", "CONV_SCHEMES")
     DtypeName = choice("Dtype", "lrsurgery.runtime", "DTYPES")
     EngineName = choice("Engine", "lrsurgery.linalg.svd", "ENGINES")
@@ -153,6 +155,9 @@ TaskOption = Annotated[
 ]
 SubsetOption = Annotated[str | None, _calibration("--subset", text="Configuration of a hub dataset.")]
 SplitOption = Annotated[str | None, _calibration("--split", text="Split of the data; train if it is there.")]
+BOS = "BOS token at the head of each sequence; auto: where the tokenizer adds one."
+BosOption = Annotated[Bos, _calibration("--bos", text=BOS, default=True)]
+JoinOption = Annotated[bool, _calibration("--join", text="All rows of text as one document.")]
 TextColumnOption = Annotated[str | None, _calibration("--text-column", text="Column of the text.")]
 ImageColumnOption = Annotated[str | None, _calibration("--image-column", text="Column of the image.")]
 ImageSizeOption = Annotated[

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Sequence
-from pathlib import Path
+import hashlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, TypeAlias
 
 from lrsurgery.errors import DataError
-from lrsurgery.files import fingerprint
+from lrsurgery.files import cache_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     Table: TypeAlias = Dataset | IterableDataset
     Splits: TypeAlias = DatasetDict | IterableDatasetDict
 
+# ending -> what reads it
 FORMATS = {
     ".txt": "text",
     ".text": "text",
@@ -23,14 +26,22 @@ FORMATS = {
     ".json": "json",
     ".jsonl": "json",
     ".csv": "csv",
-    ".tsv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
 }
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that may follow those of FORMATS
 TEXT_COLUMNS = ("text", "content", "sentence", "document")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 IMAGE_COLUMNS = ("image", "img", "pixel_values")
-TRAIN_SPLITS = ("train",)
-EVAL_SPLITS = ("validation", "valid", "dev", "test")
+TRAIN_SPLITS = ("train", "training")
+EVAL_SPLITS = ("validation", "valid", "val", "dev", "test", "testing", "eval", "evaluation")
+SAME_SPLITS = (TRAIN_SPLITS, EVAL_SPLITS[:4], EVAL_SPLITS[4:])  # names of one split
+ALL = "all"  # --split of every split together
+WHOLE = "whole"  # what `datasets` calls the only split of files that have none
+# what folders of data hold besides data
+ABOUT_DATA = re.compile(r"readme\.md|licen[cs]e(\.\w+)?|dataset_?infos?\.json", re.IGNORECASE)
+PIECE = 1 << 16  # characters of a piece of streamed text, which ends with a line
+HASHED = 1 << 30  # bytes of a file up to which all of it is hashed
 
 
 def open_data(
@@ -40,35 +51,55 @@ def open_data(
     split: str | None = None,
     streaming: bool = False,
     prefer: Sequence[str] = TRAIN_SPLITS,
+    lines: bool = False,
 ) -> Table:
     """Open a file, a glob, a folder (of data files, of images, or saved by `datasets`) or a hub dataset.
 
-    Without `split`, the first split of `prefer` that exists is taken, or the only one. Raises DataError.
+    The splits of a folder are its top folders, if all of them have names of splits; names of files and of classes
+    decide nothing. Without `split`, the first split of `prefer` that exists is taken, or the only one. A file of text
+    is one document, or with `lines` one row for each line that is not blank. Raises DataError.
     """
     import datasets
 
     datasets.disable_progress_bars()
     try:
-        found = _open(reference, subset, streaming)
+        found = _open(reference, subset, split, streaming, prefer, lines)
+        if isinstance(found, datasets.DatasetDict | datasets.IterableDatasetDict):
+            if split == ALL:
+                found = datasets.concatenate_datasets(list(found.values()))
+            else:
+                found = found[_choose(list(map(str, found)), split, prefer, reference)]
     except DataError:
         raise
     except Exception as e:  # the readers of `datasets` raise anything; whatever it is, it is about this data
         cause = e.__cause__ or e
         raise DataError(f"{reference}: cannot be read as a dataset ({' '.join(str(cause).split())[:300]})") from e
-    if isinstance(found, datasets.DatasetDict | datasets.IterableDatasetDict):
-        names = list(found)
-        if split is None:
-            split = next((name for name in prefer if name in names), names[0] if len(names) == 1 else None)
-        if split not in names:
-            wanted = f"no split '{split}'" if split else "several splits"
-            raise DataError(f"{reference}: {wanted} among {', '.join(map(str, names))}; name one with --split")
-        found = found[split]
     if not streaming and len(found) == 0:
         raise DataError(f"{reference}: is empty")
     return found
 
 
-def _open(reference: str, subset: str | None, streaming: bool) -> Table | Splits:
+def _is_written(text: str) -> bool:
+    return bool(text.strip())
+
+
+def _choose(names: Sequence[str], asked: str | None, prefer: Sequence[str], reference: str) -> str:
+    """Choose a split: the one asked for, under any of its names, else the first preferred one or the only one."""
+    chosen: str | None
+    if asked is not None:
+        same = next((known for known in SAME_SPLITS if asked in known), (asked,))
+        chosen = next((name for name in (asked, *same) if name in names), None)
+    else:
+        chosen = next((name for name in prefer if name in names), names[0] if len(names) == 1 else None)
+    if chosen is None:
+        wanted = f"no split '{asked}'" if asked else "several splits"
+        raise DataError(f"{reference}: {wanted} among {', '.join(names)}; name one with --split")
+    return chosen
+
+
+def _open(
+    reference: str, subset: str | None, split: str | None, streaming: bool, prefer: Sequence[str], lines: bool
+) -> Table | Splits:
     import datasets
 
     path = Path(reference).expanduser()
@@ -78,25 +109,178 @@ def _open(reference: str, subset: str | None, streaming: bool) -> Table | Splits
             return loaded.to_iterable_dataset() if streaming and isinstance(loaded, datasets.Dataset) else loaded
         if not any(path.iterdir()):
             raise DataError(f"{reference}: is empty")
-        return datasets.load_dataset(str(path), subset, streaming=streaming)
+        if subset is None and not _declares(path):
+            name, root, files = _files_of(path, split, prefer, reference)
+            if files:
+                return _read(files, name, reference, streaming, lines, root)
+        cache = str(Path(datasets.config.HF_DATASETS_CACHE) / digest_of(reference, None, None))
+        return datasets.load_dataset(str(path), subset, streaming=streaming, cache_dir=cache)
     files = [path] if path.is_file() else _match(reference)
     if not files:
-        if reference.startswith((".", "/", "~")) or path.suffix in FORMATS or reference.count("/") > 1:
+        if reference.startswith((".", "/", "~")) or format_of(path) or reference.count("/") > 1:
             raise DataError(f"{reference}: no such file or folder")
         return datasets.load_dataset(reference, subset, streaming=streaming)
-    kind = FORMATS.get(files[0].suffix)
-    if kind is None:
-        raise DataError(f"{reference}: not a data file; known endings: {', '.join(FORMATS)}")
-    if all(file.stat().st_size == 0 for file in files):
-        raise DataError(f"{reference}: is empty")
-    options: dict[str, str | bool] = {}
-    if kind == "text":
-        # a whole file is one document, so that its tokens are those of its text; too large to hold, it goes by lines
-        options = {"keep_linebreaks": True, "sample_by": "line" if streaming else "document"}
-    elif files[0].suffix == ".tsv":
-        options = {"delimiter": "\t"}
-    names = [str(file) for file in files]
-    return datasets.load_dataset(kind, data_files=names, split="train", streaming=streaming, **options)
+    for file in files:
+        if format_of(file) is None:
+            raise DataError(f"{file}: not a data file; known endings: {', '.join(FORMATS)}")
+    if split not in (None, ALL, *TRAIN_SPLITS):
+        raise DataError(f"{reference}: a file has no splits, and --split asks for {split}; leave it out")
+    return _read(files, WHOLE, reference, streaming, lines, None)
+
+
+def format_of(file: PurePath) -> str | None:
+    """Name what reads a file by its ending, in any case and compressed or not; None for other files."""
+    name = file.name.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return FORMATS.get(PurePath(name).suffix)
+
+
+def _is_image(file: PurePath) -> bool:
+    from datasets.packaged_modules.imagefolder.imagefolder import ImageFolder
+
+    return file.suffix.lower() in ImageFolder.EXTENSIONS
+
+
+def _declares(folder: Path) -> bool:
+    """Whether the folder's README.md says which files are which split, as those of the hub do."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    head = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    return len(head) == 3 and not head[0].strip() and re.search(r"^configs:", head[1], re.MULTILINE) is not None
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def _files_of(folder: Path, split: str | None, prefer: Sequence[str], reference: str) -> tuple[str, Path, list[Path]]:
+    """The split of a folder to read, where it is, and its data files, sorted: none if none is of a known kind."""
+    tops = sorted(f.name for f in folder.iterdir() if f.is_dir() and not _hidden(f.name))
+    named = [name for name in tops if any(name in known for known in SAME_SPLITS)]
+    whole = split == ALL
+    if named and not whole and (len(named) == len(tops) or _has(split, named)):
+        name = _choose(named, split, prefer, reference)
+        return name, folder / name, _data_files(folder / name)
+    if not whole and split is None and len({_split_of(name) for name in named}) > 1:
+        raise DataError(
+            f"{reference}: {', '.join(named)} look like splits and other folders beside them do not; name one with"
+            " --split, or all with --split all"
+        )
+    files = _data_files(folder)
+    tables = [file for file in files if not _is_image(file)]
+    if split is not None and not whole:
+        asked = [file for file in tables if _stem(file) == split or _has(split, [_stem(file)])]
+        if not asked and split not in TRAIN_SPLITS:
+            raise DataError(f"{reference}: has no folder '{split}' and no file of that name, which --split asks for")
+        return (split, folder, asked) if asked else (WHOLE, folder, files)
+    alike = [file for file in tables if _split_of(_stem(file)) is not None]
+    if not whole and len({_split_of(_stem(file)) for file in alike}) > 1:
+        names = ", ".join(file.name for file in alike[:4])
+        raise DataError(f"{reference}: {names} look like splits; name one with --split, or all with --split all")
+    return WHOLE, folder, files
+
+
+def _has(split: str | None, names: Sequence[str]) -> bool:
+    same = None if split is None else _split_of(split)
+    return same is not None and any(_split_of(name) == same for name in names)
+
+
+def _split_of(name: str) -> str | None:
+    """The usual name of a split; None for what names no split."""
+    return next((known[0] for known in SAME_SPLITS if name in known), None)
+
+
+def _stem(file: Path) -> str:
+    """The name of a file without endings and without the numbers of a shard (train-00000-of-00002)."""
+    return re.sub(r"-\d+-of-\d+(-\w+)?$", "", file.name.split(".")[0])
+
+
+def _data_files(folder: Path) -> list[Path]:
+    found = []
+    for file in sorted(folder.rglob("*")):
+        parts = file.relative_to(folder).parts
+        known = format_of(file) is not None or _is_image(file)
+        if known and file.is_file() and not any(map(_hidden, parts)) and not ABOUT_DATA.fullmatch(file.name):
+            found.append(file)
+    return found
+
+
+def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lines: bool, root: Path | None) -> Table:
+    """Read data files of one kind as the split `name`; those of a folder `root` may be images."""
+    import datasets
+    from datasets.data_files import DataFilesList
+
+    options: dict[str, str | bool | None] = {}
+    kinds = {format_of(file) for file in files if not _is_image(file)}
+    if root is not None and any(map(_is_image, files)):
+        kind, metadata = "imagefolder", [f for f in files if f.stem == "metadata" and not _is_image(f)]
+        files = [*filter(_is_image, files), *metadata]
+        depths = {len(file.relative_to(root).parts) for file in files}
+        # classes are the names of folders, where all images lie in one
+        options["drop_labels"] = None if metadata else len(depths) > 1 or depths == {1}
+        digest = digest_files(metadata, reference)
+    elif len(kinds) > 1:
+        held = ", ".join(sorted(str(k) for k in kinds))
+        raise DataError(f"{reference}: holds files of several kinds ({held}); name those to read, as in 'f/*.jsonl'")
+    else:
+        kind = str(next(iter(kinds)))
+        if all(file.stat().st_size == 0 for file in files):
+            raise DataError(f"{reference}: is empty")
+        if kind == "text":
+            if streaming and not lines:
+                return _stream_text(files)
+            # a whole file is one document, so that its tokens are those of its text
+            options |= {"keep_linebreaks": not lines, "sample_by": "line" if lines else "document"}
+        if kind == "tsv":
+            kind, options["delimiter"] = "csv", "\t"
+        if kind != "parquet":
+            options["encoding"] = "utf-8-sig"  # without the mark that some editors put first
+        digest = "" if streaming else digest_files(files)
+    # what is in the files decides whether a cache holds, and not their dates
+    listed = DataFilesList([_plain(file) for file in files], [(digest,)])
+    split = name if re.fullmatch(r"\w+(\.\w+)*", name) and name != ALL else WHOLE
+    rows = datasets.load_dataset(kind, data_files={split: listed}, split=split, streaming=streaming, **options)
+    return rows.filter(_is_written, input_columns="text") if kind == "text" and lines else rows
+
+
+def _plain(file: Path) -> str:
+    """The absolute path of a file, through a link where `datasets` would read the path as one into an archive."""
+    path = file.absolute()
+    folder = next((p for p in reversed(path.parents) if "::" in p.name), path if "::" in path.name else None)
+    if folder is None:
+        return str(path)
+    link = cache_folder() / "links" / hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
+    if folder == path:
+        link = link.with_name(link.name + "".join(path.suffixes))
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(folder)
+    return str(link / path.relative_to(folder) if folder != path else link)
+
+
+def _stream_text(files: Sequence[Path]) -> IterableDataset:
+    """Rows of text that are pieces of documents; `ends` marks the last piece of each."""
+    import datasets
+
+    features = datasets.Features({"text": datasets.Value("string"), "ends": datasets.Value("bool")})
+    return datasets.IterableDataset.from_generator(_pieces, features=features, gen_kwargs={"files": list(files)})
+
+
+def _pieces(files: Sequence[Path]) -> Iterator[Mapping[str, object]]:
+    import fsspec  # type: ignore[import-untyped]
+
+    for file in files:
+        with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig") as handle:
+            held = ""
+            while piece := handle.read(PIECE):
+                piece += handle.readline()
+                if held:
+                    yield {"text": held, "ends": False}
+                held = piece
+            if held:
+                yield {"text": held, "ends": True}
 
 
 def _match(pattern: str) -> list[Path]:
@@ -107,11 +291,28 @@ def _match(pattern: str) -> list[Path]:
 def digest_of(reference: str | None, split: str | None, subset: str | None) -> str:
     """Fingerprint the data's files and the split, so that a resumed job notices a change; None stands for no data."""
     if reference is None:
-        return fingerprint([], f"none {split} {subset}")
+        return digest_files([], f"none {split} {subset}")
     path = Path(reference).expanduser()
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
     files = files or _match(reference)
-    return fingerprint(files, f"{'' if files else reference} {split} {subset}")
+    return digest_files(files, f"{'' if files else reference} {split} {subset}")
+
+
+def digest_files(files: Sequence[Path], text: str = "") -> str:
+    """Hash `text` and the files' names and contents; of a file above 1 GB, 1,024 megabytes at equal distances."""
+    hasher = hashlib.blake2b(text.encode(), digest_size=16)
+    for file in files:
+        size = file.stat().st_size
+        hasher.update(f"{file.name} {size} ".encode())
+        with file.open("rb") as handle:
+            if size <= HASHED:
+                while block := handle.read(1 << 20):
+                    hasher.update(block)
+            else:
+                for i in range(1024):
+                    handle.seek((size - (1 << 20)) * i // 1023)
+                    hasher.update(handle.read(1 << 20))
+    return hasher.hexdigest()
 
 
 def column_names(rows: Table) -> list[str]:

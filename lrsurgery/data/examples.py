@@ -1,45 +1,63 @@
-"""A model and its data, made ready for each other: columns found, labels matched, text cut, images sized."""
+"""A model and its data, made ready for each other: columns found, labels matched, text cut, images sized.
+
+The file is long, since all that the room's other files make comes together here.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from lrsurgery.checkpoints.source import Source
-from lrsurgery.data.datasets import IMAGE_COLUMNS, LABEL_COLUMNS, TEXT_COLUMNS, TRAIN_SPLITS, open_data, pick_column
+from lrsurgery.data.datasets import (
+    IMAGE_COLUMNS,
+    LABEL_COLUMNS,
+    TEXT_COLUMNS,
+    TRAIN_SPLITS,
+    WHOLE,
+    column_names,
+    open_data,
+    pick_column,
+)
 from lrsurgery.data.images import Images, Preprocessing, stack
 from lrsurgery.data.labels import class_names, match_labels, read_labels
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import TASKS, Subject, is_for, load_subject, task_of
 from lrsurgery.data.text import (
-    IGNORED,
-    Batch,
+    TOKENS,
+    Collator,
+    Cut,
     Example,
+    Frame,
     Masking,
     Sentences,
     Sequences,
     StreamedSequences,
+    TokenRows,
     TokenStream,
     Windows,
+    check_known,
+    check_texts,
+    check_tokens,
     encode,
     load_tokenizer,
+    pad_tokens,
+    position_limit,
 )
 from lrsurgery.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from lrsurgery.data.datasets import Table
 
 CALIBRATION_SIZE = 512  # tokens of a sequence, unless the model takes fewer
-LONGEST = 1 << 20  # tokens of a sequence, whatever the config says
-# model types whose positions begin after the padding token's
-SHIFTED_POSITIONS = ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl")
-Collator: TypeAlias = Callable[[Sequence[Example]], Batch]
+WINDOW = 2048  # tokens of a sequence, unless the model takes fewer or --block-size asks for others
+LONGEST = 1 << 20  # tokens of a sentence, whatever the config says
 
 
 class ExampleSet(Protocol):
@@ -81,7 +99,8 @@ def open_rows(
     prefer: Sequence[str] = TRAIN_SPLITS,
 ) -> Rows:
     """Open a dataset and, where the task has classes and `labels` asks for them, read them. Raises DataError."""
-    rows = open_data(reference, subset=options.subset, split=split, streaming=streaming, prefer=prefer)
+    lines = not TASKS[task].is_language  # a file of text is sentences then, and not a document
+    rows = open_data(reference, subset=options.subset, split=split, streaming=streaming, prefer=prefer, lines=lines)
     if TASKS[task].is_language or not labels:
         return Rows(rows, reference)
     if streaming:
@@ -142,19 +161,27 @@ def training_examples(
         return _labelled(
             subject, rows, options, _match_labels(subject, rows), seed if augment else None, trust_remote_code
         )
-    tokenizer, size, masking = _text(subject, options, trust_remote_code)
-    encoded = encode(rows.rows, tokenizer, options.text_column, rows.reference)
+    tokenizer, cut = _text(subject, options, trust_remote_code)
+    pad = pad_tokens(tokenizer.pad_token_id or 0)
+    # a stream has no room for masks: rows of tokens are joined without what their masks hide
+    join = options.join or (streaming and options.text_column is None and "input_ids" in column_names(rows.rows))
+    encoded = encode(rows.rows, tokenizer, options.text_column, rows.reference, frame=cut.frame, join=join)
     if streaming:
-        streamed = StreamedSequences(encoded, size, seed, masking)
+        streamed = StreamedSequences(encoded, cut, seed, _vocabulary(subject))
+        about = f"{_name(rows)}: read as training needs it, {cut.about}, sequences of {cut.size}"
         # the one set without a length, which nothing asks for: such a run counts its steps
-        return Examples(streamed, _stack(), task.unit, size)  # type: ignore[arg-type]
-    stream = _stream(encoded, tokenizer, subject, rows.reference)
-    sequences = Sequences(stream, size, stride or size, seed, masking)
+        return Examples(streamed, _stack(), task.unit, cut.size, (about,))  # type: ignore[arg-type]
+    if _is_whole(encoded):
+        return _token_rows(subject, rows, encoded, cut, pad, seed)
+    stream = _stream(encoded, cut, subject, rows.reference)
+    sequences = Sequences(stream, cut, stride, seed)
     if not len(sequences):
         raise DataError(
-            f"{rows.reference}: its {len(stream):,} tokens are fewer than one sequence of {size}; lower --block-size"
+            f"{rows.reference}: its {len(stream):,} tokens are fewer than one sequence of {cut.size};"
+            " lower --block-size"
         )
-    return Examples(sequences, _stack(), task.unit, size)
+    about = f"{_read(rows, encoded, stream)}, {cut.about}, {len(sequences):,} sequences of {cut.size}"
+    return Examples(sequences, _stack(), task.unit, cut.size, (about,))
 
 
 def evaluation_examples(
@@ -164,15 +191,19 @@ def evaluation_examples(
     task = TASKS[subject.task]
     if not task.is_language:
         return _labelled(subject, rows, options, _match_labels(subject, rows), None, trust_remote_code)
-    tokenizer, size, masking = _text(subject, options, trust_remote_code)
-    encoded = encode(rows.rows, tokenizer, options.text_column, rows.reference)
-    stream = _stream(encoded, tokenizer, subject, rows.reference)
-    if stride is not None and not 1 <= stride <= size:
-        raise RecipeError(f"stride {stride}: write 1 to {size}, the tokens of a sequence")
-    windows = Windows(stream, size, stride or size, masking)
-    if len(stream) < 2:
+    tokenizer, cut = _text(subject, options, trust_remote_code)
+    pad = pad_tokens(tokenizer.pad_token_id or 0)
+    encoded = encode(rows.rows, tokenizer, options.text_column, rows.reference, frame=cut.frame, join=options.join)
+    if stride is not None and not 1 <= stride <= cut.size:
+        raise RecipeError(f"stride {stride}: write 1 to {cut.size}, the tokens of a sequence")
+    if _is_whole(encoded):
+        return _token_rows(subject, rows, encoded, cut, pad, 0)
+    stream = _stream(encoded, cut, subject, rows.reference)
+    windows = Windows(stream, cut, stride)
+    if len(stream) + len(cut.frame.prefix) < 2 or not len(stream):
         raise DataError(f"{rows.reference}: {len(stream)} tokens leave nothing to predict")
-    return Examples(windows, _pad(tokenizer.pad_token_id or 0), task.unit, size)
+    about = f"{_read(rows, encoded, stream)}, {cut.about}, windows of {cut.size} with stride {windows.stride}"
+    return Examples(windows, pad, task.unit, cut.size, (about,))
 
 
 def calibration_examples(
@@ -193,40 +224,66 @@ def calibration_examples(
     return examples, sorted(order[:samples].tolist())
 
 
-def _stream(encoded: Table, tokenizer: PreTrainedTokenizerBase, subject: Subject, reference: str) -> TokenStream:
-    stream = TokenStream(encoded, tokenizer.eos_token_id)
-    known = subject.config.get_text_config().vocab_size
-    if stream.largest >= known:
-        raise DataError(f"{reference}: has token {stream.largest}, the model knows {known}: not its own tokenizer")
+def _name(rows: Rows) -> str:
+    """What the user called the data, with the split where it has several."""
+    split = str(getattr(rows.rows, "split", None) or WHOLE)
+    return rows.reference if split == WHOLE else f"{rows.reference} ({split})"
+
+
+def _read(rows: Rows, encoded: Table, stream: TokenStream) -> str:
+    """What was read of text."""
+    count = len(encoded)
+    return f"{_name(rows)}: {count:,} document{'' if count == 1 else 's'}, {len(stream):,} tokens"
+
+
+def _is_whole(encoded: Table) -> bool:
+    """Whether rows of tokens came with masks or labels, so that each is a sequence of its own."""
+    return bool(set(column_names(encoded)) & set(TOKENS))
+
+
+def _token_rows(subject: Subject, rows: Rows, encoded: Table, cut: Cut, pad: Collator, seed: int) -> Examples:
+    made = TokenRows(encoded, rows.reference, _limits(subject), masking=cut.masking, seed=seed)
+    held = ", ".join(name for name in column_names(encoded) if name != "input_ids")
+    about = f"{_name(rows)}: {len(made):,} rows of tokens as they are, {made.total:,} tokens, with their {held}"
+    return Examples(made, pad, TASKS[subject.task].unit, made.longest, (about,))
+
+
+def _limits(subject: Subject) -> tuple[int, int]:
+    """Tokens of the vocabulary, and of the longest row."""
+    limit, relative = position_limit(subject.body)
+    return _vocabulary(subject), LONGEST if relative or limit is None else limit
+
+
+def _vocabulary(subject: Subject) -> int:
+    return int(subject.config.get_text_config().vocab_size)
+
+
+def _stream(encoded: Table, cut: Cut, subject: Subject, reference: str) -> TokenStream:
+    stream = TokenStream(encoded, cut.frame.end)
+    largest, known = max(stream.largest, *cut.frame.prefix, *cut.frame.suffix, 0), _vocabulary(subject)
+    if largest >= known:
+        raise DataError(f"{reference}: has token {largest}, the model knows {known}: not its own tokenizer")
     return stream
 
 
-def _text(
-    subject: Subject, options: DataOptions, trust_remote_code: bool
-) -> tuple[PreTrainedTokenizerBase, int, Masking | None]:
-    """The tokenizer, the tokens of a sequence, and the masking of a masked language model."""
+def _text(subject: Subject, options: DataOptions, trust_remote_code: bool) -> tuple[PreTrainedTokenizerBase, Cut]:
+    """The tokenizer, and how its tokens are cut. Raises RecipeError, DataError."""
+    name = subject.source.reference
     tokenizer = load_tokenizer(subject.source, trust_remote_code)
-    masking = Masking.of(tokenizer, subject.source.reference) if TASKS[subject.task].masks else None
-    return tokenizer, _sequence_size(subject, options.block_size), masking
-
-
-def position_limit(config: PreTrainedConfig) -> tuple[int | None, bool]:
-    """Read the most tokens that a text model's config names, and whether positions are relative, so that more work."""
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if limit is not None and config.model_type in SHIFTED_POSITIONS:
-        limit -= 2
-    return limit, limit is None or getattr(config, "rope_parameters", None) is not None
+    frame = Frame.of(tokenizer, options.bos, name)
+    masks = TASKS[subject.task].masks
+    masking = Masking.of(tokenizer, name, frame=frame, known=_vocabulary(subject)) if masks else None
+    cut = Cut(size=_sequence_size(subject, options.block_size), frame=frame, masking=masking)
+    if cut.inner < 1:
+        raise RecipeError(f"block_size {cut.size}: leaves no room beside the {cut.size - cut.inner} tokens around each")
+    return tokenizer, cut
 
 
 def _sequence_size(subject: Subject, asked: int | None) -> int:
-    """Tokens of a sequence. Raises RecipeError for more than the model takes, or if nothing names a number."""
-    limit, relative = position_limit(subject.config.get_text_config())
+    """Tokens of a sequence. Raises RecipeError for more than the model takes."""
+    limit, relative = position_limit(subject.body)
     if asked is None:
-        if limit is None:
-            raise RecipeError(
-                "the model's config names no maximum length; pass the tokens of a sequence as --block-size"
-            )
-        return min(int(limit), LONGEST)
+        return min(limit or WINDOW, WINDOW)
     if limit is not None and asked > limit and not relative:
         raise RecipeError(f"block_size {asked}: longer than the {limit} positions that the model has")
     return asked
@@ -257,36 +314,45 @@ def _labelled(
         )
         images = Images(rows.rows, column, labels, how, rows.reference, augment_seed)
         return Examples(images, stack, task.unit, 1, (how.note, *images.notes))
+    return _sentences(subject, rows, options, labels, trust_remote_code)
+
+
+def _sentences(
+    subject: Subject, rows: Rows, options: DataOptions, labels: Sequence[Any], trust_remote_code: bool
+) -> Examples:
+    """Sentences, pairs of them, or rows of tokens, with what their labels say."""
     from transformers import DataCollatorWithPadding
 
+    if options.bos != "auto":
+        raise RecipeError(f"bos {options.bos}: is for running text; sentences have the tokens that the tokenizer adds")
+    task, config = TASKS[subject.task], subject.config
     tokenizer = load_tokenizer(subject.source, trust_remote_code)
-    config = subject.config
     if task.needs_padding and config.pad_token_id is None:
         config.pad_token_id = tokenizer.pad_token_id
+    pad = DataCollatorWithPadding(tokenizer)
+    names = column_names(rows.rows)
+    if options.text_column is None and "input_ids" in names and not set(TEXT_COLUMNS) & set(names):
+        kept = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in names]
+        encoded = check_tokens(rows.rows.select_columns(kept), Frame(), rows.reference, False)
+        tokens = TokenRows(encoded, rows.reference, _limits(subject), labels=labels)
+        return Examples(tokens, pad, task.unit, 1, (f"{_name(rows)}: {len(tokens):,} rows of tokens as they are",))
     asked = options.text_column.split(",") if options.text_column else [None]
     columns = [pick_column(rows.rows, c, TEXT_COLUMNS, "text", rows.reference) for c in asked]
-    size = _sequence_size(subject, options.block_size)
+    for column in columns:
+        check_texts(rows.rows, column, rows.reference)
+    known, longest = _limits(subject)
+    size = (
+        _sequence_size(subject, options.block_size) if options.block_size else min(longest, tokenizer.model_max_length)
+    )
     sentences = Sentences(rows.rows, columns, labels, tokenizer, size)
-    return Examples(sentences, DataCollatorWithPadding(tokenizer), task.unit, 1)
+    if max(tokenizer.get_vocab().values()) >= known:  # then the data decides
+        check_known([sentences[i]["input_ids"] for i in range(len(sentences))], known, rows.reference)
+    what = f"{len(sentences):,} {'pairs of sentences' if len(columns) > 1 else 'sentences'}"
+    about = f"{_name(rows)}: {what}, {'whole' if size >= LONGEST else f'cut to {size:,} tokens'}"
+    return Examples(sentences, pad, task.unit, 1, (about,))
 
 
 def _stack() -> Collator:
     from transformers import default_data_collator
 
     return default_data_collator  # type: ignore[no-any-return]
-
-
-def _pad(token: int) -> Collator:
-    """A collator that pads sequences on the right, outside of the attention mask, with labels that no loss counts."""
-
-    def collate(examples: Sequence[Example]) -> Batch:
-        longest = max(len(e["input_ids"]) for e in examples)
-        ids = torch.full((len(examples), longest), token)
-        labels = torch.full_like(ids, IGNORED)
-        mask = torch.zeros_like(ids)
-        for i, example in enumerate(examples):
-            length = len(example["input_ids"])
-            ids[i, :length], labels[i, :length], mask[i, :length] = example["input_ids"], example["labels"], 1
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
-
-    return collate

@@ -11,6 +11,7 @@ from lrsurgery.errors import RecipeError
 # names of `data.tasks.TASKS`, for a command line that does not import torch
 TASKS = ("causal-lm", "masked-lm", "sequence-classification", "image-classification")
 DATA = "Data"  # panel of help
+BOS = ("auto", "always", "never")
 Value = TypeVar("Value")
 
 
@@ -77,7 +78,15 @@ class DataOptions:
     )
     label_column: str | None = setting(None, "Column of the class.", panel=DATA)
     image_column: str | None = setting(None, "Column of the image.", panel=DATA)
-    block_size: int | None = setting(None, "Tokens of a sequence; the model's maximum by default.", panel=DATA, least=2)
+    block_size: int | None = setting(
+        None, "Tokens of a sequence; the model's maximum by default, 2,048 at most.", panel=DATA, least=2
+    )
+    bos: str = setting(
+        "auto", "BOS token at the head of each sequence; auto: where the tokenizer adds one.", panel=DATA, choices=BOS
+    )
+    join: bool = setting(
+        False, "All rows of text as one document, each row on lines of its own, as WikiText's are meant.", panel=DATA
+    )
     image_size: int | None = setting(
         None, "Pixels of an image's side; the checkpoint's own size by default.", panel=DATA, least=1
     )

@@ -89,7 +89,8 @@ class Calibration:
 
     def recorded(self) -> Json:
         """The values that determine the result, as JSON; the importance keeps its key `metric` in files."""
-        how = {key: value for key, value in vars(self.how).items() if value is not None}
+        usual = vars(DataOptions())
+        how = {key: value for key, value in vars(self.how).items() if value != usual[key]}
         return {
             "data": self.data,
             "statistics": str(self.statistics) if self.statistics else None,

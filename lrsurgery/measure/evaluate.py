@@ -49,7 +49,8 @@ def evaluate(
     """Measure a model on each token, sentence or image of `data` once, independent of batches and padding.
 
     Language models score windows of the block size that slide by `stride` tokens (the block size by default): with a
-    smaller stride, each token has at least block - stride tokens before it.
+    smaller stride, each token has at least block - stride tokens before it. Where the tokenizer begins a text with a
+    BOS token, each window does (`options.bos`). The listener is told what was read and how.
 
     Raises SurgeryError: what is wrong with the model or the data.
     """

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model, load_timm, load_with_head
 from lrsurgery.checkpoints.source import Source, resolve
-from lrsurgery.data.examples import position_limit
 from lrsurgery.data.tasks import TASKS, TIMM, is_for, task_of
+from lrsurgery.data.text import position_limit
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight
@@ -69,9 +69,8 @@ class Contender:
         if TASKS[task].takes_images:
             size = _image_size(source, skeleton)
             return Contender(source=source, task=task, size=size, trust_remote_code=trust_remote_code)
-        config = _text_config(skeleton)
-        limit, relative = position_limit(config)
-        vocabulary = getattr(config, "vocab_size", None)
+        limit, relative = position_limit(skeleton)
+        vocabulary = getattr(_text_config(skeleton), "vocab_size", None)
         if vocabulary is None:
             raise SurgeryError(f"{reference}: takes no tokens, which {task} is about; choose another --task")
         return Contender(

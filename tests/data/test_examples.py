@@ -10,20 +10,21 @@ import pytest
 import torch
 import transformers
 from support import tiny
+from tokenizers import processors
 
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.data.examples import (
+    Examples,
     Rows,
     calibration_examples,
     evaluation_examples,
     open_rows,
-    position_limit,
     prepare_subject,
     training_examples,
 )
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import Subject, measure
-from lrsurgery.data.text import IGNORED
+from lrsurgery.data.text import IGNORED, position_limit
 from lrsurgery.errors import DataError, RecipeError
 
 
@@ -174,17 +175,213 @@ def test_what_does_not_fit_the_model_is_named(gpt2: Subject, text: Path, tmp_pat
         open_rows(str(labelled), "sequence-classification", DataOptions(), streaming=True)
 
 
+@pytest.fixture(scope="module")
+def bos(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    """A model whose tokenizer begins a text with [CLS], as Llama's and Gemma's do with theirs."""
+    folder = tiny.save_gpt2(tmp_path_factory.mktemp("bos") / "gpt2")
+    tokenizer = tiny.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        "[CLS] $A", special_tokens=[("[CLS]", 2)]
+    )
+    tokenizer.bos_token = "[CLS]"
+    tokenizer.save_pretrained(folder)
+    return prepare_subject(resolve(str(folder)), DataOptions(), None)
+
+
+def loss_of(subject: Subject, examples: Examples) -> tuple[float, int]:
+    """Summed loss and scored tokens of all examples, in one padded batch."""
+    batch = examples.collate([examples.dataset[i] for i in range(len(examples.dataset))])
+    with torch.no_grad():
+        logits = subject.model(**{name: value for name, value in batch.items() if name != "labels"}).logits
+    sums = measure("causal-lm", logits, batch["labels"]).sum(0)
+    return float(sums[0]), int(sums[1])
+
+
+@pytest.mark.parametrize("stride", [None, 8], ids=["side by side", "sliding"])
+def test_each_window_begins_as_the_tokenizer_begins_a_text(bos: Subject, text: Path, stride: int | None) -> None:
+    """Against transformers' own loss on what its tokenizer makes of each window, one at a time."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(bos.source.folder)
+    tokens = tokenizer(text.read_text(encoding="utf-8"))["input_ids"]
+    assert tokens[0] == 2
+    begin, tokens = tokens[:1], tokens[1:]
+    rows = open_rows(str(text), "causal-lm", DataOptions())
+    examples = evaluation_examples(bos, rows, DataOptions(), stride=stride)
+    assert examples.dataset[0]["input_ids"].tolist() == begin + tokens[: tiny.BLOCK - 1]
+    assert examples.notes == (
+        f"{text}: 1 document, {len(tokens):,} tokens, BOS added, windows of {tiny.BLOCK} with stride {stride or 31}",
+    )
+    total, done, start = 0.0, 0, 0
+    while done < len(tokens):
+        window = tokens[start : start + tiny.BLOCK - 1]
+        labels = [IGNORED] * (1 + done - start) + window[done - start :]
+        with torch.no_grad():
+            out = bos.model(input_ids=torch.tensor([begin + window]), labels=torch.tensor([labels]))
+        total += float(out.loss) * (len(window) - (done - start))
+        done, start = start + len(window), start + (stride or tiny.BLOCK - 1)
+    assert loss_of(bos, examples) == (pytest.approx(total, rel=1e-4), len(tokens))
+
+
+def test_training_and_calibration_begin_as_evaluation_does(bos: Subject, text: Path) -> None:
+    rows = open_rows(str(text), "causal-lm", DataOptions())
+    trained = training_examples(bos, rows, DataOptions())
+    calibrated, _ = calibration_examples(bos, rows, DataOptions(), 4, seed=0)
+    measured = evaluation_examples(bos, rows, DataOptions())
+    for i in range(3):
+        assert torch.equal(trained.dataset[i]["input_ids"], measured.dataset[i]["input_ids"])
+        assert torch.equal(calibrated.dataset[i]["input_ids"], measured.dataset[i]["input_ids"])
+        assert trained.dataset[i]["labels"].tolist() == [IGNORED, *trained.dataset[i]["input_ids"].tolist()[1:]]
+    streamed = training_examples(
+        bos, open_rows(str(text), "causal-lm", DataOptions(), streaming=True), DataOptions(), streaming=True
+    )
+    assert next(iter(streamed.dataset))["input_ids"][0] == 2  # type: ignore[call-overload]
+    without = training_examples(bos, rows, DataOptions(bos="never"))
+    after = int(trained.dataset[1]["input_ids"][1])
+    assert without.dataset[0]["input_ids"].tolist() == [*trained.dataset[0]["input_ids"].tolist()[1:], after]
+    assert "no BOS added" in without.notes[0]
+
+
+def test_rows_of_tokens_keep_their_masks_and_labels(gpt2: Subject) -> None:
+    ids = [[7, 8, 9, 10, 11], [1, 1, 12, 13, 14], [15, 16, 17]]
+    masks = [[1] * 5, [0, 0, 1, 1, 1], [1, 1, 0]]
+    labels = [[IGNORED, IGNORED, 9, 10, 11], [IGNORED] * 3 + [13, 14], [IGNORED, 16, IGNORED]]
+    options = DataOptions()
+    for given in ({"attention_mask": masks, "labels": labels}, {"labels": labels}, {"attention_mask": masks}):
+        examples = evaluation_examples(gpt2, rows_of(input_ids=ids, **given), options)
+        total, count = 0.0, 0
+        for i, row in enumerate(ids):
+            mask = given["attention_mask"][i] if "attention_mask" in given else [1] * len(row)
+            own = [t if m else IGNORED for t, m in zip(row, mask, strict=True)]
+            target = torch.tensor([given["labels"][i] if "labels" in given else own])
+            with torch.no_grad():
+                out = gpt2.model(input_ids=torch.tensor([row]), attention_mask=torch.tensor([mask]), labels=target)
+            scored = int(target[:, 1:].ne(IGNORED).sum())
+            total, count = total + float(out.loss) * scored, count + scored
+        assert loss_of(gpt2, examples) == (pytest.approx(total, rel=1e-4), count)
+        assert "3 rows of tokens as they are" in examples.notes[0]
+    trained = training_examples(gpt2, rows_of(input_ids=ids, labels=labels), options)
+    assert trained.dataset[0]["labels"].tolist() == labels[0]
+    with pytest.raises(DataError, match="rows: row 0 has 40 tokens, the model takes 32; cut the rows, or --join them"):
+        evaluation_examples(gpt2, rows_of(input_ids=[[5] * 40], attention_mask=[[1] * 40]), options)
+
+
+def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
+    folder = tiny.save_bert(tmp_path / "bert", "BertForSequenceClassification", num_labels=2)
+    tokenizer = tiny.tokenizer(around=True)
+    tokenizer.add_tokens(["unheard", "of"])
+    tokenizer.save_pretrained(folder)
+    subject = prepare_subject(resolve(str(folder)), DataOptions(), None)
+    data = datasets.Dataset.from_dict({"text": ["raise it", "unheard"]})
+    with pytest.raises(DataError, match=f"rows: row 1 has token {tiny.VOCABULARY}, the model knows {tiny.VOCABULARY}"):
+        training_examples(subject, Rows(data, "rows", ("0", "1"), (0, 1)), DataOptions())
+    known = training_examples(subject, Rows(data.select([0]), "rows", ("0", "1"), (0,)), DataOptions())
+    assert len(known.dataset) == 1
+    masked = prepare_subject(resolve(str(tiny.save_bert(tmp_path / "m", "BertForMaskedLM"))), DataOptions(), None)
+    tokenizer.save_pretrained(tmp_path / "m")
+    ids = torch.arange(6, 316).repeat(60).tolist()
+    examples = evaluation_examples(masked, rows_of(input_ids=[ids]), DataOptions())
+    assert max(int(examples.dataset[i]["input_ids"].max()) for i in range(len(examples.dataset))) < tiny.VOCABULARY
+    tokenizer.mask_token = "of"
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(DataError, match="its tokenizer's mask token is 321, the model knows 320"):
+        evaluation_examples(masked, rows_of(input_ids=[ids]), DataOptions())
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": ["good", None]}, "rows: row 1 of column 'text' holds nothing, not text"),
+        ({"text": [12, 13]}, "rows: row 0 of column 'text' holds int, not text"),
+        ({"text": [["good", "film"]] * 2}, "rows: row 0 of column 'text' holds list, not text"),
+        ({"text": ["good", "bad"], "other": ["one", None]}, "rows: row 1 of column 'other' holds nothing, not text"),
+    ],
+    ids=["nothing", "numbers", "lists", "half a pair"],
+)
+def test_sentences_that_are_no_text_are_named(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
+    folder = tiny.save_bert(tmp_path / "bert", "BertForSequenceClassification", num_labels=2)
+    subject = prepare_subject(resolve(str(folder)), DataOptions(), None)
+    rows = Rows(datasets.Dataset.from_dict(columns), "rows", ("0", "1"), (0, 1))
+    with pytest.raises(DataError, match=message):
+        training_examples(subject, rows, DataOptions(text_column=",".join(columns)))
+
+
+def test_a_file_of_text_is_sentences_for_a_classifier(tmp_path: Path) -> None:
+    folder = tiny.save_bert(tmp_path / "bert", "BertForSequenceClassification", num_labels=2)
+    subject = prepare_subject(resolve(str(folder)), DataOptions(), None)
+    (tmp_path / "a.txt").write_text("raise it\n\nreturn a value\n")
+    rows = open_rows(str(tmp_path / "a.txt"), "sequence-classification", DataOptions(), labels=False)
+    examples, chosen = calibration_examples(subject, rows, DataOptions(), 8, seed=0)
+    assert chosen == [0, 1]
+    wanted = tiny.tokenizer(around=True)(["raise it", "return a value"])["input_ids"]
+    assert [examples.dataset[i]["input_ids"] for i in chosen] == wanted
+    assert examples.notes == (f"{tmp_path / 'a.txt'}: 2 sentences, cut to 32 tokens",)
+    with pytest.raises(RecipeError, match="bos never: is for running text"):
+        calibration_examples(subject, rows, DataOptions(bos="never"), 8, seed=0)
+
+
+def test_windows_are_2048_tokens_where_the_model_takes_more(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=131072,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    subject = prepare_subject(resolve(str(tmp_path)), DataOptions(), None)
+    rows = rows_of(input_ids=[[5] * 5000])
+    examples = evaluation_examples(subject, rows, DataOptions())
+    assert [len(examples.dataset[i]["input_ids"]) for i in range(len(examples.dataset))] == [2048, 2048, 904]
+    assert "windows of 2048 with stride 2048" in examples.notes[0]
+    assert evaluation_examples(subject, rows, DataOptions(block_size=5000)).size == 5000
+
+
 @pytest.mark.parametrize(
     ("config", "wanted"),
     [
         (transformers.GPT2Config(n_positions=64), (64, False)),
-        (transformers.RobertaConfig(max_position_embeddings=514), (512, False)),
-        (transformers.LlamaConfig(max_position_embeddings=128), (128, True)),
-        (transformers.BloomConfig(), (None, True)),
+        (transformers.BertConfig(max_position_embeddings=64), (64, False)),
+        (transformers.RobertaConfig(max_position_embeddings=66), (64, False)),
+        (transformers.RobertaConfig(max_position_embeddings=66, pad_token_id=0), (65, False)),
+        (transformers.CamembertConfig(max_position_embeddings=66), (64, False)),
+        (transformers.MPNetConfig(max_position_embeddings=66), (64, False)),
+        (transformers.LongformerConfig(max_position_embeddings=66, attention_window=8), (64, False)),
+        (
+            transformers.EsmConfig(vocab_size=99, max_position_embeddings=66, pad_token_id=1),
+            (64, False),
+        ),
+        (transformers.Data2VecTextConfig(max_position_embeddings=66), (64, False)),
+        (transformers.OPTConfig(max_position_embeddings=64), (64, False)),
     ],
-    ids=["learned positions", "positions after padding", "rotary positions", "no positions"],
+    ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_the_config_tells_how_long_a_sequence_may_be(
-    config: transformers.PreTrainedConfig, wanted: tuple[int | None, bool]
+def test_the_model_tells_how_long_a_sequence_may_be(
+    config: transformers.PreTrainedConfig, wanted: tuple[int, bool]
 ) -> None:
-    assert position_limit(config) == wanted
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "n_layer": 1}
+    for name, value in {**small, "word_embed_proj_dim": 16, "ffn_dim": 16, "n_embd": 16, "n_head": 2}.items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    model = transformers.AutoModel.from_config(config).eval()
+    limit, relative = position_limit(model)
+    assert (limit, relative) == wanted
+    assert limit is not None
+    with torch.no_grad():
+        model(input_ids=torch.full((1, limit), 5))
+        with pytest.raises((IndexError, RuntimeError)):  # one more has no position
+            model(input_ids=torch.full((1, limit + 1), 5))
+
+
+@pytest.mark.parametrize(
+    ("config", "wanted"),
+    [
+        (transformers.LlamaConfig(max_position_embeddings=131072), (131072, True)),
+        (transformers.BloomConfig(n_layer=1), (None, True)),
+    ],
+    ids=["rotary positions", "no positions"],
+)
+def test_relative_positions_have_no_end(config: transformers.PreTrainedConfig, wanted: tuple[int | None, bool]) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert position_limit(model) == wanted
