@@ -23,6 +23,9 @@ from lrsurgery.surgery.budget import Budget, Layer, allocate, cheapest
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all
 from lrsurgery.surgery.ranks import ParameterShare, break_even_rank
 
+# Least rank of a layer, as a share of its uniform rank, where nothing compares layers by the loss. Inputs alone compare
+# them worse than not at all (examples/guides/calibration.md), so no layer goes below its uniform rank then.
+LEAST = {"activations": 1.0, "none": 0.75}
 DENSE = "worth its parameters dense, within the budget"
 
 
@@ -86,7 +89,7 @@ def apply_budget(
 
     `values` are singular values by layer, with statistics those in its metric. The loss of a rank is the predicted
     increase of the loss if the statistics have gradients, else the share of the layer's squared norm (in its metric, if
-    there is one).
+    there is one). Such shares say little about the loss, so ranks then stay near or above the uniform ones (`LEAST`).
 
     Raises BudgetError that gives the smallest feasible budget.
     """
@@ -104,6 +107,9 @@ def apply_budget(
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
     share = max(1e-9, min(1.0, (asked - rest) / whole))
     layers = [_make_layer(budget, row, *costs[row.name], values[row.name], statistics, share) for row in rows]
+    if statistics is None or not statistics.has_gradients:
+        least_share = LEAST["none" if statistics is None else "activations"]
+        layers = _keep_near_uniform(layers, share, budget.multiple_of, least_share, asked - rest)
     least = rest + cheapest(layers)
     if asked < least:
         smallest = f"bytes:{least}" if budget.kind == "bytes" else f"{_round_up(least / (rest + whole)):g}"
@@ -118,6 +124,20 @@ def apply_budget(
         else:
             decided[row.name] = replace(row, rank=rank)
     return plan.with_rows(decided)
+
+
+def _keep_near_uniform(layers: list[Layer], share: float, step: int, least: float, limit: float) -> list[Layer]:
+    """Drop ranks below `least` of the uniform one, which keeps `share` of the layer's cost; below less if need be."""
+
+    def bounded(layer: Layer, part: float) -> Layer:
+        lowest = int(part * share * layer.dense_cost / max(1, layer.rank_cost)) // step * step
+        return replace(layer, ranks=[rank for rank in layer.ranks if rank >= lowest] or layer.ranks)
+
+    for part in (1.0, 0.95, 0.9, 0.75, 0.5, 0.25):
+        near = [bounded(layer, part) for layer in layers]
+        if part <= least and cheapest(near) <= limit:
+            return near
+    return layers
 
 
 def _round_up(share: float) -> float:

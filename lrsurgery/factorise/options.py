@@ -177,6 +177,12 @@ class FactoriseOptions:
 
 def choose_calibration(source: Source, options: FactoriseOptions) -> tuple[FactoriseOptions, str | None]:
     """Calibrate a budget over a language model without data on the built-in text; and a note on what goes without."""
+    if options.calibration is not None and options.surgery.budget is not None:
+        note = (
+            "a budget by activations: inputs alone do not say on which layers the loss depends, so none goes below the"
+            " rank that keeps the same share of every layer; --importance fisher compares them by the loss"
+        )
+        return options, note if options.calibration.importance == "activations" else None
     if options.calibration is not None or not options.can_calibrate:
         return options, None
     if options.surgery.budget is None:
@@ -192,8 +198,8 @@ def choose_calibration(source: Source, options: FactoriseOptions) -> tuple[Facto
         )
         return replace(options, calibration=Calibration(data=texts.NAME)), note
     note = (
-        "a budget without data: layers compare by the relative energy of their weights; --calibration DATA compares"
-        " them by the loss"
+        "a budget without data: layers compare by the relative energy of their weights, and none goes below 3/4 of the"
+        " rank that keeps the same share of every layer; --calibration DATA compares them by the loss"
     )
     return options, note
 

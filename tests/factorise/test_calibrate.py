@@ -159,7 +159,7 @@ def test_in_memory_and_from_folder_to_folder_are_one(place: Path) -> None:
 
 
 def test_without_calibration_a_budget_goes_by_relative_energy(place: Path, tmp_path: Path) -> None:
-    """Compared with every pair of ranks of the two layers that are left in."""
+    """Compared with every pair of ranks, of at least 3/4 of the uniform ones, of the two layers that are left in."""
     model = nn.Sequential(nn.Linear(10, 6), nn.Linear(6, 14))
     values = [torch.linalg.svdvals(layer.weight.detach()).double().square() for layer in model]
     tails = [[float(v[r:].sum() / v.sum()) for r in range(len(v) + 1)] for v in values]
@@ -169,7 +169,11 @@ def test_without_calibration_a_budget_goes_by_relative_energy(place: Path, tmp_p
         for (dense, rank), tail in zip(costs, tails, strict=True)
     ]
     for share in (0.4, 0.6, 0.8, 0.95):
-        best = min(a[1] + b[1] for a in options[0] for b in options[1] if a[0] + b[0] <= share * 144)
+        near = [
+            [option for option in each if option[0] >= int(0.75 * share * dense / rank) * rank]
+            for each, (dense, rank) in zip(options, costs, strict=True)
+        ]
+        best = min(a[1] + b[1] for a in near[0] for b in near[1] if a[0] + b[0] <= share * 144)
         low = copy.deepcopy(model)
         lrsurgery.factorise_(low, budget=share)
         lost = kept = 0.0
@@ -179,6 +183,24 @@ def test_without_calibration_a_budget_goes_by_relative_energy(place: Path, tmp_p
             kept += costs[i][0] if rank is None else rank * costs[i][1]
         assert kept <= share * 144
         assert lost == pytest.approx(best, abs=1e-6)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.5, 0.8])
+def test_by_activations_no_layer_goes_below_its_uniform_rank(share: float) -> None:
+    """However unlike their spectra: so the budget is never worse than the same share of every layer."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(4)))
+    for i, layer in enumerate(model):  # the first layer has nearly rank 1, the last one a flat spectrum
+        u, _, v = torch.linalg.svd(layer.weight.detach())
+        layer.weight.data = u * torch.exp(-torch.arange(32) * (1.0 - 0.3 * i)) @ v  # type: ignore[operator]
+    statistics = lrsurgery.collect_statistics(model, [torch.randn(200, 32)], importance="activations")
+    low, uniform = copy.deepcopy(model), copy.deepcopy(model)
+    lrsurgery.factorise_(low, budget=share, statistics=statistics)
+    lrsurgery.factorise_(uniform, rank=f"params:{share}", statistics=statistics)
+    ranks = {name: layer.rank for name, layer in factorised_layers(low).items()}
+    for name, layer in factorised_layers(uniform).items():
+        assert ranks.get(name, 32) >= layer.rank
+    assert sum(p.numel() for layer in low for p in layer.parameters() if p.ndim > 1) <= share * 4 * 32 * 32
 
 
 @pytest.mark.process
@@ -546,6 +568,7 @@ def test_a_budget_over_a_language_model_takes_the_text_that_comes_with_the_packa
         told = capsys.readouterr().err
         assert ("calibrated on the built-in text" in told) == (name == "not asked")
         assert ("by the relative energy of their weights" in told) == (name == "declined")
+        assert "a budget by activations" not in told
         assert ("tokens) of the built-in text; " in told) == (name != "declined")
     asked, other = tensors_of(tmp_path / "asked"), tensors_of(tmp_path / "not asked")
     assert asked.keys() == other.keys()
