@@ -213,6 +213,7 @@ def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lin
     from datasets.data_files import DataFilesList
 
     options: dict[str, str | bool | None] = {}
+    classes: list[str] = []
     kinds = {format_of(file) for file in files if not _is_image(file)}
     if root is not None and any(map(_is_image, files)):
         kind, metadata = "imagefolder", [f for f in files if f.stem == "metadata" and not _is_image(f)]
@@ -220,6 +221,9 @@ def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lin
         depths = {len(file.relative_to(root).parts) for file in files}
         # classes are the names of folders, where all images lie in one
         options["drop_labels"] = None if metadata else len(depths) > 1 or depths == {1}
+        if options["drop_labels"] is False:
+            classes = _classes_above(files, root)
+            options["drop_labels"] = bool(classes)
         digest = digest_files(metadata, reference)
     elif len(kinds) > 1:
         held = ", ".join(sorted(str(k) for k in kinds))
@@ -242,7 +246,17 @@ def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lin
     listed = DataFilesList([_plain(file) for file in files], [(digest,)])
     split = name if re.fullmatch(r"\w+(\.\w+)*", name) and name != ALL else WHOLE
     rows = datasets.load_dataset(kind, data_files={split: listed}, split=split, streaming=streaming, **options)
+    if classes:
+        label = datasets.ClassLabel(names=sorted(set(classes)))
+        return rows.add_column("label", label.str2int(classes), feature=label)
     return rows.filter(_is_written, input_columns="text") if kind == "text" and lines else rows
+
+
+def _classes_above(files: Sequence[Path], root: Path) -> list[str]:
+    """Name each image's class by its top folder if the folders of several share a name (CLASS/images); else nothing."""
+    parts = [file.relative_to(root).parts[:-1] for file in files]
+    parts = [p[1:] if len(p) > 1 and _split_of(p[0]) else p for p in parts]  # of --split all
+    return [p[0] for p in parts] if len(set(parts)) > len({p[-1] for p in parts}) else []
 
 
 def _plain(file: Path) -> str:

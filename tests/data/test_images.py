@@ -19,6 +19,7 @@ from transformers.image_utils import load_image
 
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.source import resolve
+from lrsurgery.data.datasets import open_data
 from lrsurgery.data.images import Augmented, Images, Preprocessing, stack
 from lrsurgery.errors import DataError, RecipeError
 
@@ -418,3 +419,20 @@ def test_images_of_several_sizes_are_no_batch(tmp_path: Path) -> None:
     assert stack([data[0]])["pixel_values"].shape == (1, 3, 32, 64)
     with pytest.raises(DataError, match=r"several sizes \(\(3, 32, 64\), \(3, 64, 32\)\).*--batch-size 1"):
         stack([data[0], data[1]])
+
+
+@pytest.mark.parametrize("between", ["", "images"], ids=["in the class's folder", "in a folder of it"])
+@pytest.mark.parametrize("split", ["train", "all"])
+def test_the_class_of_an_image_is_its_folder(tmp_path: Path, between: str, split: str) -> None:
+    """Tiny-ImageNet's images lie in CLASS/images."""
+    for part in ("train", "val"):
+        for name in ("n01", "n02"):
+            (tmp_path / part / name / between).mkdir(parents=True)
+            for i in range(2):
+                picture(16, 16).save(tmp_path / part / name / between / f"{i}.JPEG")
+    rows = open_data(str(tmp_path), split=split)
+    names = rows.features["label"].names
+    assert names == ["n01", "n02"]
+    assert len(rows) == (8 if split == "all" else 4)
+    files = [Path(row["path"]) for row in rows.cast_column("image", datasets.Image(decode=False))["image"]]
+    assert [names[label] for label in rows["label"]] == [file.relative_to(tmp_path).parts[1] for file in files]
