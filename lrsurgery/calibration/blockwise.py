@@ -65,14 +65,16 @@ def visit_blocks(
     for name in blocks:
         if (block := model.get_submodule(name)) not in modules.values():
             modules[name] = block
+    # what replaces a block everywhere finds it in `modules` too, through the block's own call; not in here
+    stopped = dict(modules)
     order = {name: i for i, name in enumerate(modules)}
     batches = [_Batch(i, call) for i, call in enumerate(calls)]
 
     def renew(name: str) -> None:
         """Make the batches call the module that has replaced a block."""
-        if (new := model.get_submodule(name)) is not modules[name]:
-            del modules[name].__dict__["_call_impl"]
-            modules[name] = new
+        if (new := model.get_submodule(name)) is not stopped[name]:
+            del stopped[name].__dict__["_call_impl"]
+            modules[name] = stopped[name] = new
             _stop_at(modules, name)
 
     try:
@@ -92,7 +94,7 @@ def visit_blocks(
             for batch in batches:
                 batch.end()
         finally:
-            for block in modules.values():
+            for block in stopped.values():
                 block.__dict__.pop("_call_impl", None)
 
 

@@ -531,7 +531,8 @@ def test_what_is_seen_is_said(place: Path, tmp_path: Path, capsys: pytest.Captur
         told = capsys.readouterr().err
         count = min(asked, whole)
         assert f"calibration: {count:,} sequences of 32 tokens ({count * 32:,} tokens) of {data}; " in told
-        assert ("; all that it has, 100,000 were asked for; about " in told) == (asked > whole)
+        assert ("; all that it has, 100,000 were asked for; " in told) == (asked > whole)
+        assert "; about a second\n" in told
 
 
 def test_the_temperature_decides_and_is_recorded(place: Path, tmp_path: Path) -> None:
