@@ -164,6 +164,7 @@ def finetune(
         settings["set"] = dict(map(_key_value, settings["set"]))  # type: ignore[call-overload]
     screen = make_screen(quiet, as_json)
     from lrsurgery.cli.console import quality_table
+    from lrsurgery.report.runs import untrained_dense
     from lrsurgery.training import finetune as training
 
     with screen.follow("train") as listener:
@@ -179,6 +180,8 @@ def finetune(
         )
     screen.emit(outcome.to_dict())
     screen.show("", quality_table(_stage_rows(outcome)))
+    if (flattered := untrained_dense(outcome.stages, outcome.report.options.get("dense_steps", 0))) is not None:
+        screen.say(f"Note: {flattered}")
     for note in outcome.report.notes:
         screen.say(f"Note: {note}")
     screen.say(f"Written to {outcome.output}")
@@ -242,8 +245,10 @@ def evaluate(
 
 
 def _stage_rows(outcome: Outcome) -> list[tuple[str, int | None, int | None, dict[str, float]]]:
+    from lrsurgery.report.runs import DENSE_TRAINED
+
     report = outcome.report
-    sizes = {"dense": report.parameters_before}
+    sizes = {"dense": report.parameters_before, DENSE_TRAINED: report.parameters_before}
     return [(name, sizes.get(name, report.parameters_after), None, values) for name, values in outcome.stages.items()]
 
 

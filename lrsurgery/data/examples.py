@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -24,9 +24,10 @@ from lrsurgery.data.datasets import (
     pick_column,
 )
 from lrsurgery.data.images import Images, Preprocessing, stack
-from lrsurgery.data.labels import class_names, match_labels, read_labels
+from lrsurgery.data.labels import Labels, read_column, read_label_map, rename
 from lrsurgery.data.options import DataOptions
-from lrsurgery.data.tasks import TASKS, Subject, is_for, load_subject, task_of
+from lrsurgery.data.scores import Targets, new_head_for, placeholder, problem_of, targets_of
+from lrsurgery.data.tasks import SINGLE, TASKS, Subject, class_names, head_size, load_subject, task_of, with_problem
 from lrsurgery.data.text import (
     TOKENS,
     Collator,
@@ -44,6 +45,7 @@ from lrsurgery.data.text import (
     check_texts,
     check_tokens,
     encode,
+    finds_last_token,
     load_tokenizer,
     pad_tokens,
     position_limit,
@@ -69,12 +71,11 @@ class ExampleSet(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """A dataset as it was opened: its rows, what the user called it, and the classes in it."""
+    """A dataset as it was opened: its rows, what the user called it, and the labels in it."""
 
     rows: Table
     reference: str
-    classes: tuple[str, ...] = ()  # names
-    labels: tuple[int, ...] = ()  # the class of each row
+    labels: Labels | None = None  # None where the task has none, or nobody reads them
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def open_rows(
     streaming: bool = False,
     prefer: Sequence[str] = TRAIN_SPLITS,
 ) -> Rows:
-    """Open a dataset and, where the task has classes and `labels` asks for them, read them. Raises DataError."""
+    """Open a dataset and, where the task has labels and `labels` asks for them, read them. Raises DataError."""
     lines = not TASKS[task].is_language  # a file of text is sentences then, and not a document
     rows = open_data(reference, subset=options.subset, split=split, streaming=streaming, prefer=prefer, lines=lines)
     if TASKS[task].is_language or not labels:
@@ -106,8 +107,10 @@ def open_rows(
     if streaming:
         raise DataError(f"{reference}: streaming is for text; labels have to be known beforehand")
     column = pick_column(rows, options.label_column, LABEL_COLUMNS, "label", reference)
-    names, classes = read_labels(rows, column, reference)
-    return Rows(rows, reference, tuple(names), tuple(classes))
+    found = read_column(rows, column, reference)
+    if options.label_map is not None:
+        found = rename(found, read_label_map(options.label_map), options.label_map)
+    return Rows(rows, reference, found)
 
 
 def prepare_subject(
@@ -119,17 +122,39 @@ def prepare_subject(
     from_scratch_seed: int | None = None,
     trust_remote_code: bool = False,
 ) -> Subject:
-    """Load the model, under a head for the classes of `rows` if the head is new or asked for. Raises SurgeryError."""
+    """Load the model; with `new_head` or from scratch, under a head for the labels of `rows`.
+
+    A head that the checkpoint lacks is made only with `new_head`. Raises SurgeryError.
+    """
     name = options.task or task_of(source)
     task = TASKS[name]
-    other_head = new_head or from_scratch_seed is not None or not (task.is_language or is_for(source, name))
-    classes = rows.classes if rows is not None and rows.classes and other_head else None
+    labels = rows.labels if rows is not None else None
+    problem, classes = None, None
+    if rows is not None and labels is not None:
+        # training from scratch keeps a head for regression as it is: its labels do not name what it predicts
+        fresh = new_head or (from_scratch_seed is not None and not _predicts_numbers(source))
+        problem, classes = new_head_for(labels) if fresh else (None, None)
+        if problem == SINGLE and classes is not None and len(classes) < 2:
+            raise DataError(f"{rows.reference}: has one class, {classes}; a head for classes needs two at least")
     subject = load_subject(
-        source, name, from_scratch_seed=from_scratch_seed, classes=classes, trust_remote_code=trust_remote_code
+        source,
+        name,
+        from_scratch_seed=from_scratch_seed,
+        classes=classes,
+        new_head=new_head,
+        trust_remote_code=trust_remote_code,
     )
+    if not task.is_language:
+        own = problem or (subject.config.problem_type if source.library == "transformers" else None)
+        subject = with_problem(subject, problem_of(own, head_size(subject), labels))
     if options.image_size is not None and task.takes_images:
         subject = _with_image_size(subject, options.image_size, trust_remote_code)
     return subject
+
+
+def _predicts_numbers(source: Source) -> bool:
+    named = source.config.get("id2label")
+    return source.config.get("problem_type") == "regression" or (isinstance(named, dict) and len(named) == 1)
 
 
 def _with_image_size(subject: Subject, size: int, trust_remote_code: bool) -> Subject:
@@ -158,9 +183,8 @@ def training_examples(
     task = TASKS[subject.task]
     if not task.is_language:
         options = dataclasses.replace(options, test_size=False)  # that is for measuring
-        return _labelled(
-            subject, rows, options, _match_labels(subject, rows), seed if augment else None, trust_remote_code
-        )
+        targets = _targets(subject, rows)
+        return _labelled(subject, rows, options, targets, trust_remote_code, augment_seed=seed if augment else None)
     tokenizer, cut = _text(subject, options, trust_remote_code)
     pad = pad_tokens(tokenizer.pad_token_id or 0)
     # a stream has no room for masks: rows of tokens are joined without what their masks hide
@@ -190,7 +214,7 @@ def evaluation_examples(
     """Make examples to measure on: each token, sentence or image of the set once. Raises DataError."""
     task = TASKS[subject.task]
     if not task.is_language:
-        return _labelled(subject, rows, options, _match_labels(subject, rows), None, trust_remote_code)
+        return _labelled(subject, rows, options, _targets(subject, rows), trust_remote_code, padded=False)
     tokenizer, cut = _text(subject, options, trust_remote_code)
     pad = pad_tokens(tokenizer.pad_token_id or 0)
     encoded = encode(rows.rows, tokenizer, options.text_column, rows.reference, frame=cut.frame, join=options.join)
@@ -219,7 +243,8 @@ def calibration_examples(
     if is_language:
         examples = training_examples(subject, rows, options, seed=seed, trust_remote_code=trust_remote_code)
     else:
-        examples = _labelled(subject, rows, options, [0] * len(rows.rows), None, trust_remote_code)
+        unread = Targets(None, [placeholder(subject)] * len(rows.rows))
+        examples = _labelled(subject, rows, options, unread, trust_remote_code)
     order = torch.randperm(len(examples.dataset), generator=torch.Generator().manual_seed(seed))
     return examples, sorted(order[:samples].tolist())
 
@@ -289,20 +314,24 @@ def _sequence_size(subject: Subject, asked: int | None) -> int:
     return asked
 
 
-def _match_labels(subject: Subject, rows: Rows) -> list[int]:
-    return match_labels(list(rows.classes), list(rows.labels), class_names(subject), rows.reference)
+def _targets(subject: Subject, rows: Rows) -> Targets:
+    assert rows.labels is not None
+    return targets_of(rows.labels, subject.problem, class_names(subject), rows.reference)
 
 
 def _labelled(
     subject: Subject,
     rows: Rows,
     options: DataOptions,
-    labels: list[int],
-    augment_seed: int | None,
+    targets: Targets,
     trust_remote_code: bool,
+    *,
+    augment_seed: int | None = None,
+    padded: bool = True,
 ) -> Examples:
-    """Images or sentences with a class each."""
+    """Images or sentences with a label each. `padded` says that the model will see the padding of sentences."""
     task = TASKS[subject.task]
+    table = rows.rows if targets.rows is None else rows.rows.select(targets.rows)
     if task.takes_images:
         column = pick_column(rows.rows, options.image_column, IMAGE_COLUMNS, "image", rows.reference)
         how = Preprocessing.of(
@@ -312,30 +341,27 @@ def _labelled(
             test_size=options.test_size,
             trust_remote_code=trust_remote_code,
         )
-        images = Images(rows.rows, column, labels, how, rows.reference, augment_seed)
-        return Examples(images, stack, task.unit, 1, (how.note, *images.notes))
-    return _sentences(subject, rows, options, labels, trust_remote_code)
+        images = Images(table, column, targets.labels, how, rows.reference, augment_seed)
+        return Examples(images, stack, task.unit, 1, (how.note, *images.notes, *targets.notes))
+    return _sentences(subject, dataclasses.replace(rows, rows=table), options, targets, trust_remote_code, padded)
 
 
 def _sentences(
-    subject: Subject, rows: Rows, options: DataOptions, labels: Sequence[Any], trust_remote_code: bool
+    subject: Subject, rows: Rows, options: DataOptions, targets: Targets, trust_remote_code: bool, padded: bool
 ) -> Examples:
     """Sentences, pairs of them, or rows of tokens, with what their labels say."""
-    from transformers import DataCollatorWithPadding
-
     if options.bos != "auto":
         raise RecipeError(f"bos {options.bos}: is for running text; sentences have the tokens that the tokenizer adds")
-    task, config = TASKS[subject.task], subject.config
+    task = TASKS[subject.task]
     tokenizer = load_tokenizer(subject.source, trust_remote_code)
-    if task.needs_padding and config.pad_token_id is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    pad = DataCollatorWithPadding(tokenizer)
+    pad, notes = _sentence_padding(subject, tokenizer, padded)
     names = column_names(rows.rows)
     if options.text_column is None and "input_ids" in names and not set(TEXT_COLUMNS) & set(names):
         kept = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in names]
         encoded = check_tokens(rows.rows.select_columns(kept), Frame(), rows.reference, False)
-        tokens = TokenRows(encoded, rows.reference, _limits(subject), labels=labels)
-        return Examples(tokens, pad, task.unit, 1, (f"{_name(rows)}: {len(tokens):,} rows of tokens as they are",))
+        tokens = TokenRows(encoded, rows.reference, _limits(subject), labels=targets.labels)
+        about = f"{_name(rows)}: {len(tokens):,} rows of tokens as they are"
+        return Examples(tokens, pad, task.unit, 1, (about, *targets.notes, *notes))
     asked = options.text_column.split(",") if options.text_column else [None]
     columns = [pick_column(rows.rows, c, TEXT_COLUMNS, "text", rows.reference) for c in asked]
     for column in columns:
@@ -344,12 +370,40 @@ def _sentences(
     size = (
         _sequence_size(subject, options.block_size) if options.block_size else min(longest, tokenizer.model_max_length)
     )
-    sentences = Sentences(rows.rows, columns, labels, tokenizer, size)
+    sentences = Sentences(rows.rows, columns, targets.labels, tokenizer, size)
     if max(tokenizer.get_vocab().values()) >= known:  # then the data decides
         check_known([sentences[i]["input_ids"] for i in range(len(sentences))], known, rows.reference)
     what = f"{len(sentences):,} {'pairs of sentences' if len(columns) > 1 else 'sentences'}"
     about = f"{_name(rows)}: {what}, {'whole' if size >= LONGEST else f'cut to {size:,} tokens'}"
-    return Examples(sentences, pad, task.unit, 1, (about,))
+    return Examples(sentences, pad, task.unit, 1, (about, *targets.notes, *notes))
+
+
+def _sentence_padding(
+    subject: Subject, tokenizer: PreTrainedTokenizerBase, padded: bool
+) -> tuple[Collator, tuple[str, ...]]:
+    """A collator that pads sentences, and notes about the token. Raises DataError without one if the model needs it.
+
+    Padding stands on the right, so that absolute positions are those without it; models with relative ones keep their
+    tokenizer's side. A batch that is not `padded` for the model is cut back before it gets there.
+    """
+    from transformers import DataCollatorWithPadding
+
+    reference, notes = subject.source.reference, []
+    _, relative = position_limit(subject.body)
+    if not padded or not relative:
+        tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None and padded:
+        raise DataError(f"{reference}: its tokenizer has no token to pad with; set pad_token in tokenizer_config.json")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0)
+    elif padded and finds_last_token(subject.body):
+        # the head takes the last token that is not config.pad_token_id
+        config, token = subject.config.get_text_config(), tokenizer.pad_token_id
+        if config.pad_token_id not in (None, token):
+            old = config.pad_token_id
+            notes = [f"{reference}: pad_token_id {old} of the config is not the tokenizer's {token}, which is taken"]
+        config.pad_token_id = token
+    return DataCollatorWithPadding(tokenizer), tuple(notes)
 
 
 def _stack() -> Collator:

@@ -76,7 +76,10 @@ class DataOptions:
     text_column: str | None = setting(
         None, "Column of the text; for sentence pairs two, with a comma between.", panel=DATA
     )
-    label_column: str | None = setting(None, "Column of the class.", panel=DATA)
+    label_column: str | None = setting(None, "Column of the class, the classes or the number.", panel=DATA)
+    label_map: str | None = setting(
+        None, "JSON or CSV file: class of the data, class of the model.", panel=DATA, metavar="FILE"
+    )
     image_column: str | None = setting(None, "Column of the image.", panel=DATA)
     block_size: int | None = setting(
         None, "Tokens of a sequence; the model's maximum by default, 2,048 at most.", panel=DATA, least=2

@@ -6,7 +6,6 @@ To add a task: a `Task` in `TASKS`, its name in `data/options.py`, and its examp
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +13,22 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model, load_timm, load_with_head
 from lrsurgery.checkpoints.source import Source
-from lrsurgery.data.text import IGNORED
 from lrsurgery.errors import RecipeError, SourceError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+# problems that a head solves, by transformers' names: one class of several, any number of classes, numbers
+SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+
+
+class MissingHeadError(RecipeError):
+    """A checkpoint without the head of the task."""
 
 
 def _next_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,7 +58,7 @@ class Task:
     generates: bool = False  # decodes token by token
     masks: bool = False  # hides the tokens that it predicts
     takes_images: bool = False
-    needs_padding: bool = False  # the head finds the last token by the padding token in the config
+    needs_padding: bool = False  # the head may find the last token by the padding token in the config
 
 
 CAUSAL_LM = Task(
@@ -131,12 +136,20 @@ class ImageClassifier(nn.Module):
     def __init__(self, body: nn.Module) -> None:
         super().__init__()
         self.body = body
+        self.problem = SINGLE
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
         logits = self.body(pixel_values)
         if labels is None:
             return {"logits": logits}
-        return {"loss": cross_entropy(logits.float(), labels), "logits": logits}
+        return {"loss": self._loss(logits.float(), labels), "logits": logits}
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.problem == REGRESSION:
+            return mse_loss(logits.reshape(-1), labels.float().reshape(-1))
+        if self.problem == MULTI:
+            return binary_cross_entropy_with_logits(logits, labels.float())
+        return cross_entropy(logits, labels)
 
     def gradient_checkpointing_enable(self, **_: object) -> None:
         if not hasattr(self.body, "set_grad_checkpointing"):
@@ -156,6 +169,7 @@ class Subject:
     model: nn.Module  # in fp32; a timm module is wrapped in ImageClassifier
     stored: torch.dtype  # of the checkpoint's weights
     notes: tuple[str, ...] = ()
+    problem: str = SINGLE  # of a head for classification or regression
 
     @property
     def body(self) -> nn.Module:
@@ -178,14 +192,18 @@ def load_subject(
     *,
     from_scratch_seed: int | None = None,
     classes: Sequence[str] | None = None,
+    new_head: bool = False,
     trust_remote_code: bool = False,
 ) -> Subject:
     """Load the model in fp32 and eval mode; with `classes`, under a new head for them.
 
-    Raises SourceError, also for weights that are not finite; RecipeError for a task that the library has no head for.
+    A head that the checkpoint lacks is made, untrained, only with `new_head` or `classes`.
+
+    Raises SourceError, also for weights that are not finite; RecipeError for a task that the library has no head for,
+    MissingHeadError for a checkpoint without one.
     """
     _stored_dtype(source)  # reads the headers: a damaged file is named here, before any library's loader meets it
-    subject = _load(source, task, from_scratch_seed, classes, trust_remote_code)
+    subject = _load(source, task, from_scratch_seed, classes, new_head or classes is not None, trust_remote_code)
     for name, parameter in subject.body.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise SourceError(f"{source.reference}: {name} holds NaN or Inf; repair the checkpoint first")
@@ -193,12 +211,17 @@ def load_subject(
 
 
 def _load(
-    source: Source, task: str, from_scratch_seed: int | None, classes: Sequence[str] | None, trust_remote_code: bool
+    source: Source,
+    task: str,
+    from_scratch_seed: int | None,
+    classes: Sequence[str] | None,
+    new_head: bool,
+    trust_remote_code: bool,
 ) -> Subject:
     if source.library == "timm":
         if task != TIMM.name:
             raise RecipeError(f"task {task}: timm models are for {TIMM.name}")
-        return _load_timm(source, from_scratch_seed, classes)
+        return _load_timm(source, from_scratch_seed, classes, new_head)
     own = is_for(source, task)
     notes: tuple[str, ...] = ()
     if from_scratch_seed is not None:
@@ -214,6 +237,8 @@ def _load(
             trust_remote_code=trust_remote_code,
             dtype=torch.float32,
         )
+        if new and not new_head:
+            raise MissingHeadError(_no_head(source, task, new))
         if new:
             notes = (f"new and untrained: {', '.join(new)}",)
     return Subject(source, task, model, _stored_dtype(source), notes)
@@ -248,12 +273,19 @@ def _initialise(
     return model.float().eval()
 
 
-def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None) -> Subject:
+def _no_head(source: Source, task: str, new: Sequence[str]) -> str:
+    parts = f"{new[0]}{f' and {len(new) - 1} more' if len(new) > 1 else ''} would be random"
+    return f"{source.reference}: has no head for {task}: {parts}; `lrsurgery finetune --new-head` makes and trains one"
+
+
+def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None, new_head: bool) -> Subject:
     if seed is not None:
         torch.manual_seed(seed)
         body = build_model(source, device="cpu").float()
     else:
         body = load_timm(source, torch.float32)
+        if not new_head and getattr(body, "num_classes", None) == 0:
+            raise MissingHeadError(_no_head(source, TIMM.name, ["the classifier"]))
     if classes is not None:
         body.reset_classifier(len(classes))  # type: ignore[operator]
         pretrained = {**source.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
@@ -262,43 +294,34 @@ def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None) 
     return Subject(source, TIMM.name, ImageClassifier(body).eval(), _stored_dtype(source))
 
 
-def measure(task: str, logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over each example, in fp64 (batch, 4): negative log likelihood, positions scored, top-1 and top-5 hits."""
-    logits, labels = TASKS[task].align(logits, labels)
-    counted = labels.ne(IGNORED)
-    nll = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
-    top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
-    hits = top.eq(labels.unsqueeze(-1)) & counted.unsqueeze(-1)
-    columns = (nll * counted, counted, hits[..., 0], hits.any(-1))
-    return torch.stack([column.double().sum(-1) for column in columns], dim=-1)
+def class_names(subject: Subject) -> list[str]:
+    """Name the classes of the model's head as its config does; by numbers where it has no names."""
+    count = head_size(subject)
+    if subject.source.library == "transformers":
+        names = subject.config.id2label
+        return [names.get(i, str(i)) for i in range(count)]
+    names = subject.source.pretrained_cfg.get("label_names") or subject.source.config.get("label_names")
+    return list(names) if names and len(names) == count else [str(i) for i in range(count)]
 
 
-def summarise(task: str, sums: Tensor) -> dict[str, float]:
-    """Compute the task's figures over a whole set from the rows (examples, 4) of `measure`."""
-    nll, count, top1, top5 = (float(value) for value in sums.double().sum(0))
-    if not count:
-        return {}
-    loss = nll / count
-    values = {
-        "loss": loss,
-        "scored": count,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,  # exp overflows beyond about 709 nats a token
-        "top1": top1 / count,
-        "top5": top5 / count,
-    }
-    return {name: values[name] for name in TASKS[task].figures}
+def head_size(subject: Subject) -> int:
+    """Count the outputs of the model's head for classes or numbers."""
+    if subject.source.library == "timm":
+        return int(getattr(subject.body, "num_classes", 0))
+    return int(subject.config.num_labels)
 
 
-def distillation(task: str, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> tuple[Tensor, int]:
-    """Sum T^2 KL(teacher || student) at temperature T over the scored positions, and count these.
+def count_logits(subject: Subject) -> int:
+    """Count the logits of one prediction: classes, or tokens of the vocabulary."""
+    if not TASKS[subject.task].is_language:
+        return head_size(subject)
+    return int(subject.config.get_text_config().vocab_size)
 
-    Source: Hinton et al. 2015 (arXiv 1503.02531).
-    """
-    align = TASKS[task].align
-    student, answers = align(student, labels)
-    teacher, _ = align(teacher, labels)
-    counted = answers.ne(IGNORED)
-    ours = log_softmax(student[counted].float() / temperature, dim=-1)
-    theirs = log_softmax(teacher[counted].float() / temperature, dim=-1)
-    total = kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
-    return total, int(counted.sum())
+
+def with_problem(subject: Subject, problem: str) -> Subject:
+    """Tell the model, whose own loss goes by it, which problem its head solves."""
+    if isinstance(subject.model, ImageClassifier):
+        subject.model.problem = problem
+    else:
+        subject.config.problem_type = problem
+    return dataclasses.replace(subject, problem=problem)

@@ -6,6 +6,7 @@ The file is long: it holds all of the way from rows of text to what a language m
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -521,3 +522,36 @@ def position_limit(model: nn.Module) -> tuple[int | None, bool]:
             break
     rotary = getattr(config, "rope_parameters", None) or getattr(config, "position_embedding_type", None) == "rotary"
     return limit, limit is None or bool(rotary)
+
+
+def without_padding(inputs: Batch, model: torch.nn.Module) -> Iterator[tuple[torch.Tensor, Batch]]:
+    """Split a batch that is padded on the right into parts of examples of one length: their places, and their inputs.
+
+    So no figure depends on padding: not on its side, not on its token, not on layers that ignore the mask. Batches
+    without padding stay whole, except for a head that finds the last token and has no padding token to go by.
+    """
+    mask = inputs.get("attention_mask")
+    config = getattr(model, "config", None)
+    everything = torch.arange(len(next(iter(inputs.values()))))
+    if mask is None or mask.ndim != 2 or config is None:
+        yield everything, inputs
+        return
+    alone = config.get_text_config().pad_token_id is None and finds_last_token(model)
+    lengths = mask.sum(-1)
+    prefix = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+    if not bool((mask.bool() == prefix).all()):  # the examples' own masks, and no padding of ours
+        yield everything, inputs
+        return
+    for length in sorted(set(lengths.tolist())):
+        places = (lengths == length).nonzero()[:, 0]
+        for chosen in places.split(1) if alone else (places,):
+            part = {
+                name: (v[chosen, :length] if v.ndim > 1 and v.shape[1] == mask.shape[1] else v[chosen])
+                for name, v in inputs.items()
+            }
+            yield chosen.cpu(), part
+
+
+def finds_last_token(model: torch.nn.Module) -> bool:
+    """Tell whether the head answers at the last token, which it finds by the config's padding token."""
+    return "pad_token_id" in inspect.getsource(inspect.unwrap(type(model).forward))

@@ -24,7 +24,8 @@ from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.datasets import TRAIN_SPLITS
 from lrsurgery.data.examples import Rows, calibration_examples, open_rows, prepare_subject
 from lrsurgery.data.options import DataOptions
-from lrsurgery.data.tasks import TASKS, Subject, is_for, task_of
+from lrsurgery.data.scores import problem_of
+from lrsurgery.data.tasks import TASKS, MissingHeadError, Subject, head_size, is_for, task_of, with_problem
 from lrsurgery.errors import CalibrationError, OutputError, RecipeError
 from lrsurgery.factorise.options import Calibration
 from lrsurgery.files import Json
@@ -228,9 +229,15 @@ def _prepare(
         model = load_model(str(source.folder), dtype=torch.float32, trust_remote_code=trust_remote_code).to(device)
         subject, offloaded = Subject(source, task, model, torch.float32), False
     else:
-        subject, offloaded = load_subject(
-            source, task, how, device, trust_remote_code, offload, None if by_block else room
-        )
+        room_left = None if by_block else room
+        # a head of random weights leaves the inputs of the layers below it as they are
+        new_head = not IMPORTANCES[calibration.importance]
+        try:
+            subject, offloaded = load_subject(
+                source, task, how, device, trust_remote_code, offload, room_left, new_head=new_head
+            )
+        except MissingHeadError as e:
+            raise CalibrationError(f"{e}; or take --importance activations, which needs no head") from e
     if offloaded and not by_block:
         from lrsurgery.checkpoints.upstream.transformers import checkpoint_blocks_
 
@@ -279,6 +286,8 @@ def load_subject(
     trust_remote_code: bool,
     folder: Path,
     room: int | None,
+    *,
+    new_head: bool = False,
 ) -> tuple[Subject, bool]:
     """Load the model, and whether its blocks stay on disk in `folder`: above `room` bytes, or always if that is None.
 
@@ -287,7 +296,8 @@ def load_subject(
     subject = _load_offloaded(source, task, device, trust_remote_code, folder, room)
     if subject is not None:
         return subject, True
-    subject = prepare_subject(source, replace(how, task=task), None, trust_remote_code=trust_remote_code)
+    own = replace(how, task=task)
+    subject = prepare_subject(source, own, None, new_head=new_head, trust_remote_code=trust_remote_code)
     subject.model.to(device)
     return subject, False
 
@@ -330,7 +340,10 @@ def _load_offloaded(
         return load_model(str(source.folder), dtype=torch.float32, trust_remote_code=trust_remote_code, **places)
 
     model = load_offloaded(load, skeleton, blocks, folder, str(device))
-    return Subject(source, task, model, torch.float32)
+    subject = Subject(source, task, model, torch.float32)
+    if TASKS[task].is_language:
+        return subject
+    return with_problem(subject, problem_of(subject.config.problem_type, head_size(subject), None))
 
 
 def _match_names(subject: Subject, rows: Sequence[Replacement]) -> dict[str, str]:

@@ -24,7 +24,8 @@ class Evaluation:
     task: str
     parameters: int  # tied tensors once
     bytes: int | None  # of the weight files; None for a model without any
-    values: dict[str, float]  # loss (nats), scored (positions), perplexity, top1, top5, whichever the task has
+    values: dict[str, float]  # loss, scored and the figures of the task, as far as it has them
+    notes: tuple[str, ...] = ()  # how model and data were read
 
     def to_dict(self) -> Json:
         """The JSON object of `evaluate --json`."""
@@ -62,8 +63,11 @@ def evaluate(
     rows = open_rows(str(data), task, options, split=split, prefer=EVAL_SPLITS)
     subject = prepare_subject(source, options, rows, trust_remote_code=trust_remote_code)
     examples = evaluation_examples(subject, rows, options, stride=stride, trust_remote_code=trust_remote_code)
-    for note in examples.notes:
+    notes = (*subject.notes, *examples.notes)
+    for note in notes:
         listener.note(note)
     values = quality(subject, recipe, examples, listener)
     parameters = sum(parameter.numel() for parameter in subject.body.parameters())
-    return Evaluation(model=str(model), task=task, parameters=parameters, bytes=source.bytes, values=values)
+    return Evaluation(
+        model=str(model), task=task, parameters=parameters, bytes=source.bytes, values=values, notes=notes
+    )

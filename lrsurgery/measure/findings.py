@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SEED = "seed"  # the axis that means and spreads are over
-DEFAULT_MEASURES = ("perplexity", "top1")
+DEFAULT_MEASURES = ("perplexity", "top1", "f1", "spearman")
 PAGE = Path(__file__).with_name("study.html.jinja")
 
 

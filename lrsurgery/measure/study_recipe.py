@@ -13,6 +13,7 @@ from pathlib import Path
 from lrsurgery.errors import RecipeError
 from lrsurgery.files import Json
 from lrsurgery.report.runs import Measure
+from lrsurgery.report.views.columns import QUALITY
 from lrsurgery.training.recipe import Recipe, read_yaml
 
 KEYS = ("name", "about", "imports", "prepare", "settings", "grid", "table", "plot")
@@ -20,7 +21,7 @@ TABLE_KEYS = ("rows", "columns", "measures")
 PLOT_KEYS = ("x", "lines", "y", "log")
 # means over the layers, in the end
 DYNAMICS: tuple[Measure, ...] = ("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm")
-MEASURES = ("loss", "perplexity", "top1", "top5", "parameters", "steps", "seconds", *DYNAMICS, "effective_lr")
+MEASURES = (*QUALITY, "parameters", "steps", "seconds", *DYNAMICS, "effective_lr")
 CONFIG = "config"  # a setting of studies alone: changes of the model's config.json, for runs from scratch
 
 

@@ -11,6 +11,7 @@ from lrsurgery.files import Json, read_lines
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
+DENSE_TRAINED = "dense trained"  # stage of the dense model that is trained as long, to compare with
 
 # of a factorised layer at one evaluation
 Measure: TypeAlias = Literal[
@@ -49,6 +50,11 @@ class Quality(TypedDict, total=False):
     perplexity: float
     top1: float
     top5: float
+    f1: float
+    exact_match: float
+    mse: float
+    pearson: float
+    spearman: float
 
 
 class Evaluation(Quality):
@@ -133,16 +139,31 @@ def stages_of(evaluated: Sequence[Json], stage: str) -> dict[str, dict[str, floa
     if stage == "dense":
         return {"before": dense[0], "trained": dense[-1]} if dense else {}
     found = {"dense": dense[-1]} if dense else {}
+    as_long = [record["eval"] for record in evaluated if record["stage"] == DENSE_TRAINED]
+    if as_long:
+        found[DENSE_TRAINED] = as_long[-1]
     return {**found, "factorised": factorised[0], "healed": factorised[-1]} if factorised else found
 
 
+def untrained_dense(stages: Mapping[str, object], dense_steps: int = 0) -> str | None:
+    """What to say of a comparison with a dense model that had no such training; None where there is none."""
+    if dense_steps or not stages.get("dense") or "healed" not in stages or DENSE_TRAINED in stages:
+        return None
+    return (
+        "the dense model had none of this training, so a comparison with it flatters the healed one; --against-trained"
+        " adds the dense model trained as long"
+    )
+
+
 def _run_of(folder: Path, records: Sequence[Json]) -> Run:
+    compared = [record for record in records if "eval" in record and record["stage"] == DENSE_TRAINED]
+    records = [record for record in records if record["stage"] != DENSE_TRAINED]
     evaluated = [record for record in records if "eval" in record]
     # a run that began low rank evaluates the dense model once, to compare with: a stage, but no step of its course
     began_low_rank = any(r["stage"] == "factorised" and r["step"] == 0 for r in evaluated)
     course = [r for r in evaluated if not (began_low_rank and r["stage"] == "dense")]
     steps = max((record["step"] for record in records), default=0)
-    stages = stages_of(evaluated, evaluated[-1]["stage"]) if evaluated else {}
+    stages = stages_of([*evaluated, *compared], evaluated[-1]["stage"]) if evaluated else {}
     return Run(
         name=folder.resolve().name,
         settings=_settings(folder / RECIPE, steps),

@@ -19,10 +19,11 @@ from transformers import TrainingArguments as Arguments
 
 from lrsurgery.data.examples import Examples
 from lrsurgery.progress import Listener, TrainingStep
+from lrsurgery.report.views.columns import QUALITY
 from lrsurgery.training.dynamics import layer_dynamics
 from lrsurgery.training.run_folder import RunFolder, mark_complete
 
-FIGURES = ("loss", "perplexity", "top1", "top5", "scored")  # of an evaluation, whichever the task has
+FIGURES = (*QUALITY, "scored")  # of an evaluation, whichever the task has
 
 
 def figures_of(evaluation: Mapping[str, float]) -> dict[str, float]:

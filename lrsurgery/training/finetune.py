@@ -1,6 +1,7 @@
 """`finetune`: heal a factorised model, train one from scratch in low rank, or pre-train dense and factorise on the way.
 
-A run lives in OUTPUT.run (recipe, metrics, checkpoints) until OUTPUT appears, whole.
+A run lives in OUTPUT.run (recipe, metrics, checkpoints) until OUTPUT appears, whole. The file is long because a run is
+one class, whose methods stand in the order in which they are called.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -19,12 +20,13 @@ import torch
 from lrsurgery.checkpoints.output import check_output
 from lrsurgery.data.datasets import EVAL_SPLITS
 from lrsurgery.data.examples import Examples, Rows, evaluation_examples, open_rows, prepare_subject, training_examples
-from lrsurgery.data.labels import check_teacher
-from lrsurgery.data.tasks import Subject, load_subject, task_of
+from lrsurgery.data.options import DataOptions
+from lrsurgery.data.scores import match_teacher
+from lrsurgery.data.tasks import Subject, task_of
 from lrsurgery.errors import Interrupted, OutputError, RecipeError, TrainingError
 from lrsurgery.files import read_json
 from lrsurgery.progress import SILENT, Listener
-from lrsurgery.report.runs import stages_of
+from lrsurgery.report.runs import DENSE_TRAINED, stages_of
 from lrsurgery.report.schema import Report
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.training.callbacks import RunCallback, interrupts
@@ -81,6 +83,7 @@ class _Parts:
     """What a run trains and measures."""
 
     rows: Rows
+    held_out: Rows | None
     subject: Subject
     train: Examples
     evaluation: Examples | None
@@ -131,6 +134,8 @@ class _Run:
             listener.note(f"{self.folder.path}: no run to resume, so this one begins at the first step")
         if self._sharded and self.recipe.dense_steps:
             raise RecipeError("dense_steps: the switch does not work under FSDP; use data parallelism, or two runs")
+        if self._sharded and self.recipe.against_trained:
+            raise RecipeError("against_trained: does not work under FSDP; train the dense model in a run of its own")
 
     @property
     def _sharded(self) -> bool:
@@ -185,6 +190,7 @@ class _Run:
         recipe = self.recipe
         assert recipe.data is not None
         evaluation: Examples | None = None
+        held_out: Rows | None = None
         with self.args.main_process_first(desc="reading data"):
             rows = open_rows(recipe.data, self.task, recipe, split=recipe.split, streaming=recipe.streaming)
             subject = self._build(rows)
@@ -206,10 +212,12 @@ class _Run:
             self._note(note)
         teacher = None
         if recipe.teacher is not None:
-            source = recipe.resolve(recipe.teacher)
-            teacher = load_subject(source, task_of(source), trust_remote_code=recipe.trust_remote_code)
-            check_teacher(subject, teacher)
-        return _Parts(rows, subject, train, evaluation, teacher, total_steps(recipe, self.args, train))
+            source, trust = recipe.resolve(recipe.teacher), recipe.trust_remote_code
+            teacher = prepare_subject(source, DataOptions(task=task_of(source)), rows, trust_remote_code=trust)
+            teacher = match_teacher(subject, teacher, trust)
+            for note in teacher.notes:
+                self._note(note)
+        return _Parts(rows, held_out, subject, train, evaluation, teacher, total_steps(recipe, self.args, train))
 
     def _build(self, rows: Rows) -> Subject:
         recipe = self.recipe
@@ -245,16 +253,17 @@ class _Run:
         recipe = self.recipe
         if parts.evaluation is None or self.resumed or (recipe.dense_steps and not recipe.against):
             return
-        dense = parts.teacher
+        dense, examples = parts.teacher, parts.evaluation
         if recipe.against is not None:
-            trust = recipe.trust_remote_code
-            dense = load_subject(recipe.resolve(recipe.against), parts.subject.task, trust_remote_code=trust)
+            assert parts.held_out is not None
+            dense = self._dense(parts.rows, parts.subject.task)
+            examples = evaluation_examples(dense, parts.held_out, recipe, trust_remote_code=recipe.trust_remote_code)
         elif self._sharded:  # FSDP shards a model in place, be it only to measure it
             dense = None
         elif recipe.rank and not recipe.from_scratch:
             dense = parts.subject
         if dense is not None:
-            values = quality(dense, recipe, parts.evaluation, self.listener)
+            values = quality(dense, recipe, examples, self.listener)
             if self.leads:
                 self.folder.append_metrics({"step": 0, "epoch": 0, "stage": "dense", "eval": values})
             self.listener.evaluated("dense", 0, 0, values)
@@ -319,6 +328,8 @@ class _Run:
             trainer.evaluate()
         self._together()
         final = gather(trainer, subject, lambda: self._build(parts.rows))
+        if self.recipe.against_trained:
+            self._train_dense(parts)
         outcome = Outcome(self.output, Report((), 0, 0), {}, step)
         if self.leads:
             stages = stages_of(self.folder.evaluations(), stage)
@@ -329,6 +340,47 @@ class _Run:
             outcome = Outcome(self.output, report, stages, step, self.seconds)
         self._together()
         return outcome
+
+    def _dense(self, rows: Rows, task: str, new_head: bool = False) -> Subject:
+        """The dense model to compare with: that of --against, else the run's own before its surgery."""
+        recipe = self.recipe
+        if recipe.against is None:
+            return self._build(rows)
+        source, trust = recipe.resolve(recipe.against), recipe.trust_remote_code
+        return prepare_subject(source, replace(recipe, task=task), rows, new_head=new_head, trust_remote_code=trust)
+
+    def _train_dense(self, parts: _Parts) -> None:
+        """Train the dense model for as many steps on the same data with the same settings, and measure it."""
+        assert parts.held_out is not None
+        recipe = replace(self.recipe, rank=(), dense=True, dense_steps=0, teacher=None)
+        torch.manual_seed(recipe.seed)
+        subject = self._dense(parts.rows, parts.subject.task, recipe.new_head)
+        trust, judged = recipe.trust_remote_code, bool(recipe.best or recipe.early_stopping)
+        train = training_examples(
+            subject,
+            parts.rows,
+            recipe,
+            stride=recipe.stride,
+            seed=recipe.seed,
+            augment=recipe.augment,
+            streaming=recipe.streaming,
+            trust_remote_code=trust,
+        )
+        evaluation = evaluation_examples(subject, parts.held_out, recipe, trust_remote_code=trust)
+        folder = self.folder.path / DENSE_TRAINED.replace(" ", "-")
+        args = training_arguments(recipe, folder, evaluates=True, total=parts.total, judged=judged)
+        with interrupts() as interrupted:
+            callback = RunCallback(self.folder, DENSE_TRAINED, self.listener, interrupted, train, parts.total)
+            trainer = LowRankTrainer(subject, recipe, args, train, evaluation, None, callback)
+            trainer.train()
+        if callback.stopped and trainer.state.global_step < parts.total:
+            again = f"lrsurgery finetune --resume --output {shlex.quote(str(self.output))}"
+            raise Interrupted(
+                f"stopped while the dense model was trained as long; the healed one is saved; to continue: {again}"
+            )
+        round_to_stored_(subject)
+        trainer.evaluate()
+        release_(trainer)
 
     def _note(self, text: str | None) -> None:
         if text is not None and text not in self.notes:

@@ -16,7 +16,7 @@ from lrsurgery.errors import SourceError, TrainingError
 from lrsurgery.files import Json, read_json, staged, write_text
 from lrsurgery.report.card import model_card, public_name, quality_lines
 from lrsurgery.report.rows import rank_report
-from lrsurgery.report.runs import METRICS, RECIPE
+from lrsurgery.report.runs import METRICS, RECIPE, untrained_dense
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import versions
 from lrsurgery.surgery.apply import factorised_layers
@@ -151,7 +151,16 @@ def training_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str,
     if not table:
         return lines
     split = f", split `{recipe.eval_split}`" if recipe.eval_split else ""
-    return [*lines, "", f"Measured on `{public_name(recipe.eval_data or recipe.data or '')}`{split}:", "", *table]
+    flattered = untrained_dense(stages, recipe.dense_steps)
+    said = ["", f"{flattered[0].upper()}{flattered[1:]}."] if flattered else []
+    return [
+        *lines,
+        "",
+        f"Measured on `{public_name(recipe.eval_data or recipe.data or '')}`{split}:",
+        "",
+        *table,
+        *said,
+    ]
 
 
 def _with_former(report: Report, folder: Path | None) -> Report:

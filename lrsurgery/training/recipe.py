@@ -129,6 +129,11 @@ class Recipe(DataOptions):
         None, "timm model name of weight files without a config.", panel=MACHINE, metavar="NAME"
     )
     against: str | None = setting(None, "Dense model to measure beside the healed one.", panel=RUN, metavar="DENSE")
+    against_trained: bool = setting(
+        False,
+        "Row for the dense model trained as long, since one without the training flatters the healed model.",
+        panel=RUN,
+    )
     device: str = setting("auto", "Device to train on.", panel=MACHINE, suggestions=DEVICES)
     trust_remote_code: bool = setting(
         False, "Permission to run Python code that comes with the checkpoint; read it first.", panel=MACHINE
@@ -163,6 +168,10 @@ class Recipe(DataOptions):
             raise RecipeError(f"dense_steps {self.dense_steps}: say with --rank what to factorise to after them")
         if self.dense and self.rank:
             raise RecipeError("dense and rank are both given: train dense, or factorise; leave one out")
+        if self.against_trained and self.eval_data is None and self.eval_split is None:
+            raise RecipeError("against_trained needs --eval-data to measure on")
+        if self.against_trained and self.dense:
+            raise RecipeError("against_trained and dense are both given: the run trains the dense model already")
         if self.steps is not None and self.dense_steps >= self.steps > 0:
             raise RecipeError(f"dense_steps {self.dense_steps}: must be below the {self.steps} steps of the whole run")
         self._check_surgery()
@@ -287,6 +296,8 @@ def check_recipe_for(recipe: Recipe, source: Source) -> None:
     """Raises RecipeError where a recipe asks of a model what cannot be done with it."""
     model = source.reference
     if source.is_factorised:
+        if recipe.against_trained and recipe.against is None:
+            raise RecipeError(f"{model}: is factorised; name the dense model to train as long with --against")
         if recipe.rank or recipe.dense_steps or recipe.dense:
             raise RecipeError(f"{model}: is factorised already; leave --rank, --dense-steps and --dense out")
         if recipe.from_scratch:

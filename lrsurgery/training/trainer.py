@@ -18,7 +18,8 @@ from transformers import TrainingArguments as Arguments
 
 from lrsurgery.checkpoints.upstream.transformers import forget_preparation_, train_on_one_gpu_
 from lrsurgery.data.examples import Examples
-from lrsurgery.data.tasks import Subject, distillation, measure, summarise
+from lrsurgery.data.scores import distillation, measure_batch, summarise
+from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import RecipeError, TrainingError
 from lrsurgery.progress import Listener
 from lrsurgery.runtime import pick_device
@@ -207,7 +208,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             self.teacher = teacher.to(args.device).eval().requires_grad_(False)
 
     def _summarise(self, found: EvalPrediction) -> dict[str, float]:
-        return summarise(self.subject.task, torch.as_tensor(found.predictions))
+        return summarise(self.subject.task, torch.as_tensor(found.predictions), self.subject.problem)
 
     # optimisation
 
@@ -258,9 +259,8 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         with torch.no_grad():
             answers = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
         assert labels is not None
-        total, count = distillation(
-            self.subject.task, outputs["logits"], answers["logits"], labels, self.recipe.temperature
-        )
+        task, problem, temperature = self.subject.task, self.subject.problem, self.recipe.temperature
+        total, count = distillation(task, outputs["logits"], answers["logits"], labels, temperature, problem)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             # as transformers scales the loss itself: over all tokens of all processes, which DDP then averages
             matched = total / num_items_in_batch * self.accelerator.num_processes
@@ -286,10 +286,9 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
     ) -> tuple[None, Tensor, Tensor]:
         """Sums of each example in place of logits: exact over the whole set, whatever the batches and the padding."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs["labels"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**{k: v for k, v in inputs.items() if k != "labels"})
-        sums = measure(self.subject.task, outputs["logits"], labels)
+            # FSDP's processes have to run the model equally often
+            sums = measure_batch(self.subject, model, inputs, whole=self.is_fsdp_enabled)
         return None, sums, torch.zeros(len(sums), device=sums.device)
 
     # checkpoints: one way for transformers' and timm's models, loaded strictly

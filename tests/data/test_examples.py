@@ -22,8 +22,10 @@ from lrsurgery.data.examples import (
     prepare_subject,
     training_examples,
 )
+from lrsurgery.data.labels import Labels
 from lrsurgery.data.options import DataOptions
-from lrsurgery.data.tasks import Subject, measure
+from lrsurgery.data.scores import measure
+from lrsurgery.data.tasks import Subject
 from lrsurgery.data.text import IGNORED, position_limit
 from lrsurgery.errors import DataError, RecipeError
 
@@ -108,7 +110,7 @@ def test_calibration_draws_without_repeats_and_needs_no_labels(tmp_path: Path, g
     images = open_rows(
         str(tiny.write_images(tmp_path / "images", count=2)), "image-classification", DataOptions(), labels=False
     )
-    assert images.labels == ()
+    assert images.labels is None
     examples, chosen = calibration_examples(vit, images, DataOptions(), 4, seed=0)
     batch = examples.collate([examples.dataset[i] for i in chosen])
     assert batch["pixel_values"].shape == (4, 3, 16, 16)
@@ -120,7 +122,7 @@ def test_sentences_are_batched_as_the_tokenizer_does(tmp_path: Path, columns: st
     subject = prepare_subject(resolve(str(folder)), DataOptions(), None)
     texts, others = ["raise it", "return a value and more of it"], ["one", "another one"]
     data = datasets.Dataset.from_dict({"text": texts, "other": others})
-    rows = Rows(data, "rows", ("0", "1"), (1, 0))
+    rows = Rows(data, "rows", Labels(kind="class", of_rows=(1, 0), names=("0", "1"), numbered=True))
     examples = training_examples(subject, rows, DataOptions(text_column=columns))
     assert (examples.unit, examples.size) == ("sentences", 1)
     batch = examples.collate([examples.dataset[0], examples.dataset[1]])
@@ -133,10 +135,11 @@ def test_sentences_are_batched_as_the_tokenizer_does(tmp_path: Path, columns: st
 
 def test_a_new_head_has_the_classes_of_the_data(tmp_path: Path) -> None:
     rows = open_rows(str(tiny.write_sentences(tmp_path / "rows.jsonl")), "sequence-classification", DataOptions())
-    assert rows.classes == ("raise", "return")
-    assert rows.labels == (0,) * 8 + (1,) * 8
+    assert rows.labels is not None
+    assert rows.labels.names == ("raise", "return")
+    assert rows.labels.of_rows == (0,) * 8 + (1,) * 8
     options = DataOptions(task="sequence-classification")
-    subject = prepare_subject(resolve(str(tiny.save_gpt2(tmp_path / "gpt2"))), options, rows)
+    subject = prepare_subject(resolve(str(tiny.save_gpt2(tmp_path / "gpt2"))), options, rows, new_head=True)
     assert subject.config.id2label == {0: "raise", 1: "return"}
     examples = training_examples(subject, rows, options)
     assert subject.config.pad_token_id == 1  # [PAD], without which this head finds no last token

@@ -1,8 +1,7 @@
-"""The table of tasks: known to transformers and to the command line; figures against plain arithmetic."""
+"""The table of tasks, known to transformers and to the command line, and the heads of models."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,16 @@ from support import tiny
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.checkpoints.upstream.transformers import head_classes
 from lrsurgery.data import options
-from lrsurgery.data.tasks import TASKS, Task, distillation, is_for, load_subject, measure, summarise, task_of
-from lrsurgery.data.text import IGNORED
+from lrsurgery.data.tasks import (
+    TASKS,
+    MissingHeadError,
+    Task,
+    class_names,
+    head_size,
+    is_for,
+    load_subject,
+    task_of,
+)
 from lrsurgery.errors import RecipeError
 
 
@@ -54,51 +61,33 @@ def test_timm_models_have_one_task(tmp_path: Path) -> None:
         load_subject(source, "masked-lm")
 
 
-def _case(task: str) -> tuple[torch.Tensor, torch.Tensor, list[tuple[int, int, int]]]:
-    """Logits, labels, and what they must be scored as: (example, position of the logits, label)."""
-    generator = torch.Generator().manual_seed(0)
-    if not TASKS[task].is_language:
-        labels = torch.tensor([3, 0])
-        return torch.randn(2, 7, generator=generator), labels, [(0, 0, 3), (1, 0, 0)]
-    labels = torch.tensor([[4, 5, IGNORED], [1, IGNORED, 6]])
-    logits = torch.randn(2, 3, 7, generator=generator)
-    if task == "causal-lm":  # position t answers label t + 1
-        return logits, labels, [(0, 0, 5), (1, 1, 6)]
-    return logits, labels, [(0, 0, 4), (0, 1, 5), (1, 0, 1), (1, 2, 6)]
+def test_a_head_names_its_classes(tmp_path: Path) -> None:
+    vit = load_subject(resolve(str(tiny.save_vit(tmp_path / "vit", classes=4))), "image-classification")
+    assert head_size(vit) == vit.model(torch.zeros(1, 3, 16, 16)).logits.shape[-1] == 4
+    assert class_names(vit) == [f"LABEL_{i}" for i in range(4)]  # as transformers names them
+    timm = resolve(str(tiny.save_timm(tmp_path / "timm")))
+    plain = load_subject(timm, "image-classification")
+    assert head_size(plain) == plain.body(torch.zeros(1, 3, 32, 32)).shape[-1] == 3
+    assert class_names(plain) == ["0", "1", "2"]
+    named = load_subject(timm, "image-classification", classes=["cat", "dog"])
+    assert class_names(named) == ["cat", "dog"]
+    assert named.body(torch.zeros(1, 3, 32, 32)).shape == (1, 2)
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_figures_are_those_of_plain_arithmetic(task: str) -> None:
-    logits, labels, scored = _case(task)
-    losses, ranks = [], []
-    for example, position, label in scored:
-        row = [float(x) for x in (logits[example] if logits.ndim == 2 else logits[example, position])]
-        losses.append(math.log(sum(map(math.exp, row))) - row[label])
-        ranks.append(sum(x > row[label] for x in row))
-    loss = sum(losses) / len(losses)
-    wanted = {
-        "loss": loss,
-        "scored": len(scored),
-        "perplexity": math.exp(loss),
-        "top1": sum(rank < 1 for rank in ranks) / len(ranks),
-        "top5": sum(rank < 5 for rank in ranks) / len(ranks),
-    }
-    found = summarise(task, measure(task, logits, labels))
-    assert tuple(found) == TASKS[task].figures
-    assert found == pytest.approx({name: wanted[name] for name in found}, rel=1e-5)
+@pytest.mark.parametrize(
+    ("task", "part"),
+    [("masked-lm", "cls.predictions"), ("sequence-classification", "classifier")],
+    ids=["words", "classes"],
+)
+def test_a_head_that_the_checkpoint_lacks_is_asked_for(tmp_path: Path, task: str, part: str) -> None:
+    source = resolve(str(tiny.save_bert(tmp_path / "body", "BertModel")))
+    with pytest.raises(MissingHeadError, match=f"has no head for {task}: {part}.* would be random; .*--new-head"):
+        load_subject(source, task)
+    assert load_subject(source, task, new_head=True).notes[0].startswith("new and untrained: ")
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_distillation_is_the_divergence_of_the_scored_positions(task: str) -> None:
-    student, labels, scored = _case(task)
-    teacher = torch.randn(student.shape, generator=torch.Generator().manual_seed(1))
-    wanted = 0.0
-    for example, position, _ in scored:
-        rows = [x[example] if x.ndim == 2 else x[example, position] for x in (student, teacher)]
-        ours, theirs = ([math.exp(float(x) / 2) for x in row] for row in rows)
-        for mine, other in zip(ours, theirs, strict=True):
-            p = other / sum(theirs)
-            wanted += 4 * p * math.log(p / (mine / sum(ours)))
-    found, count = distillation(task, student, teacher, labels, 2.0)
-    assert count == len(scored)
-    assert float(found) == pytest.approx(wanted, rel=1e-5)
+def test_a_timm_body_has_no_head(tmp_path: Path) -> None:
+    source = resolve(str(tiny.save_timm(tmp_path / "body", classes=0)))
+    with pytest.raises(MissingHeadError, match="has no head for image-classification"):
+        load_subject(source, "image-classification")
+    assert head_size(load_subject(source, "image-classification", classes=["a", "b"])) == 2

@@ -14,6 +14,8 @@ import timm
 import torch
 import transformers as tf
 import yaml
+from datasets import Dataset
+from datasets import Image as ImageFeature
 from safetensors.torch import load_file
 from support import tiny
 
@@ -165,10 +167,10 @@ def test_metrics_hold_every_layer_at_every_evaluation(bench: Path, tmp_path: Pat
 
 TEXT = {"data": "train.txt", "eval_data": "valid.txt"}
 IMAGES = {"data": "images", "eval_split": "train"}
-SENTENCES = {"data": "sentences.jsonl", "eval_data": "sentences.jsonl"}
+SENTENCES = {"data": "sentences.jsonl", "eval_data": "sentences.jsonl", "new_head": True}
 TASKS: list[tuple[str, dict[str, str], str, str]] = [
     ("masked", TEXT, "masked-lm", "perplexity"),
-    ("encoder", {**TEXT, "task": "masked-lm"}, "masked-lm", "perplexity"),
+    ("encoder", {**TEXT, "task": "masked-lm", "new_head": True}, "masked-lm", "perplexity"),
     ("classifier", SENTENCES, "sequence-classification", "top1"),
     ("vit", IMAGES, "image-classification", "top1"),
     ("timm", IMAGES, "image-classification", "top1"),
@@ -304,6 +306,77 @@ def test_a_teacher_is_matched(bench: Path, tmp_path: Path) -> None:
     assert distances[1.0] < 0.5 * distances[0.0]
 
 
+def test_a_teacher_whose_classes_stand_in_another_order(tmp_path: Path) -> None:
+    """A pupil that learns from its teacher alone answers as the teacher does, class by class."""
+    write = {"id2label": {0: "return", 1: "raise"}, "label2id": {"return": 0, "raise": 1}}
+    dense = {"dense": True, "steps": 40, "lr": 3e-3, "batch_size": 8, "augment": False, "eval_split": "train"}
+    data = {"data": str(tiny.write_sentences(tmp_path / "sentences.jsonl"))}
+    tiny.save_bert(tmp_path / "untaught", "BertForSequenceClassification", **write)
+    teacher, _ = healed({**dense, **data, "model": str(tmp_path / "untaught")}, tmp_path / "teacher")
+    assert teacher.stages["trained"]["top1"] == 1
+    turned = {"id2label": {0: "RAISE", 1: "RETURN"}, "label2id": {"RAISE": 0, "RETURN": 1}}
+    tiny.save_bert(tmp_path / "pupil", "BertForSequenceClassification", **turned)
+    only = {"teacher": str(teacher.output), "teacher_weight": 1.0, "model": str(tmp_path / "pupil")}
+    pupil, heard = healed({**dense, **data, **only}, tmp_path / "out")
+    assert pupil.stages["trained"]["top1"] == 1
+    assert any("stand in another order" in note for note in heard.notes)
+    assert any("'raise' is 'RAISE'" in note for note in heard.notes)
+
+
+@pytest.mark.parametrize("library", ["transformers", "timm"])
+@pytest.mark.parametrize("problem", ["regression", "many classes"])
+def test_numbers_and_many_classes_are_learnt(bench: Path, tmp_path: Path, library: str, problem: str) -> None:
+    place = tmp_path / "images"
+    tiny.write_images(place, count=6)
+    files = sorted(place.glob("*/*.png"))
+    labels = [float(f.parent.name[-1]) * 0.7 - 1 if problem == "regression" else f.parent.name[-1:] for f in files]
+    rows = [
+        {"image": str(f), "label": v if problem == "regression" else [v, "any"]}
+        for f, v in zip(files, labels, strict=True)
+    ]
+    table = Dataset.from_list(rows).cast_column("image", ImageFeature())
+    table.save_to_disk(str(tmp_path / "rows"))
+    given = {
+        "model": str(bench / ("vit" if library == "transformers" else "timm")),
+        "data": str(tmp_path / "rows"),
+        "eval_data": str(tmp_path / "rows"),
+        "dense": True,
+        "new_head": True,
+        "steps": 60,
+        "lr": 3e-3,
+        "batch_size": 9,
+        "augment": False,
+    }
+    outcome, _ = healed(given, tmp_path / "out")
+    before, after = outcome.stages["before"], outcome.stages["trained"]
+    assert after["loss"] < 0.5 * before["loss"]
+    again = lrsurgery.evaluate(outcome.output, tmp_path / "rows")
+    assert again.values == pytest.approx(after, rel=1e-5)
+    if problem == "regression":
+        assert after["pearson"] > 0.9
+        assert any("the head predicts numbers" in note for note in again.notes)
+    else:
+        assert after["f1"] > 0.9
+        assert any("any number of classes" in note for note in again.notes)
+
+
+def test_the_dense_model_is_trained_as_long(bench: Path, tmp_path: Path) -> None:
+    given = text(bench, model=str(bench / "half"), steps=6, eval_steps=3, lr=2e-3, against=str(bench / "gpt2"))
+    outcome, _ = healed({**given, "against_trained": True}, tmp_path / "out")
+    assert list(outcome.stages) == ["dense", "dense trained", "factorised", "healed"]
+    # a run of its own, of the same settings, ends at the same figures
+    same = {**given, "model": given.pop("against"), "dense": True}
+    same.pop("against")
+    alone, _ = healed(same, tmp_path / "alone")
+    assert outcome.stages["dense trained"] == pytest.approx(alone.stages["trained"], rel=1e-5)
+    assert outcome.stages["dense"] == pytest.approx(alone.stages["before"], rel=1e-5)
+    assert "flatters" not in (outcome.output / "README.md").read_text()
+    assert not (tmp_path / "out.run").exists()
+    plain, _ = healed({**given, "against": str(bench / "gpt2")}, tmp_path / "plain")
+    assert "flatters the healed one; --against-trained" in (plain.output / "README.md").read_text()
+    assert plain.stages["healed"] == outcome.stages["healed"]
+
+
 def test_streamed_text_trains(bench: Path, tmp_path: Path) -> None:
     outcome, _ = healed(text(bench, model=str(bench / "half"), steps=6, streaming=True, lr=2e-3), tmp_path / "out")
     assert outcome.stages["healed"]["loss"] < outcome.stages["factorised"]["loss"]
@@ -422,6 +495,10 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("tracker", {"report_to": ["abacus"]}, "report_to abacus: is not installed"),
     ("precision", {"precision": "fp16", "device": "cpu"}, "precision fp16: this machine trains on the CPU"),
     ("teacher", {"teacher": "masked"}, "is for masked-lm, the model for causal-lm"),
+    ("no head", {"model": "encoder", "rank": ["0.5"], "task": "masked-lm"}, "encoder: has no head for masked-lm"),
+    ("names", {"model": "classifier", "rank": ["0.5"], "data": "sentences.jsonl"}, "--label-map FILE says which is"),
+    ("as long as what", {"against_trained": True, "eval_data": "train.txt"}, "name the dense model to train as long"),
+    ("as long, unmeasured", {"against_trained": True}, "against_trained needs --eval-data"),
     ("no tokenizer", {"model": "mute"}, "no tokenizer"),
     ("labels", {"model": "vit", "rank": ["0.5"], "data": "images4"}, "has 4 classes, the model's head 3; --new-head"),
     ("truncated", {"model": "truncated"}, "truncated/model.safetensors"),
@@ -450,7 +527,7 @@ def spoiled(bench: Path) -> Path:
 @pytest.mark.parametrize(("name", "change", "message"), REFUSED, ids=[r[0] for r in REFUSED])
 def test_bad_input_is_one_line(spoiled: Path, tmp_path: Path, name: str, change: dict[str, Any], message: str) -> None:
     given: dict[str, Any] = {"model": "half", "data": "train.txt", "steps": 2, "batch_size": 24, **change}
-    for key in ("model", "data", "teacher"):
+    for key in ("model", "data", "eval_data", "teacher"):
         if key in given:
             given[key] = str(spoiled / given[key])
     with pytest.raises(SurgeryError) as e:

@@ -21,9 +21,31 @@ PIPED_WIDTH = 160  # columns of a file or a pipe, whose lines need not fold at a
 UNBALANCED = 0.01  # of factors; below, it is rounding
 
 # figures of an evaluation: what people call them, how they are written
-QualityName: TypeAlias = Literal["loss", "perplexity", "top1", "top5"]
-HEADINGS: dict[QualityName, str] = {"loss": "loss", "perplexity": "perplexity", "top1": "top-1", "top5": "top-5"}
-QUALITY: dict[QualityName, str] = {"loss": "{:.4f}", "perplexity": "{:.3f}", "top1": "{:.2%}", "top5": "{:.2%}"}
+QualityName: TypeAlias = Literal[
+    "loss", "perplexity", "top1", "top5", "f1", "exact_match", "mse", "pearson", "spearman"
+]
+HEADINGS: dict[QualityName, str] = {
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "top1": "top-1",
+    "top5": "top-5",
+    "f1": "F1",
+    "exact_match": "exact match",
+    "mse": "MSE",
+    "pearson": "Pearson",
+    "spearman": "Spearman",
+}
+QUALITY: dict[QualityName, str] = {
+    "loss": "{:.4f}",
+    "perplexity": "{:.3f}",
+    "top1": "{:.2%}",
+    "top5": "{:.2%}",
+    "f1": "{:.2%}",
+    "exact_match": "{:.2%}",
+    "mse": "{:.4f}",
+    "pearson": "{:.4f}",
+    "spearman": "{:.4f}",
+}
 
 
 @dataclass(frozen=True)

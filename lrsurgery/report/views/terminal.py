@@ -206,7 +206,7 @@ def runs_table(runs: Sequence[Run], width: int = 160) -> Table:
     known = [name for name in QUALITY if any(name in e for run in runs for e in run["evaluations"])]
     wide = width >= NARROW
     if not wide:
-        known = sorted(known, key=lambda name: name not in ("perplexity", "top1"))[:1]
+        known = sorted(known, key=lambda name: name not in ("perplexity", "top1", "f1", "spearman"))[:1]
     columns: dict[str, Callable[[Run], str]] = {
         "decay": _decay,
         **({"lr": _learning_rate} if wide else {}),

@@ -1,7 +1,7 @@
 // @ts-check
 // Training runs: settings, curves, ranks and norms over the steps.
 
-const HIGHER_IS_BETTER = /^top/;
+const HIGHER_IS_BETTER = /^(top|f1|exact|pearson|spearman)/;
 const SETTINGS = ["decay", "decay_strength", "lr", "optimizer", "steps", "teacher", "data", "seed"];
 const STAGES = ["dense", "factorised", "healed"];
 const DYNAMICS = {
@@ -15,7 +15,8 @@ const DYNAMICS = {
 };
 
 const metricName = (key) => view.headings[key] || key.replaceAll("_", " ");
-const metricFormat = (key) => (HIGHER_IS_BETTER.test(key) ? show.share : show.number);
+const SHARES = /^(top|f1|exact)/;
+const metricFormat = (key) => (SHARES.test(key) ? show.share : show.number);
 const words = (key) => (key === "lr" ? "learning rate" : key.replaceAll("_", " "));
 
 /** The keys of some objects, wanted ones first, then the others as they come. */
@@ -41,7 +42,7 @@ function trainingSection() {
       note: `on the evaluation data; ${HIGHER_IS_BETTER.test(key) ? "higher" : "lower"} is better`,
       marks: changes(runs, key),
       x: { label: "step", format: show.whole },
-      y: HIGHER_IS_BETTER.test(key)
+      y: SHARES.test(key)
         ? { format: (v) => `${Number((100 * v).toPrecision(3))}\u202f%`, exact: show.share }
         : {},
       keyed: false,

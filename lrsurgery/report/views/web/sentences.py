@@ -10,8 +10,9 @@ from lrsurgery.report.runs import Run
 from lrsurgery.report.schema import BenchRun, Report, Rung
 from lrsurgery.report.views.columns import HEADINGS, QualityName
 
-FAMILIAR: tuple[QualityName, ...] = ("perplexity", "top1", "loss")  # the summary tells the first that is known
-LOWER_IS_BETTER = ("perplexity", "loss")
+# the summary tells the first that is known
+FAMILIAR: tuple[QualityName, ...] = ("perplexity", "top1", "f1", "spearman", "mse", "loss")
+LOWER_IS_BETTER = ("perplexity", "mse", "loss")
 STAGES = ("dense", "factorised", "healed")
 THIN, FIXED = "\u202f", "\u00a0"  # spaces at which a line does not break
 
@@ -83,7 +84,7 @@ def three_digits(value: float) -> str:
 
 
 def quality_form(name: str) -> Form:
-    return share if name.startswith("top") else (lambda value: f"{value:.4g}")
+    return share if name.startswith(("top", "f1", "exact")) else (lambda value: f"{value:.4g}")
 
 
 # what is known of the whole
