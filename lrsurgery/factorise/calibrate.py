@@ -1,4 +1,7 @@
-"""Calibration of `factorise --calibration`: opens the data and the model, and collects or reads statistics."""
+"""Calibration of `factorise --calibration`: opens the data and the model, and collects or reads statistics.
+
+The file is long because the way from data and model to statistics is one.
+"""
 
 from __future__ import annotations
 
