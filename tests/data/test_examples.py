@@ -46,6 +46,10 @@ def tokens_of(file: Path) -> list[int]:
     return ids
 
 
+def numbered(*labels: int) -> Labels:
+    return Labels(kind="class", of_rows=labels, names=("0", "1"), numbered=True)
+
+
 def rows_of(**columns: list[object]) -> Rows:
     return Rows(datasets.Dataset.from_dict(columns), "rows")
 
@@ -275,8 +279,18 @@ def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
     subject = prepare_subject(resolve(str(folder)), DataOptions(), None)
     data = datasets.Dataset.from_dict({"text": ["raise it", "unheard"]})
     with pytest.raises(DataError, match=f"rows: row 1 has token {tiny.VOCABULARY}, the model knows {tiny.VOCABULARY}"):
-        training_examples(subject, Rows(data, "rows", ("0", "1"), (0, 1)), DataOptions())
-    known = training_examples(subject, Rows(data.select([0]), "rows", ("0", "1"), (0,)), DataOptions())
+        training_examples(subject, Rows(data, "rows", numbered(0, 1)), DataOptions())
+    known = training_examples(
+        subject,
+        Rows(
+            data.select([0]),
+            "rows",
+            numbered(
+                0,
+            ),
+        ),
+        DataOptions(),
+    )
     assert len(known.dataset) == 1
     masked = prepare_subject(resolve(str(tiny.save_bert(tmp_path / "m", "BertForMaskedLM"))), DataOptions(), None)
     tokenizer.save_pretrained(tmp_path / "m")
@@ -302,7 +316,7 @@ def test_tokens_that_the_model_does_not_know_are_named(tmp_path: Path) -> None:
 def test_sentences_that_are_no_text_are_named(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
     folder = tiny.save_bert(tmp_path / "bert", "BertForSequenceClassification", num_labels=2)
     subject = prepare_subject(resolve(str(folder)), DataOptions(), None)
-    rows = Rows(datasets.Dataset.from_dict(columns), "rows", ("0", "1"), (0, 1))
+    rows = Rows(datasets.Dataset.from_dict(columns), "rows", numbered(0, 1))
     with pytest.raises(DataError, match=message):
         training_examples(subject, rows, DataOptions(text_column=",".join(columns)))
 
