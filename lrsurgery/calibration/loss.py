@@ -19,7 +19,7 @@ IMPORTANCES = {
     "fisher": True,  # second moments of inputs and of output gradients
     "activations": False,  # second moments of the inputs alone
 }
-TEMPERATURE = 2.0  # better than 1 on every model measured (examples/guides/calibration.md)
+TEMPERATURE = 2.0  # better than 1 (examples/guides/calibration.md)
 WIDE = 1 << 24  # logits at a time in fp64: 128 MB
 TINY = 1e-300
 

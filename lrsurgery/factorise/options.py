@@ -22,6 +22,8 @@ from lrsurgery.surgery.plan import SurgeryOptions, Target
 from lrsurgery.surgery.ranks import READABLE, RankLike, parse_rank
 from lrsurgery.units import parse_size
 
+SAMPLES = 128  # for calibration, unless another number is asked for
+
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
@@ -32,7 +34,7 @@ class Calibration:
 
     data: str | None = None  # as for `finetune --data`, or "builtin"
     importance: str = "fisher"  # or "activations"
-    samples: int = 128  # sequences, sentences or images
+    samples: int = SAMPLES  # sequences, sentences or images
     fisher_temperature: float | None = None  # of the logits; None: 2, or that of the statistics
     sequential: bool = False  # calibrate each block after those before it are factorised
     statistics: Path | None = None  # folder of existing statistics
@@ -108,7 +110,7 @@ def parse_calibration(
     *,
     importance: str = "fisher",
     statistics: Path | None = None,
-    samples: int = 128,
+    samples: int = SAMPLES,
     fisher_temperature: float | None = None,
     sequential: bool = False,
     save: Path | None = None,
@@ -125,6 +127,19 @@ def parse_calibration(
     if importance == "none" or (declined and unused):
         return texts.DECLINED
     if unused and samples >= 1:
+        usual, asked = vars(DataOptions()), vars(how or DataOptions())
+        given = {
+            "--importance": importance != "fisher",
+            "--samples": samples != SAMPLES,
+            "--fisher-temperature": fisher_temperature is not None,
+            "--split": split is not None,
+            **{f"--{name.replace('_', '-')}": asked[name] != usual[name] for name in asked},
+        }
+        if names := ", ".join(name for name, is_given in given.items() if is_given):
+            raise CalibrationError(
+                f"{names}: about calibration, which has no data; add --calibration DATA, for language models also"
+                f" --calibration {texts.NAME}"
+            )
         return None
     return Calibration(
         data=data,

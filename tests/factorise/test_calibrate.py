@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -504,7 +505,7 @@ def test_unused_experts_take_the_share_of_the_whole() -> None:
             self.used, self.unused = nn.Linear(16, 16), nn.Linear(16, 16)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return self.used(x)  # type: ignore[no-any-return]
+            return self.used(x).tanh()  # not an output head
 
     torch.manual_seed(0)
     model = Routed()
@@ -532,7 +533,7 @@ def test_what_is_seen_is_said(place: Path, tmp_path: Path, capsys: pytest.Captur
         count = min(asked, whole)
         assert f"calibration: {count:,} sequences of 32 tokens ({count * 32:,} tokens) of {data}; " in told
         assert ("; all that it has, 100,000 were asked for; " in told) == (asked > whole)
-        assert "; about a second\n" in told
+        assert re.search(r"; about [\w. ]+\n", told)  # as long as the machine takes
 
 
 def test_the_temperature_decides_and_is_recorded(place: Path, tmp_path: Path) -> None:

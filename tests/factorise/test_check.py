@@ -150,3 +150,21 @@ def test_a_model_that_does_not_fit_is_measured_block_by_block(
             assert tiny.run(*command) == 0
     assert len(loads) == 2
     assert report_of(tmp_path / "whole")["loss_check"] == report_of(tmp_path / "blocks")["loss_check"]
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("--budget 0.5 --samples 4", "--samples: about calibration, which has no data"),
+        ("--rank 0.5 --importance activations --block-size 8", "--importance, --block-size: about calibration"),
+        ("--rank 0.5 --fisher-temperature 3", "--fisher-temperature: about"),
+    ],
+)
+def test_options_of_calibration_without_data_are_not_dropped_in_silence(
+    words: str, named: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tiny.run("factorise", place / "gpt2", *words.split(), "-o", tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert named in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
