@@ -6,13 +6,12 @@ exporters support them.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lrsurgery.linalg.factors import Factors, working_dtype
@@ -213,37 +212,3 @@ def dense_weight(layer: FactorisedLayer) -> Tensor:
 def build_dense(layer: FactorisedLayer) -> nn.Module:
     """Build the dense layer that a factorised one replaced, on the meta device."""
     return layer.layout.build_dense(layer)
-
-
-class _Tracer(fx.Tracer):
-    """Traces into every module but torch's own, factorised layers, and those that hold no module."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return super().is_leaf_module(m, module_qualified_name) or isinstance(m, FactorisedLayer)
-
-
-def last_layers(model: nn.Module) -> set[str] | None:
-    """Name the layers with weights whose outputs are the model's, but for functions without weights, such as softmax.
-
-    A sum or product of several results has no such layer, and a bare Sequential does not say whether its last is one.
-    None for a model whose code cannot be traced.
-    """
-    if isinstance(model, nn.Sequential):
-        return set()
-    # traced as a copy without storage, since tracing runs the model's own code, which may keep what it is given
-    try:
-        storage: dict[int, Any] = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in model.parameters()}
-        storage |= {id(b): b.to("meta") for b in model.buffers()}
-        graph = _Tracer().trace(copy.deepcopy(model, storage))
-    except Exception:  # whatever the model's own code raises
-        return None
-    found: set[str] = set()
-    modules = dict(model.named_modules())
-    waiting = [node for node in graph.nodes if node.op == "output"]
-    while waiting:
-        node = waiting.pop()
-        if node.op == "call_module" and any(True for _ in modules[str(node.target)].parameters()):
-            found.add(str(node.target))
-        elif node.op == "output" or len(node.all_input_nodes) == 1:
-            waiting += node.all_input_nodes
-    return found

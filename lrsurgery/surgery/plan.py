@@ -16,7 +16,7 @@ from lrsurgery.linalg.svd import check_engine
 from lrsurgery.references import References
 from lrsurgery.surgery.budget import Budget
 from lrsurgery.surgery.kinds import CONV_SCHEMES, KINDS, kind_of
-from lrsurgery.surgery.layers import FactorisedLayer, Kind, last_layers
+from lrsurgery.surgery.layers import FactorisedLayer, Kind
 from lrsurgery.surgery.ranks import RankSpec, break_even_rank
 
 Target: TypeAlias = RankSpec | Budget  # a policy decides each layer alone, a budget all layers together
@@ -317,14 +317,14 @@ def find_heads(model: nn.Module) -> dict[str, str]:
     """Find the output heads and classifiers of a model: name -> the reason shown in the plan.
 
     transformers models: the output embeddings and the layers outside the base model. timm models: `get_classifier()`.
-    Others: the layers whose outputs are the model's; where it cannot be traced, the last one under a child named like a
-    head by torchvision.
+    Others: the last linear layer under a child with one of torchvision's names for heads.
     """
     names = {id(module): name for name, module in model.named_modules()}
     heads: list[nn.Module] = []
     base = getattr(model, "base_model", None)
+    anything: Any = model
     if isinstance(base, nn.Module) and hasattr(model, "get_output_embeddings"):
-        output: Any = model.get_output_embeddings()  # type: ignore[operator]
+        output = anything.get_output_embeddings()
         heads += [output] if isinstance(output, nn.Module) else []
         if base is not model:
             inside = {id(module) for module in base.modules()}
@@ -334,10 +334,9 @@ def find_heads(model: nn.Module) -> dict[str, str]:
         classifier = wrapped.get_classifier()
         for part in classifier if isinstance(classifier, tuple | list) else [classifier]:
             heads += [m for m in part.modules() if kind_of(m, "channel")] if isinstance(part, nn.Module) else []
-    elif not isinstance(base, nn.Module) and (found := last_layers(model)) is not None:
-        heads += [m for name, m in model.named_modules() if name in found and kind_of(m, "channel")]
     elif not isinstance(base, nn.Module):
-        for part in (getattr(model, child, None) for child in ("fc", "classifier", "head", "heads", "lm_head")):
+        for child in ("fc", "classifier", "head", "heads", "lm_head"):
+            part = getattr(model, child, None)
             if isinstance(part, nn.Module):
                 heads += [m for m in part.modules() if kind_of(m, "channel")][-1:]
     return {names[id(module)]: "output head" for module in heads if id(module) in names}

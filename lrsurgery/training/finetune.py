@@ -208,8 +208,11 @@ class _Run:
                 data = recipe.eval_data or recipe.data
                 held_out = open_rows(data, self.task, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS)
                 evaluation = evaluation_examples(subject, held_out, recipe, trust_remote_code=recipe.trust_remote_code)
-        for note in (*subject.notes, *train.notes, *(evaluation.notes if evaluation is not None else ())):
+        for note in subject.notes:
             self._note(note)
+        # said but not kept: they name the data's files, which a card does not
+        for note in (*train.notes, *(evaluation.notes if evaluation is not None else ())):
+            self.listener.note(note)
         teacher = None
         if recipe.teacher is not None:
             source, trust = recipe.resolve(recipe.teacher), recipe.trust_remote_code

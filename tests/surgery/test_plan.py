@@ -136,36 +136,6 @@ def test_torchvision_style_heads_are_found() -> None:
         assert set(find_heads(torchvision.models.vgg11())) == {"classifier.6"}
 
 
-class _Odd(nn.Module):
-    """A model whose head has a name of its own; with `branches`, code that cannot be traced."""
-
-    def __init__(self, branches: bool) -> None:
-        super().__init__()
-        self.head = nn.Linear(8, 8)  # named like a head, and none
-        self.body = nn.Linear(8, 8)
-        self.classes = nn.Linear(8, 3)
-        self.branches, self.seen = branches, None
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        self.seen = x
-        if self.branches and x.sum() > 0:
-            x = -x
-        x = x + self.body(self.head(x).relu())
-        return {"logits": self.classes(x).softmax(-1), "hidden": x}
-
-
-def test_heads_are_known_by_use() -> None:
-    model = _Odd(branches=False)
-    assert set(find_heads(model)) == {"classes"}
-    assert model.seen is None  # the model itself was not run
-    assert not model.classes.weight.is_meta
-    assert set(find_heads(_Odd(branches=True))) == {"head"}  # by name, where the code cannot be traced
-    factorised = _Odd(branches=False)
-    lrsurgery.factorise_(factorised, rank=0.25)
-    assert isinstance(factorised.classes, nn.Linear)
-    assert not isinstance(factorised.body, nn.Linear)
-
-
 def test_break_even_keeps_a_layer_unless_larger_is_allowed() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 256))
     assert reasons(plan(model)) == {"0": "rank 32 is over break-even (31)"}
