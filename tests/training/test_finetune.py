@@ -447,7 +447,8 @@ def test_a_decay_that_overshoots_is_warned_of_with_its_bound(bench: Path, tmp_pa
     assert f"is {1e-2 * 1e3 * top:.3g} at" in note
     assert f"write at most {1 / (1e-2 * top):.2g}" in note
     assert note in outcome.report.notes
-    assert not healed({**given, "decay_strength": 0.1}, tmp_path / "calm")[1].notes
+    calm = healed({**given, "decay_strength": 0.1}, tmp_path / "calm")[1].notes
+    assert not [text for text in calm if "overshoots" in text]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(bench: Path, tmp_path: Path) -> None:
