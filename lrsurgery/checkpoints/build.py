@@ -55,8 +55,8 @@ def _build_timm(source: Source, device: str) -> nn.Module:
     try:
         with torch.device("meta"):
             return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
-    except (RuntimeError, NotImplementedError):
-        # some constructors read the values of tensors, which fails on the meta device
+    except RuntimeError:
+        # some constructors read the values of tensors, which fails on the meta device (NotImplementedError too)
         return timm.create_model(name, pretrained=False, **options).to("meta")  # type: ignore[no-any-return]
 
 

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from lrsurgery.checkpoints.source import Source
-from lrsurgery.data.text import Batch, Example, seed_of
+from lrsurgery.data.batches import Batch, Example, seed_of
 from lrsurgery.errors import DataError, RecipeError
 
 if TYPE_CHECKING:

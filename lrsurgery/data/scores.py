@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax, logsigmoid
 
+from lrsurgery.data.batches import IGNORED, Batch
 from lrsurgery.data.labels import HIDDEN, NUMBER, Labels, as_classes, is_nameless, match_names, occurring
 from lrsurgery.data.tasks import MULTI, REGRESSION, SINGLE, TASKS, Subject, class_names, count_logits
-from lrsurgery.data.text import IGNORED, Batch, load_tokenizer, without_padding
+from lrsurgery.data.text.padding import without_padding
+from lrsurgery.data.text.tokens import load_tokenizer
 from lrsurgery.errors import DataError, SourceError
 
 LEARNT_BY = {SINGLE: "one class of several", MULTI: "any number of classes", REGRESSION: "numbers (regression)"}

@@ -24,8 +24,9 @@ from lrsurgery.calibration.statistics import FILE_NAME, Statistics, StatisticsWr
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model
 from lrsurgery.checkpoints.source import Source
+from lrsurgery.data.batches import Rows
 from lrsurgery.data.datasets import TRAIN_SPLITS
-from lrsurgery.data.examples import Rows, calibration_examples, open_rows, prepare_subject
+from lrsurgery.data.examples import calibration_examples, open_rows, prepare_subject
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import problem_of
 from lrsurgery.data.tasks import TASKS, MissingHeadError, Subject, head_size, is_for, task_of, with_problem

@@ -24,10 +24,11 @@ from lrsurgery.calibration.blockwise import visit_blocks
 from lrsurgery.calibration.collect import call
 from lrsurgery.calibration.loss import Batch, logits_of
 from lrsurgery.checkpoints.source import Source, resolve
+from lrsurgery.data.batches import IGNORED
 from lrsurgery.data.examples import calibration_examples, evaluation_examples, open_rows
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import TASKS, Subject, is_for, task_of
-from lrsurgery.data.text import IGNORED, load_tokenizer
+from lrsurgery.data.text.tokens import load_tokenizer
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.factorise.calibrate import load_subject, rows_of
 from lrsurgery.factorise.options import Calibration, FactoriseOptions

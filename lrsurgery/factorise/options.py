@@ -222,7 +222,7 @@ def choose_calibration(source: Source, options: FactoriseOptions) -> tuple[Facto
 def _reads_text(source: Source, trust_remote_code: bool) -> bool:
     """Whether it is a language model with its tokenizer."""
     from lrsurgery.data.tasks import TASKS, task_of
-    from lrsurgery.data.text import load_tokenizer
+    from lrsurgery.data.text.tokens import load_tokenizer
 
     try:
         if not TASKS[task_of(source)].is_language:

@@ -21,7 +21,7 @@ from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model, load_timm, load_with_head
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.data.tasks import TASKS, TIMM, is_for, task_of
-from lrsurgery.data.text import position_limit
+from lrsurgery.data.text.padding import position_limit
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers import TrainingArguments as Arguments
 
-from lrsurgery.data.examples import Examples
+from lrsurgery.data.batches import Examples
 from lrsurgery.progress import Listener, TrainingStep
 from lrsurgery.report.views.columns import QUALITY
 from lrsurgery.training.dynamics import layer_dynamics

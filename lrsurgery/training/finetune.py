@@ -18,8 +18,9 @@ import safetensors.torch
 import torch
 
 from lrsurgery.checkpoints.output import check_output
+from lrsurgery.data.batches import Examples, Rows
 from lrsurgery.data.datasets import EVAL_SPLITS
-from lrsurgery.data.examples import Examples, Rows, evaluation_examples, open_rows, prepare_subject, training_examples
+from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subject, training_examples
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import match_teacher
 from lrsurgery.data.tasks import Subject, task_of

@@ -17,7 +17,7 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback,
 from transformers import TrainingArguments as Arguments
 
 from lrsurgery.checkpoints.upstream.transformers import forget_preparation_, train_on_one_gpu_
-from lrsurgery.data.examples import Examples
+from lrsurgery.data.batches import Examples
 from lrsurgery.data.scores import distillation, measure_batch, summarise
 from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import RecipeError, TrainingError

@@ -23,7 +23,7 @@ from lrsurgery.data.datasets import (
     open_data,
     pick_column,
 )
-from lrsurgery.data.text import encode
+from lrsurgery.data.text.tokens import encode
 from lrsurgery.errors import DataError
 
 TEXTS = ["one row of text,\nwith a comma", "another row", 'a "third" one']

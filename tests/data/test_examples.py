@@ -13,6 +13,7 @@ from support import tiny
 from tokenizers import processors
 
 from lrsurgery.checkpoints.source import resolve
+from lrsurgery.data.batches import IGNORED
 from lrsurgery.data.examples import (
     Examples,
     Rows,
@@ -26,7 +27,7 @@ from lrsurgery.data.labels import Labels
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import measure
 from lrsurgery.data.tasks import Subject
-from lrsurgery.data.text import IGNORED, position_limit
+from lrsurgery.data.text.padding import position_limit
 from lrsurgery.errors import DataError, RecipeError
 
 

@@ -14,6 +14,7 @@ import transformers
 from support import tiny
 
 from lrsurgery.checkpoints.source import resolve
+from lrsurgery.data.batches import IGNORED
 from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subject, training_examples
 from lrsurgery.data.labels import Labels
 from lrsurgery.data.options import DataOptions
@@ -28,7 +29,6 @@ from lrsurgery.data.scores import (
     targets_of,
 )
 from lrsurgery.data.tasks import MULTI, REGRESSION, SINGLE, TASKS, Subject, load_subject
-from lrsurgery.data.text import IGNORED
 from lrsurgery.errors import DataError, SourceError
 
 CLASSES = "sequence-classification"

@@ -12,17 +12,9 @@ from hypothesis import strategies as st
 from support import tiny
 from tokenizers import processors
 
-from lrsurgery.data.text import (
-    IGNORED,
-    Cut,
-    Frame,
-    Masking,
-    Sequences,
-    StreamedSequences,
-    TokenStream,
-    Windows,
-    encode,
-)
+from lrsurgery.data.batches import IGNORED
+from lrsurgery.data.text.sequences import Cut, Masking, Sequences, StreamedSequences, TokenStream, Windows
+from lrsurgery.data.text.tokens import Frame, encode
 from lrsurgery.errors import DataError
 
 

@@ -1,0 +1,53 @@
+"""What every task shares: datasets as they were opened, examples of them, and batches of these."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+
+import torch
+
+from lrsurgery.data.labels import Labels
+
+if TYPE_CHECKING:
+    from lrsurgery.data.datasets import Table
+
+Batch: TypeAlias = dict[str, torch.Tensor]  # a model's inputs by name
+Example: TypeAlias = dict[str, Any]  # the same of one example, before collation: tensors, lists of tokens, numbers
+Collator: TypeAlias = Callable[[Sequence[Example]], Batch]
+
+IGNORED = -100  # the label that no loss counts, as everywhere in transformers
+
+
+class ExampleSet(Protocol):
+    """A torch dataset with a length."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Example: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A dataset as it was opened: its rows, what the user called it, and the labels in it."""
+
+    rows: Table
+    reference: str
+    labels: Labels | None = None  # None where the task has none, or nobody reads them
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What a model is trained or measured on."""
+
+    dataset: ExampleSet
+    collate: Collator
+    unit: str  # what progress counts: "tokens", "images" or "sentences"
+    size: int  # units in one example
+    notes: tuple[str, ...] = ()  # for the user: how the data is read
+
+
+def seed_of(*parts: int) -> int:
+    """Hash several numbers to one seed, the same on every machine and independent of earlier draws."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

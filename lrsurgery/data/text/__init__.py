@@ -1,0 +1,1 @@
+"""Text: into tokens, pieces of tokens and batches of these; `examples` goes all of the way."""

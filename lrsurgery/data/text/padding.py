@@ -1,0 +1,90 @@
+"""Padding of batches, and figures that do not depend on it; how many positions a model has."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from lrsurgery.data.batches import IGNORED, Batch, Collator, Example
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def pad_tokens(token: int) -> Collator:
+    """A collator that pads sequences on the right, outside of the attention mask, with labels that no loss counts."""
+
+    def collate(examples: Sequence[Example]) -> Batch:
+        longest = max(len(e["input_ids"]) for e in examples)
+        ids = torch.full((len(examples), longest), token)
+        labels = torch.full_like(ids, IGNORED)
+        mask, types = torch.zeros_like(ids), torch.zeros_like(ids)
+        for i, example in enumerate(examples):
+            length = len(example["input_ids"])
+            ids[i, :length], labels[i, :length] = example["input_ids"], example["labels"]
+            mask[i, :length] = example.get("attention_mask", 1)
+            types[i, :length] = example.get("token_type_ids", 0)
+        batch = {"input_ids": ids, "labels": labels, "attention_mask": mask}
+        return {**batch, "token_type_ids": types} if "token_type_ids" in examples[0] else batch
+
+    return collate
+
+
+def position_limit(model: nn.Module) -> tuple[int | None, bool]:
+    """Read the most tokens that a text model takes, and whether positions are relative, so that more work.
+
+    The config names the rows of the table of positions. If that has a padding entry, as in RoBERTa's kin, MPNet,
+    Longformer and ESM, positions begin after it.
+    """
+    config: PreTrainedConfig = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    for name, module in model.named_modules():
+        padding, table = getattr(module, "padding_idx", None), getattr(module, "weight", None)
+        if (
+            limit
+            and padding is not None
+            and table is not None
+            and "position" in name.rpartition(".")[2]
+            and len(table) == limit
+        ):
+            limit -= padding + 1
+            break
+    rotary = getattr(config, "rope_parameters", None) or getattr(config, "position_embedding_type", None) == "rotary"
+    return limit, limit is None or bool(rotary)
+
+
+def without_padding(inputs: Batch, model: nn.Module) -> Iterator[tuple[torch.Tensor, Batch]]:
+    """Split a batch that is padded on the right into parts of examples of one length: their places, and their inputs.
+
+    So no figure depends on padding: not on its side, not on its token, not on layers that ignore the mask. Batches
+    without padding stay whole, except for a head that finds the last token and has no padding token to go by.
+    """
+    mask = inputs.get("attention_mask")
+    config = getattr(model, "config", None)
+    everything = torch.arange(len(next(iter(inputs.values()))))
+    if mask is None or mask.ndim != 2 or config is None:
+        yield everything, inputs
+        return
+    alone = config.get_text_config().pad_token_id is None and finds_last_token(model)
+    lengths = mask.sum(-1)
+    prefix = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+    if not bool((mask.bool() == prefix).all()):  # the examples' own masks, and no padding of ours
+        yield everything, inputs
+        return
+    for length in sorted(set(lengths.tolist())):
+        places = (lengths == length).nonzero()[:, 0]
+        for chosen in places.split(1) if alone else (places,):
+            part = {
+                name: (v[chosen, :length] if v.ndim > 1 and v.shape[1] == mask.shape[1] else v[chosen])
+                for name, v in inputs.items()
+            }
+            yield chosen.cpu(), part
+
+
+def finds_last_token(model: nn.Module) -> bool:
+    """Tell whether the head answers at the last token, which it finds by the config's padding token."""
+    return "pad_token_id" in inspect.getsource(inspect.unwrap(type(model).forward))
