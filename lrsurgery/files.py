@@ -23,6 +23,8 @@ from lrsurgery.errors import OutputError, SourceError, SurgeryError
 
 Json: TypeAlias = dict[str, Any]  # a JSON object of a file; readers turn it into typed values
 
+MEGABYTE = 1 << 20  # bytes
+
 
 def read_json(file: Path, what: str = "a JSON object", error: type[SurgeryError] = SourceError) -> Json:
     """Read the JSON object in a file. Raises `error` if the file is missing or is not `what`."""
@@ -198,16 +200,22 @@ def tensor_digest(dtype: torch.dtype, shape: Sequence[int], slices: Iterable[Ten
     return hasher.hexdigest()
 
 
-def fingerprint(files: Sequence[Path], text: str = "") -> str:
-    """Hash of `text` and of the files' names, sizes, first and last megabytes."""
+def fingerprint(files: Sequence[Path], text: str = "", *, pieces: int = 2) -> str:
+    """Hash of `text` and of the files' names, sizes and contents.
+
+    Of a file of more than `pieces` megabytes, that many at equal distances are read, the first and the last among them.
+    """
     hasher = hashlib.blake2b(text.encode(), digest_size=16)
     for file in files:
         size = file.stat().st_size
-        hasher.update(f"{file.name} {size}".encode())
+        starts: Sequence[int] = range(0, size, MEGABYTE)
+        if size > pieces * MEGABYTE:
+            starts = [(size - MEGABYTE) * i // (pieces - 1) for i in range(pieces)]
+        hasher.update(f"{file.name} {size} ".encode())
         with file.open("rb") as handle:
-            hasher.update(handle.read(1 << 20))
-            handle.seek(max(0, size - (1 << 20)))
-            hasher.update(handle.read())
+            for start in starts:
+                handle.seek(start)
+                hasher.update(handle.read(MEGABYTE))
     return hasher.hexdigest()
 
 

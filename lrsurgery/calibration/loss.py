@@ -99,6 +99,30 @@ class SampledLoss:
         return (gradients * weights * signs).to(logits.dtype)
 
 
+class IndependentLoss:
+    """As `SampledLoss`, for heads whose outputs are independent: any number of classes (`binary`), or numbers.
+
+    The mean of g g^T over random signs is the Hessian of the loss, a mean over the outputs: diag(p (1 - p)) / outputs
+    for binary cross entropy, with p the sigmoid of logits / `temperature`; 2 / outputs for the squared error.
+    """
+
+    def __init__(self, seed: int, temperature: float = 1.0, *, binary: bool) -> None:
+        self._seed, self._temperature, self._binary = seed, temperature, binary
+        self._generator: torch.Generator | None = None
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, int]:
+        logits = logits_of(outputs).float()
+        if not bool(torch.isfinite(logits.detach()).all()):
+            raise CalibrationError("the model's logits hold NaN or Inf; check the data or the model")
+        if self._generator is None or self._generator.device != logits.device:
+            self._generator = torch.Generator(logits.device).manual_seed(self._seed)
+        signs = 1 - 2 * torch.randint(2, logits.shape, generator=self._generator, device=logits.device)
+        p = (logits.detach() / self._temperature).sigmoid()
+        curvature = p * (1 - p) if self._binary else torch.full_like(logits, 2.0)
+        gradients = signs * (curvature / logits.shape[-1]).sqrt()
+        return (logits * gradients).sum(), len(logits)
+
+
 class ProjectionLoss:
     """A loss for encoders without a head: the pooled output, of unit length, along a random direction for each sample.
 

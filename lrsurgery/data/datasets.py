@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, TypeAlias
 
 from lrsurgery.errors import DataError
-from lrsurgery.files import cache_folder
+from lrsurgery.files import cache_folder, fingerprint
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -41,7 +41,7 @@ WHOLE = "whole"  # what `datasets` calls the only split of files that have none
 # what folders of data hold besides data
 ABOUT_DATA = re.compile(r"readme\.md|licen[cs]e(\.\w+)?|dataset_?infos?\.json", re.IGNORECASE)
 PIECE = 1 << 16  # characters of a piece of streamed text, which ends with a line
-HASHED = 1 << 30  # bytes of a file up to which all of it is hashed
+HASHED = 1024  # megabytes of a file up to which all of it is hashed
 
 
 def open_data(
@@ -224,7 +224,7 @@ def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lin
         if options["drop_labels"] is False:
             classes = _classes_above(files, root)
             options["drop_labels"] = bool(classes)
-        digest = digest_files(metadata, reference)
+        digest = fingerprint(metadata, reference, pieces=HASHED)
     elif len(kinds) > 1:
         held = ", ".join(sorted(str(k) for k in kinds))
         raise DataError(f"{reference}: holds files of several kinds ({held}); name those to read, as in 'f/*.jsonl'")
@@ -241,7 +241,7 @@ def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lin
             kind, options["delimiter"] = "csv", "\t"
         if kind != "parquet":
             options["encoding"] = "utf-8-sig"  # without the mark that some editors put first
-        digest = "" if streaming else digest_files(files)
+        digest = "" if streaming else fingerprint(files, pieces=HASHED)
     # what is in the files decides whether a cache holds, and not their dates
     listed = DataFilesList([_plain(file) for file in files], [(digest,)])
     split = name if re.fullmatch(r"\w+(\.\w+)*", name) and name != ALL else WHOLE
@@ -305,28 +305,11 @@ def _match(pattern: str) -> list[Path]:
 def digest_of(reference: str | None, split: str | None, subset: str | None) -> str:
     """Fingerprint the data's files and the split, so that a resumed job notices a change; None stands for no data."""
     if reference is None:
-        return digest_files([], f"none {split} {subset}")
+        return fingerprint([], f"none {split} {subset}")
     path = Path(reference).expanduser()
     files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
     files = files or _match(reference)
-    return digest_files(files, f"{'' if files else reference} {split} {subset}")
-
-
-def digest_files(files: Sequence[Path], text: str = "") -> str:
-    """Hash `text` and the files' names and contents; of a file above 1 GB, 1,024 megabytes at equal distances."""
-    hasher = hashlib.blake2b(text.encode(), digest_size=16)
-    for file in files:
-        size = file.stat().st_size
-        hasher.update(f"{file.name} {size} ".encode())
-        with file.open("rb") as handle:
-            if size <= HASHED:
-                while block := handle.read(1 << 20):
-                    hasher.update(block)
-            else:
-                for i in range(1024):
-                    handle.seek((size - (1 << 20)) * i // 1023)
-                    hasher.update(handle.read(1 << 20))
-    return hasher.hexdigest()
+    return fingerprint(files, f"{'' if files else reference} {split} {subset}", pieces=HASHED)
 
 
 def column_names(rows: Table) -> list[str]:

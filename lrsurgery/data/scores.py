@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,7 +164,9 @@ def measure(task: str, logits: Tensor, labels: Tensor, problem: str = SINGLE) ->
     return torch.stack([column.double().sum(-1) for column in columns], dim=-1)
 
 
-def measure_batch(subject: Subject, model: nn.Module, inputs: Batch, *, whole: bool = False) -> Tensor:
+def measure_batch(
+    subject: Subject, model: Callable[..., Mapping[str, Tensor]], inputs: Batch, *, whole: bool = False
+) -> Tensor:
     """Run `model`, the subject's, on a batch and measure each example (batch, columns), free of padding.
 
     With `whole`, in one piece, padding and all.

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lrsurgery.calibration import texts
 from lrsurgery.calibration.blocks import find_blocks
 from lrsurgery.calibration.collect import collect, collect_sequentially, estimate_seconds, moment_bytes, split
-from lrsurgery.calibration.loss import IMPORTANCES, Batch, Loss, ProjectionLoss, SampledLoss
+from lrsurgery.calibration.loss import IMPORTANCES, Batch, IndependentLoss, Loss, ProjectionLoss, SampledLoss
 from lrsurgery.calibration.offload import load_offloaded
 from lrsurgery.calibration.statistics import FILE_NAME, Statistics, StatisticsWriter
 from lrsurgery.checkpoints.build import build_model
@@ -29,7 +29,17 @@ from lrsurgery.data.datasets import TRAIN_SPLITS
 from lrsurgery.data.examples import calibration_examples, open_rows, prepare_subject
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import problem_of
-from lrsurgery.data.tasks import TASKS, MissingHeadError, Subject, head_size, is_for, task_of, with_problem
+from lrsurgery.data.tasks import (
+    MULTI,
+    SINGLE,
+    TASKS,
+    MissingHeadError,
+    Subject,
+    head_size,
+    is_for,
+    task_of,
+    with_problem,
+)
 from lrsurgery.errors import CalibrationError, OutputError, RecipeError
 from lrsurgery.factorise.options import Calibration
 from lrsurgery.files import Json
@@ -56,7 +66,14 @@ class _Setup:
 
     def loss(self, seed: int, temperature: float) -> Loss:
         """The loss whose gradients the Fisher importance takes."""
-        return ProjectionLoss(seed) if self.bare else SampledLoss(seed, temperature)
+        if self.bare:
+            return ProjectionLoss(seed)
+        problem = self.subject.problem
+        return (
+            SampledLoss(seed, temperature)
+            if problem == SINGLE
+            else IndependentLoss(seed, temperature, binary=problem == MULTI)
+        )
 
 
 def calibrate(

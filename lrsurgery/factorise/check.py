@@ -12,11 +12,9 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
 
 from lrsurgery.calibration import texts
 from lrsurgery.calibration.blocks import find_blocks
@@ -24,10 +22,10 @@ from lrsurgery.calibration.blockwise import visit_blocks
 from lrsurgery.calibration.collect import call
 from lrsurgery.calibration.loss import Batch, logits_of
 from lrsurgery.checkpoints.source import Source, resolve
-from lrsurgery.data.batches import IGNORED
 from lrsurgery.data.examples import calibration_examples, evaluation_examples, open_rows
 from lrsurgery.data.options import DataOptions
-from lrsurgery.data.tasks import TASKS, Subject, is_for, task_of
+from lrsurgery.data.scores import LEARNT_BY, measure_batch, summarise
+from lrsurgery.data.tasks import SINGLE, TASKS, Subject, is_for, task_of
 from lrsurgery.data.text.tokens import load_tokenizer
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.factorise.calibrate import load_subject, rows_of
@@ -167,7 +165,8 @@ def _samples(
     if task.is_language:
         examples, _ = calibration_examples(subject, rows, how, WINDOWS, 0, trust_remote_code=trusted)
     else:
-        _check_kind(subject)
+        if subject.problem != SINGLE:  # the bounds below are about classes
+            raise _UnknownError(f"a head for {LEARNT_BY[subject.problem]}; lrsurgery evaluate measures it")
         try:
             labelled = open_rows(data, subject.task, how, split=split)
             examples = evaluation_examples(subject, labelled, how, trust_remote_code=trusted)
@@ -195,21 +194,19 @@ def _samples(
     return _Samples(subject.task, batches, len(chosen), examples.size if task.is_language else None, name, own)
 
 
-def _check_kind(subject: Subject) -> None:
-    """Raise _UnknownError for a head whose loss is no cross-entropy over classes."""
-    config: Any = getattr(subject.body, "config", None)
-    kind = getattr(config, "problem_type", None)
-    if kind not in (None, "single_label_classification") or getattr(config, "num_labels", 2) < 2:
-        raise _UnknownError(f"{kind or 'regression'}; lrsurgery evaluate measures it")
-
-
 def _figures(subject: Subject, offloaded: bool, samples: _Samples) -> dict[str, float | None]:
     """The mean loss (nats; None if not finite), for classes the top-1 too; by block where the blocks are on disk."""
-    model, sums = subject.model.eval(), torch.zeros(3, dtype=torch.float64)
+    model, rows = subject.model.eval(), list[Tensor]()
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+    def answer(**inputs: Tensor) -> dict[str, Tensor]:
+        return {"logits": logits_of(call(model, inputs))}
 
     def run(batch: Batch) -> Callable[[], None]:
         def forward() -> None:
-            sums.add_(_sums(samples.task, model, batch))
+            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            # where blocks are visited one at a time, a batch is one forward
+            rows.append(measure_batch(subject, answer, inputs, whole=offloaded).cpu())
 
         return forward
 
@@ -218,22 +215,11 @@ def _figures(subject: Subject, offloaded: bool, samples: _Samples) -> dict[str, 
     with closing(visit_blocks(model, blocks, calls)) as visits:
         for _ in visits:
             pass
-    nll, count, hits = sums.tolist()
-    if not count:
+    figures = summarise(samples.task, torch.cat(rows), subject.problem)
+    if not figures:
         raise _UnknownError(f"{samples.name}: no answer in the samples")
-    loss = round(nll / count, 4) if math.isfinite(nll) else None
-    return {"loss": loss} if samples.tokens is not None else {"loss": loss, "top1": round(hits / count, 4)}
-
-
-def _sums(task: str, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Summed negative log likelihood, scored positions and hits of a batch."""
-    logits = logits_of(call(model, batch))
-    logits, labels = TASKS[task].align(logits, batch["labels"].to(logits.device))
-    counted = labels.ne(IGNORED)
-    answers, flat = labels[counted], logits[counted].float()
-    nll = cross_entropy(flat, answers, reduction="sum")
-    hits = (flat.argmax(-1) == answers).sum()
-    return torch.stack([nll.double(), counted.sum().double(), hits.double()]).cpu()
+    loss = round(figures["loss"], 4) if math.isfinite(figures["loss"]) else None
+    return {"loss": loss} if samples.tokens is not None else {"loss": loss, "top1": round(figures["top1"], 4)}
 
 
 def _text(found: Json, samples: _Samples) -> str:

@@ -195,16 +195,7 @@ class _Run:
         with self.args.main_process_first(desc="reading data"):
             rows = open_rows(recipe.data, self.task, recipe, split=recipe.split, streaming=recipe.streaming)
             subject = self._build(rows)
-            train = training_examples(
-                subject,
-                rows,
-                recipe,
-                stride=recipe.stride,
-                seed=recipe.seed,
-                augment=recipe.augment,
-                streaming=recipe.streaming,
-                trust_remote_code=recipe.trust_remote_code,
-            )
+            train = self._examples(subject, rows)
             if self._evaluates:
                 data = recipe.eval_data or recipe.data
                 held_out = open_rows(data, self.task, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS)
@@ -232,6 +223,26 @@ class _Run:
             new_head=recipe.new_head,
             from_scratch_seed=recipe.seed if recipe.from_scratch else None,
             trust_remote_code=recipe.trust_remote_code,
+        )
+
+    def _examples(self, subject: Subject, rows: Rows) -> Examples:
+        recipe = self.recipe
+        return training_examples(
+            subject,
+            rows,
+            recipe,
+            stride=recipe.stride,
+            seed=recipe.seed,
+            augment=recipe.augment,
+            streaming=recipe.streaming,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+
+    @property
+    def _again(self) -> str:
+        """The command that continues the run."""
+        return f"lrsurgery finetune --resume --output {shlex.quote(str(self.output))}" + (
+            " --overwrite" if self.overwrite else ""
         )
 
     def _resumed_checkpoint(self) -> Path | None:
@@ -308,9 +319,7 @@ class _Run:
         step = trainer.state.global_step
         self.seconds += callback.seconds
         if callback.stopped and step < last:
-            again = f"lrsurgery finetune --resume --output {shlex.quote(str(self.output))}"
-            again += " --overwrite" if self.overwrite else ""
-            raise Interrupted(f"stopped after step {step} of {total}, all is saved; to continue: {again}")
+            raise Interrupted(f"stopped after step {step} of {total}, all is saved; to continue: {self._again}")
         if last == total:
             self.trainer = trainer
         else:
@@ -359,18 +368,9 @@ class _Run:
         recipe = replace(self.recipe, rank=(), dense=True, dense_steps=0, teacher=None)
         torch.manual_seed(recipe.seed)
         subject = self._dense(parts.rows, parts.subject.task, recipe.new_head)
-        trust, judged = recipe.trust_remote_code, bool(recipe.best or recipe.early_stopping)
-        train = training_examples(
-            subject,
-            parts.rows,
-            recipe,
-            stride=recipe.stride,
-            seed=recipe.seed,
-            augment=recipe.augment,
-            streaming=recipe.streaming,
-            trust_remote_code=trust,
-        )
-        evaluation = evaluation_examples(subject, parts.held_out, recipe, trust_remote_code=trust)
+        judged = bool(recipe.best or recipe.early_stopping)
+        train = self._examples(subject, parts.rows)
+        evaluation = evaluation_examples(subject, parts.held_out, recipe, trust_remote_code=recipe.trust_remote_code)
         folder = self.folder.path / DENSE_TRAINED.replace(" ", "-")
         args = training_arguments(recipe, folder, evaluates=True, total=parts.total, judged=judged)
         with interrupts() as interrupted:
@@ -378,9 +378,9 @@ class _Run:
             trainer = LowRankTrainer(subject, recipe, args, train, evaluation, None, callback)
             trainer.train()
         if callback.stopped and trainer.state.global_step < parts.total:
-            again = f"lrsurgery finetune --resume --output {shlex.quote(str(self.output))}"
             raise Interrupted(
-                f"stopped while the dense model was trained as long; the healed one is saved; to continue: {again}"
+                "stopped while the dense model was trained as long; the healed one is saved; to continue:"
+                f" {self._again}"
             )
         round_to_stored_(subject)
         trainer.evaluate()

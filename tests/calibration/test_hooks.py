@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 import lrsurgery
 from lrsurgery.calibration.collect import MemoryStore, collect, split
-from lrsurgery.calibration.loss import ProjectionLoss, SampledLoss
+from lrsurgery.calibration.loss import IndependentLoss, ProjectionLoss, SampledLoss
 from lrsurgery.calibration.statistics import LayerUse, Moments, StatisticsWriter
 from lrsurgery.checkpoints.upstream.transformers import checkpoint_blocks_
 from lrsurgery.errors import BudgetError, CalibrationError
@@ -375,6 +375,33 @@ def test_only_what_counts_is_scored(marked: str) -> None:
     assert torch.equal(logits.grad.abs().sum(-1) > 0, counted)
     p = logits.detach()[counted].softmax(-1)
     assert loss.uncertainty == pytest.approx(float((1 - p.square().sum(-1)).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_the_fisher_information_of_independent_outputs_is_the_hessian_of_their_loss(binary: bool) -> None:
+    """Against autograd, of the loss that transformers takes; random signs leave the diagonal exact in every draw."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4, requires_grad=True)
+    if binary:
+
+        def loss(z: Tensor) -> Tensor:
+            return torch.nn.functional.binary_cross_entropy_with_logits(z, torch.tensor([[1.0, 0.0, 0.0, 1.0]]))
+
+    else:
+
+        def loss(z: Tensor) -> Tensor:
+            return torch.nn.functional.mse_loss(z, torch.zeros(1, 4))
+
+    wanted = torch.autograd.functional.hessian(loss, logits.detach()).reshape(4, 4)
+    estimate, draws = IndependentLoss(0, binary=binary), 2000
+    mean = torch.zeros(4, 4)
+    for _ in range(draws):
+        value, count = estimate({"logits": logits}, None)
+        (g,) = torch.autograd.grad(value, logits)
+        torch.testing.assert_close(g[0].square(), wanted.diagonal())
+        mean += g.T @ g / draws
+    assert count == 1
+    torch.testing.assert_close(mean, wanted, rtol=0, atol=5 * float(wanted.max()) / draws**0.5)
 
 
 @pytest.mark.parametrize("kept", ["in memory", "in a folder"])

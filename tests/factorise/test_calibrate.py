@@ -616,3 +616,16 @@ def test_an_encoder_without_a_head_is_calibrated_on_its_pooled_output(
         "measured": False,
         "text": "not measured (the model has no head; lrsurgery evaluate takes --task)",
     }
+
+
+@pytest.mark.parametrize(
+    ("problem", "outputs"), [("multi_label_classification", 3), ("regression", 1), ("regression", 2)]
+)
+def test_heads_of_every_problem_have_fisher_information(problem: str, outputs: int, tmp_path: Path) -> None:
+    """A softmax over one output would have none, and a budget would be blind."""
+    model = tiny.save_bert(tmp_path / "bert", "BertForSequenceClassification", num_labels=outputs, problem_type=problem)
+    data = tiny.write_sentences(tmp_path / "sentences.jsonl")
+    assert factorise(model, "--budget 0.5 --samples 6 --quiet", calibration=data, output=tmp_path / "out") == 0
+    losses = [row["predicted_loss"] for row in report_of(tmp_path / "out")["layers"] if row.get("rank")]
+    assert losses
+    assert all(loss > 0 for loss in losses)
