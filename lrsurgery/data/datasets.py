@@ -79,6 +79,14 @@ def open_data(
     return found
 
 
+def documents_of(texts: Sequence[str]) -> Dataset:
+    """Make a dataset of texts in memory, each a document."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    return datasets.Dataset.from_dict({"text": list(texts)})
+
+
 def _is_written(text: str) -> bool:
     return bool(text.strip())
 

@@ -25,7 +25,7 @@ from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.batches import Rows
-from lrsurgery.data.datasets import TRAIN_SPLITS
+from lrsurgery.data.datasets import TRAIN_SPLITS, documents_of
 from lrsurgery.data.examples import calibration_examples, open_rows, prepare_subject
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import problem_of
@@ -293,10 +293,8 @@ def rows_of(data: str, task: str, how: DataOptions, part: str | None, *, charact
         raise CalibrationError(f"--calibration {data}: is for language models, and {task} needs data of its own")
     if part is not None or how.text_column is not None or how.subset is not None:
         raise CalibrationError(f"--calibration {data}: has no splits, subsets or columns; leave their options out")
-    import datasets
-
     documents = texts.read_texts() if characters is None else texts.excerpts(characters)
-    return Rows(datasets.Dataset.from_dict({"text": list(documents.values())}), texts.TITLE)
+    return Rows(documents_of(list(documents.values())), texts.TITLE)
 
 
 def load_subject(

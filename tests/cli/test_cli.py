@@ -127,6 +127,15 @@ def test_quiet_says_nothing(model: Path, tmp_path: Path) -> None:
     assert done.output == ""
 
 
+@pytest.mark.process
+def test_quiet_says_nothing_whatever_libraries_would(tmp_path: Path) -> None:
+    """A language model with its tokenizer, so that the loss check reads text; in a process that no test has set up."""
+    model = tiny.save_gpt2(tmp_path / "gpt2")
+    done = warm.program(*tiny.PROGRAM, "factorise", model, "--rank", "0.4", "--output", tmp_path / "out", "--quiet")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert "loss_check" in json.loads((tmp_path / "out" / "rank_report.json").read_text())
+
+
 @pytest.mark.parametrize("init", ["spectral-ones", "he"])
 def test_init_that_gives_up_the_weights_says_so(init: str, model: Path, tmp_path: Path) -> None:
     done = in_process("factorise", model, "--rank", "0.5", "--init", init, "--output", tmp_path / "out")
