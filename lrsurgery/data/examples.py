@@ -12,11 +12,11 @@ from lrsurgery.data.batches import Examples, Rows
 from lrsurgery.data.datasets import IMAGE_COLUMNS, LABEL_COLUMNS, TRAIN_SPLITS, open_data, pick_column
 from lrsurgery.data.images import Images, Preprocessing, stack
 from lrsurgery.data.labels import read_column, read_label_map, rename
-from lrsurgery.data.options import DataOptions
+from lrsurgery.data.options import TEXT, DataOptions
 from lrsurgery.data.scores import Targets, new_head_for, placeholder, problem_of, targets_of
 from lrsurgery.data.tasks import SINGLE, TASKS, Subject, class_names, head_size, load_subject, task_of, with_problem
 from lrsurgery.data.text.examples import sentences_of, sequence_size, sequences_of, windows_of
-from lrsurgery.errors import DataError
+from lrsurgery.errors import DataError, RecipeError
 
 CALIBRATION_SIZE = 512  # tokens of a sequence, unless the model takes fewer
 
@@ -113,6 +113,7 @@ def training_examples(
 ) -> Examples:
     """Make examples to train on: sequences of tokens, sentences, or images (augmented by `seed`). Raises DataError."""
     task = TASKS[subject.task]
+    options.check_for(task.reads)
     if not task.is_language:
         options = dataclasses.replace(options, test_size=False)  # that is for measuring
         targets = _targets(subject, rows)
@@ -133,7 +134,10 @@ def evaluation_examples(
 ) -> Examples:
     """Make examples to measure on: each token, sentence or image of the set once. Raises DataError."""
     task = TASKS[subject.task]
+    options.check_for(task.reads)
     if not task.is_language:
+        if stride is not None:
+            raise RecipeError(f"stride {stride}: is for {TEXT}, and this model reads {task.reads}; leave it out")
         return _labelled(subject, rows, options, _targets(subject, rows), trust_remote_code, padded=False)
     return windows_of(subject, rows, options, stride=stride, trust_remote_code=trust_remote_code)
 
@@ -146,6 +150,7 @@ def calibration_examples(
     Labels are neither needed nor read. Raises DataError.
     """
     is_language = TASKS[subject.task].is_language
+    options.check_for(TASKS[subject.task].reads)
     if is_language and options.block_size is None:
         options = dataclasses.replace(options, block_size=min(CALIBRATION_SIZE, sequence_size(subject, None)))
     if is_language:

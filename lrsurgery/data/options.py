@@ -11,6 +11,7 @@ from lrsurgery.errors import RecipeError
 # names of `data.tasks.TASKS`, for a command line that does not import torch
 TASKS = ("causal-lm", "masked-lm", "sequence-classification", "image-classification")
 DATA = "Data"  # panel of help
+TEXT, SENTENCES, IMAGES = "running text", "sentences", "images"  # what a model reads
 BOS = ("auto", "always", "never")
 Value = TypeVar("Value")
 
@@ -29,6 +30,7 @@ class Setting:
     suggestions: tuple[str, ...] = ()  # choices that help lists among others
     least: int | None = None
     positive: bool = False
+    of: tuple[str, ...] = ()  # what a model reads that the setting is about; nothing: whatever it reads
 
 
 def setting(
@@ -43,6 +45,7 @@ def setting(
     suggestions: tuple[str, ...] = (),
     least: int | None = None,
     positive: bool = False,
+    of: tuple[str, ...] = (),
 ) -> Value:
     """Make a field of a dataclass, with its `Setting` as metadata."""
     about = Setting(
@@ -56,6 +59,7 @@ def setting(
         suggestions=suggestions,
         least=least,
         positive=positive,
+        of=of,
     )
     return field(default=default, metadata={"setting": about})
 
@@ -74,27 +78,47 @@ class DataOptions:
     )
     subset: str | None = setting(None, "Configuration of a hub dataset that has several.", panel=DATA)
     text_column: str | None = setting(
-        None, "Column of the text; for sentence pairs two, with a comma between.", panel=DATA
+        None,
+        "Column of the text; for sentence pairs two, with a comma between.",
+        panel=DATA,
+        of=(TEXT, SENTENCES),
     )
-    label_column: str | None = setting(None, "Column of the class, the classes or the number.", panel=DATA)
+    label_column: str | None = setting(
+        None, "Column of the class, the classes or the number.", panel=DATA, of=(SENTENCES, IMAGES)
+    )
     label_map: str | None = setting(
-        None, "JSON or CSV file: class of the data, class of the model.", panel=DATA, metavar="FILE"
+        None,
+        "JSON or CSV file: class of the data, class of the model.",
+        panel=DATA,
+        metavar="FILE",
+        of=(SENTENCES, IMAGES),
     )
-    image_column: str | None = setting(None, "Column of the image.", panel=DATA)
+    image_column: str | None = setting(None, "Column of the image.", panel=DATA, of=(IMAGES,))
     block_size: int | None = setting(
-        None, "Tokens of a sequence; the model's maximum by default, 2,048 at most.", panel=DATA, least=2
+        None,
+        "Tokens of a sequence; the model's maximum by default, 2,048 at most.",
+        panel=DATA,
+        least=2,
+        of=(TEXT, SENTENCES),
     )
     bos: str = setting(
-        "auto", "BOS token at the head of each sequence; auto: where the tokenizer adds one.", panel=DATA, choices=BOS
+        "auto",
+        "BOS token at the head of each sequence; auto: where the tokenizer adds one.",
+        panel=DATA,
+        choices=BOS,
+        of=(TEXT,),
     )
     join: bool = setting(
-        False, "All rows of text as one document, each row on lines of its own, as WikiText's are meant.", panel=DATA
+        False,
+        "All rows of text as one document, each row on lines of its own, as WikiText's are meant.",
+        panel=DATA,
+        of=(TEXT,),
     )
     image_size: int | None = setting(
-        None, "Pixels of an image's side; the checkpoint's own size by default.", panel=DATA, least=1
+        None, "Pixels of an image's side; the checkpoint's own size by default.", panel=DATA, least=1, of=(IMAGES,)
     )
     test_size: bool = setting(
-        False, "Images measured at the size and crop that a timm checkpoint names for tests.", panel=DATA
+        False, "Images measured at the size and crop that a timm checkpoint names for tests.", panel=DATA, of=(IMAGES,)
     )
 
     def check(self) -> None:
@@ -109,6 +133,16 @@ class DataOptions:
                 check_finite(name, value, positive=about.positive)
             elif about.least is not None:
                 check_at_least(name, value, about.least)
+
+    def check_for(self, reads: str) -> None:
+        """Check that every setting is about what the model reads: TEXT, SENTENCES or IMAGES. Raises RecipeError."""
+        for name, about in settings_of(type(self)).items():
+            value = getattr(self, name)
+            if about.of and reads not in about.of and value != about.default:
+                shown = name if value is True else f"{name} {value}"
+                raise RecipeError(
+                    f"{shown}: is for {' and '.join(about.of)}, and this model reads {reads}; leave it out"
+                )
 
 
 def check_choice(name: str, value: str, known: tuple[str, ...]) -> None:

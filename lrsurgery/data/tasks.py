@@ -18,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model, load_timm, load_with_head
 from lrsurgery.checkpoints.source import Source
+from lrsurgery.data.options import IMAGES, SENTENCES, TEXT
 from lrsurgery.errors import RecipeError, SourceError
 
 if TYPE_CHECKING:
@@ -59,6 +60,13 @@ class Task:
     masks: bool = False  # hides the tokens that it predicts
     takes_images: bool = False
     needs_padding: bool = False  # the head may find the last token by the padding token in the config
+
+    @property
+    def reads(self) -> str:
+        """What settings of data go by: running text, sentences or images."""
+        if self.is_language:
+            return TEXT
+        return IMAGES if self.takes_images else SENTENCES
 
 
 CAUSAL_LM = Task(

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from lrsurgery.data.options import DATA, DataOptions, Setting, check_choice, setting
+from lrsurgery.data.options import DATA, IMAGES, TEXT, DataOptions, Setting, check_choice, setting
 from lrsurgery.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -47,9 +47,13 @@ class Recipe(DataOptions):
         False, "Text that is read as training needs it, for data too large to hold; with --steps.", panel=DATA
     )
     stride: int | None = setting(
-        None, "Tokens between the starts of training blocks; the block size by default.", panel=DATA, least=1
+        None,
+        "Tokens between the starts of training blocks; the block size by default.",
+        panel=DATA,
+        least=1,
+        of=(TEXT,),
     )
-    augment: bool = setting(True, "Random crops and flips of training images.", panel=DATA)
+    augment: bool = setting(True, "Random crops and flips of training images.", panel=DATA, of=(IMAGES,))
     new_head: bool = setting(False, "New head for the classes of the data.", panel=DATA)
 
     from_scratch: bool = setting(False, "Fresh weights by the model's config and --seed.", panel=SURGERY)

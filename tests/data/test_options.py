@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from support import tiny
 
 import lrsurgery.data
 from lrsurgery.data import datasets, labels
@@ -72,3 +75,49 @@ assert "torch" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+LABELS = {0: "raise", 1: "return"}
+DATA_OF = {"running text": "valid.txt", "sentences": "sentences.jsonl", "images": "pictures"}
+OPTIONS = {
+    "--text-column text": ("running text", "sentences"),
+    "--block-size 16": ("running text", "sentences"),
+    "--bos always": ("running text",),
+    "--join": ("running text",),
+    "--stride 4": ("running text",),
+    "--label-column label": ("sentences", "images"),
+    "--label-map FILE": ("sentences", "images"),
+    "--image-column image": ("images",),
+    "--image-size 32": ("images",),
+    "--test-size": ("images",),
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    tiny.save_gpt2(folder / "running text")
+    tiny.save_bert(folder / "sentences", "BertForSequenceClassification", num_labels=2, id2label=LABELS)
+    tiny.save_timm(folder / "images")
+    tiny.write_text(folder)
+    tiny.write_sentences(folder / "sentences.jsonl")
+    tiny.write_images(folder / "pictures")
+    same = {"raise": "raise", "return": "return", **{f"class{i}": str(i) for i in range(3)}}
+    (folder / "map.json").write_text(json.dumps(same))
+    return folder
+
+
+@pytest.mark.parametrize("reads", DATA_OF)
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_the_model_has_no_use_for_is_refused(
+    option: str, reads: str, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would change nothing, in silence; where the model has a use for it, it is taken."""
+    words = [str(models / "map.json") if word == "FILE" else word for word in option.split()]
+    code = tiny.run("evaluate", models / reads, "--data", models / DATA_OF[reads], *words)
+    said = capsys.readouterr().err
+    if reads in OPTIONS[option]:
+        assert code == 0, said
+    else:
+        assert (code, said.count("\n")) == (2, 1)
+        assert f"and this model reads {reads}" in said

@@ -164,8 +164,6 @@ def sentences_of(
     subject: Subject, rows: Rows, options: DataOptions, targets: Targets, trust_remote_code: bool, padded: bool
 ) -> Examples:
     """Sentences, pairs of them, or rows of tokens, with what their labels say."""
-    if options.bos != "auto":
-        raise RecipeError(f"bos {options.bos}: is for running text; sentences have the tokens that the tokenizer adds")
     task = TASKS[subject.task]
     tokenizer = load_tokenizer(subject.source, trust_remote_code)
     pad, notes = _sentence_padding(subject, tokenizer, padded)
