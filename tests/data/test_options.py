@@ -102,8 +102,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.write_text(folder)
     tiny.write_sentences(folder / "sentences.jsonl")
     tiny.write_images(folder / "pictures")
-    same = {"raise": "raise", "return": "return", **{f"class{i}": str(i) for i in range(3)}}
-    (folder / "map.json").write_text(json.dumps(same))
+    maps = {"sentences": {"raise": "raise", "return": "return"}, "images": {f"class{i}": str(i) for i in range(3)}}
+    for reads in DATA_OF:
+        (folder / f"{reads}.json").write_text(json.dumps(maps.get(reads, {})))
     return folder
 
 
@@ -113,7 +114,7 @@ def test_an_option_that_the_model_has_no_use_for_is_refused(
     option: str, reads: str, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It would change nothing, in silence; where the model has a use for it, it is taken."""
-    words = [str(models / "map.json") if word == "FILE" else word for word in option.split()]
+    words = [str(models / f"{reads}.json") if word == "FILE" else word for word in option.split()]
     code = tiny.run("evaluate", models / reads, "--data", models / DATA_OF[reads], *words)
     said = capsys.readouterr().err
     if reads in OPTIONS[option]:
