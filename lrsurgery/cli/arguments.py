@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     EngineName: TypeAlias = str
     Importance: TypeAlias = str
     Init: TypeAlias = str
+    Protocol: TypeAlias = str
     Task: TypeAlias = str
 else:
     Bos = choice("Bos", "lrsurgery.data.options", "BOS")
@@ -80,6 +81,7 @@ else:
     EngineName = choice("Engine", "lrsurgery.linalg.svd", "ENGINES")
     Importance = choice("Importance", "lrsurgery.calibration.loss", "IMPORTANCES", "none")
     Init = choice("Init", "lrsurgery.linalg.inits", "INITS")
+    Protocol = choice("Protocol", "lrsurgery.measure.evaluate", "PROTOCOLS")
     Task = choice("Task", "lrsurgery.data.options", "TASKS")
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from lrsurgery.progress import Listener, TrainingStep
-from lrsurgery.report.views.columns import HEADINGS, PIPED_WIDTH, QUALITY
+from lrsurgery.report.views.columns import HARNESS, HARNESS_HEADINGS, HEADINGS, PIPED_WIDTH, QUALITY
 
 if TYPE_CHECKING:
     from lrsurgery.files import Json
@@ -127,12 +127,13 @@ def quality_table(rows: Sequence[tuple[str, int | None, int | None, Mapping[str,
     """(name, parameters, bytes, figures) of several models side by side."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("model", overflow="fold")
-    known = [name for name in QUALITY if any(name in values for *_, values in rows)]
+    forms, headings = dict([*QUALITY.items(), *HARNESS.items()]), dict([*HEADINGS.items(), *HARNESS_HEADINGS.items()])
+    known = [name for name in forms if any(name in values for *_, values in rows)]
     sized = any(size is not None for _, _, size, _ in rows)
-    for header in ("parameters", *(("bytes",) if sized else ()), *(HEADINGS[name] for name in known)):
+    for header in ("parameters", *(("bytes",) if sized else ()), *(headings[name] for name in known)):
         table.add_column(header, justify="right", no_wrap=True)
     for name, parameters, size, values in rows:
         numbers = [parameters, *([size] if sized else [])]
-        figures = [QUALITY[key].format(values[key]) if key in values else "" for key in known]
+        figures = [forms[key].format(values[key]) if key in values else "" for key in known]
         table.add_row(name, *("" if number is None else f"{number:,}" for number in numbers), *figures)
     return table

@@ -19,6 +19,7 @@ from lrsurgery.cli.arguments import (
     JsonOption,
     ModelArgument,
     OverwriteOption,
+    Protocol,
     QuietOption,
     RevisionOption,
     choice,
@@ -207,6 +208,15 @@ def evaluate(
             "--data", metavar="DATA", help="Data to measure on, of the forms that finetune takes.", rich_help_panel=DATA
         ),
     ],
+    protocol: Annotated[
+        Protocol,
+        typer.Option(
+            "--protocol",
+            help="Windows of text: windows (of the block size, with stride), lm-eval (as its task wikitext), or"
+            " lm-eval-plain (the same without detokenising).",
+            rich_help_panel=DATA,
+        ),
+    ] = "windows",
     revision: RevisionOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -224,13 +234,15 @@ def evaluate(
 
       lrsurgery evaluate gpt2-healed --data valid.txt --stride 512 --json | jq '.models[0].values.perplexity'
 
+      lrsurgery evaluate gpt2-healed --data wiki.txt --protocol lm-eval --against gpt2
+
       lrsurgery evaluate resnet50-half --data imagenet/ --split validation --against timm/resnet50.a1_in1k
     """
     screen = make_screen(quiet, as_json)
     from lrsurgery.cli.console import quality_table
     from lrsurgery.measure.evaluate import evaluate as measure
 
-    plain: dict[str, Any] = {name: _plain(value) for name, value in values.items()}
+    plain: dict[str, Any] = {name: _plain(value) for name, value in {**values, "protocol": protocol}.items()}
     options = DataOptions(**{name: plain.pop(name) for name in settings_of(DataOptions)})
     against = plain.pop("against")
     found = []

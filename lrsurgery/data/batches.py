@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
+from lrsurgery.data.datasets import WHOLE
 from lrsurgery.data.labels import Labels
 
 if TYPE_CHECKING:
@@ -35,6 +36,12 @@ class Rows:
     rows: Table
     reference: str
     labels: Labels | None = None  # None where the task has none, or nobody reads them
+
+    @property
+    def name(self) -> str:
+        """What the user called the data, with the split where it has several."""
+        split = str(getattr(self.rows, "split", None) or WHOLE)
+        return self.reference if split == WHOLE else f"{self.reference} ({split})"
 
 
 @dataclass(frozen=True)

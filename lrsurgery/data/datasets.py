@@ -30,7 +30,7 @@ FORMATS = {
     ".parquet": "parquet",
 }
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that may follow those of FORMATS
-TEXT_COLUMNS = ("text", "content", "sentence", "document")
+TEXT_COLUMNS = ("text", "content", "sentence", "document", "page")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 IMAGE_COLUMNS = ("image", "img", "pixel_values")
 TRAIN_SPLITS = ("train", "training")

@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from lrsurgery.data.batches import IGNORED, Batch
 from lrsurgery.data.labels import HIDDEN, NUMBER, Labels, as_classes, is_nameless, match_names, occurring
 from lrsurgery.data.tasks import MULTI, REGRESSION, SINGLE, TASKS, Subject, class_names, count_logits
-from lrsurgery.data.text.padding import without_padding
+from lrsurgery.data.text.padding import MOST_LOGITS, without_padding
 from lrsurgery.data.text.tokens import load_tokenizer
 from lrsurgery.errors import DataError, SourceError
 
@@ -156,6 +156,13 @@ def measure(task: str, logits: Tensor, labels: Tensor, problem: str = SINGLE) ->
         counts = ((said & true).sum(-1), (said & ~true).sum(-1), (~said & true).sum(-1), (said == true).all(-1))
         return torch.stack([nll, torch.ones_like(nll), *(count.double() for count in counts)], dim=-1)
     logits, labels = TASKS[task].align(logits, labels)
+    # in slices of positions, since a loss takes several copies of its logits
+    size = max(1, MOST_LOGITS // 4 // max(1, len(logits) * logits.shape[-1]))
+    pieces = zip(torch.split(logits, size, dim=1), torch.split(labels, size, dim=1), strict=True)
+    return torch.stack([_measure_tokens(*piece) for piece in pieces]).sum(0)
+
+
+def _measure_tokens(logits: Tensor, labels: Tensor) -> Tensor:
     counted = labels.ne(IGNORED)
     nll = cross_entropy(logits.float().transpose(1, 2), labels, reduction="none", ignore_index=IGNORED)
     top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices
@@ -169,9 +176,10 @@ def measure_batch(
 ) -> Tensor:
     """Run `model`, the subject's, on a batch and measure each example (batch, columns), free of padding.
 
-    With `whole`, in one piece, padding and all.
+    With `whole`, in one piece, padding and all; otherwise in parts whose logits fit in memory.
     """
-    parts = [(torch.arange(len(inputs["labels"])), inputs)] if whole else without_padding(inputs, subject.body)
+    width = count_logits(subject) if "input_ids" in inputs else 1
+    parts = [(torch.arange(len(inputs["labels"])), inputs)] if whole else without_padding(inputs, subject.body, width)
     places, found = [], []
     for place, part in parts:
         outputs = model(**{name: value for name, value in part.items() if name != "labels"})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 import lrsurgery
 from lrsurgery.data.options import DataOptions
+from lrsurgery.errors import SurgeryError
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +171,61 @@ def test_the_program_heals_and_says_what_comes_next(bench: Path, tmp_path: Path)
     assert json.loads(made.stdout)["stages"]["healed"]["scored"] > 0
     shown = program(*tiny.PROGRAM, "report", "other", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
+
+
+DOCUMENTS = ("the cat sat on the mat ; warm @-@ very warm .\n" * 9 + "it 's\n", "a cat", "one @,@ two ( three )\n" * 4)
+
+
+def rolling_by_hand(model: Any, ids: list[int], size: int, prefix: int) -> float:
+    """Log likelihood of a document, one token at a time, each after what its window has before it."""
+    total = 0.0
+    for first in range(0, len(ids), size):
+        last = min(first + size, len(ids))
+        begin = max(0, last - size)
+        before = [prefix] if begin == 0 else [ids[begin - 1]]
+        for place in range(first, last):
+            context = torch.tensor([before + ids[begin:place]])
+            with torch.no_grad():
+                total += float(model(input_ids=context).logits[0, -1].log_softmax(-1)[ids[place]])
+    return total
+
+
+@pytest.mark.parametrize(("protocol", "size"), [("lm-eval", None), ("lm-eval", 7), ("lm-eval-plain", None)])
+def test_rolling_windows_score_each_token_of_a_document_once(
+    bench: Path, tmp_path: Path, protocol: str, size: int | None
+) -> None:
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"page": text}) + "\n" for text in DOCUMENTS))
+    model = tf.AutoModelForCausalLM.from_pretrained(bench / "gpt2").eval()
+    tokenizer = tf.AutoTokenizer.from_pretrained(bench / "gpt2")
+    prefix = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    shown = DOCUMENTS
+    if protocol == "lm-eval":
+        shown = ("the cat sat on the mat; warm-very warm .\n" * 9 + "it's\n", "a cat", "one,two (three)\n" * 4)
+    encoded = [tokenizer(text)["input_ids"] for text in shown]
+    total = sum(rolling_by_hand(model, ids, size or tiny.BLOCK, prefix) for ids in encoded)
+    assert len(encoded[0]) > 2 * tiny.BLOCK  # several windows, the last one shorter
+    options = DataOptions(block_size=size)
+    found = lrsurgery.evaluate(bench / "gpt2", tmp_path / "documents.jsonl", options, protocol=protocol, batch_size=3)
+    words = sum(len(text.split()) + text.endswith("\n") for text in DOCUMENTS)  # as lm_eval counts
+    length = sum(len(text.encode()) for text in DOCUMENTS)
+    assert found.values["scored"] == sum(map(len, encoded))
+    assert found.values["word_perplexity"] == pytest.approx(math.exp(-total / words), rel=1e-5)
+    assert found.values["byte_perplexity"] == pytest.approx(math.exp(-total / length), rel=1e-5)
+    assert found.values["bits_per_byte"] == pytest.approx(-total / length / math.log(2), rel=1e-5)
+    assert f"3 documents, {sum(map(len, encoded))} tokens" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "changes", "message"),
+    [
+        ("vit", "images", {}, "protocol lm-eval: is for causal-lm, and this model is for image-classification"),
+        ("gpt2", "valid.txt", {"stride": 4}, "stride 4: lm_eval's windows do not overlap; leave it out"),
+        ("gpt2", "valid.txt", {"options": DataOptions(bos="never")}, "bos never: lm_eval's protocol has a rule"),
+        ("gpt2", "valid.txt", {"protocol": "mine"}, "unknown protocol 'mine'; known: windows, lm-eval, lm-eval-plain"),
+    ],
+)
+def test_what_lm_evals_protocol_cannot_be_asked_for(
+    bench: Path, model: str, data: str, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SurgeryError, match=re.escape(message)):
+        lrsurgery.evaluate(bench / model, bench / data, **{"protocol": "lm-eval", **changes})

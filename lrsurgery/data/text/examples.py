@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lrsurgery.data.batches import Collator, Examples, Rows
-from lrsurgery.data.datasets import TEXT_COLUMNS, WHOLE, column_names, pick_column
+from lrsurgery.data.datasets import TEXT_COLUMNS, column_names, pick_column
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import Targets
 from lrsurgery.data.tasks import TASKS, Subject
@@ -59,7 +59,7 @@ def sequences_of(
     encoded = encode(rows.rows, tokenizer, options.text_column, rows.reference, frame=cut.frame, join=join)
     if streaming:
         streamed = StreamedSequences(encoded, cut, seed, _vocabulary(subject))
-        about = f"{_name(rows)}: read as training needs it, {cut.about}, sequences of {cut.size}"
+        about = f"{rows.name}: read as training needs it, {cut.about}, sequences of {cut.size}"
         # the one set without a length, which nothing asks for: such a run counts its steps
         return Examples(streamed, _stack(), task.unit, cut.size, (about,))  # type: ignore[arg-type]
     if _is_whole(encoded):
@@ -95,16 +95,10 @@ def windows_of(
     return Examples(windows, pad, task.unit, cut.size, (about,))
 
 
-def _name(rows: Rows) -> str:
-    """What the user called the data, with the split where it has several."""
-    split = str(getattr(rows.rows, "split", None) or WHOLE)
-    return rows.reference if split == WHOLE else f"{rows.reference} ({split})"
-
-
 def _read(rows: Rows, encoded: Table, stream: TokenStream) -> str:
     """What was read of text."""
     count = len(encoded)
-    return f"{_name(rows)}: {count:,} document{'' if count == 1 else 's'}, {len(stream):,} tokens"
+    return f"{rows.name}: {count:,} document{'' if count == 1 else 's'}, {len(stream):,} tokens"
 
 
 def _is_whole(encoded: Table) -> bool:
@@ -115,7 +109,7 @@ def _is_whole(encoded: Table) -> bool:
 def _token_rows(subject: Subject, rows: Rows, encoded: Table, cut: Cut, pad: Collator, seed: int) -> Examples:
     made = TokenRows(encoded, rows.reference, _limits(subject), masking=cut.masking, seed=seed)
     held = ", ".join(name for name in column_names(encoded) if name != "input_ids")
-    about = f"{_name(rows)}: {len(made):,} rows of tokens as they are, {made.total:,} tokens, with their {held}"
+    about = f"{rows.name}: {len(made):,} rows of tokens as they are, {made.total:,} tokens, with their {held}"
     return Examples(made, pad, TASKS[subject.task].unit, made.longest, (about,))
 
 
@@ -172,7 +166,7 @@ def sentences_of(
         kept = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in names]
         encoded = check_tokens(rows.rows.select_columns(kept), Frame(), rows.reference, False)
         tokens = TokenRows(encoded, rows.reference, _limits(subject), labels=targets.labels)
-        about = f"{_name(rows)}: {len(tokens):,} rows of tokens as they are"
+        about = f"{rows.name}: {len(tokens):,} rows of tokens as they are"
         return Examples(tokens, pad, task.unit, 1, (about, *targets.notes, *notes))
     asked = options.text_column.split(",") if options.text_column else [None]
     columns = [pick_column(rows.rows, c, TEXT_COLUMNS, "text", rows.reference) for c in asked]
@@ -186,7 +180,7 @@ def sentences_of(
     if max(tokenizer.get_vocab().values()) >= known:  # then the data decides
         check_known([sentences[i]["input_ids"] for i in range(len(sentences))], known, rows.reference)
     what = f"{len(sentences):,} {'pairs of sentences' if len(columns) > 1 else 'sentences'}"
-    about = f"{_name(rows)}: {what}, {'whole' if size >= LONGEST else f'cut to {size:,} tokens'}"
+    about = f"{rows.name}: {what}, {'whole' if size >= LONGEST else f'cut to {size:,} tokens'}"
     return Examples(sentences, pad, task.unit, 1, (about, *targets.notes, *notes))
 
 

@@ -14,6 +14,8 @@ from lrsurgery.data.batches import IGNORED, Batch, Collator, Example
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+MOST_LOGITS = 1 << 28  # held at once: 1 GB in fp32
+
 
 def pad_tokens(token: int) -> Collator:
     """A collator that pads sequences on the right, outside of the attention mask, with labels that no loss counts."""
@@ -57,11 +59,12 @@ def position_limit(model: nn.Module) -> tuple[int | None, bool]:
     return limit, limit is None or bool(rotary)
 
 
-def without_padding(inputs: Batch, model: nn.Module) -> Iterator[tuple[torch.Tensor, Batch]]:
+def without_padding(inputs: Batch, model: nn.Module, width: int = 1) -> Iterator[tuple[torch.Tensor, Batch]]:
     """Split a batch that is padded on the right into parts of examples of one length: their places, and their inputs.
 
     So no figure depends on padding: not on its side, not on its token, not on layers that ignore the mask. Batches
-    without padding stay whole, except for a head that finds the last token and has no padding token to go by.
+    without padding stay whole, except for a head that finds the last token and has no padding token to go by, and for
+    more than `MOST_LOGITS` where the model gives `width` of them for each token.
     """
     mask = inputs.get("attention_mask")
     config = getattr(model, "config", None)
@@ -76,8 +79,8 @@ def without_padding(inputs: Batch, model: nn.Module) -> Iterator[tuple[torch.Ten
         yield everything, inputs
         return
     for length in sorted(set(lengths.tolist())):
-        places = (lengths == length).nonzero()[:, 0]
-        for chosen in places.split(1) if alone else (places,):
+        most = 1 if alone else max(1, MOST_LOGITS // max(1, length * width))
+        for chosen in torch.split((lengths == length).nonzero()[:, 0], most):
             part = {
                 name: (v[chosen, :length] if v.ndim > 1 and v.shape[1] == mask.shape[1] else v[chosen])
                 for name, v in inputs.items()

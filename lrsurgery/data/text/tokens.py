@@ -107,7 +107,7 @@ def encode(
     pieces = rows.column_names == ["text", "ends"]  # of streamed text
     held = isinstance(rows, datasets.Dataset)
     if join and held:
-        rows = _join(rows, text, reference)
+        rows = join_rows(rows, text, reference)
     end = [] if join else list(frame.end)
 
     def tokenise(batch: dict[str, list[object]], at: list[int]) -> dict[str, list[list[int]]]:
@@ -137,8 +137,8 @@ def check_texts(rows: datasets.Dataset, column: str, reference: str) -> None:
             raise DataError(f"{reference}: row {row} of column '{column}' holds {_kind(entry)}, not text")
 
 
-def _join(rows: datasets.Dataset, column: str, reference: str) -> datasets.Dataset:
-    """One row with the text of all, each on a line of its own."""
+def join_rows(rows: datasets.Dataset, column: str, reference: str) -> datasets.Dataset:
+    """One row with the text of all, each on a line of its own. Raises DataError for a row that is not text."""
     import datasets
 
     check_texts(rows, column, reference)

@@ -47,6 +47,10 @@ QUALITY: dict[QualityName, str] = {
     "spearman": "{:.4f}",
 }
 
+# further figures of `evaluate`, by lm_eval's protocol
+HARNESS_HEADINGS = {"word_perplexity": "ppl/word", "byte_perplexity": "ppl/byte", "bits_per_byte": "bits/byte"}
+HARNESS = {"word_perplexity": "{:.3f}", "byte_perplexity": "{:.4f}", "bits_per_byte": "{:.4f}"}
+
 
 @dataclass(frozen=True)
 class Terse(Generic[T]):
