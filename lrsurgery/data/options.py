@@ -138,7 +138,8 @@ class DataOptions:
         """Check that every setting is about what the model reads: TEXT, SENTENCES or IMAGES. Raises RecipeError."""
         for name, about in settings_of(type(self)).items():
             value = getattr(self, name)
-            if about.of and reads not in about.of and value != about.default:
+            # turning off what is not there is no mistake
+            if about.of and reads not in about.of and value != about.default and value is not False:
                 shown = name if value is True else f"{name} {value}"
                 raise RecipeError(
                     f"{shown}: is for {' and '.join(about.of)}, and this model reads {reads}; leave it out"

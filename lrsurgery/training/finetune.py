@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,13 +31,14 @@ from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import DENSE_TRAINED, stages_of
 from lrsurgery.report.schema import Report
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.training.callbacks import RunCallback, interrupts
-from lrsurgery.training.dynamics import overshoot
+from lrsurgery.training.loop.arguments import total_steps, training_arguments
+from lrsurgery.training.loop.callbacks import RunCallback, interrupts
+from lrsurgery.training.loop.dynamics import overshoot
+from lrsurgery.training.loop.trainer import WEIGHTS, LowRankTrainer, quality, release_
 from lrsurgery.training.publish import FinishedRun, Outcome, gather, publish, round_to_stored_
 from lrsurgery.training.recipe import Recipe, check_recipe_for, read_recipe
 from lrsurgery.training.run_folder import Facts, RunFolder, step_of
 from lrsurgery.training.switch import check_surgery, factorise_subject_, give_structure_, switch_
-from lrsurgery.training.trainer import WEIGHTS, LowRankTrainer, quality, release_, total_steps, training_arguments
 
 
 def finetune(
@@ -59,6 +61,11 @@ def finetune(
     """
     asked = {**(read_recipe(recipe_file) if recipe_file else {}), **settings}
     run = _Run(asked, output, resume=resume, overwrite=overwrite, command=command, listener=listener)
+    with run.folder.locked() if run.leads else nullcontext():
+        return _train(run, keep_checkpoints)
+
+
+def _train(run: _Run, keep_checkpoints: bool) -> Outcome:
     try:
         outcome = run.train()
         if run.leads and not keep_checkpoints:

@@ -20,11 +20,11 @@ from lrsurgery.report.runs import METRICS, RECIPE, untrained_dense
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import versions
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.training.dynamics import whole
+from lrsurgery.training.loop.dynamics import whole
+from lrsurgery.training.loop.trainer import LowRankTrainer, release_
 from lrsurgery.training.recipe import Recipe, write_recipe
 from lrsurgery.training.run_folder import RunFolder
 from lrsurgery.training.switch import give_structure_
-from lrsurgery.training.trainer import LowRankTrainer, release_
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -69,6 +72,34 @@ class RunFolder:
         except OSError as e:
             raise OutputError(f"{self.path}: cannot be written ({e.strerror})") from e
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from working on the run; the lock of a process that died is free.
+
+        Raises OutputError that names the process that holds it.
+        """
+        from filelock import FileLock, Timeout
+
+        file = self.path.with_name(f"{self.path.name}.lock")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(file)
+            lock.acquire(blocking=False)
+        except Timeout:
+            holder = file.read_text(encoding="utf-8").strip()
+            raise OutputError(
+                f"{self.path}: {holder or 'another process'} is working on this run; wait for it, stop it, or give"
+                " another --output"
+            ) from None
+        except OSError as e:
+            raise OutputError(f"{file}: cannot be written ({e.strerror})") from e
+        try:
+            file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
+            yield
+        finally:
+            file.unlink(missing_ok=True)
+            lock.release()
+
     def remove(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
@@ -112,16 +143,18 @@ class RunFolder:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
-        """One line more in metrics.jsonl."""
+        """One line more in metrics.jsonl, without figures that are not finite, such as the perplexity of a wreck."""
+        if isinstance(found := record.get("eval"), Mapping):
+            record = {**record, "eval": {name: value for name, value in found.items() if math.isfinite(value)}}
         with (self.path / METRICS).open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(record) + "\n")
+            handle.write(json_text(record, indent=None))
 
     def cut_metrics(self, stage: str, step: int) -> None:
         """Drop the lines of steps that a run takes again when it is resumed in `stage` after `step` steps."""
         kept = [
             r for r in read_metrics(self.path) if (r["step"] <= step if r["stage"] == stage else r["stage"] == "dense")
         ]
-        (self.path / METRICS).write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        (self.path / METRICS).write_text("".join(json_text(record, indent=None) for record in kept), encoding="utf-8")
 
     def evaluations(self) -> list[Json]:
         """The records of metrics.jsonl that hold an evaluation."""

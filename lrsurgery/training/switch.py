@@ -26,9 +26,9 @@ from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, factor_weights
 from lrsurgery.surgery.plan import SurgeryOptions
 from lrsurgery.surgery.speed import plan_layers
+from lrsurgery.training.loop.trainer import WEIGHTS, Groups, parameter_groups
 from lrsurgery.training.recipe import Recipe
 from lrsurgery.training.run_folder import RunFolder, mark_complete, step_of
-from lrsurgery.training.trainer import WEIGHTS, Groups, parameter_groups
 
 LINEAR = ("exp_avg", "momentum_buffer")  # running means of the gradient, which is linear in it
 SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # running means of its square

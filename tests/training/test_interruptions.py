@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,12 +16,16 @@ from safetensors.torch import load_file
 from support import tiny
 from support.warm import program
 
+from lrsurgery.errors import OutputError
+from lrsurgery.training.loop.trainer import room_for
+from lrsurgery.training.run_folder import RunFolder
+
 pytestmark = pytest.mark.process
 STEPS, DENSE, SAVE = 12, 5, 3
 # a process that kills itself, or sends itself a signal, at one moment of a run
 RIGGED = """
 import os, signal, sys
-from lrsurgery.training import callbacks
+from lrsurgery.training.loop import callbacks
 from lrsurgery.cli import app as cli
 from lrsurgery.training import run_folder as runs
 from lrsurgery.training import publish as saving
@@ -155,6 +161,37 @@ def test_resume_refuses_another_run(bench: Path, capsys: pytest.CaptureFixture[s
         text.write_bytes(before)
 
 
+def test_one_process_works_on_a_run(bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second process is told who does; the lock of a process that was killed is free."""
+    file = bench / "locked.run.lock"
+    holder = (
+        f"import os; from lrsurgery.training.run_folder import RunFolder; from pathlib import Path\n"
+        f"with RunFolder(Path({str(bench / 'locked')!r})).locked():\n    print(flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert tiny.run(*arguments(bench, "locked")) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.startswith(f"lrsurgery: {bench / 'locked.run'}: process {other.pid} on ")
+        other.kill()
+    assert file.is_file()
+    with RunFolder(bench / "locked").locked():
+        assert f"process {os.getpid()}" in file.read_text()
+    assert not file.exists()
+
+
+def test_a_full_disk_is_one_line() -> None:
+    """As the kernel and as torch tell it."""
+    message = r"^\.: the checkpoint could not be written, .* GB are free; make room"
+    with pytest.raises(OutputError, match=message), room_for("."):
+        Path("/dev/full").write_text("x")
+    with pytest.raises(OutputError, match=message), room_for("."):
+        torch.save(torch.zeros(4096), "/dev/full")
+    with pytest.raises(RuntimeError, match="something else"), room_for("."):
+        raise RuntimeError("something else")
+
+
 def steps_of(folder: Path) -> list[float]:
     return [record["loss"] for record in records(folder) if "loss" in record]
 
@@ -201,7 +238,7 @@ SHARDING = """
 import os, signal, sys
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
-from lrsurgery.training import callbacks
+from lrsurgery.training.loop import callbacks
 from lrsurgery.cli import app as cli
 
 begin = PartialState.__init__

@@ -23,6 +23,7 @@ from lrsurgery.data.options import DataOptions, settings_of
 from lrsurgery.errors import RecipeError, SurgeryError
 from lrsurgery.linalg.inits import INITS
 from lrsurgery.training import finetune as training
+from lrsurgery.training.loop.arguments import training_arguments
 from lrsurgery.training.recipe import Recipe, read_recipe, write_recipe
 
 
@@ -242,6 +243,38 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, message: st
     with pytest.raises(RecipeError) as e:
         Recipe().merged({key: value})
     assert str(e.value) == message
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("batch_eval_metrics", True, "set batch_eval_metrics: is decided by lrsurgery"),
+        ("eval_do_concat_batches", False, "set eval_do_concat_batches: is decided by lrsurgery"),
+        ("push_to_hub", True, "set push_to_hub: is decided by lrsurgery; upload the output with `hf upload`"),
+        ("use_liger_kernel", True, "a setting needs a package: You have set `use_liger_kernel`"),
+        ("optim", "lomo", "the settings do not go together (set: optim): You need to install `lomo_optim`"),
+        ("label_smoothing_factor", "abc", "set label_smoothing_factor=abc: write a number"),
+        ("learning_rate", -1, "the settings do not go together (set: learning_rate): Invalid learning rate"),
+        ("fsdp", "full_shard", "the settings do not go together (set: fsdp): Using fsdp only works in distributed"),
+        ("full_determinism", "perhaps", "set full_determinism=perhaps: write true or false"),
+    ],
+)
+def test_what_transformers_refuses_of_set_is_one_line(
+    tmp_path: Path, name: str, value: object, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")  # which transformers sets, and does not take back
+    tiny.write_text(tmp_path)
+    tiny.save_gpt2(tmp_path / "gpt2")
+    asked = {"model": str(tmp_path / "gpt2"), "data": str(tmp_path / "train.txt"), "dense": True, "steps": 1}
+    with pytest.raises(RecipeError) as e:
+        training.finetune({**asked, "device": "cpu", "set": {name: value}}, tmp_path / "out")
+    assert str(e.value).startswith(message)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_number_that_yaml_takes_for_text_is_one(tmp_path: Path) -> None:
+    recipe = Recipe(device="cpu", set={"adam_epsilon": "1e-6"})
+    assert training_arguments(recipe, tmp_path, evaluates=False).adam_epsilon == 1e-6
 
 
 # what is asked of transformers and accelerate beyond their documented interfaces

@@ -20,7 +20,7 @@ from transformers import TrainingArguments as Arguments
 from lrsurgery.data.batches import Examples
 from lrsurgery.progress import Listener, TrainingStep
 from lrsurgery.report.views.columns import QUALITY
-from lrsurgery.training.dynamics import layer_dynamics
+from lrsurgery.training.loop.dynamics import layer_dynamics
 from lrsurgery.training.run_folder import RunFolder, mark_complete
 
 FIGURES = (*QUALITY, "scored")  # of an evaluation, whichever the task has

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import errno
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import safetensors.torch
 import torch
@@ -15,36 +17,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback, Trainer
 from transformers import TrainingArguments as Arguments
+from transformers.trainer_utils import TrainOutput
 
-from lrsurgery.checkpoints.upstream.transformers import forget_preparation_, train_on_one_gpu_
+from lrsurgery.checkpoints.upstream.transformers import forget_preparation_
 from lrsurgery.data.batches import Examples
 from lrsurgery.data.scores import distillation, measure_batch, summarise
 from lrsurgery.data.tasks import Subject
-from lrsurgery.errors import RecipeError, TrainingError
+from lrsurgery.errors import OutputError, RecipeError, TrainingError
 from lrsurgery.progress import Listener
-from lrsurgery.runtime import pick_device
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.decay import FrobeniusDecay
-from lrsurgery.training.callbacks import EvaluationCallback, figures_of
-from lrsurgery.training.dynamics import steepest_gradient, whole
-from lrsurgery.training.recipe import OPTIMIZERS, Recipe
+from lrsurgery.training.loop.arguments import fitting, training_arguments
+from lrsurgery.training.loop.callbacks import EvaluationCallback, figures_of
+from lrsurgery.training.loop.dynamics import steepest_gradient, whole
+from lrsurgery.training.recipe import Recipe
 
 WEIGHTS = "model.safetensors"
 REMEDY = "try a lower --lr, more --warmup-steps or less decay"
-# fields of TrainingArguments that --set cannot have, with what to use instead
-OWN_ARGUMENTS = {
-    "output_dir": "; use --output",
-    "remove_unused_columns": "",
-    "label_names": "",
-    "resume_from_checkpoint": "; use --resume",
-    "max_steps": "; use --steps",
-    "num_train_epochs": "; use --epochs",
-    "eval_on_start": "",
-    "load_best_model_at_end": "; use --best",
-    "eval_strategy": "; use --eval-steps",
-    "save_strategy": "; use --save-steps",
-}
-
 # names of parameters, with the optimizer's settings for them
 Groups: TypeAlias = list[tuple[list[str], dict[str, float]]]
 Batch: TypeAlias = dict[str, Tensor]
@@ -67,111 +56,20 @@ def parameter_groups(model: nn.Module, recipe: Recipe, decayed: set[str]) -> Gro
     return [(names, settings) for names, settings in groups if names]
 
 
-def training_arguments(
-    recipe: Recipe, folder: Path, *, evaluates: bool, total: int | None = None, judged: bool = False
-) -> Arguments:
-    """transformers' TrainingArguments for a recipe, of `total` optimizer steps where they are known by now.
-
-    `judged` says that the best model is to be kept. Raises RecipeError that names the setting at fault.
-    """
-    device = pick_device(recipe.device)
-    if device.index:
-        raise RecipeError(
-            f"device {recipe.device}: for training, choose a GPU with CUDA_VISIBLE_DEVICES={device.index}"
-        )
-    _check_trackers(recipe.report_to)
-    bf16, fp16 = _precision(recipe.precision, device)
-    own: dict[str, object] = {
-        "output_dir": str(folder),
-        "learning_rate": recipe.lr,
-        "lr_scheduler_type": recipe.schedule,
-        "warmup_steps": recipe.warmup_steps,
-        "optim": OPTIMIZERS[recipe.optimizer],
-        "weight_decay": recipe.weight_decay,
-        "per_device_train_batch_size": recipe.batch_size,
-        "per_device_eval_batch_size": recipe.eval_batch_size or recipe.batch_size,
-        "gradient_accumulation_steps": recipe.accumulate,
-        "seed": recipe.seed,
-        "bf16": bf16,
-        "fp16": fp16,
-        "use_cpu": device.type == "cpu",
-        "report_to": list(recipe.report_to) or "none",
-        "dataloader_pin_memory": device.type == "cuda",
-        "disable_tqdm": True,
-        "logging_nan_inf_filter": False,
-        "remove_unused_columns": False,
-        "label_names": ["labels"],
-        "save_total_limit": 2,
-        "save_strategy": "steps",
-        "eval_strategy": "steps" if evaluates else "no",
-    }
-    if recipe.gradient_checkpointing:
-        known = Arguments.__dataclass_fields__  # the newer of the two names, where this transformers has it
-        own["activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"] = True
-    if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        own["ddp_backend"] = "gloo"
-    if total is not None:
-        own |= _step_arguments(recipe, total, judged)
-    for name in recipe.set:
-        if name not in Arguments.__dataclass_fields__:
-            raise RecipeError(f"set {name}: transformers' TrainingArguments has no such field")
-        if name in OWN_ARGUMENTS:
-            raise RecipeError(f"set {name}: is decided by lrsurgery{OWN_ARGUMENTS[name]}")
+@contextmanager
+def room_for(folder: str) -> Iterator[None]:
+    """Turn the errors of a disk that is full, of which torch has one of its own, into OutputError."""
     try:
-        arguments = Arguments(**{**own, **recipe.set})
-        train_on_one_gpu_(arguments)
-        return arguments
-    except (ValueError, TypeError, ImportError, RuntimeError) as e:
-        raise RecipeError(f"the settings do not go together: {' '.join(str(e).split())[:300]}") from e
-
-
-def _step_arguments(recipe: Recipe, total: int, judged: bool) -> dict[str, object]:
-    """The arguments that count steps, for a run of `total`."""
-    eval_steps = recipe.eval_steps or recipe.save_steps or max(1, math.ceil(total / 10))
-    save_steps = recipe.save_steps or eval_steps
-    found: dict[str, object] = {
-        "max_steps": total,
-        "eval_steps": eval_steps,
-        "save_steps": save_steps,
-        "logging_steps": recipe.log_steps or max(1, min(50, total // 20)),
-    }
-    if judged:
-        if save_steps % eval_steps:
-            raise RecipeError(
-                f"save_steps {save_steps}: must be a multiple of eval_steps {eval_steps}, to keep the best"
-            )
-        found |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": False}
-        # one more: the one before the newest has to stay until the newest is whole
-        found["save_total_limit"] = 3
-    return found
-
-
-def _check_trackers(names: tuple[str, ...]) -> None:
-    from transformers.integrations import get_available_reporting_integrations
-
-    installed = get_available_reporting_integrations()
-    for name in names:
-        if name not in (*installed, "none"):
-            known = ", ".join(installed) or "none"
-            raise RecipeError(f"report_to {name}: is not installed here (installed: {known}); pip install it first")
-
-
-def _precision(name: str, device: torch.device) -> tuple[bool, bool]:
-    """(bf16, fp16) autocast on this device. Raises RecipeError where it cannot."""
-    if name == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(), False
-    if name == "fp16" and device.type == "cpu":
-        raise RecipeError("precision fp16: this machine trains on the CPU, which has bf16 and fp32")
-    return name == "bf16", name == "fp16"
-
-
-def total_steps(recipe: Recipe, args: Arguments, train: Examples) -> int:
-    """Optimizer steps of a whole run, as the Trainer counts them."""
-    if recipe.steps is not None:
-        return recipe.steps
-    batches = math.ceil(math.ceil(len(train.dataset) / args.train_batch_size) / args.world_size)
-    a_pass: int = max(1, math.ceil(batches / args.gradient_accumulation_steps))
-    return max(1, math.ceil((1.0 if recipe.epochs is None else recipe.epochs) * a_pass))
+        yield
+    except (OSError, RuntimeError) as e:
+        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not any(word in str(e) for word in ("PytorchStreamWriter", "inline_container", "No space")):
+            raise
+        free = shutil.disk_usage(folder).free
+        raise OutputError(
+            f"{folder}: the checkpoint could not be written, {free / 1e9:.2f} GB are free; make room, or give another"
+            " --output"
+        ) from e
 
 
 class LowRankTrainer(Trainer):  # type: ignore[misc]
@@ -190,15 +88,16 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         self.subject, self.recipe, self.teacher = subject, recipe, teacher
         self._collate_evaluation = evaluation.collate if evaluation else None
         self.use_cache: bool | None = getattr(getattr(subject.model, "config", None), "use_cache", None)
-        super().__init__(
-            model=subject.model,
-            args=args,
-            train_dataset=train.dataset if train else None,
-            eval_dataset=evaluation.dataset if evaluation else None,
-            data_collator=train.collate if train else None,
-            compute_metrics=self._summarise,
-            callbacks=[callback] if callback else None,
-        )
+        with fitting(recipe):
+            super().__init__(
+                model=subject.model,
+                args=args,
+                train_dataset=train.dataset if train else None,
+                eval_dataset=evaluation.dataset if evaluation else None,
+                data_collator=train.collate if train else None,
+                compute_metrics=self._summarise,
+                callbacks=[callback] if callback else None,
+            )
         self.remove_callback(PrinterCallback)
         if callback is not None:
             callback.trainer = self
@@ -212,6 +111,13 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     # optimisation
 
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As the Trainer's own. Raises RecipeError for a setting that needs a package which is not installed."""
+        try:
+            return super().train(*args, **kwargs)
+        except ImportError as e:
+            raise RecipeError(f"a setting needs a package: {' '.join(str(e).split())[:300]}") from e
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         built: torch.optim.Optimizer | None = vars(self)["optimizer"]  # the Trainer's own attribute, set in its init
         if built is not None:
@@ -223,10 +129,11 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             {"params": [parameters[name] for name in names], **settings}
             for names, settings in parameter_groups(target, self.recipe, decayed)
         ]
-        cls, options = self.get_optimizer_cls_and_kwargs(self.args, target)
-        if self.recipe.optimizer == "sgd" and cls is torch.optim.SGD:
-            options = {"momentum": self.recipe.momentum, **options}
-        optimizer: torch.optim.Optimizer = cls(groups, **options)
+        with fitting(self.recipe):
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            if self.recipe.optimizer == "sgd" and cls is torch.optim.SGD:
+                options = {"momentum": self.recipe.momentum, **options}
+            optimizer: torch.optim.Optimizer = cls(groups, **options)
         if self.recipe.decay == "frobenius" and self.recipe.decay_strength and factorised_layers(target):
             decay = FrobeniusDecay(target, self.recipe.decay_strength, decoupled=not self.recipe.decay_coupled)
             decay.attach(optimizer)
@@ -301,7 +208,8 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
                     f"{name.removeprefix('body.')} holds NaN or Inf after step {self.state.global_step}, whose largest"
                     f" gradient is that of {steepest_gradient(self.model)}; {REMEDY}"
                 )
-        super()._save_checkpoint(model, trial)
+        with room_for(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
         if self.args.should_save:
