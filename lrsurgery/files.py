@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -50,9 +51,17 @@ def read_lines(file: Path) -> list[Json]:
     return lines
 
 
-def json_text(body: object) -> str:
-    """The text of an indented JSON file."""
-    return json.dumps(body, indent=2) + "\n"
+def json_text(body: object, indent: int | None = 2) -> str:
+    """The text of a JSON file, or of one line of several. JSON has no NaN and no infinities: they are null."""
+    return json.dumps(_finite(body), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(body: object) -> object:
+    if isinstance(body, float):
+        return body if math.isfinite(body) else None
+    if isinstance(body, Mapping):
+        return {key: _finite(value) for key, value in body.items()}
+    return [_finite(value) for value in body] if isinstance(body, list | tuple) else body
 
 
 def write_text(path: Path, text: str) -> None:

@@ -33,7 +33,9 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Raises SourceError for a newer format or a malformed `layers`.
     """
 
-    def __init__(self, layers: dict[str, Json], format_version: int = FORMAT_VERSION, **_: object) -> None:
+    def __init__(
+        self, layers: dict[str, Json] | None = None, format_version: int = FORMAT_VERSION, **_: object
+    ) -> None:
         if format_version > FORMAT_VERSION:
             raise SourceError(
                 f"checkpoint format {format_version} is newer than this lrsurgery reads ({FORMAT_VERSION});"

@@ -137,7 +137,7 @@ def check_layers(layers: object) -> dict[str, Json]:
         for spec in layers.values()
     )
     if not well_formed:
-        raise SourceError("config.json: quantization_config.layers must map layer names to a kind and a rank")
+        raise SourceError("quantization_config.layers must map layer names to a kind and a rank")
     assert isinstance(layers, dict)
     return dict(layers)
 
@@ -206,6 +206,12 @@ def _check_config(file: Path, config: Json) -> None:
         found = each.get("quantization_config")
         if found is not None and not isinstance(found, dict):
             raise SourceError(f"{file}: quantization_config must be an object, not {json.dumps(found)[:60]}")
+    own = config.get("quantization_config")
+    if own is not None and own.get("quant_method") == METHOD:
+        try:
+            check_layers(own.get("layers"))
+        except SourceError as e:
+            raise SourceError(f"{file}: {e}") from e
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import atexit
+import codecs
 import gc
+import io
 import json
 import os
 import sys
+import unicodedata
 from pathlib import Path
 from typing import Annotated
 
@@ -81,6 +84,7 @@ def main() -> None:
 
     atexit.register(gc.freeze)  # else the collector walks through all of torch and transformers as the process ends
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a half-written output is removed
+    _write_plainly()
     arguments = sys.argv[1:]
     debug, as_json = "--debug" in arguments, "--json" in arguments
     # their loaders' own bars and warnings are not this program's voice
@@ -115,6 +119,29 @@ def main() -> None:
     if code == 130:  # typer's exit code for Ctrl-C, of which it says nothing
         _fail("interrupted; nothing was written", 130, as_json)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+# what stands for a character that a console's encoding lacks
+PLAIN = {"→": "->", "←": "<-", "×": "x", "·": ".", "…": "...", "–": "-", "—": "-", "≤": "<=", "≥": ">=", "−": "-"}
+
+
+def _write_plainly() -> None:
+    """Let the output streams write what their encoding lacks in ASCII."""
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        if not isinstance(error, UnicodeEncodeError):
+            raise error
+        lacking = error.object[error.start : error.end]
+        return "".join(PLAIN.get(one) or _without_accent(one) for one in lacking), error.end
+
+    codecs.register_error("lrsurgery", replace)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="lrsurgery")
+
+
+def _without_accent(character: str) -> str:
+    return unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode() or "?"
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -43,7 +42,9 @@ class Screen:
     def emit(self, body: Json) -> None:
         """A command's result for programs: one JSON object, only with `--json`."""
         if self.as_json:
-            sys.stdout.write(json.dumps(body, indent=2) + "\n")
+            from lrsurgery.files import json_text
+
+            sys.stdout.write(json_text(body))
 
     def follow(self, verb: str) -> LiveListener:
         """A listener to hand to a job, as a context: it draws bars on a terminal, and prints lines anywhere."""

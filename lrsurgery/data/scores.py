@@ -178,7 +178,7 @@ def measure_batch(
 
     With `whole`, in one piece, padding and all; otherwise in parts whose logits fit in memory.
     """
-    width = count_logits(subject) if "input_ids" in inputs else 1
+    width = count_logits(subject) if TASKS[subject.task].is_language else 1
     parts = [(torch.arange(len(inputs["labels"])), inputs)] if whole else without_padding(inputs, subject.body, width)
     places, found = [], []
     for place, part in parts:

@@ -15,8 +15,8 @@ from lrsurgery.data.text.rolling import Extent, rolling_windows_of
 from lrsurgery.errors import RecipeError
 from lrsurgery.files import Json
 from lrsurgery.progress import SILENT, Listener
+from lrsurgery.training.loop.trainer import quality
 from lrsurgery.training.recipe import Recipe
-from lrsurgery.training.trainer import quality
 
 # how text is cut and counted: windows of ours; lm_eval's task `wikitext`; its tasks of text that needs no detokenising
 PROTOCOLS = ("windows", "lm-eval", "lm-eval-plain")

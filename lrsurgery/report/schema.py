@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
@@ -14,7 +13,7 @@ import torch
 
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.errors import SourceError
-from lrsurgery.files import Json, read_json
+from lrsurgery.files import Json, json_text, read_json
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points, predicted_damage
 from lrsurgery.linalg.subspaces import Angles, Overlap, Shared
 from lrsurgery.report.runs import Run
@@ -312,7 +311,7 @@ TOTALS = ("parameters_before", "parameters_after", "bytes_before", "bytes_after"
 
 def to_json(body: Mapping[str, object]) -> str:
     """Indented JSON text with each list of numbers on one line."""
-    return NUMBERS.sub(_on_one_line, json.dumps(body, indent=2)) + "\n"
+    return NUMBERS.sub(_on_one_line, json_text(body))
 
 
 def _on_one_line(found: re.Match[str]) -> str:

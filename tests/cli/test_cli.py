@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors import safe_open
 from support import tiny, warm, zoo
@@ -170,3 +172,39 @@ def test_progress_bar_on_a_terminal_names_layers(model: Path, tmp_path: Path) ->
     assert "factorise" in text
     assert "/10" in text
     assert "Written to" in text
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8"])
+def test_a_console_of_any_encoding_shows_what_it_can(encoding: str, model: Path, tmp_path: Path) -> None:
+    """Arrows, block characters and names that are not of the console's alphabet."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lrsurgery", "factorise", str(model), "--rank", "0.5", "--output", "größe-量"],
+        capture_output=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    out, err = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert ("→" in out) is (encoding == "utf-8")
+    assert "->" in out
+    name = {"ascii": "groe-?", "utf-8": "größe-量"}.get(encoding, "größe-?")
+    assert f"Written to {name.replace('groe', 'gro?e')}" in err
+    assert (tmp_path / "größe-量" / "model.safetensors").is_file()
+
+
+def test_json_has_no_infinity(tmp_path: Path) -> None:
+    """A wreck's perplexity is beyond all numbers; other programs read null, and the loss."""
+    tiny.write_text(tmp_path)
+    folder = tiny.save_gpt2(tmp_path / "gpt2")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["transformer.ln_f.weight"] *= 1e6
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    done = in_process("evaluate", folder, "--data", tmp_path / "valid.txt", "--json", "--quiet")
+
+    def refuse(name: str) -> float:
+        raise AssertionError(f"{name} is not JSON")
+
+    values = json.loads(done.stdout, parse_constant=refuse)["models"][0]["values"]
+    assert values["loss"] > 710
+    assert values["perplexity"] is None
