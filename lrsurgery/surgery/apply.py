@@ -11,7 +11,7 @@ from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
 from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric
-from lrsurgery.references import References
+from lrsurgery.modules import References
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight, factor_weights

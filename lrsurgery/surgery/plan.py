@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import get_init
 from lrsurgery.linalg.svd import check_engine
-from lrsurgery.references import References
+from lrsurgery.modules import References, output_modules
 from lrsurgery.surgery.budget import Budget
 from lrsurgery.surgery.kinds import CONV_SCHEMES, KINDS, kind_of
 from lrsurgery.surgery.layers import FactorisedLayer, Kind
@@ -317,7 +317,7 @@ def find_heads(model: nn.Module) -> dict[str, str]:
     """Find the output heads and classifiers of a model: name -> the reason shown in the plan.
 
     transformers models: the output embeddings and the layers outside the base model. timm models: `get_classifier()`.
-    Others: the last linear layer under a child with one of torchvision's names for heads.
+    Others: the layers whose output is the model's, unless the model has no other weights.
     """
     names = {id(module): name for name, module in model.named_modules()}
     heads: list[nn.Module] = []
@@ -335,10 +335,9 @@ def find_heads(model: nn.Module) -> dict[str, str]:
         for part in classifier if isinstance(classifier, tuple | list) else [classifier]:
             heads += [m for m in part.modules() if kind_of(m, "channel")] if isinstance(part, nn.Module) else []
     elif not isinstance(base, nn.Module):
-        for child in ("fc", "classifier", "head", "heads", "lm_head"):
-            part = getattr(model, child, None)
-            if isinstance(part, nn.Module):
-                heads += [m for m in part.modules() if kind_of(m, "channel")][-1:]
+        heads = [m for m in output_modules(model) if kind_of(m, "channel")]
+        if {p for p in model.parameters() if p.ndim > 1} <= {p for head in heads for p in head.parameters()}:
+            return {}
     return {names[id(module)]: "output head" for module in heads if id(module) in names}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -128,12 +129,64 @@ def test_head_is_factorised_only_where_its_name_is_spelled_out() -> None:
     assert [row.rank for row in named.replacements if row.name == "pre_classifier"] == [12]
 
 
-def test_torchvision_style_heads_are_found() -> None:
+CLASSES = 1000
+TORCHVISION = ("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "mnasnet0_5")
+TORCHVISION += ("mobilenet_v3_small", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_0", "swin_t", "vgg11", "vit_b_16")
+
+
+@pytest.mark.parametrize("name", TORCHVISION)
+def test_heads_of_torchvision_are_the_layers_that_give_the_classes(name: str) -> None:
     import torchvision
 
-    assert set(find_heads(torchvision.models.resnet18())) == {"fc"}
     with torch.device("meta"):
-        assert set(find_heads(torchvision.models.vgg11())) == {"classifier.6"}
+        quick = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(name, weights=None, **quick)
+    assert model.training
+    layers = {n: m.weight for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+    wanted = {n for n, weight in layers.items() if len(weight) == CLASSES and not n.lower().startswith("aux")}
+    assert set(find_heads(model)) == wanted
+    assert model.training
+
+
+class Net(nn.Module):
+    """A network whose parts have no name that says what they are."""
+
+    def __init__(self, end: Callable[[Any, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.one, self.two, self.three = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.end, self.quiet = end, nn.Dropout()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.end(self, self.one(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("end", "wanted"),
+    [
+        (lambda net, h: net.three(net.two(h)), {"three"}),
+        (lambda net, h: net.quiet(net.two(net.three(h))).softmax(-1), {"two"}),
+        (lambda net, h: {"a": net.two(h), "b": (net.three(h).mean(), h)}, {"two", "three"}),
+        (lambda net, h: net.three(net.two(h)).reshape(h.shape[0], 2, 4), {"three"}),
+        (lambda net, h: h + net.three(net.two(h)), set()),  # a block with its residual
+        (lambda net, h: net.three(h) if h.sum() > 0 else net.two(h), set()),  # goes by its input
+    ],
+    ids=["last", "activation", "several", "sizes", "residual", "untraceable"],
+)
+def test_heads_are_known_by_their_use(end: Callable[[Any, torch.Tensor], Any], wanted: set[str]) -> None:
+    assert set(find_heads(Net(end))) == wanted
+
+
+def test_what_has_nothing_but_a_head_has_none() -> None:
+    class Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)  # type: ignore[no-any-return]
+
+    assert not find_heads(Only())
+    assert not find_heads(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))  # a block, for all that it says
 
 
 def test_break_even_keeps_a_layer_unless_larger_is_allowed() -> None:

@@ -1,4 +1,4 @@
-"""Where a model holds its modules: registered children, and lists, dicts or attributes beside them.
+"""Where a model holds its modules (registered children, and lists, dicts or attributes), and which give its output.
 
 `nn.Module` registers a child in `_modules`. Some models call a child through a plain list that they keep beside it
 (MaskFormer's prediction heads), so a layer that is replaced among the registered children alone goes on being called.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lrsurgery.errors import PlanError
 
@@ -134,3 +134,79 @@ def _into_tuple(old: tuple[Any, ...], items: list[Any], index: int, put: Put) ->
         put(type(old)(*items) if hasattr(old, "_fields") else type(old)(items))
 
     return change
+
+
+# outputs
+
+USUAL = ("fc", "classifier", "head", "heads", "lm_head")  # torchvision's names, where a trace shows nothing
+
+
+def output_modules(model: nn.Module) -> list[nn.Module]:
+    """List the modules with parameters whose outputs are the model's, up to operations on one tensor (softmax, mean).
+
+    A sum (of a residual) has several tensors, so no one module gives it. Of a model that cannot be traced, such as one
+    whose path depends on its input, and of a plain Sequential, which is a block of a model as often as a model: the
+    last ones under the usual names.
+    """
+    found = [] if type(model) is nn.Sequential else _traced(model)
+    for name in () if found else USUAL:
+        part = getattr(model, name, None)
+        if isinstance(part, nn.Module):
+            found += [m for m in part.modules() if any(p.ndim > 1 for p in m.parameters(recurse=False))][-1:]
+    return found
+
+
+def _traced(model: nn.Module) -> list[nn.Module]:
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()  # auxiliary outputs are for training
+        graph = fx.Tracer().trace(model)
+    except Exception:  # a trace runs the model's own code on stand-ins for tensors, which raises anything
+        return []
+    finally:
+        for each, was in training.items():
+            each.training = was
+    (output,) = (node for node in graph.nodes if node.op == "output")
+    found: list[nn.Module] = []
+    seen: set[fx.Node] = set()
+    waiting = list(output.all_input_nodes)  # each part of a tuple or a dictionary
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        module = _module_of(model, node)
+        if module is not None:
+            found += [module] if not _is_used(model, node) else []
+        else:
+            tensors = [each for each in node.all_input_nodes if not _is_size(each)]
+            waiting += tensors if len(tensors) == 1 else []
+    return found
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Tell whether a node is the shape of a tensor, or numbers that are made of shapes alone."""
+    if node.op == "call_method" and node.target in ("size", "dim"):
+        return True
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "device", "dtype")
+    inputs = node.all_input_nodes
+    return node.op in ("call_function", "call_method") and bool(inputs) and all(map(_is_size, inputs))
+
+
+def _module_of(model: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module with parameters that gives the node's value, if one does."""
+    module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+    return module if module is not None and any(True for _ in module.parameters()) else None
+
+
+def _is_used(model: nn.Module, node: fx.Node) -> bool:
+    """Tell whether another module works on what comes of a node: a hidden state is no output, be it returned."""
+    waiting, seen = list(node.users), set()
+    while waiting:
+        user = waiting.pop()
+        if _module_of(model, user) is not None:
+            return True
+        waiting += [each for each in user.users if each not in seen]
+        seen |= set(user.users)
+    return False

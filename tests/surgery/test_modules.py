@@ -87,16 +87,16 @@ def test_layer_is_replaced_where_it_is_held(way: str) -> None:
 @pytest.mark.parametrize("way", KEPT)
 def test_layer_that_cannot_be_replaced_stays_dense_with_the_reason(way: str) -> None:
     torch.manual_seed(0)
-    model, x = Model(*KEPT[way]), torch.randn(3, 16)
-    model.other = nn.Linear(16, 24)
-    dense = model(x)
+    model, x = nn.Sequential(Model(*KEPT[way]), nn.Linear(24, 16)), torch.randn(3, 16)
+    dense, weight = model[0](x), model[0].layer.weight
     lrsurgery.factorise_(model, rank=2)
-    assert torch.equal(model(x), dense)
+    assert torch.equal(model[0](x), dense)
+    assert model[0].layer.weight is weight
     reasons = {row.name: row.reason for row in lrsurgery.rank_report(model).rows}
-    assert reasons["layer"] == f"also held by {way}, held"
-    assert model.other.rank == 2
-    with pytest.raises(PlanError, match=f"^layer: also held by {way}, held, so it cannot be replaced"):
-        replace_module_(model, model.layer, nn.Linear(16, 24))
+    assert reasons["0.layer"] == f"also held by {way}, 0.held"
+    assert model[1].rank == 2
+    with pytest.raises(PlanError, match=rf"^0\.layer: also held by {way}, 0\.held, so it cannot be replaced"):
+        replace_module_(model, model[0].layer, nn.Linear(16, 24))
 
 
 def test_reference_of_a_layer_to_itself_is_no_obstacle() -> None:
