@@ -123,6 +123,7 @@ def main() -> None:
 
 # what stands for a character that a console's encoding lacks
 PLAIN = {"→": "->", "←": "<-", "×": "x", "·": ".", "…": "...", "–": "-", "—": "-", "≤": "<=", "≥": ">=", "−": "-"}
+PLAIN |= dict(zip("▁▂▃▄▅▆▇█", "..--==##", strict=True))  # bars
 
 
 def _write_plainly() -> None:
