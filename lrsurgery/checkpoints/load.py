@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -42,10 +43,7 @@ def load_model(
     options |= {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     model, info = _from_pretrained(type(skeleton), source, options, source.folder)
     if info["missing_keys"] and not source.is_factorised:
-        wrapped = unwrap_keys(source, skeleton, open_tensors(list(source.files)))
-        if isinstance(wrapped, RenamedSource):
-            options["key_mapping"] = {f"^{re.escape(p)}": "" for p in wrapped.prefixes}
-            model, info = _from_pretrained(type(skeleton), source, options, source.folder)
+        model, info = _unwrapped(type(skeleton), source, options, skeleton) or (model, info)
     for key, shape, wanted in sorted(info["mismatched_keys"]):
         raise SourceError(f"{path}: {key} has shape {tuple(shape)}, the model wants {tuple(wanted)}")
     if info["missing_keys"]:
@@ -73,6 +71,29 @@ def _from_pretrained(
     except (RuntimeError, ValueError, OSError) as e:
         raise SourceError(f"{source.reference}: {' '.join(str(e).split())[:300]}") from e
     return model, info
+
+
+def _unwrapped(
+    cls: Any, source: Source, options: Mapping[str, Any], skeleton: nn.Module
+) -> tuple[nn.Module, dict[str, Any]] | None:
+    """As `_from_pretrained` from weights that something wraps; None if nothing does. `skeleton` is of the own class."""
+    found = unwrap_keys(source, skeleton, open_tensors(list(source.files)))
+    if not found.wrappers:
+        return None
+    if isinstance(found, RenamedSource) and all(file.suffix == ".safetensors" for file in source.files):
+        mapping = {f"^{re.escape(p)}": "" for p in found.prefixes}
+        return _from_pretrained(cls, source, {**options, "key_mapping": mapping}, source.folder)
+    # transformers does not look into the entries of a pickle
+    state = {key: found.read(key) for key in found.keys()}  # noqa: SIM118
+    if hasattr(cls, "from_config"):  # an AutoModelFor...
+        with torch.device("meta"):
+            cls = type(cls.from_config(skeleton.config, trust_remote_code=options["trust_remote_code"]))
+    given = {name: value for name, value in options.items() if name not in ("id2label", "label2id")}
+    config = copy.deepcopy(skeleton.config)
+    for name in ("id2label", "label2id"):
+        if name in options:
+            setattr(config, name, options[name])
+    return _from_pretrained(cls, source, {**given, "config": config, "state_dict": state}, None)
 
 
 def _check_files(source: Source, skeleton: nn.Module | None = None, *, trust_remote_code: bool = False) -> None:
@@ -153,7 +174,11 @@ def load_with_head(
     options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     if id2label is not None:
         options |= {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
-    model, info = _from_pretrained(getattr(transformers, auto_class), source, options, source.folder)
+    cls = getattr(transformers, auto_class)
+    model, info = _from_pretrained(cls, source, options, source.folder)
+    if info["missing_keys"] and not source.is_factorised:
+        skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
+        model, info = _unwrapped(cls, source, options, skeleton) or (model, info)
     keys = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     return model.eval(), sorted({key.rpartition(".")[0] for key in keys})
 

@@ -76,6 +76,13 @@ def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
     return Checkpoint(source, model, tensors, tied_weights(model), notes=notes)
 
 
+def notes_of(source: Source, *, trust_remote_code: bool = False) -> tuple[str, ...]:
+    """How the files are read, for the user: wrappers taken off, adapters left out. Raises SourceError."""
+    if not source.files:
+        return source.notes
+    return open_checkpoint(source, SourceOptions(trust_remote_code=trust_remote_code)).notes
+
+
 def unwrap_keys(source: Source, model: nn.Module, tensors: TensorSource) -> TensorSource:
     """Take the prefixes of wrappers off the keys of a transformers checkpoint, if its model knows none of the first."""
     keys = key_map(source, model)

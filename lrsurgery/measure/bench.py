@@ -17,6 +17,7 @@ from statistics import median
 import torch
 from torch import nn
 
+from lrsurgery.checkpoints.mapping import notes_of
 from lrsurgery.data.options import TASKS, check_choice
 from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.files import json_text, replace_file
@@ -173,6 +174,12 @@ class _Measurement:
         # peaks come first, while this process holds no model
         peaks = {reference: self._peak(reference, max(lengths)) for reference in distinct}
         models = [contender.load(self.device, self.dtype) for contender in self.contenders]
+        trust = self.options.trust_remote_code
+        self.notes += [
+            f"{contender.source.reference}: {note}"
+            for contender in self.contenders
+            for note in notes_of(contender.source, trust_remote_code=trust)
+        ]
         groups = self._layer_groups(models[0], settings[0]) if self.options.layers else []
         self.total += len(groups)
         runs = [self._run(models, setting) for setting in settings]

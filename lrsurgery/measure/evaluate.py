@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from lrsurgery.checkpoints.mapping import notes_of
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.data.datasets import EVAL_SPLITS
 from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subject
@@ -86,7 +87,7 @@ def evaluate(
         )
         # their labels stand where they are predicted, as those of masked language models do
         subject = replace(subject, task=MASKED_LM.name)
-    notes = (*subject.notes, *examples.notes)
+    notes = (*notes_of(source, trust_remote_code=trust_remote_code), *subject.notes, *examples.notes)
     for note in notes:
         listener.note(note)
     values = quality(subject, recipe, examples, listener)

@@ -118,6 +118,7 @@ def profile(
         source={"reference": source.reference, "hub_id": source.hub_id, "revision": source.revision},
         command=command,
         options={} if options.plan is None else recorded_options(options.plan),
+        notes=checkpoint.notes,
         about="dense" if plan is None else "plan",
         name=source.name,
         ladder=tuple(_model_rung(i, rungs, parameters) for i in range(len(LADDER))) if rungs else None,

@@ -18,6 +18,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 
+from lrsurgery.checkpoints.mapping import notes_of
 from lrsurgery.checkpoints.output import check_output
 from lrsurgery.data.batches import Examples, Rows
 from lrsurgery.data.datasets import EVAL_SPLITS
@@ -207,7 +208,8 @@ class _Run:
                 data = recipe.eval_data or recipe.data
                 held_out = open_rows(data, self.task, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS)
                 evaluation = evaluation_examples(subject, held_out, recipe, trust_remote_code=recipe.trust_remote_code)
-        for note in subject.notes:
+        read = () if recipe.from_scratch else notes_of(self.source, trust_remote_code=recipe.trust_remote_code)
+        for note in (*read, *subject.notes):
             self._note(note)
         # said but not kept: they name the data's files, which a card does not
         for note in (*train.notes, *(evaluation.notes if evaluation is not None else ())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from support import tiny, zoo
-from support.checks import load, run
+from support.checks import assert_same_layers, load, run
 from torch import Tensor, nn
 
 import lrsurgery
@@ -113,6 +114,56 @@ def test_wrapped_transformers_folder(name: str, prefix: str, tmp_path: Path) -> 
     lrsurgery.factorise_(model, rank=0.5)
     half = load(type(model), tmp_path / "half")
     assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(model, inputs))
+
+
+FOLDERS: dict[str, tuple[Callable[[State], Any], str]] = {
+    "Lightning": (lambda s: {"state_dict": prefixed("model.", s), "epoch": 3}, "state_dict, 'model.'"),
+    "averaged": (lambda s: {"model": other(s), "model_ema": {"module": s}}, "model_ema.module"),
+}
+
+
+@pytest.mark.parametrize("wrap", FOLDERS)
+def test_every_command_reads_wrapped_weights_and_says_so(
+    wrap: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pickle's entries too, into which transformers itself does not look."""
+    tiny.write_text(tmp_path)
+    dense, folder = tiny.save_gpt2(tmp_path / "dense"), tmp_path / "folder"
+    shutil.copytree(dense, folder)
+    state, (change, named) = load_file(folder / "model.safetensors"), FOLDERS[wrap]
+    (folder / "model.safetensors").unlink()
+    torch.save(change({key: value.clone() for key, value in state.items()}), folder / "pytorch_model.bin")
+    data = ["--data", tmp_path / "valid.txt"]
+    values = run("evaluate", dense, *data)["models"][0]["values"]
+    found = run("evaluate", folder, *data)["models"][0]
+    assert found["values"] == values
+    assert any(f"weights are wrapped in {named}" in note for note in found["notes"])
+    half = run("factorise", folder, "--rank", "0.5", "--output", tmp_path / "half")
+    reported = run("report", folder, "--rank", "0.5")
+    timed = run("bench", folder, "--seconds", "0.01", "--batch", "1", "--length", "4", "--new-tokens", "0")
+    for told in (half, reported, timed):
+        assert any(f"weights are wrapped in {named}" in note for note in told["notes"])
+    model = tf.AutoModelForCausalLM.from_pretrained(dense)
+    assert_same_layers(load(tf.GPT2LMHeadModel, tmp_path / "half"), half_of(model))
+    rows = [{"text": "the cat", "label": i % 2} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    head = ["--task", "sequence-classification", "--new-head", "--dense", "--lr", "1e-9", "--steps", "1"]
+    more = [*head, "--data", tmp_path / "rows.jsonl", "--output", tmp_path / "out"]
+    assert tiny.run("finetune", folder, *more) == 0
+    assert f"weights are wrapped in {named}" in capsys.readouterr().err
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    for key, value in state.items():
+        if key in trained:
+            torch.testing.assert_close(trained[key], value)
+    assert len(trained.keys() & state.keys()) > 20
+
+
+def half_of(model: nn.Module) -> nn.Module:
+    """The dense model with what surgery leaves of each of its layers."""
+    lrsurgery.factorise_(model, rank="0.5")
+    lrsurgery.densify_(model)
+    return model
 
 
 # dtypes
