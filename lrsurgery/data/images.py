@@ -132,6 +132,21 @@ class Preprocessing:
         return Augmented(v2.Compose([*crop, flip]), self.last)
 
 
+def other_pixels(ours: Preprocessing, theirs: Preprocessing, who: str) -> str | None:
+    """A note where a model is fed images as another one wants them; None where both get the same pixels.
+
+    Found by an image that both make something of, whatever their settings are called.
+    """
+    from PIL import Image
+
+    levels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    image = Image.fromarray(levels).resize((400, 300))
+    one, two = (each.for_evaluation()(image.convert(each.mode))["pixel_values"] for each in (ours, theirs))
+    if one.shape == two.shape and torch.allclose(one, two, atol=1e-2):
+        return None
+    return f"{who}: is fed images as the model wants them; its own would be other pixels ({theirs.note})"
+
+
 def _of_timm(source: Source, model: nn.Module, size: int | None, test_size: bool) -> Preprocessing:
     from timm.data import create_transform, resolve_data_config
     from torchvision.transforms import InterpolationMode

@@ -23,9 +23,10 @@ from lrsurgery.checkpoints.output import check_output
 from lrsurgery.data.batches import Examples, Rows
 from lrsurgery.data.datasets import EVAL_SPLITS
 from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subject, training_examples
+from lrsurgery.data.images import Preprocessing, other_pixels
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import match_teacher
-from lrsurgery.data.tasks import Subject, task_of
+from lrsurgery.data.tasks import TASKS, Subject, task_of
 from lrsurgery.errors import Interrupted, OutputError, RecipeError, TrainingError
 from lrsurgery.files import read_json
 from lrsurgery.progress import SILENT, Listener
@@ -221,6 +222,12 @@ class _Run:
             teacher = match_teacher(subject, teacher, trust)
             for note in teacher.notes:
                 self._note(note)
+            if TASKS[self.task].takes_images:
+                ours, theirs = (
+                    Preprocessing.of(each.source, each.body, size, trust_remote_code=trust)
+                    for each, size in ((subject, recipe.image_size), (teacher, None))
+                )
+                self._note(other_pixels(ours, theirs, f"teacher {recipe.teacher}"))
         return _Parts(rows, held_out, subject, train, evaluation, teacher, total_steps(recipe, self.args, train))
 
     def _build(self, rows: Rows) -> Subject:

@@ -35,6 +35,7 @@ class Facts:
     data: str
     eval_data: str
     world_size: int
+    label_map: str = ""  # which runs of older versions did not keep
 
     @staticmethod
     def of(recipe: Recipe, source: Source, world_size: int) -> Facts:
@@ -45,6 +46,7 @@ class Facts:
             data=digest_of(recipe.data, recipe.split, recipe.subset),
             eval_data=digest_of(recipe.eval_data, recipe.eval_split, recipe.subset),
             world_size=world_size,
+            label_map=fingerprint([Path(recipe.label_map)], "") if recipe.label_map else "",
         )
 
 
@@ -122,7 +124,7 @@ class RunFolder:
         Raises RecipeError: the model or the data has changed.
         """
         former = Facts(**read_json(self.path / FACTS, "a run's facts", RecipeError))
-        for name in ("model", "data", "eval_data"):
+        for name in ("model", "data", "eval_data", "label_map"):
             if getattr(former, name) != getattr(facts, name):
                 raise RecipeError(
                     f"{getattr(recipe, name)}: has changed since the run in {self.path} was begun;"

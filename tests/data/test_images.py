@@ -17,10 +17,11 @@ from support import tiny
 from torch import nn
 from transformers.image_utils import load_image
 
+import lrsurgery
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.data.datasets import open_data
-from lrsurgery.data.images import Augmented, Images, Preprocessing, stack
+from lrsurgery.data.images import Augmented, Images, Preprocessing, other_pixels, stack
 from lrsurgery.errors import DataError, RecipeError
 
 SQUARE = (16, 16)
@@ -436,3 +437,26 @@ def test_the_class_of_an_image_is_its_folder(tmp_path: Path, between: str, split
     assert len(rows) == (8 if split == "all" else 4)
     files = [Path(row["path"]) for row in rows.cast_column("image", datasets.Image(decode=False))["image"]]
     assert [names[label] for label in rows["label"]] == [file.relative_to(tmp_path).parts[1] for file in files]
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ({}, True),
+        ({"image_mean": [0.4, 0.5, 0.6]}, False),
+        ({"size": {"height": 24, "width": 24}}, False),
+        ({"resample": 0}, False),
+        ({"do_convert_rgb": True}, True),  # which changes nothing of an RGB image
+    ],
+)
+def test_a_teacher_that_wants_other_pixels_is_told(tmp_path: Path, other: dict[str, Any], same: bool) -> None:
+    found = []
+    for name, changes in (("ours", {}), ("theirs", other)):
+        folder = tiny.save_vit(tmp_path / name)
+        file = folder / "preprocessor_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+        source = resolve(str(folder))
+        found.append(Preprocessing.of(source, lrsurgery.load_model(folder), None))
+    note = other_pixels(*found, "teacher t")
+    assert (note is None) is same
+    assert same or str(note).startswith("teacher t: is fed images as the model wants them")

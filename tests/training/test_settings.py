@@ -17,6 +17,7 @@ from support import tiny
 from torch import nn
 from typer.testing import CliRunner
 
+from lrsurgery.checkpoints.source import resolve
 from lrsurgery.checkpoints.upstream import transformers as upstream
 from lrsurgery.cli.app import app
 from lrsurgery.data.options import DataOptions, settings_of
@@ -25,6 +26,7 @@ from lrsurgery.linalg.inits import INITS
 from lrsurgery.training import finetune as training
 from lrsurgery.training.loop.arguments import training_arguments
 from lrsurgery.training.recipe import Recipe, read_recipe, write_recipe
+from lrsurgery.training.run_folder import Facts, RunFolder
 
 
 class Asked(SurgeryError):
@@ -270,6 +272,19 @@ def test_what_transformers_refuses_of_set_is_one_line(
         training.finetune({**asked, "device": "cpu", "set": {name: value}}, tmp_path / "out")
     assert str(e.value).startswith(message)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_run_goes_on_with_the_label_map_that_it_was_begun_with(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path)
+    source = resolve(str(tiny.save_gpt2(tmp_path / "gpt2")))
+    (tmp_path / "map.json").write_text('{"a": "b"}')
+    recipe = Recipe(data=str(tmp_path / "train.txt"), label_map=str(tmp_path / "map.json"))
+    run = RunFolder(tmp_path / "out")
+    run.begin(recipe, Facts.of(recipe, source, 1), [])
+    assert run.check_facts(Facts.of(recipe, source, 1), recipe) is None
+    (tmp_path / "map.json").write_text('{"a": "c"}')
+    with pytest.raises(RecipeError, match=r"map\.json: has changed since the run in"):
+        run.check_facts(Facts.of(recipe, source, 1), recipe)
 
 
 def test_a_number_that_yaml_takes_for_text_is_one(tmp_path: Path) -> None:
