@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--rank", default="params:0.25", help="(default: %(default)s)")
     parser.add_argument("--conv", default="channel", help="or spatial (default: %(default)s)")
     parser.add_argument("--images", type=int, default=50, help="of a letter, to learn from (default: %(default)s)")
+    parser.add_argument("--epochs", type=float, default=8, help="of learning them, dense (default: %(default)s)")
     args = parser.parse_args()
 
     data = args.output / "images"
@@ -43,7 +44,7 @@ def main() -> None:
     # no augmentation, as mirrored letters are other ones; measured before and after, not on the way
     common = {"data": str(data), "eval_split": "test", "augment": False, "batch_size": 25, "eval_steps": 10_000}
     dense, small, healed = (args.output / name for name in ("dense", "factorised", "healed"))
-    settings = {"model": str(args.output / "new"), "dense": True, "lr": 3e-3, "epochs": 8}
+    settings = {"model": str(args.output / "new"), "dense": True, "lr": 3e-3, "epochs": args.epochs}
     trained = lrsurgery.finetune({**common, **settings}, dense, overwrite=True)
     factorised = lrsurgery.factorise_checkpoint(dense, small, rank=args.rank, conv=args.conv, overwrite=True)
     settings = {"model": str(small), "decay": "frobenius", "decay_strength": STRENGTH, "lr": 5e-3, "epochs": 5}

@@ -29,7 +29,7 @@ from torch.nn.functional import cross_entropy
 
 import lrsurgery
 from lrsurgery.calibration.collect import call
-from lrsurgery.calibration.loss import logits_of
+from lrsurgery.calibration.loss import TEMPERATURE, logits_of
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.data.examples import (
     calibration_examples,
@@ -214,11 +214,14 @@ def prepare(arguments: argparse.Namespace) -> Case:
     return Case(subject, language, batches(heldout, range(len(heldout.dataset))), calibration, training)
 
 
-def collect(case: Case, samples: int, seed: int, importance: str = "fisher") -> lrsurgery.Statistics:
+def collect(
+    case: Case, samples: int, seed: int, importance: str = "fisher", temperature: float = TEMPERATURE
+) -> lrsurgery.Statistics:
     batches: list[Any] = case.calibration(samples, seed)
     if case.subject.source.library == "timm":
         batches = [batch["pixel_values"] for batch in batches]
-    return lrsurgery.collect_statistics(case.subject.body, batches, importance=importance, seed=seed)
+    body, options = case.subject.body, {"importance": importance, "seed": seed, "temperature": temperature}
+    return lrsurgery.collect_statistics(body, batches, **options)
 
 
 def over_seeds(values: Sequence[float]) -> str:
@@ -260,6 +263,41 @@ def row(
         made["healed top-1"] = over_seeds([f["top-1"] for f in after])
     print(".", end="", flush=True)
     return made
+
+
+def by_temperature(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Inputs alone, and Fisher information at several temperatures, over seeds; the dense model's confidence first.
+
+    Confidence is the mean probability of the likeliest class, over the calibration samples.
+    """
+    dense, seeds = case.subject.body, range(arguments.seeds)
+    found = measure(dense, case)
+    rows: list[dict[str, Any]] = [
+        {"share": 1.0, "importance": f"dense, {confidence(case, arguments):.2%} confident"}
+        | {f"{what}, {key}": f"{found[key]:.4f}" for what in ("uniform", "one budget") for key in ("loss", "top-1")}
+    ]
+    metrics = {"activations": [collect(case, arguments.samples, seed, "activations") for seed in seeds]}
+    for t in arguments.temperatures:
+        metrics[f"fisher, T = {t:g}"] = [collect(case, arguments.samples, seed, temperature=t) for seed in seeds]
+    for share in arguments.shares:
+        for name, seen in metrics.items():
+            made: dict[str, Any] = {"share": share, "importance": name}
+            for what, method in (("uniform", "lrsurgery, fisher"), ("one budget", BUDGET)):
+                measured = [measure(surgery(dense, method, share, statistics), case) for statistics in seen]
+                for key in ("loss", "top-1"):
+                    made[f"{what}, {key}"] = over_seeds([each[key] for each in measured])
+            rows.append(made)
+            print(".", end="", flush=True)
+    return rows
+
+
+@torch.no_grad()
+def confidence(case: Case, arguments: argparse.Namespace) -> float:
+    """The mean probability that the dense model gives to its answer, over the calibration samples."""
+    case.subject.body.eval()
+    batches = case.calibration(arguments.samples, 0)
+    highest = [logits_of(run(case.subject.body, b, case)).float().softmax(-1).amax(-1).flatten() for b in batches]
+    return float(torch.cat(highest).mean())
 
 
 def by_samples(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -372,12 +410,14 @@ def main() -> None:
     made.add_argument("--samples", type=int, default=128)
     made.add_argument("--sensitivity", type=int, nargs="+", default=[8, 32, 128, 256])
     made.add_argument("--seeds", type=int, default=3, help="of the calibration samples")
-    made.add_argument("--only", choices=("all", "samples"), default="all", help="the numbers of samples by themselves")
+    made.add_argument("--temperatures", type=float, nargs="+", default=[1, 2, 4], help="of Fisher information")
+    made.add_argument("--only", choices=("all", "samples", "temperatures"), default="all", help="one table by itself")
     made.add_argument("--name", default="calibration", help="of the results file")
     arguments = made.parse_args()
     case = prepare(arguments)
-    if arguments.only == "samples":
-        finish(arguments.name, by_samples(case, arguments), arguments)
+    if arguments.only != "all":
+        part = {"samples": by_samples, "temperatures": by_temperature}[arguments.only]
+        finish(arguments.name, part(case, arguments), arguments)
         return
     parts = {
         "samples": by_samples(case, arguments),
