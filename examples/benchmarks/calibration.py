@@ -220,8 +220,8 @@ def collect(
     batches: list[Any] = case.calibration(samples, seed)
     if case.subject.source.library == "timm":
         batches = [batch["pixel_values"] for batch in batches]
-    body, options = case.subject.body, {"importance": importance, "seed": seed, "temperature": temperature}
-    return lrsurgery.collect_statistics(body, batches, **options)
+    body = case.subject.body
+    return lrsurgery.collect_statistics(body, batches, importance=importance, seed=seed, temperature=temperature)
 
 
 def over_seeds(values: Sequence[float]) -> str:
@@ -416,8 +416,8 @@ def main() -> None:
     arguments = made.parse_args()
     case = prepare(arguments)
     if arguments.only != "all":
-        part = {"samples": by_samples, "temperatures": by_temperature}[arguments.only]
-        finish(arguments.name, part(case, arguments), arguments)
+        alone = {"samples": by_samples, "temperatures": by_temperature}[arguments.only]
+        finish(arguments.name, alone(case, arguments), arguments)
         return
     parts = {
         "samples": by_samples(case, arguments),

@@ -10,6 +10,7 @@ from torch import nn
 
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.tensors import DictSource, RenamedSource, TensorSource, open_tensors
+from lrsurgery.checkpoints.upstream.own import lacks_for_loading
 from lrsurgery.errors import SourceError, SurgeryError
 
 
@@ -88,6 +89,8 @@ def _build_transformers(source: Source, device: str, trust_remote_code: bool) ->
         raise SourceError(f"{source.reference}: its auto_map names no model class")
     with torch.device(device):
         model: nn.Module = cls(config)
+    if (lacks := lacks_for_loading(model)) is not None:
+        raise SourceError(f"{source.reference}: {cls.__name__} {lacks}")
     return model
 
 

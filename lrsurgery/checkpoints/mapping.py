@@ -78,7 +78,7 @@ def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
 
 def notes_of(source: Source, *, trust_remote_code: bool = False) -> tuple[str, ...]:
     """How the files are read, for the user: wrappers taken off, adapters left out. Raises SourceError."""
-    if not source.files:
+    if not source.files or source.is_factorised:  # which we wrote, with no wrapper around
         return source.notes
     return open_checkpoint(source, SourceOptions(trust_remote_code=trust_remote_code)).notes
 

@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from lrsurgery.data.batches import IGNORED, Batch
 from lrsurgery.data.labels import HIDDEN, NUMBER, Labels, as_classes, is_nameless, match_names, occurring
 from lrsurgery.data.tasks import MULTI, REGRESSION, SINGLE, TASKS, Subject, class_names, count_logits
-from lrsurgery.data.text.padding import MOST_LOGITS, without_padding
+from lrsurgery.data.text.padding import MOST_LOGITS, pad_token_of, without_padding
 from lrsurgery.data.text.tokens import load_tokenizer
 from lrsurgery.errors import DataError, SourceError
 
@@ -304,8 +304,7 @@ def match_teacher(subject: Subject, teacher: Subject, trust_remote_code: bool = 
     notes = []
     if not TASKS[subject.task].takes_images:
         # it sees the padding of the model's own batches
-        theirs_config, own_config = (s.config.get_text_config() for s in (teacher, subject))
-        theirs_config.pad_token_id = own_config.pad_token_id
+        teacher.config.get_text_config().pad_token_id = pad_token_of(subject.config)
         notes += _compare_vocabularies(subject, teacher, who, trust_remote_code)
     if TASKS[subject.task].is_language or ours == 1:
         return dataclasses.replace(teacher, notes=tuple(notes))

@@ -18,6 +18,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model, load_timm, load_with_head
 from lrsurgery.checkpoints.source import Source
+from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
 from lrsurgery.data.options import IMAGES, SENTENCES, TEXT
 from lrsurgery.errors import RecipeError, SourceError
 
@@ -67,6 +68,11 @@ class Task:
         if self.is_language:
             return TEXT
         return IMAGES if self.takes_images else SENTENCES
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of what transformers' models are given."""
+        return ("pixel_values",) if self.takes_images else ("input_ids", "attention_mask")
 
 
 CAUSAL_LM = Task(
@@ -215,6 +221,10 @@ def load_subject(
     for name, parameter in subject.body.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise SourceError(f"{source.reference}: {name} holds NaN or Inf; repair the checkpoint first")
+    if source.library == "transformers" and is_own(subject.body):
+        lacks = lacks_for_measuring(subject.body, TASKS[task].inputs)
+        if lacks is not None:
+            raise SourceError(f"{source.reference}: {type(subject.body).__name__}: {lacks}")
     return subject
 
 
@@ -295,6 +305,9 @@ def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None, 
         if not new_head and getattr(body, "num_classes", None) == 0:
             raise MissingHeadError(_no_head(source, TIMM.name, ["the classifier"]))
     if classes is not None:
+        if not hasattr(body, "reset_classifier"):
+            name = type(body).__name__
+            raise RecipeError(f"{source.reference}: {name} has no reset_classifier, by which timm makes a new head")
         body.reset_classifier(len(classes))  # type: ignore[operator]
         pretrained = {**source.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
         config = {**source.config, "num_classes": len(classes), "pretrained_cfg": pretrained}

@@ -25,7 +25,9 @@ from lrsurgery.checkpoints.mapping import Checkpoint, Entry, list_entries, open_
 from lrsurgery.checkpoints.output import check_output, copy_companions, output_config
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.spectra import SpectrumCache
+from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
 from lrsurgery.data.datasets import digest_of
+from lrsurgery.data.tasks import TASKS, is_for
 from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.check import check_loss, warnings
@@ -64,7 +66,7 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
         options=options.recorded(),
         about="plan",
         name=checkpoint.source.name,
-        notes=checkpoint.notes,
+        notes=_notes(options, checkpoint),
         calibration=None if statistics is None else statistics.facts,
     )
 
@@ -320,6 +322,11 @@ def _notes(options: FactoriseOptions, checkpoint: Checkpoint) -> tuple[str, ...]
     from_scratch = options.source.from_scratch_seed is not None
     if options.surgery.init != "spectral" and not from_scratch:
         notes.append(f"--init {options.surgery.init} gives up the pretrained values: the model must be trained again")
+    if checkpoint.source.library == "transformers" and is_own(checkpoint.model):
+        task = next((TASKS[name] for name in TASKS if is_for(checkpoint.source, name)), None)
+        lacks = lacks_for_measuring(checkpoint.model, (*task.inputs, "labels")) if task is not None else None
+        if lacks is not None:
+            notes.append(f"{type(checkpoint.model).__name__} can be factorised, but not trained and measured: {lacks}")
     if from_scratch:
         notes.append("initialised from its config, no pretrained weight is left: the model must be trained")
     if checkpoint.unused:

@@ -92,7 +92,7 @@ class Contender:
         else:
             name = TASKS[self.task].auto_class
             model, _ = load_with_head(source, name, trust_remote_code=self.trust_remote_code, dtype=dtype)
-        if TASKS[self.task].needs_padding and _text_config(model).pad_token_id is None:
+        if TASKS[self.task].needs_padding and getattr(_text_config(model), "pad_token_id", None) is None:
             _text_config(model).pad_token_id = 0  # a decoder without one takes a single sentence at most
         # torch's counter of FLOPs would look for gradients, which are never computed here
         return model.to(device).requires_grad_(False)

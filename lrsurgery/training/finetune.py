@@ -20,6 +20,7 @@ import torch
 
 from lrsurgery.checkpoints.mapping import notes_of
 from lrsurgery.checkpoints.output import check_output
+from lrsurgery.checkpoints.upstream.own import lacks_argument
 from lrsurgery.data.batches import Examples, Rows
 from lrsurgery.data.datasets import EVAL_SPLITS
 from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subject, training_examples
@@ -27,7 +28,7 @@ from lrsurgery.data.images import Preprocessing, other_pixels
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import match_teacher
 from lrsurgery.data.tasks import TASKS, Subject, task_of
-from lrsurgery.errors import Interrupted, OutputError, RecipeError, TrainingError
+from lrsurgery.errors import Interrupted, OutputError, RecipeError, SourceError, TrainingError
 from lrsurgery.files import read_json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import DENSE_TRAINED, stages_of
@@ -204,6 +205,8 @@ class _Run:
         with self.args.main_process_first(desc="reading data"):
             rows = open_rows(recipe.data, self.task, recipe, split=recipe.split, streaming=recipe.streaming)
             subject = self._build(rows)
+            if (lacks := lacks_argument(subject.model, ["labels"])) is not None:
+                raise SourceError(f"{recipe.model}: {type(subject.body).__name__}: {lacks}")
             train = self._examples(subject, rows)
             if self._evaluates:
                 data = recipe.eval_data or recipe.data

@@ -1,8 +1,9 @@
-"""Models of one's own: a file that registers them with timm, through the command line and back."""
+"""Models of one's own: a file that registers them, through the command line and back; what they may lack."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 import timm
 import torch
+import transformers as tf
+from safetensors.torch import save_file
 from support import tiny, warm
 
 import lrsurgery
@@ -72,3 +75,105 @@ def test_a_file_that_is_missing_or_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"bad_model\.py: ZeroDivisionError: division by zero"):
         import_file(tmp_path / "bad_model.py")
     assert "bad_model" not in sys.modules
+
+
+OWN = """
+import torch, transformers as tf
+from torch import nn
+
+class OwnConfig(tf.PreTrainedConfig):
+    model_type = "own-net"
+    def __init__(self, width=32, vocab_size=300, **rest):
+        self.width, self.vocab_size = width, vocab_size
+        super().__init__(**rest)
+
+class OwnNet(tf.PreTrainedModel):
+    config_class = OwnConfig
+    def __init__(self, config):
+        super().__init__(config)
+        self.words = nn.Embedding(config.vocab_size, config.width)
+        self.up, self.down = nn.Linear(config.width, 64), nn.Linear(64, config.width)
+        self.predict = nn.Linear(config.width, config.vocab_size, bias=False)
+        POST
+    def get_output_embeddings(self):
+        return self.predict
+    def forward(self, ARGUMENTS):
+        hidden = self.words(input_ids)
+        logits = self.predict(hidden + self.down(self.up(hidden).relu()))
+        RETURN
+
+tf.AutoConfig.register("own-net", OwnConfig)
+tf.AutoModelForCausalLM.register(OwnConfig, OwnNet)
+"""
+WHOLE = {
+    "POST": "self.post_init()",
+    "ARGUMENTS": "input_ids, attention_mask=None, labels=None",
+    "RETURN": """loss = None
+        if labels is not None:
+            loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return tf.modeling_outputs.CausalLMOutput(loss=loss, logits=logits)""",
+}
+
+
+def own_folder(place: Path, changes: dict[str, str]) -> list[object]:
+    """A folder and the file that registers its class; the words of a program that runs this file first."""
+    tiny.write_text(place)
+    gpt2 = tiny.save_gpt2(place / "gpt2")
+    size = tf.AutoConfig.from_pretrained(gpt2).vocab_size
+    text = OWN.replace("vocab_size=300", f"vocab_size={size}")
+    for name, what in {**WHOLE, **changes}.items():
+        text = text.replace(name, what)
+    (place / "own.py").write_text(text)
+    shutil.copytree(gpt2, place / "own", ignore=shutil.ignore_patterns("*.safetensors", "generation_config.json"))
+    made = {"model_type": "own-net", "architectures": ["OwnNet"], "vocab_size": size, "dtype": "float32"}
+    (place / "own" / "config.json").write_text(json.dumps(made))
+    shapes = {"words.weight": (size, 32), "up.weight": (64, 32), "up.bias": (64,), "down.weight": (32, 64)}
+    shapes |= {"down.bias": (32,), "predict.weight": (size, 32)}
+    state = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in shapes.items()}
+    save_file(state, place / "own" / "model.safetensors", {"format": "pt"})
+    return [*tiny.PROGRAM, "--import", place / "own.py"]
+
+
+@pytest.mark.process
+def test_a_transformers_model_of_ones_own_goes_all_the_way(tmp_path: Path) -> None:
+    start = own_folder(tmp_path, {})
+    data, half = ["--data", tmp_path / "train.txt", "--block-size", "16"], tmp_path / "half"
+    made = warm.program(*start, "factorise", tmp_path / "own", "--rank", "4", "--output", half, "--json")
+    assert made.returncode == 0, made.stderr
+    report = json.loads(made.stdout)
+    assert {row["name"]: row["status"] for row in report["layers"]}["predict"] == "dense"
+    assert not [note for note in report["notes"] if "OwnNet" in note]
+    healed = warm.program(*start, "finetune", half, *data, "--steps", "2", "--output", tmp_path / "healed")
+    assert healed.returncode == 0, healed.stderr
+    for folder in ("own", "healed"):
+        done = warm.program(*start, "evaluate", tmp_path / folder, *data, "--json")
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["models"][0]["values"]["scored"] > 100
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("changes", "factorises", "message"),
+    [
+        ({"POST": "pass"}, False, "OwnNet does not call self.post_init() at the end of its __init__"),
+        ({"ARGUMENTS": "input_ids, labels=None"}, True, "OwnNet: its forward does not take attention_mask"),
+        ({"RETURN": "return logits"}, True, "OwnNet: its forward returns a Tensor without logits"),
+        ({"RETURN": "return logits + other"}, True, "OwnNet: its forward fails on input_ids (name 'other' is not"),
+    ],
+    ids=["post_init", "arguments", "tensor", "error"],
+)
+def test_what_a_model_of_ones_own_lacks_is_one_line(
+    tmp_path: Path, changes: dict[str, str], factorises: bool, message: str
+) -> None:
+    start = own_folder(tmp_path, changes)
+    tried = warm.program(*start, "factorise", tmp_path / "own", "--rank", "4", "--dry-run", "--json")
+    if factorises:
+        (note,) = [each for each in json.loads(tried.stdout)["notes"] if "OwnNet" in each]
+        assert note.startswith("OwnNet can be factorised, but not trained and measured: its forward")
+    else:
+        assert tried.returncode == 2
+        assert message in tried.stderr
+    done = warm.program(*start, "evaluate", tmp_path / "own", "--data", tmp_path / "valid.txt")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith(f"lrsurgery: {tmp_path / 'own'}: {message}")

@@ -75,7 +75,8 @@ def is_native(model_type: object) -> bool:
 def model_class(config: Any, folder: Path, auto_map: Mapping[str, Any] | None) -> Any:
     """The class in a config's `architectures`, or in the checkpoint's code if `auto_map` is given; None if none is.
 
-    Raises AttributeError for a class that transformers does not have.
+    A class of one's own is known by its registration with an AutoModel. Raises AttributeError for a class that
+    transformers does not have.
     """
     import transformers
 
@@ -88,8 +89,25 @@ def model_class(config: Any, folder: Path, auto_map: Mapping[str, Any] | None) -
         reference = next((auto_map[k] for k in auto_map if k.startswith("AutoModelFor")), auto_map.get("AutoModel"))
         return None if reference is None else get_class_from_dynamic_module(reference, folder)
     if names:
-        raise AttributeError(names[0])
+        own = next((cls for cls in _registered() if cls.__name__ == names[0]), None)
+        if own is None:
+            raise AttributeError(names[0])
+        return own
     return transformers.AutoModel._model_mapping[type(config)]
+
+
+def _registered(mapping: str | None = None) -> list[type]:
+    """Classes registered with `AutoModel....register`: with that of one kind of head, or with any."""
+    from transformers.models.auto import modeling_auto
+
+    if mapping is not None:
+        mappings = [getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING")]
+    else:
+        mappings = [
+            value for value in vars(modeling_auto).values() if isinstance(value, modeling_auto._LazyAutoMapping)
+        ]
+    found = [value for each in mappings for value in each._extra_content.values()]
+    return [cls for value in found for cls in (value if isinstance(value, tuple) else (value,))]
 
 
 def head_classes(mapping: str) -> frozenset[str]:
@@ -97,7 +115,8 @@ def head_classes(mapping: str) -> frozenset[str]:
     from transformers.models.auto import modeling_auto
 
     values = getattr(modeling_auto, f"MODEL_FOR_{mapping}_MAPPING_NAMES").values()
-    return frozenset(name for value in values for name in (value if isinstance(value, tuple) else (value,)))
+    names = {name for value in values for name in (value if isinstance(value, tuple) else (value,))}
+    return frozenset(names | {cls.__name__ for cls in _registered(mapping)})
 
 
 def is_only_causal(model_type: str) -> bool:

@@ -9,7 +9,7 @@ from lrsurgery.data.datasets import TEXT_COLUMNS, column_names, pick_column
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import Targets
 from lrsurgery.data.tasks import TASKS, Subject
-from lrsurgery.data.text.padding import finds_last_token, pad_tokens, position_limit
+from lrsurgery.data.text.padding import finds_last_token, pad_token_of, pad_tokens, position_limit
 from lrsurgery.data.text.sequences import (
     Cut,
     Masking,
@@ -205,8 +205,7 @@ def _sentence_padding(
     elif padded and finds_last_token(subject.body):
         # the head takes the last token that is not config.pad_token_id
         config, token = subject.config.get_text_config(), tokenizer.pad_token_id
-        if config.pad_token_id not in (None, token):
-            old = config.pad_token_id
+        if (old := pad_token_of(config)) not in (None, token):
             notes = [f"{reference}: pad_token_id {old} of the config is not the tokenizer's {token}, which is taken"]
         config.pad_token_id = token
     return DataCollatorWithPadding(tokenizer), tuple(notes)

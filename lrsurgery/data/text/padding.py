@@ -72,7 +72,7 @@ def without_padding(inputs: Batch, model: nn.Module, width: int = 1) -> Iterator
     if mask is None or mask.ndim != 2 or config is None:
         yield everything, inputs
         return
-    alone = config.get_text_config().pad_token_id is None and finds_last_token(model)
+    alone = pad_token_of(config) is None and finds_last_token(model)
     lengths = mask.sum(-1)
     prefix = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
     if not bool((mask.bool() == prefix).all()):  # the examples' own masks, and no padding of ours
@@ -86,6 +86,11 @@ def without_padding(inputs: Batch, model: nn.Module, width: int = 1) -> Iterator
                 for name, v in inputs.items()
             }
             yield chosen.cpu(), part
+
+
+def pad_token_of(config: PreTrainedConfig) -> int | None:
+    """The padding token of a config; one of somebody's own need not have the entry."""
+    return getattr(config.get_text_config(), "pad_token_id", None)
 
 
 def finds_last_token(model: nn.Module) -> bool:
