@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -127,6 +128,8 @@ def calibrate(
                 f"calibration: {need / 1e9:.1f} GB of statistics, {where}; {available / 1e9:.1f} GB are free, so"
                 f" {'one pass' if passes == 1 else f'{passes} passes'} over the data"
             )
+    if setup.offloaded:
+        listener = _TimesFirstBlock(listener)
     loss = setup.loss(seed, calibration.temperature)
     statistics = collect(
         setup.subject.model,
@@ -152,6 +155,25 @@ def calibrate(
     if calibration.save is not None:
         _save(folder, calibration.save)
     return statistics
+
+
+class _TimesFirstBlock(Listener):
+    """Tells how long blocks that are read from disk will take, going by the first one."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener, self._begun, self._told = listener, time.perf_counter(), False
+
+    def note(self, text: str) -> None:
+        self._listener.note(text)
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        self._listener.progress(name, done, total)
+        if not done:
+            self._begun = time.perf_counter()
+        elif not self._told:
+            self._told = True
+            seconds = (time.perf_counter() - self._begun) / done * total
+            self.note(f"calibration: block by block from disk, about {duration_text(seconds)} by the first one")
 
 
 def _announce(

@@ -534,6 +534,10 @@ def test_what_is_seen_is_said(place: Path, tmp_path: Path, capsys: pytest.Captur
         assert f"calibration: {count:,} sequences of 32 tokens ({count * 32:,} tokens) of {data}; " in told
         assert ("; all that it has, 100,000 were asked for; " in told) == (asked > whole)
         assert re.search(r"; about [\w. ]+\n", told)  # as long as the machine takes
+    # of a model that is not in memory the first block tells the time
+    options = "--rank params:0.5 --samples 5 --importance activations --no-loss-check --overwrite"
+    assert factorise(place / "gpt2", options, calibration=data, output=tmp_path / "out") == 0
+    assert re.search(r"block by block from disk, about [\w. ]+ by the first one\n", capsys.readouterr().err)
 
 
 def test_the_temperature_decides_and_is_recorded(place: Path, tmp_path: Path) -> None:

@@ -343,9 +343,11 @@ def test_numbers_and_many_classes_are_learnt(bench: Path, tmp_path: Path, librar
         "dense": True,
         "new_head": True,
         "steps": 60,
+        "eval_steps": 60,
         "lr": 3e-3,
         "batch_size": 9,
         "augment": False,
+        **({"image_size": 64} if library == "timm" else {}),
     }
     outcome, _ = healed(given, tmp_path / "out")
     before, after = outcome.stages["before"], outcome.stages["trained"]
