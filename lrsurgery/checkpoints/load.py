@@ -243,10 +243,18 @@ def check_folder(
 
     Raises SurgeryError for a tensor that is missing, left over or of another shape.
     """
+    problem = load_problem(folder, unused=unused, trust_remote_code=trust_remote_code)
+    if problem is not None:
+        raise SurgeryError(f"{reference}: the output would not load, so it is not written: {problem}")
+
+
+def load_problem(folder: Path, *, unused: Collection[str] = (), trust_remote_code: bool = False) -> str | None:
+    """As `check_folder`: why a folder does not load; None if it does."""
     try:
         _load_on_meta(folder, unused, trust_remote_code)
     except SourceError as e:
-        raise SurgeryError(f"{reference}: the output would not load, so it is not written: {e}") from e
+        return str(e)
+    return None
 
 
 def _load_on_meta(folder: Path, unused: Collection[str], trust_remote_code: bool) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from lrsurgery.checkpoints.load import load_problem
 from lrsurgery.checkpoints.output import copy_companions, output_config, write_timm, write_transformers
 from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import SourceError, TrainingError
@@ -92,6 +93,10 @@ def publish(subject: Subject, output: Path, folder: RunFolder, run: FinishedRun,
     """Write a run's output, whole or not at all: the model, its recipe, the metrics and trackers' logs in `folder`."""
     with staged(output, overwrite=overwrite) as stage:
         report = save_subject(subject, stage, output.name, run)
+        if run.recipe.rank and (problem := load_problem(stage, trust_remote_code=run.recipe.trust_remote_code)):
+            # the training is not thrown away for it
+            report = replace(report, notes=(*report.notes, f"the output does not load as it is: {problem}"))
+            write_text(stage / FILE_NAME, report.to_json())
         write_recipe(run.recipe, stage / RECIPE, versions())
         if (folder.path / METRICS).is_file():
             shutil.copyfile(folder.path / METRICS, stage / METRICS)

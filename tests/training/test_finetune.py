@@ -16,13 +16,14 @@ import transformers as tf
 import yaml
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import tiny
 
 import lrsurgery
 import lrsurgery.checkpoints.quantizer
 from lrsurgery.errors import SurgeryError
 from lrsurgery.progress import Listener, TrainingStep
+from lrsurgery.training import publish
 from lrsurgery.training.finetune import finetune
 from lrsurgery.training.publish import Outcome
 
@@ -576,3 +577,24 @@ def test_tensorboard_logs_come_with_the_output(bench: Path, tmp_path: Path) -> N
     events.Reload()
     logged = {e.step: e.value for e in events.Scalars("train/loss")}
     assert logged == pytest.approx({r["step"]: r["loss"] for r in records(outcome.output) if "loss" in r})
+
+
+def test_an_output_that_does_not_load_is_told(bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And written all the same: the training is worth more than the name of a tensor."""
+    original = publish.write_transformers
+
+    def forgetful(model: Any, stage: Path) -> None:
+        original(model, stage)
+        state = load_file(stage / "model.safetensors")
+        del state["transformer.ln_f.weight"]
+        save_file(state, stage / "model.safetensors", {"format": "pt"})
+
+    given = {"model": str(bench / "gpt2"), "data": str(bench / "train.txt"), "rank": ["0.5"], "steps": 1}
+    whole, _ = healed(given, tmp_path / "whole")
+    assert not [note for note in whole.report.notes if "load" in note]
+    monkeypatch.setattr(publish, "write_transformers", forgetful)
+    broken, _ = healed(given, tmp_path / "broken")
+    (note,) = [note for note in broken.report.notes if "load" in note]
+    assert note.startswith("the output does not load as it is: ")
+    assert "transformer.ln_f.weight is missing" in note
+    assert note in lrsurgery.Report.read(tmp_path / "broken").notes
