@@ -108,11 +108,16 @@ def _typed(name: str, value: object) -> object:
 
 
 @contextmanager
-def fitting(recipe: Recipe) -> Iterator[None]:
-    """Turn transformers' own refusal of settings into RecipeError, which names what was given with --set."""
+def fitting(recipe: Recipe, *, only_set: bool = False) -> Iterator[None]:
+    """Turn transformers' own refusal of settings into RecipeError, which names what was given with --set.
+
+    With `only_set` nothing else is at fault: without --set an error is no setting's and goes on as it is.
+    """
     try:
         yield
     except (ValueError, TypeError, ImportError, RuntimeError) as e:
+        if only_set and (not recipe.set or isinstance(e, torch.OutOfMemoryError)):
+            raise
         given = f" (set: {', '.join(recipe.set)})" if recipe.set else ""
         raise RecipeError(f"the settings do not go together{given}: {' '.join(str(e).split())[:300]}") from e
 

@@ -88,7 +88,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         self.subject, self.recipe, self.teacher = subject, recipe, teacher
         self._collate_evaluation = evaluation.collate if evaluation else None
         self.use_cache: bool | None = getattr(getattr(subject.model, "config", None), "use_cache", None)
-        with fitting(recipe):
+        with fitting(recipe, only_set=True):
             super().__init__(
                 model=subject.model,
                 args=args,
@@ -129,7 +129,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             {"params": [parameters[name] for name in names], **settings}
             for names, settings in parameter_groups(target, self.recipe, decayed)
         ]
-        with fitting(self.recipe):
+        with fitting(self.recipe, only_set=True):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             if self.recipe.optimizer == "sgd" and cls is torch.optim.SGD:
                 options = {"momentum": self.recipe.momentum, **options}
