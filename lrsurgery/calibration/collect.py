@@ -26,7 +26,7 @@ from lrsurgery.calibration.loss import (
 )
 from lrsurgery.calibration.statistics import LayerUse, Moments, Statistics, StatisticsWriter, merge
 from lrsurgery.errors import CalibrationError
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.surgery.apply import apply_plan_
 from lrsurgery.surgery.plan import Plan, Replacement, SurgeryOptions, find_heads, plan_rows

@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lrsurgery.errors import CalibrationError
-from lrsurgery.files import Json, Piece, json_text, load_piece, piece_digest, read_json, replace_file, save_piece
+from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.files.pieces import Piece, load_piece, piece_digest, save_piece
+from lrsurgery.files.writing import replace_file
 from lrsurgery.linalg.weighted import Metric, damp
 from lrsurgery.surgery.plan import Replacement
 

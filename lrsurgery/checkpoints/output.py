@@ -16,7 +16,8 @@ from lrsurgery.checkpoints.mapping import is_transformers_model, with_tripwire
 from lrsurgery.checkpoints.source import ADAPTER_FILES, FORMAT_VERSION, METHOD, Source, check_inside
 from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
 from lrsurgery.errors import OutputError, SourceError
-from lrsurgery.files import Json, check_free, json_text, staged, write_text
+from lrsurgery.files.json import Json, json_text
+from lrsurgery.files.writing import check_free, staged, write_text
 from lrsurgery.surgery.apply import factorised_layers
 
 COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".py", ".spm", ".vocab", ".tiktoken")

@@ -23,7 +23,7 @@ from lrsurgery.checkpoints.mapping import with_tripwire
 from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, check_layers
 from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain
 from lrsurgery.errors import PlanError, SourceError
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.surgery.apply import densify_layers_, factorised_layers, swap_
 
 

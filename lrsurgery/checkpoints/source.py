@@ -6,10 +6,11 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+
+from typing_extensions import TypedDict
 
 from lrsurgery.errors import SourceError
-from lrsurgery.files import Json, read_json
+from lrsurgery.files.json import Json, read_json
 
 METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
 FORMAT_VERSION = 1

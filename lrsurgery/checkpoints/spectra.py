@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lrsurgery.files import Piece, cache_folder, load_piece, save_piece, tensor_digest
+from lrsurgery.files.cache import cache_folder
+from lrsurgery.files.digests import tensor_digest
+from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg.svd import Decomposition, Spectrum, singular_values
 from lrsurgery.linalg.weighted import Metric, weighted_values
 from lrsurgery.runtime import Compute

@@ -8,13 +8,16 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Protocol, TypedDict
+from typing import IO, Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from lrsurgery.errors import SourceError
-from lrsurgery.files import as_bytes, json_text, write_text
+from lrsurgery.files.digests import as_bytes
+from lrsurgery.files.json import json_text
+from lrsurgery.files.writing import write_text
 
 SAFETENSORS_NAMES = {
     torch.float64: "F64",

@@ -15,7 +15,7 @@ from lrsurgery.progress import Listener, TrainingStep
 from lrsurgery.report.views.columns import HARNESS, HARNESS_HEADINGS, HEADINGS, PIPED_WIDTH, QUALITY
 
 if TYPE_CHECKING:
-    from lrsurgery.files import Json
+    from lrsurgery.files.json import Json
 
 
 class Screen:
@@ -42,7 +42,7 @@ class Screen:
     def emit(self, body: Json) -> None:
         """A command's result for programs: one JSON object, only with `--json`."""
         if self.as_json:
-            from lrsurgery.files import json_text
+            from lrsurgery.files.json import json_text
 
             sys.stdout.write(json_text(body))
 

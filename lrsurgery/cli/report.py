@@ -195,7 +195,7 @@ def _write(screen: Screen, text: str, output: Path | None) -> None:
 
         sys.stdout.write(text)
         return
-    from lrsurgery.files import replace_file
+    from lrsurgery.files.writing import replace_file
 
     replace_file(output, text)
     screen.say(f"Written to {output}")

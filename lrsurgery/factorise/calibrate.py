@@ -43,7 +43,7 @@ from lrsurgery.data.tasks import (
 )
 from lrsurgery.errors import CalibrationError, OutputError, RecipeError
 from lrsurgery.factorise.options import Calibration
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
 from lrsurgery.surgery.plan import Plan, Replacement

@@ -30,7 +30,7 @@ from lrsurgery.data.text.tokens import load_tokenizer
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.factorise.calibrate import load_subject, rows_of
 from lrsurgery.factorise.options import Calibration, FactoriseOptions
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import public_name
 from lrsurgery.report.schema import Report

@@ -34,7 +34,9 @@ from lrsurgery.factorise.check import check_loss, warnings
 from lrsurgery.factorise.jobs import WorkFolder, find_pending, first_error, keep_on_interrupt, wait_some
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
 from lrsurgery.factorise.rewrite import Rewriter
-from lrsurgery.files import Json, fingerprint, json_text, staged, write_text
+from lrsurgery.files.digests import fingerprint
+from lrsurgery.files.json import Json, json_text
+from lrsurgery.files.writing import staged, write_text
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import model_card
 from lrsurgery.report.rows import plan_report

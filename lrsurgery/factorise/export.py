@@ -15,7 +15,8 @@ from lrsurgery.checkpoints.output import OutputOptions, check_output, copy_compa
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, in_write_order, open_tensors
 from lrsurgery.errors import SourceError, SurgeryError
-from lrsurgery.files import json_text, staged, write_text
+from lrsurgery.files.json import json_text
+from lrsurgery.files.writing import staged, write_text
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import dense_card
 from lrsurgery.surgery.apply import factorised_layers, swap_

@@ -26,17 +26,11 @@ from lrsurgery.checkpoints.mapping import Entry
 from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.spectra import SpectrumLookup
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError, WeightError
-from lrsurgery.files import (
-    Json,
-    Piece,
-    alive,
-    json_text,
-    load_piece,
-    read_json,
-    remove_empty,
-    save_piece,
-    tensor_digest,
-)
+from lrsurgery.files.digests import tensor_digest
+from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.files.locks import alive
+from lrsurgery.files.pieces import Piece, load_piece, save_piece
+from lrsurgery.files.writing import remove_empty
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
 from lrsurgery.report.rows import measured_row
 from lrsurgery.report.schema import Row

@@ -13,7 +13,7 @@ from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.source import Source, SourceOptions
 from lrsurgery.data.options import DataOptions
 from lrsurgery.errors import CalibrationError, DataError, RankError, RecipeError, SurgeryError
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
 from lrsurgery.report.schema import recorded_options
 from lrsurgery.runtime import Compute, pick_device, pick_dtype

@@ -31,7 +31,8 @@ from lrsurgery.factorise.jobs import (
     start_jobs,
     wait_some,
 )
-from lrsurgery.files import Piece, load_piece, tensor_digest
+from lrsurgery.files.digests import tensor_digest
+from lrsurgery.files.pieces import Piece, load_piece
 from lrsurgery.progress import Listener
 from lrsurgery.report.schema import Row
 from lrsurgery.runtime import Compute, Processes

@@ -1,7 +1,7 @@
 """`bench`: time, throughput, peak memory and FLOPs of a model, beside another one, and which of its layers got slower.
 
 A speedup is the seconds of the other model (or of a layer's dense form) over the seconds of this one: above 1, this one
-is faster. The ideal speedup is the same ratio of FLOPs.
+is faster. The ideal speedup is the same ratio of FLOPs. bench.json keeps the options in their order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import nn
 from lrsurgery.checkpoints.mapping import notes_of
 from lrsurgery.data.options import TASKS, check_choice
 from lrsurgery.errors import OutputError, SurgeryError
-from lrsurgery.files import json_text, replace_file
+from lrsurgery.files.json import json_text
+from lrsurgery.files.writing import replace_file
 from lrsurgery.measure.memory import MemoryRequest, peak_memory
 from lrsurgery.measure.workloads import (
     DECODE,
@@ -47,10 +48,7 @@ GPU_CALLS = 50  # of a layer that are timed together; the launch of a single one
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """What is run, how precisely, and on what machine. Raises SurgeryError for a value that no model could make right.
-
-    bench.json keeps these in the fields' order.
-    """
+    """What is run, how precisely, and on what machine. Raises SurgeryError for an impossible value."""
 
     batch: tuple[int, ...] = (1, 8)  # sequences or images
     length: tuple[int, ...] | None = None  # tokens; None: LENGTHS, as far as the model has positions

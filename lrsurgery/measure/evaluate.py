@@ -14,7 +14,7 @@ from lrsurgery.data.options import DataOptions, check_choice
 from lrsurgery.data.tasks import MASKED_LM, task_of
 from lrsurgery.data.text.rolling import Extent, rolling_windows_of
 from lrsurgery.errors import RecipeError
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.training.loop.trainer import quality
 from lrsurgery.training.recipe import Recipe

@@ -8,7 +8,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, TypedDict
 
-from lrsurgery.files import Json, json_text, replace_file
+from lrsurgery.files.json import Json, json_text
+from lrsurgery.files.writing import replace_file
 from lrsurgery.measure.study import RUNS, RunResult
 from lrsurgery.measure.study_recipe import DYNAMICS, MEASURES, PlotSpec, Study
 from lrsurgery.report.runs import METRICS, LayerCourse, read_run

@@ -17,7 +17,9 @@ from typing import NamedTuple
 from lrsurgery.checkpoints.output import copy_companions
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.errors import Interrupted, RecipeError, StudyError, SurgeryError
-from lrsurgery.files import Json, alive, json_text, read_json, replace_file
+from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.files.locks import alive
+from lrsurgery.files.writing import replace_file
 from lrsurgery.measure.study_recipe import CONFIG, Preparation, Run, Study
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import METRICS, RECIPE

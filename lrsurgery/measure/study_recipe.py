@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lrsurgery.errors import RecipeError
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.report.runs import Measure
 from lrsurgery.report.views.columns import QUALITY
 from lrsurgery.training.recipe import Recipe, read_yaml

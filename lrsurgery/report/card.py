@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.errors import SourceError
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.report.hub import HUB, card_data, head_of, is_hub_id
 from lrsurgery.report.runs import read_metrics, stages_of
 from lrsurgery.report.schema import Report, Row

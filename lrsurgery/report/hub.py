@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
+
+from typing_extensions import TypedDict
 
 from lrsurgery.checkpoints.source import Source, check_inside
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData

@@ -13,7 +13,7 @@ from lrsurgery.checkpoints.load import FactorisedCheckpoint, open_factorised
 from lrsurgery.checkpoints.mapping import list_entries, open_checkpoint
 from lrsurgery.checkpoints.source import Source, SourceOptions, resolve
 from lrsurgery.errors import PlanError, SourceError, SurgeryError, WeightError
-from lrsurgery.files import read_json
+from lrsurgery.files.json import read_json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.profile import WIDEST, ProfileOptions, profile
 from lrsurgery.report.rows import compared_row, rank_report, replacement_of, trained_row

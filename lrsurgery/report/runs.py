@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, TypedDict, cast, get_args
+from typing import Literal, TypeAlias, cast, get_args
+
+from typing_extensions import TypedDict
 
 from lrsurgery.errors import RecipeError, SourceError, SurgeryError
-from lrsurgery.files import Json, read_lines
+from lrsurgery.files.json import Json, read_lines
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import TypedDict
 
 import torch
+from typing_extensions import TypedDict
 
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.errors import SourceError
-from lrsurgery.files import Json, json_text, read_json
+from lrsurgery.files.json import Json, json_text, read_json
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points, predicted_damage
 from lrsurgery.linalg.subspaces import Angles, Overlap, Shared
 from lrsurgery.report.runs import Run

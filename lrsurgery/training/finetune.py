@@ -29,7 +29,7 @@ from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import match_teacher
 from lrsurgery.data.tasks import TASKS, Subject, task_of
 from lrsurgery.errors import Interrupted, OutputError, RecipeError, SourceError, TrainingError
-from lrsurgery.files import read_json
+from lrsurgery.files.json import read_json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import DENSE_TRAINED, stages_of
 from lrsurgery.report.schema import Report

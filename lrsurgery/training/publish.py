@@ -14,7 +14,8 @@ from lrsurgery.checkpoints.load import load_problem
 from lrsurgery.checkpoints.output import copy_companions, output_config, write_timm, write_transformers
 from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import SourceError, TrainingError
-from lrsurgery.files import Json, read_json, staged, write_text
+from lrsurgery.files.json import Json, read_json
+from lrsurgery.files.writing import staged, write_text
 from lrsurgery.report.card import model_card, public_name, quality_lines
 from lrsurgery.report.rows import rank_report
 from lrsurgery.report.runs import METRICS, RECIPE, untrained_dense

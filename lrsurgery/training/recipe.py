@@ -18,7 +18,7 @@ from lrsurgery.errors import RecipeError
 
 if TYPE_CHECKING:
     from lrsurgery.checkpoints.source import Source
-    from lrsurgery.files import Json
+    from lrsurgery.files.json import Json
 
 SURGERY, DECAY, TRAINING, RUN, MACHINE = "Surgery", "Decay", "Training", "The run", "Machine"  # panels of help
 DECAYS = ("frobenius", "l2", "none")

@@ -15,7 +15,8 @@ from pathlib import Path
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, RecipeError
-from lrsurgery.files import Json, fingerprint, json_text, read_json
+from lrsurgery.files.digests import fingerprint
+from lrsurgery.files.json import Json, json_text, read_json
 from lrsurgery.report.runs import METRICS, RECIPE, read_metrics
 from lrsurgery.runtime import versions
 from lrsurgery.training.recipe import Recipe, read_recipe, write_recipe

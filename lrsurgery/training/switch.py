@@ -9,18 +9,19 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias, TypedDict
+from typing import TypeAlias
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from typing_extensions import TypedDict
 
 from lrsurgery.checkpoints.mapping import tied_weights
 from lrsurgery.data.tasks import Subject
 from lrsurgery.factorise.memory import factorise_module_
 from lrsurgery.factorise.options import parse_target
-from lrsurgery.files import Json, json_text
+from lrsurgery.files.json import Json, json_text
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, factor_weights

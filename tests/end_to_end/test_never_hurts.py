@@ -327,7 +327,8 @@ assert "lrsurgery" not in sys.modules
 # What the program does at a chosen moment, and how it is brought there: {act} runs at the Nth call of {place}.
 RIGGED = """
 import os, resource, signal, sys
-import lrsurgery.files, lrsurgery.checkpoints.tensors, lrsurgery.factorise.checkpoint, lrsurgery.factorise.rewrite
+import lrsurgery.files.writing, lrsurgery.checkpoints.tensors
+import lrsurgery.factorise.checkpoint, lrsurgery.factorise.rewrite
 from pathlib import Path
 from lrsurgery.cli.app import main
 calls = 0
@@ -352,7 +353,7 @@ MOMENTS = {
     "writing the card": ("lrsurgery.factorise.checkpoint, 'write_text'", 3),
     "moving the old folder away": ("Path, 'rename'", 2),
     "moving the new folder in": ("Path, 'rename'", 3),
-    "after the move": ("lrsurgery.files, '_sync_folder'", 2),
+    "after the move": ("lrsurgery.files.writing, '_sync_folder'", 2),
 }
 
 

@@ -24,7 +24,7 @@ from lrsurgery.checkpoints.spectra import SpectrumCache
 from lrsurgery.errors import OutputError, SurgeryError, WeightError
 from lrsurgery.factorise import jobs
 from lrsurgery.factorise.jobs import Job, WorkFolder, schedule
-from lrsurgery.files import Piece, load_piece, save_piece
+from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg import svd as linalg
 from lrsurgery.runtime import POOL_BYTES, in_order, layers_at_once
 from lrsurgery.surgery.apply import decomposition_bytes, decomposition_cost

@@ -22,7 +22,7 @@ from torch import nn
 import lrsurgery
 from lrsurgery.cli.app import main
 from lrsurgery.errors import SourceError, SurgeryError
-from lrsurgery.files import replace_file
+from lrsurgery.files.writing import replace_file
 from lrsurgery.measure import bench as module
 from lrsurgery.measure.bench import BenchOptions, bench
 from lrsurgery.measure.workloads import DECODE, FORWARD, PREFILL, count_flops, make_workload

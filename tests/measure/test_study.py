@@ -17,7 +17,7 @@ import yaml
 from support import tiny, warm
 
 from lrsurgery.errors import RecipeError, StudyError
-from lrsurgery.files import alive
+from lrsurgery.files.locks import alive
 from lrsurgery.measure.findings import Findings, Spread, cells, findings_of, spread_text
 from lrsurgery.measure.study import parse_shard, run_study
 from lrsurgery.measure.study_recipe import Study, read_study

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 
 
 def config_for_hub(model: nn.Module) -> Json:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.report.schema import Report, Row, Rung
 
 Value: TypeAlias = str | int | float | None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lrsurgery.errors import OutputError
-from lrsurgery.files import replace_file
+from lrsurgery.files.writing import replace_file
 from lrsurgery.report.runs import Measure, Run
 from lrsurgery.report.schema import Report, Row, Rung
 from lrsurgery.report.views.terminal import mean_course

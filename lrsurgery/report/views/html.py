@@ -11,7 +11,7 @@ from dataclasses import asdict
 from importlib.resources import files
 from string import Template
 
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.report.schema import Report
 from lrsurgery.report.views import speed, web
 from lrsurgery.report.views.columns import HEADINGS, LADDER, named, page_columns

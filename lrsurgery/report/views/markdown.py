@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from lrsurgery.files import Json
+from lrsurgery.files.json import Json
 from lrsurgery.report.runs import Run
 from lrsurgery.report.schema import Bench, Report, Row
 from lrsurgery.report.views.columns import (

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from lrsurgery.linalg.factors import Factors, product_values
 from lrsurgery.linalg.spectrum import Points, entropy_rank, nuclear_rank, stable_rank

@@ -1,0 +1,110 @@
+"""The one reader and the one writer of JSON.
+
+What a file holds is checked against a type before it is used, so that no odd value gets any further than its reader.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias, TypeVar
+
+from lrsurgery.errors import SourceError, SurgeryError
+
+Json: TypeAlias = dict[str, Any]  # a JSON object of a file; readers turn it into typed values
+Form = TypeVar("Form")
+
+
+def read_json(file: Path, what: str = "a JSON object", error: type[SurgeryError] = SourceError) -> Json:
+    """Read the JSON object in a file. Raises `error` if the file is missing or is not `what`.
+
+    Nesting, lengths of numbers and broken characters are bounded by the parser (pydantic's).
+    """
+    from pydantic_core import from_json
+
+    text = read_bytes(file, what, error)
+    try:
+        body = from_json(text)
+    except ValueError as e:
+        raise error(f"{file}: not {what} ({e})") from e
+    if not isinstance(body, dict):
+        raise error(f"{file}: not {what} (it holds a {type(body).__name__})")
+    return body
+
+
+def read_as(form: type[Form], file: Path, what: str, error: type[SurgeryError] = SourceError) -> Form:
+    """Read the JSON of a file as a value of `form`: a dataclass, a TypedDict or any annotation pydantic knows.
+
+    Keys that the form does not have are left out. Raises `error`, which names the key and what it should be, if the
+    file is missing or does not hold `what`.
+    """
+    return parse_as(form, read_bytes(file, what, error), f"{file}: not {what}", error)
+
+
+def parse_as(form: type[Form], text: bytes | str, lead: str, error: type[SurgeryError] = SourceError) -> Form:
+    """The JSON `text` as a value of `form`, as `read_as`; `lead` begins the error's line."""
+    from pydantic import ValidationError
+
+    try:
+        found: Form = _adapter(form).validate_json(text, strict=True)
+    except ValidationError as e:
+        raise error(f"{lead} ({_first_fault(e)})") from e
+    return found
+
+
+def checked(form: type[Form], body: object, lead: str, error: type[SurgeryError] = SourceError) -> Form:
+    """A value that JSON gave, as a value of `form`; `lead` begins the error's line."""
+    return parse_as(form, json.dumps(body), lead, error)
+
+
+@cache
+def _adapter(form: Hashable) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(form)
+
+
+def _first_fault(e: Any) -> str:
+    """Where the first fault is and what it is: "layers.3.rank: input should be a valid integer, not 'x'"."""
+    fault = e.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in fault["loc"])
+    said = fault["msg"][:1].lower() + fault["msg"][1:]
+    found = "" if fault["type"] in ("missing", "json_invalid") else f", not {str(fault['input'])[:60]!r}"
+    return f"{place}: {said}{found}" if place else f"{said}{found}"
+
+
+def read_bytes(file: Path, what: str, error: type[SurgeryError] = SourceError) -> bytes:
+    """The bytes of a file, without a byte order mark. Raises `error` if it is missing or cannot be read."""
+    try:
+        return file.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    except FileNotFoundError as e:
+        raise error(f"{file}: missing") from e
+    except (OSError, ValueError) as e:  # ValueError: a NUL in the name
+        raise error(f"{file}: not {what} ({e})") from e
+
+
+def read_lines(file: Path) -> list[Json]:
+    """Read the objects of an append-only .jsonl file, up to a last line that a kill truncated; [] without a file."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def json_text(body: object, indent: int | None = 2) -> str:
+    """The text of a JSON file, or of one line of several. JSON has no NaN and no infinities: they are null."""
+    return json.dumps(_finite(body), indent=indent, allow_nan=False) + "\n"
+
+
+def _finite(body: object) -> object:
+    if isinstance(body, float):
+        return body if math.isfinite(body) else None
+    if isinstance(body, Mapping):
+        return {key: _finite(value) for key, value in body.items()}
+    return [_finite(value) for value in body] if isinstance(body, list | tuple) else body
