@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
@@ -49,7 +49,7 @@ def parse_as(form: type[Form], text: bytes | str, lead: str, error: type[Surgery
     from pydantic import ValidationError
 
     try:
-        found: Form = _adapter(form).validate_json(text, strict=True)
+        found: Form = _adapter(form).validate_json(text, strict=True)  # type: ignore[arg-type]
     except ValidationError as e:
         raise error(f"{lead} ({_first_fault(e)})") from e
     return found
@@ -61,7 +61,7 @@ def checked(form: type[Form], body: object, lead: str, error: type[SurgeryError]
 
 
 @cache
-def _adapter(form: Hashable) -> Any:
+def _adapter(form: Any) -> Any:
     from pydantic import TypeAdapter
 
     return TypeAdapter(form)
