@@ -22,6 +22,7 @@ from lrsurgery.cli.report import report
 from lrsurgery.cli.study import study
 from lrsurgery.cli.training import evaluate, finetune
 from lrsurgery.errors import Interrupted, SurgeryError
+from lrsurgery.text import one_line
 
 app = typer.Typer(
     name="lrsurgery",
@@ -106,7 +107,7 @@ def main() -> None:
     except SurgeryError as e:
         if debug:
             raise
-        _fail(" ".join(str(e).split()), 2, as_json)
+        _fail(str(e), 2, as_json)
     except Exception as e:
         if debug:
             raise
@@ -114,8 +115,10 @@ def main() -> None:
             context = getattr(e, "ctx", None)
             command = context.command_path if context else "lrsurgery"
             message = e.format_message().rstrip(".").replace("Value error, ", "")
+            if not message:  # no arguments at all, for which help was printed
+                sys.exit(0)
             _fail(f"{message}. See {command} --help", 2, as_json)
-        _fail(f"unexpected {type(e).__name__}: {' '.join(str(e).split())} (a bug; --debug shows where)", 1, as_json)
+        _fail(f"unexpected {type(e).__name__}: {e} (a bug; --debug shows where)", 1, as_json)
     if code == 130:  # typer's exit code for Ctrl-C, of which it says nothing
         _fail("interrupted; nothing was written", 130, as_json)
     sys.exit(code if isinstance(code, int) else 0)
@@ -146,6 +149,7 @@ def _without_accent(character: str) -> str:
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:
+    message = one_line(message)
     sys.stderr.write(f"lrsurgery: {message}\n")
     if as_json:
         sys.stdout.write(json.dumps({"error": message}) + "\n")

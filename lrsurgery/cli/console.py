@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lrsurgery.progress import Listener, TrainingStep
 from lrsurgery.report.views.columns import HARNESS, HARNESS_HEADINGS, HEADINGS, PIPED_WIDTH, QUALITY
+from lrsurgery.report.views.terminal import Paper
+from lrsurgery.units import duration_text
 
 if TYPE_CHECKING:
     from lrsurgery.files.json import Json
+
+EVERY = 30  # seconds between two lines of a long job where no bar is drawn
 
 
 class Screen:
@@ -23,21 +27,21 @@ class Screen:
 
     def __init__(self, *, quiet: bool = False, as_json: bool = False) -> None:
         self.quiet, self.as_json = quiet, as_json
-        self.err = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.out = Console(stderr=as_json, highlight=False)
+        self.err = Paper(stderr=True, soft_wrap=True)
+        self.out = Paper(stderr=as_json)
         if not self.out.is_terminal:
             self.out.width = PIPED_WIDTH
 
     def say(self, text: str) -> None:
         """One line for people."""
         if not self.quiet:
-            self.err.print(text, markup=False)
+            self.err.print(text)
 
     def show(self, *things: RenderableType) -> None:
         """A command's result for people; nothing with `--json`."""
         if not (self.quiet or self.as_json):
             for thing in things:
-                self.out.print(thing, markup=False) if isinstance(thing, str) else self.out.print(thing)
+                self.out.print(thing)
 
     def emit(self, body: Json) -> None:
         """A command's result for programs: one JSON object, only with `--json`."""
@@ -51,24 +55,51 @@ class Screen:
         return LiveListener(self, verb)
 
 
-class LiveListener(Listener):
-    """Shows what a job reports: live bars on a terminal; a line for each note, stage and evaluation anywhere."""
+class Heartbeat:
+    """Says when a line about a long job is due, and how long the rest of it will take."""
 
-    def __init__(self, screen: Screen, verb: str) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._said = self._begun = clock()
+        self._job = ("", 0)
+        self._first = 0
+
+    def text(self, job: str, done: int, total: int, facts: str) -> str | None:
+        """`step 40/100  loss 3.2, about 3 min left`, where `EVERY` seconds went by since the last; else None."""
+        now = self._clock()
+        if (job, total) != self._job or done < self._first:  # another job begins
+            self._job, self._begun, self._first = (job, total), now, done
+        if now - self._said < EVERY:
+            return None
+        self._said, passed = now, done - self._first
+        left = (now - self._begun) / passed * (total - done) if passed else 0
+        return f"{job} {done}/{total}{f'  {facts}' if facts else ''}" + (
+            f", about {duration_text(left)} left" if left else ""
+        )
+
+
+class LiveListener(Listener):
+    """Shows what a job reports: live bars on a terminal; a line for each note, stage and evaluation anywhere.
+
+    Where no bar is drawn a line comes every `EVERY` seconds, so that a long job in a log is not silent.
+    """
+
+    def __init__(self, screen: Screen, verb: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._screen, self._verb = screen, verb
         self._live = screen.err.is_terminal and not screen.quiet
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[facts]}"),
+            TextColumn("{task.fields[facts]}", markup=False),
         )
         self._bar = Progress(*columns, console=screen.err, transient=True, disable=not self._live)
         self._job: TaskID | None = None
         self._training: TaskID | None = None
         self._evaluating: TaskID | None = None
         self._begun, self._first = 0.0, 0
+        self._beat = Heartbeat(clock)
 
     def __enter__(self) -> LiveListener:
         if self._live:  # rich's bars, even disabled, leave an empty line
@@ -86,6 +117,7 @@ class LiveListener(Listener):
         if self._job is None:
             self._job = self._bar.add_task(self._verb, total=total, facts=name)
         self._bar.update(self._job, completed=done, total=total, facts=name)
+        self._log(self._verb, done, total, name)
 
     def stage(self, name: str, step: int, total: int) -> None:
         self._begun, self._first = time.monotonic(), step
@@ -98,11 +130,13 @@ class LiveListener(Listener):
     def step(self, at: TrainingStep) -> None:
         if self._training is not None:
             self._bar.update(self._training, completed=at.step, facts=self._facts(at))
+            self._log("step", at.step, at.total, self._facts(at))
 
     def evaluating(self, batch: int, total: int) -> None:
         if self._evaluating is None:
             self._evaluating = self._bar.add_task("evaluating", total=total, facts="")
         self._bar.update(self._evaluating, completed=batch, total=total)
+        self._log("evaluating batch", batch, total)
 
     def evaluated(self, stage: str, step: int, total: int, values: Mapping[str, float]) -> None:
         if self._evaluating is not None:
@@ -110,6 +144,10 @@ class LiveListener(Listener):
             self._evaluating = None
         at = f"step {step}/{total}" if total else "before"
         self._screen.say(f"{at}  {stage}  {quality_text(values)}")
+
+    def _log(self, job: str, done: int, total: int, facts: str = "") -> None:
+        if not self._live and (text := self._beat.text(job, done, total, facts)) is not None:
+            self._screen.say(text)
 
     def _facts(self, at: TrainingStep) -> str:
         done, spent = at.step - self._first, time.monotonic() - self._begun

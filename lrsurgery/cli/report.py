@@ -193,7 +193,10 @@ def _write(screen: Screen, text: str, output: Path | None) -> None:
     if output is None:
         import sys
 
-        sys.stdout.write(text)
+        from lrsurgery.text import visible
+
+        # a file holds names as they are; what may be a terminal does not
+        sys.stdout.write(visible(text))
         return
     from lrsurgery.files.writing import replace_file
 

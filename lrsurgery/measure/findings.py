@@ -14,8 +14,9 @@ from lrsurgery.measure.study import RUNS, RunResult
 from lrsurgery.measure.study_recipe import DYNAMICS, MEASURES, PlotSpec, Study
 from lrsurgery.report.runs import METRICS, LayerCourse, read_run
 from lrsurgery.report.runs import Run as Course
-from lrsurgery.report.views.figures import COLOURS, rendered
+from lrsurgery.report.views.figures import COLOURS, drawn_text, rendered
 from lrsurgery.report.views.markdown import table_lines
+from lrsurgery.text import markdown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -131,8 +132,15 @@ def _known(values: Sequence[float | None]) -> list[float]:
 def write_findings(study: Study, found: Findings, output: Path) -> list[Path]:
     """Write study.json, table.md, index.html, and plot.svg and plot.png where the study asks for a plot."""
     headers, body = cells(study, found)
-    failures = ["", *(f"- {run['name']} failed: {run['error']}" for run in found["failed"])] if found["failed"] else []
-    table = [f"# {study.name}", "", study.about, "", *table_lines(headers, body), *failures]
+    failures = [f"- {markdown(run['name'])} failed: {markdown(run['error'] or '')}" for run in found["failed"]]
+    table = [
+        f"# {markdown(study.name)}",
+        "",
+        study.about,
+        "",
+        *table_lines(headers, body),
+        *(["", *failures] if failures else []),
+    ]
     plot = study.plot
     drawn: dict[str, bytes] = {}
     if plot is not None and found["table"]:
@@ -213,18 +221,20 @@ def _plot(figure: Figure, study: Study, plot: PlotSpec, found: Findings) -> None
         )
         places, means, spreads = zip(*points, strict=True)
         colour = COLOURS[i % len(COLOURS)]
-        ax.errorbar(places, means, yerr=spreads, fmt="o-", markersize=3, capsize=2, color=colour, label=name or None)
+        ax.errorbar(
+            places, means, yerr=spreads, fmt="o-", markersize=3, capsize=2, color=colour, label=drawn_text(name) or None
+        )
     without = [group for group in measured if x not in group["axes"] and x not in MEASURES]
     for i, group in enumerate(without, len(series)):  # such as the dense model beside ranks
-        label = group["axes"].get(lines) or " ".join(group["axes"].values())
+        label = drawn_text(group["axes"].get(lines) or " ".join(group["axes"].values()))
         ax.axhline(group["measures"][y]["mean"], linestyle="--", color=COLOURS[i % len(COLOURS)], label=label)
     if x not in MEASURES and any(_number(name) is None for name in names):
-        ax.set_xticks(range(len(names)), names)
+        ax.set_xticks(range(len(names)), [drawn_text(name) for name in names])
     for scale in plot.log:
         (ax.set_xscale if scale == "x" else ax.set_yscale)("log")
-    ax.set(xlabel=x.replace("_", " "), ylabel=y.replace("_", " "))
+    ax.set(xlabel=drawn_text(x.replace("_", " ")), ylabel=y.replace("_", " "))
     if lines:
-        figure.legend(title=lines, loc="outside right upper")
+        figure.legend(title=drawn_text(lines), loc="outside right upper")
 
 
 def _number(text: str) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from lrsurgery.report.hub import HUB, card_data, head_of, is_hub_id
 from lrsurgery.report.runs import read_metrics, stages_of
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.report.views.columns import BY_KEY, QUALITY, Column
+from lrsurgery.text import code, code_block, markdown
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -25,7 +27,7 @@ NO_PART_OF_IT = ("--resume",)  # of a command: it changes nothing in the output,
 
 # columns of the layers' table and how their values are written; one that no layer has a value for is left out
 COLUMNS = {
-    "name": "`{}`",
+    "name": "{}",
     "kind": "{}",
     "rank": "{}",
     "full_rank": "{}",
@@ -47,11 +49,11 @@ def model_card(report: Report, source: Source, name: str, config: Json, training
     count = len(report.factorised)
     done = [f"{count} layers made low rank"] if count else []
     done += ["trained"] if training else []
-    paragraphs = [] if training or report.command else [f"Options: `{json.dumps(options)}`"]
+    paragraphs = [] if training or report.command else [f"Options: {code(json.dumps(options))}"]
     paragraphs += ["\n".join(training)] if training else []
     if report.loss_check is not None:
-        paragraphs.append(f"Loss right after surgery: {report.loss_check['text']}.")
-    paragraphs += [f"Note: {note}." for note in report.notes]
+        paragraphs.append(f"Loss right after surgery: {markdown(report.loss_check['text'])}.")
+    paragraphs += [f"Note: {markdown(note)}." for note in report.notes]
     return _filled(
         source,
         name,
@@ -118,7 +120,10 @@ def _filled(
         low_rank=low_rank,
         limit=TABLE_ROWS,
         quote=shlex.quote,
-        link=f"[{source.hub_id}]({HUB}/{source.hub_id})" if source.hub_id else f"`{source.name}`",
+        literal=_literal,
+        markdown=markdown,
+        block=code_block,
+        link=f"[{source.hub_id}]({HUB}/{source.hub_id})" if source.hub_id else code(source.name),
         done=done,
         needs="With lrsurgery installed (`pip install lrsurgery`)" if low_rank else "With nothing but its own library",
         auto_class="AutoModelForImageClassification" if source.library == "timm" else head_of(config)[0],
@@ -194,7 +199,12 @@ def _reasons(dense: Sequence[Row]) -> list[list[str]]:
     for row in dense:
         by_reason.setdefault(row.reason or "", []).append(row)
     return [
-        [reason, str(len(rows)), f"{sum(row.parameters_before for row in rows):,}", f"`{rows[0].name}`"]
+        [
+            markdown(reason),
+            str(len(rows)),
+            f"{sum(row.parameters_before for row in rows):,}",
+            code(rows[0].name, cell=True),
+        ]
         for reason, rows in by_reason.items()
     ]
 
@@ -205,9 +215,19 @@ def _licence(metadata: ModelCardData) -> str:
     link = metadata.get("license_link")
     if not named:
         return "The model that this was made from names none; look for its terms before you share this one."
-    return f"That of the base model: {f'[{named}]({link})' if link else named}."
+    named = markdown(named)
+    plain = isinstance(link, str) and re.fullmatch(r"(https?://)?[\w./%?=&:@+-]+", link) and "javascript:" not in link
+    return f"That of the base model: {f'[{named}]({link})' if plain else named}."
 
 
 def _cell(column: Column[Row], row: Row) -> str:
     value = column.value(row)
-    return "" if value is None else COLUMNS[column.key].format(value)
+    if value is None:
+        return ""
+    text = COLUMNS[column.key].format(value)
+    return code(text, cell=True) if column.key == "name" else markdown(text) if isinstance(value, str) else text
+
+
+def _literal(name: str) -> str:
+    """A name as a text of Python."""
+    return json.dumps(name, ensure_ascii=not name.isprintable())

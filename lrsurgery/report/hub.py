@@ -57,7 +57,7 @@ def head_of(config: Json) -> tuple[str, str | None]:
     own = config.get("auto_map")
     if isinstance(own, Mapping):
         for auto, place in own.items():
-            if isinstance(place, str) and place.rpartition(".")[2] == name:
+            if isinstance(place, str) and place.rpartition(".")[2] == name and str(auto).isidentifier():
                 return auto, next((task for _, known, task in HEADS if known == auto), None)
     for mapping, auto, task in HEADS:
         if isinstance(name, str) and name in head_classes(mapping):

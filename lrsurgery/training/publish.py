@@ -22,6 +22,7 @@ from lrsurgery.report.runs import METRICS, RECIPE, untrained_dense
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import versions
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.text import code
 from lrsurgery.training.loop.dynamics import whole
 from lrsurgery.training.loop.trainer import LowRankTrainer, release_
 from lrsurgery.training.recipe import Recipe, write_recipe
@@ -147,22 +148,22 @@ def _specs(body: nn.Module) -> dict[str, tuple[str, int]]:
 def training_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:
     """The card's lines about a run: its settings in one sentence, and what was measured at each stage."""
     decay = f"{recipe.decay} decay of strength {recipe.decay_strength:g}" if recipe.decay != "none" else "no decay"
-    teacher = f", teacher `{public_name(recipe.teacher)}`" if recipe.teacher else ""
+    teacher = f", teacher {code(public_name(recipe.teacher))}" if recipe.teacher else ""
     lines = [
-        f"Trained for {steps} steps on `{public_name(recipe.data or '')}` with {recipe.optimizer}, learning rate"
+        f"Trained for {steps} steps on {code(public_name(recipe.data or ''))} with {recipe.optimizer}, learning rate"
         f" {recipe.lr:g} ({recipe.schedule}), {decay} on the factors{teacher}; `recipe.yaml` has every setting,"
         " `metrics.jsonl` the course of the run.",
     ]
     table = quality_lines(stages)
     if not table:
         return lines
-    split = f", split `{recipe.eval_split}`" if recipe.eval_split else ""
+    split = f", split {code(recipe.eval_split)}" if recipe.eval_split else ""
     flattered = untrained_dense(stages, recipe.dense_steps)
     said = ["", f"{flattered[0].upper()}{flattered[1:]}."] if flattered else []
     return [
         *lines,
         "",
-        f"Measured on `{public_name(recipe.eval_data or recipe.data or '')}`{split}:",
+        f"Measured on {code(public_name(recipe.eval_data or recipe.data or ''))}{split}:",
         "",
         *table,
         *said,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,12 +14,15 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from markdown_it import MarkdownIt
 from safetensors import safe_open
 from support import tiny, warm, zoo
 from typer.testing import CliRunner
 
 from lrsurgery import __version__
 from lrsurgery.cli.app import app
+from lrsurgery.cli.console import LiveListener, Screen
+from lrsurgery.progress import TrainingStep
 
 
 @pytest.fixture(scope="module")
@@ -207,3 +212,73 @@ def test_json_has_no_infinity(tmp_path: Path) -> None:
     values = json.loads(done.stdout, parse_constant=refuse)["models"][0]["values"]
     assert values["loss"] > 710
     assert values["perplexity"] is None
+
+
+def test_a_long_job_in_a_log_says_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every 30 seconds: how far it is, the loss, the time left at the pace so far."""
+    now = [0.0]
+    screen = Screen()
+    listener = LiveListener(screen, "factorising", lambda: now[0])
+    for step in range(1, 101):
+        now[0] += 1
+        listener.progress(f"layer.{step}", step, 100)
+    listener.stage("factorised", 100, 300)
+    for step in range(101, 161):
+        now[0] += 2
+        listener.step(TrainingStep(step=step, total=300, unit="tokens", units_per_step=8, logged={"loss": 3.25}))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "/" in line]
+    jobs = [line for line in lines if line.startswith("factorising")]
+    assert [line.split()[1] for line in jobs] == ["30/100", "60/100", "90/100"]
+    assert jobs[0].endswith("layer.30, about 70 s left"), jobs[0]
+    steps = [line for line in lines if line.startswith("step")]
+    assert len(steps) == 4
+    assert "loss 3.2500" in steps[0]
+    assert all(" left" in line for line in steps)
+
+
+def test_quiet_logs_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    listener = LiveListener(Screen(quiet=True), "factorising", lambda: now[0])
+    for step in range(1, 101):
+        now[0] += 31
+        listener.progress(f"layer.{step}", step, 100)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.process
+def test_without_arguments_there_is_help_and_nothing_else() -> None:
+    done = warm.program(sys.executable, "-m", "lrsurgery")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "factorise" in done.stdout
+
+
+@pytest.mark.process
+def test_names_are_only_names(model: Path, tmp_path: Path) -> None:
+    """Rich's markup, terminal escapes and Markdown in the names of tensors, files and folders."""
+    folder = tmp_path / "m[v2]" / "y[" / "red]\x1b[31m`|<b>"
+    shutil.copytree(model, folder)
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    tensors["\x1b]0;owned\x07[/bold]"] = torch.zeros(3)
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+    out = tmp_path / "a[/red]\x1b]0;owned\x07`|<b>"
+    for command in (
+        ("factorise", folder, "--rank", "0.25", "--output", out),
+        ("report", out),
+        ("report", out, "--format", "markdown"),
+        ("report", out, "--format", "csv"),
+        ("report", tmp_path / "none\x1b[31m"),
+    ):
+        done = warm.program(sys.executable, "-m", "lrsurgery", *command)
+        assert done.returncode == (2 if "none" in str(command[1]) else 0), done.stderr
+        assert "\x1b" not in done.stdout + done.stderr, command
+        assert "\x07" not in done.stdout + done.stderr, command
+    assert "m[v2]/y[/red]" in warm.program(sys.executable, "-m", "lrsurgery", "report", out, "--json").stdout
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "\x1b" not in card
+    tokens = MarkdownIt().enable("table").parse(card.partition("---\n")[2].partition("---\n")[2])
+    assert not [token for token in tokens if token.type == "html_block"]
+    assert not [each for token in tokens for each in token.children or () if each.type == "html_inline"]
+    (code,) = [token.content for token in tokens if token.type == "fence" and token.info == "python"]
+    loaded = next(node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
+    assert ast.literal_eval(loaded.args[0]) == out.name

@@ -13,6 +13,7 @@ from lrsurgery.files.writing import replace_file
 from lrsurgery.report.runs import Measure, Run
 from lrsurgery.report.schema import Report, Row, Rung
 from lrsurgery.report.views.terminal import mean_course
+from lrsurgery.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -159,6 +160,12 @@ def _ladder(figure: Figure, report: Report) -> None:
     axes[0].legend(loc="lower right")
 
 
+def drawn_text(name: str) -> str:
+    """A name as matplotlib draws it: a dollar sign begins no formula, and a leading `_` hides nothing from a legend."""
+    text = one_line(name).replace("$", r"\$")
+    return f" {text}" if text.startswith("_") else text
+
+
 def _place(name: str) -> tuple[str, int | None]:
     """What is left of a layer's name without its block's number, and the number."""
     found = re.search(r"(?:^|\.)(\d+)(?=\.|$)", name)
@@ -176,7 +183,7 @@ def _energy_map(figure: Figure, rows: Sequence[Row]) -> None:
     ax = figure.subplots()
     image = ax.imshow(grid, aspect="auto", cmap="cividis", interpolation="nearest")
     ax.grid(False)
-    ax.set_yticks(range(len(names)), names if len(names) <= 40 else [""] * len(names))
+    ax.set_yticks(range(len(names)), [drawn_text(name) for name in names] if len(names) <= 40 else [""] * len(names))
     step = max(1, len(blocks) // 12)
     ax.set_xticks(range(0, len(blocks), step), [str(block) for block in blocks[::step]])
     ax.set_xlabel("block")
@@ -211,7 +218,12 @@ def _training(figure: Figure, runs: Sequence[Run]) -> None:
         evaluated = [(e["step"], e["loss"]) for e in run["evaluations"] if "loss" in e]
         if evaluated:
             flat[0].plot(
-                *zip(*evaluated, strict=True), style, color=colour, marker="o", markersize=2, label=run["name"]
+                *zip(*evaluated, strict=True),
+                style,
+                color=colour,
+                marker="o",
+                markersize=2,
+                label=drawn_text(run["name"]),
             )
         losses = [(e["step"], e["loss"]) for e in run["losses"]]
         if losses:

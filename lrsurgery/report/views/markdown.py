@@ -19,6 +19,7 @@ from lrsurgery.report.views.columns import (
     steps_of,
 )
 from lrsurgery.report.views.speed import RUNS
+from lrsurgery.text import code, markdown
 
 ENDINGS = (".md",)
 
@@ -26,13 +27,13 @@ ENDINGS = (".md",)
 def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
     """The whole report; every layer has its row. Percentages have two digits, other numbers up to six."""
     body = report.to_dict()
-    lines = [f"# {_text(report.name or 'model')}", ""]
+    lines = [f"# {markdown(report.name or 'model')}", ""]
     if report.command:
-        lines += [f"`{report.command}`", ""]
+        lines += [code(report.command), ""]
     lines += [f"- {line}" for line in _totals(body)]
     if report.loss_check is not None:
-        lines.append(f"- loss: {_text(report.loss_check['text'])}")
-    lines += ["", *(f"> {_text(note)}\n" for note in report.notes)]
+        lines.append(f"- loss: {markdown(report.loss_check['text'])}")
+    lines += ["", *(f"> {markdown(note)}\n" for note in report.notes)]
     if report.ladder:
         lines += ["## What each rank would keep", "", *column_lines(LADDER, steps_of(report))]
     layers = [row for row in sorted_rows(report.rows, sort) if row.status == "factorised" or row.full_rank is not None]
@@ -102,7 +103,7 @@ def _training(runs: Sequence[Run]) -> list[str]:
 
 def _bench(bench: Bench) -> list[str]:
     machine = ", ".join(f"{key} {value}" for key, value in bench["machine"].items() if value)
-    return [f"{machine}.", "", *column_lines([column for column in RUNS if column.drawn], bench["runs"])]
+    return [f"{markdown(machine)}.", "", *column_lines([column for column in RUNS if column.drawn], bench["runs"])]
 
 
 def column_lines(columns: Sequence[Column[T]], rows: Iterable[T]) -> list[str]:
@@ -118,18 +119,11 @@ def column_lines(columns: Sequence[Column[T]], rows: Iterable[T]) -> list[str]:
 
 def table_lines(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """A Markdown table, and an empty line after it; cells are text, not Markdown."""
-    lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
+    lines = [f"| {' | '.join(map(markdown, headers))} |", "|---" * len(headers) + "|"]
     for row in rows:
-        cells = ("" if cell is None else f"{cell:,}" if isinstance(cell, int) else _text(str(cell)) for cell in row)
+        cells = ("" if cell is None else f"{cell:,}" if isinstance(cell, int) else markdown(str(cell)) for cell in row)
         lines.append(f"| {' | '.join(cells)} |")
     return [*lines, ""]
-
-
-def _text(text: str) -> str:
-    """A name or a note as it is: nothing in it is Markdown or HTML."""
-    for character in "\\`*_[]<>|&":
-        text = text.replace(character, "\\" + character)
-    return " ".join(text.split())
 
 
 def _number(value: float | None) -> str:

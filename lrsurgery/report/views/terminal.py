@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import StringIO
 from itertools import groupby
+from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
 from lrsurgery.report.runs import Measure, Run
 from lrsurgery.report.schema import Report, Row
@@ -26,6 +29,7 @@ from lrsurgery.report.views.columns import (
     steps_of,
 )
 from lrsurgery.report.views.speed import slower_lines, speed_table
+from lrsurgery.text import visible
 
 NARROW = 100  # columns; below, a table shows less
 MANY = 80  # layers; above, they are shown a block at a time
@@ -36,12 +40,29 @@ SHOWN = "params:0.5"  # the rung of the ladder that the table of a dense model's
 ENDINGS = (".txt",)
 
 
+class Paper(Console):
+    """A console on which every text is only text: no markup, no emoji codes, no control characters."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]  # its options are rich's
+        """Texts, as they are before their width is measured."""
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """What is drawn by other ways than as a text."""
+        for segment in super().render(renderable, options):
+            plain = visible(segment.text) if segment.control is None else segment.text
+            yield segment if plain == segment.text else Segment(plain, segment.style)
+
+
 def render(report: Report, *, sort: str = "model", every: bool = False) -> str:
     """What the terminal shows, as plain text."""
     out = StringIO()
-    paper = Console(file=out, width=PIPED_WIDTH, highlight=False)
+    paper = Paper(file=out, width=PIPED_WIDTH)
     for part in report_parts(report, PIPED_WIDTH, sort=sort, every=every):
-        paper.print(part, markup=False) if isinstance(part, str) else paper.print(part)
+        paper.print(part)
     return out.getvalue()
 
 
