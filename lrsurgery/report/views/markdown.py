@@ -119,7 +119,7 @@ def column_lines(columns: Sequence[Column[T]], rows: Iterable[T]) -> list[str]:
 
 def table_lines(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
     """A Markdown table, and an empty line after it; cells are text, not Markdown."""
-    lines = [f"| {' | '.join(map(markdown, headers))} |", "|---" * len(headers) + "|"]
+    lines = [f"| {' | '.join(headers)} |", "|---" * len(headers) + "|"]
     for row in rows:
         cells = ("" if cell is None else f"{cell:,}" if isinstance(cell, int) else markdown(str(cell)) for cell in row)
         lines.append(f"| {' | '.join(cells)} |")
