@@ -19,6 +19,15 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 # a job in a shell's background ignores Ctrl-C, and so would the programs that tests interrupt
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the long runs out, unless they are asked for."""
+    if "fuzz" not in config.getoption("-m"):
+        out = [item for item in items if item.get_closest_marker("fuzz")]
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if item not in out]
