@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import platform
+import re
 import sys
 import time
 from collections import deque
@@ -64,7 +65,7 @@ def pick_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+    if kind not in ("cpu", "cuda") or not re.fullmatch("[0-9]{0,4}", index):
         raise SurgeryError(f"unknown device '{name}'; write auto, cpu, cuda or cuda:N")
     count = torch.cuda.device_count()
     if kind == "cuda" and int(index or 0) >= count:
@@ -95,6 +96,32 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where times were taken, without a name that tells whose machine it is."""
+
+    processor: str
+    cores: int | None
+    threads: int
+    gpu: str | None
+    system: str
+    python: str
+    torch: str
+
+
+def machine_of(device: torch.device) -> Machine:
+    """This machine, with what decides the times on one of its devices."""
+    return Machine(
+        processor=processor(),
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        threads=torch.get_num_threads(),
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        system=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        torch=torch.__version__,
+    )
 
 
 def versions() -> dict[str, str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,16 @@ from lrsurgery.checkpoints.mapping import is_transformers_model, with_tripwire
 from lrsurgery.checkpoints.source import ADAPTER_FILES, FORMAT_VERSION, METHOD, Source, check_inside
 from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
 from lrsurgery.errors import OutputError, SourceError
+from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, json_text
-from lrsurgery.files.writing import check_free, staged, write_text
+from lrsurgery.files.locks import locked
+from lrsurgery.files.marks import MARK
+from lrsurgery.files.writing import check_free, staged, with_name, write_text
 from lrsurgery.surgery.apply import factorised_layers
 
 COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".py", ".spm", ".vocab", ".tiktoken")
 COMPANION_NAMES = ("vocab.txt", "merges.txt", "added_tokens.txt")
-NOT_COMPANIONS = ("config.json", "rank_report.json", "bench.json", *ADAPTER_FILES)  # valid for the source only
+NOT_COMPANIONS = ("config.json", "rank_report.json", "bench.json", MARK, *ADAPTER_FILES)  # valid for the source only
 SHARD_SIZE = 5 * 10**9
 
 
@@ -42,11 +46,31 @@ class OutputOptions:
         return self.dtype if self.dtype is not None and dtype.is_floating_point else dtype
 
 
-def check_output(output: Path, source: Source, overwrite: bool) -> None:
-    """Raise OutputError if `output` is the source itself, or exists and may not be overwritten."""
-    if source.folder is not None and output.resolve() == source.folder.resolve():
-        raise OutputError(f"{output}: is the model that is being read; choose another --output")
+def check_output(output: Path, source: Source, overwrite: bool, others: Iterable[str | None] = ()) -> None:
+    """Raise OutputError if `output` is or holds the model that is read, or exists and may not be overwritten.
+
+    `others` are the MODEL arguments of further models that the command reads, such as a teacher.
+    """
+    places = [*([source.folder] if source.folder else []), *source.files]
+    check_apart(output, [*places, Path(source.reference), *(Path(other) for other in others if other is not None)])
     check_free(output, overwrite)
+
+
+def check_apart(output: Path, places: Iterable[Path]) -> None:
+    """Raise OutputError if a file or folder of a model that is read is `output` or lies in it, by whatever name."""
+    for place in places:
+        if _holds(output, place.expanduser()):
+            raise OutputError(f"{output}: is or holds the model that is being read; choose another --output")
+
+
+def _holds(folder: Path, place: Path) -> bool:
+    """Whether a file or folder that exists is `folder` or lies in it; links and other names of either count."""
+    try:
+        own, real = folder.stat(), place.resolve(strict=True)
+    except (OSError, ValueError):  # one of them is not there
+        return False
+    named = place.absolute()
+    return any(os.path.samestat(own, each.stat()) for each in (real, *real.parents, *named.parents) if each.exists())
 
 
 def copy_companions(source: Source, stage: Path) -> list[str]:
@@ -158,9 +182,11 @@ def write_transformers(model: nn.Module, stage: Path) -> None:
 def save_model(module: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
     """Write a transformers or timm model, factorised or dense, as a folder that `load_model` and its library read.
 
-    The write is atomic. Raises OutputError if the folder exists, or if the module belongs to neither library.
+    The write is atomic. Raises OutputError if the folder exists or cannot be written, if another process is writing it,
+    or if the module belongs to neither library.
     """
-    with staged(Path(folder), overwrite=overwrite) as stage:
+    output = with_name(Path(folder))
+    with disk_faults(output), locked(output), staged(output, overwrite=overwrite) as stage:
         if is_transformers_model(module):
             write_transformers(module, stage)
             return

@@ -5,15 +5,20 @@ Every decomposition of a checkpoint's tensor goes through `SpectrumLookup`: dige
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
+from stat import S_ISREG
 
 import torch
 from torch import Tensor
 
+from lrsurgery.errors import OutputError
 from lrsurgery.files.cache import cache_folder
 from lrsurgery.files.digests import tensor_digest
+from lrsurgery.files.marks import remove
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg.svd import Decomposition, Spectrum, singular_values
 from lrsurgery.linalg.weighted import Metric, weighted_values
@@ -23,6 +28,17 @@ from lrsurgery.units import parse_size
 
 FORMAT = 1
 LIMIT = "10GB"  # unless $LRSURGERY_CACHE_SIZE says otherwise
+# DIGEST-KIND or DIGEST-METRIC-KIND; half of one where a process was killed
+ENTRY = re.compile(r"[0-9a-f]{64}(-[0-9a-f]{64}(-inputs)?)?-[a-z][a-z0-9-]*\.(safetensors|[^/]+\.half)")
+
+
+def cache_limit() -> int:
+    """The most bytes that the cache keeps. Raises OutputError if $LRSURGERY_CACHE_SIZE is no size."""
+    asked = os.environ.get("LRSURGERY_CACHE_SIZE") or LIMIT
+    try:
+        return parse_size(asked)
+    except OutputError as e:
+        raise OutputError(f"LRSURGERY_CACHE_SIZE '{asked}': write a size such as 10GB or 500MB") from e
 
 
 class SpectrumCache:
@@ -37,12 +53,15 @@ class SpectrumCache:
     def get(self, digest: str, kind: str) -> Spectrum | None:
         """The spectrum of the tensor with this digest, as a layer of this kind; damaged entries are removed."""
         file = self._file(digest, kind)
+        if not ENTRY.fullmatch(file.name):
+            return None  # such as of statistics whose digests are none
         piece = load_piece(file)
         try:
             if piece is None or piece.facts["format"] != FORMAT:
                 file.unlink(missing_ok=True)
                 return None
-            os.utime(file)  # `trim` removes the least recently used entries
+            with contextlib.suppress(OSError):  # of a cache that is read-only
+                os.utime(file)  # `trim` removes the least recently used entries
             precision = {"float32": torch.float32, "float64": torch.float64}[piece.facts["precision"]]
             return Spectrum(piece.tensors["values"], piece.tensors.get("vectors"), precision)
         except (OSError, KeyError):
@@ -52,28 +71,25 @@ class SpectrumCache:
         """Store the spectrum of a decomposition, or singular values; does nothing if the cache cannot be written."""
         values = result if isinstance(result, Tensor) else result.values
         spectrum = None if isinstance(result, Tensor) else result.spectrum
-        if bool(values.isnan().any()):
+        file = self._file(digest, kind)
+        if bool(values.isnan().any()) or not ENTRY.fullmatch(file.name):
             return
         tensors, precision = {"values": values}, torch.float32
         if spectrum is not None and spectrum.vectors is not None:
             tensors["vectors"], precision = spectrum.vectors, spectrum.precision
         facts = {"format": FORMAT, "precision": str(precision).removeprefix("torch.")}
         try:
-            save_piece(self._file(digest, kind), Piece(facts, tensors))
+            save_piece(file, Piece(facts, tensors))
         except OSError:
             return
 
-    def trim(self) -> None:
-        """Remove the least recently used entries beyond the limit.
-
-        Raises OutputError if $LRSURGERY_CACHE_SIZE is no size.
-        """
-        limit = parse_size(os.environ.get("LRSURGERY_CACHE_SIZE") or LIMIT)
+    def trim(self, limit: int) -> None:
+        """Remove the least recently used entries beyond a limit in bytes, as far as the cache can be written."""
         total = 0
         for _, size, file in sorted(self._entries(), reverse=True):
             total += size
             if total > limit:
-                file.unlink(missing_ok=True)
+                remove(file)
 
     def size(self) -> tuple[int, int]:
         """(entries, bytes)."""
@@ -81,17 +97,22 @@ class SpectrumCache:
         return len(entries), sum(size for _, size, _ in entries)
 
     def clear(self) -> None:
+        """Remove every entry, and nothing else. Raises OSError."""
         for _, _, file in self._entries():
             file.unlink(missing_ok=True)
 
     def _entries(self) -> list[tuple[float, int, Path]]:
+        """(time of the last use, bytes, file) of each; files of any other form are not the cache's."""
         entries = []
-        for file in self.folder.glob("*/*"):
+        for file in self.folder.glob("??/*"):
+            if not ENTRY.fullmatch(file.name) or file.name[:2] != file.parent.name:
+                continue
             try:
-                stat = file.stat()
+                stat = file.lstat()
             except OSError:  # another process removed it
                 continue
-            entries.append((stat.st_mtime, stat.st_size, file))
+            if S_ISREG(stat.st_mode):
+                entries.append((stat.st_mtime, stat.st_size, file))
         return entries
 
 

@@ -22,6 +22,7 @@ from lrsurgery.cli.report import report
 from lrsurgery.cli.study import study
 from lrsurgery.cli.training import evaluate, finetune
 from lrsurgery.errors import Interrupted, SurgeryError
+from lrsurgery.files.faults import disk_fault
 from lrsurgery.text import one_line
 
 app = typer.Typer(
@@ -118,6 +119,8 @@ def main() -> None:
             if not message:  # no arguments at all, for which help was printed
                 sys.exit(0)
             _fail(f"{message}. See {command} --help", 2, as_json)
+        if (fault := disk_fault(e)) is not None:
+            _fail(fault, 2, as_json)
         _fail(f"unexpected {type(e).__name__}: {e} (a bug; --debug shows where)", 1, as_json)
     if code == 130:  # typer's exit code for Ctrl-C, of which it says nothing
         _fail("interrupted; nothing was written", 130, as_json)

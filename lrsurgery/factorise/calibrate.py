@@ -41,9 +41,10 @@ from lrsurgery.data.tasks import (
     task_of,
     with_problem,
 )
-from lrsurgery.errors import CalibrationError, OutputError, RecipeError
+from lrsurgery.errors import CalibrationError, RecipeError
 from lrsurgery.factorise.options import Calibration
 from lrsurgery.files.json import Json
+from lrsurgery.files.writing import staged
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
 from lrsurgery.surgery.plan import Plan, Replacement
@@ -197,15 +198,8 @@ def _announce(
 
 
 def _save(folder: Path, target: Path) -> None:
-    half = target.with_name(f".{target.name}.half")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(half, ignore_errors=True)
-        shutil.copytree(folder, half)
-        half.rename(target)
-    except OSError as e:
-        shutil.rmtree(half, ignore_errors=True)
-        raise OutputError(f"{target}: cannot be written ({e.strerror or e})") from e
+    with staged(target, what="statistics") as stage:
+        shutil.copytree(folder, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns("offload"))
 
 
 def recalibrate(

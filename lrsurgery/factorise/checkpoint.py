@@ -24,19 +24,21 @@ from lrsurgery.checkpoints.build import check_not_converted
 from lrsurgery.checkpoints.mapping import Checkpoint, Entry, list_entries, open_checkpoint
 from lrsurgery.checkpoints.output import check_output, copy_companions, output_config
 from lrsurgery.checkpoints.source import Source
-from lrsurgery.checkpoints.spectra import SpectrumCache
+from lrsurgery.checkpoints.spectra import SpectrumCache, cache_limit
 from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.data.tasks import TASKS, is_for
 from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.check import check_loss, warnings
-from lrsurgery.factorise.jobs import WorkFolder, find_pending, first_error, keep_on_interrupt, wait_some
+from lrsurgery.factorise.jobs import WorkFolder, find_pending, first_error, keep_work, wait_some
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
 from lrsurgery.factorise.rewrite import Rewriter
 from lrsurgery.files.digests import fingerprint
+from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, json_text
-from lrsurgery.files.writing import staged, write_text
+from lrsurgery.files.locks import locked
+from lrsurgery.files.writing import staged, with_name, write_text
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import model_card
 from lrsurgery.report.rows import plan_report
@@ -140,13 +142,22 @@ def run_factorise(
     Every process of a job calls it; rank 0 writes the output. Raises SurgeryError; raises Interrupted if Ctrl-C or
     SIGTERM comes after statistics or layers are finished, which are kept.
     """
-    processes = processes or Processes()
+    processes, output = processes or Processes(), with_name(output)
     if not processes.is_main:
         # Wait for rank 0, which reports errors once, fills the caches and writes the job list.
         processes.barrier("begin")
+        return _factorise(reference, output, options, processes, listener)
+    with disk_faults(output), locked(output):
+        return _factorise(reference, output, options, processes, listener)
+
+
+def _factorise(
+    reference: str, output: Path, options: FactoriseOptions, processes: Processes, listener: Listener
+) -> Report:
     source = options.source.resolve(reference)
     options, note = choose_calibration(source, options)
     check_output(output, source, options.output.overwrite)
+    limit = cache_limit()
     checkpoint, plan = _open(source, options)
     entries = list_entries(checkpoint, {row.name for row in plan.replacements})
     parameters = checkpoint.parameters
@@ -156,7 +167,7 @@ def run_factorise(
         _do_jobs(_rewriter(checkpoint, plan, options, entries, statistics), work, processes)
         processes.barrier("end")  # rank 0 has written the output
         return Report.read(output)
-    with keep_on_interrupt(work, len(plan.replacements)):
+    with keep_work(work, output, len(plan.replacements)):
         work.open(_task(source, options), resume=options.output.resume)
         if note is not None and options.surgery.budget is not None:
             listener.note(note)
@@ -202,7 +213,7 @@ def run_factorise(
             write_text(stage / FILE_NAME, report.to_json())
             write_text(stage / "README.md", model_card(report, source, output.name, config))
     if options.compute.cache:
-        SpectrumCache().trim()
+        SpectrumCache().trim(limit)
     processes.barrier("end")
     told = [note] if note is not None and options.surgery.budget is None else []
     for text in (*told, *warnings(report, reference, output, options)):
@@ -275,7 +286,7 @@ def _rewriter(
 def _do_jobs(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None:
     """Do this process's share of the jobs, for processes other than rank 0."""
     try:
-        with rewriter.start_jobs(work, processes) as futures:
+        with disk_faults(work.path), rewriter.start_jobs(work, processes) as futures:
             while True:
                 error = first_error(list(futures.values()))
                 if error is not None:

@@ -15,8 +15,10 @@ from lrsurgery.checkpoints.output import OutputOptions, check_output, copy_compa
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, in_write_order, open_tensors
 from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import json_text
-from lrsurgery.files.writing import staged, write_text
+from lrsurgery.files.locks import locked
+from lrsurgery.files.writing import staged, with_name, write_text
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import dense_card
 from lrsurgery.surgery.apply import factorised_layers, swap_
@@ -38,7 +40,7 @@ def export_dense(
     written then.
     """
     options = OutputOptions(shard_size=parse_size(shard_size), overwrite=overwrite)
-    to_dense(str(folder), Path(output), SourceOptions(trust_remote_code=trust_remote_code), options)
+    export(str(folder), Path(output), SourceOptions(trust_remote_code=trust_remote_code), options)
 
 
 def export(
@@ -53,7 +55,9 @@ def export(
     """Write a factorised checkpoint in one of the formats of `EXPORTS`. Raises SurgeryError."""
     if to not in EXPORTS:
         raise SurgeryError(f"unknown target '{to}'; known: {', '.join(EXPORTS)}")
-    EXPORTS[to](reference, output, source_options, options, listener)
+    output = with_name(output)
+    with disk_faults(output, lambda: "nothing is written"), locked(output):
+        EXPORTS[to](reference, output, source_options, options, listener)
 
 
 def to_dense(

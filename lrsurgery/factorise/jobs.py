@@ -5,11 +5,10 @@ A piece is a file in a work folder. The processes share the folder, and it survi
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import math
-import os
-import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
@@ -27,10 +26,12 @@ from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.spectra import SpectrumLookup
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError, WeightError
 from lrsurgery.files.digests import tensor_digest
+from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, json_text, read_json
-from lrsurgery.files.locks import alive
+from lrsurgery.files.locks import remove_empty
+from lrsurgery.files.marks import check_ours, remove_entries, write_mark
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
-from lrsurgery.files.writing import remove_empty
+from lrsurgery.files.writing import replace_file
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
 from lrsurgery.report.rows import measured_row
 from lrsurgery.report.schema import Row
@@ -40,9 +41,16 @@ from lrsurgery.surgery.layers import factor_weights
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions
 from lrsurgery.surgery.ranks import RankSpec
 
+WORK = "work"  # what a work folder's mark says
+# what a job writes; job.json says what the others are, so it goes last
+ENTRIES = ("to_do.json", "ranks.json", "failed", "statistics", "sequential", "*.safetensors", "*.half", "job.json")
+
 
 class WorkFolder:
-    """A hidden sibling of an output folder with a description of the job and one piece per finished layer."""
+    """A hidden sibling of an output folder with a description of the job and one piece per finished layer.
+
+    Its user holds the lock of the output.
+    """
 
     def __init__(self, output: Path) -> None:
         self.path = output.parent / f".{output.name}.factorising"
@@ -53,19 +61,17 @@ class WorkFolder:
     def open(self, task: Json, *, resume: bool) -> None:
         """Create the folder for this job, or with `resume` take over the folder of an interrupted one.
 
-        Raises OutputError if another process uses the folder, or if it belongs to another job.
+        Raises OutputError if the folder belongs to another job, or was not made by this program.
         """
         file = self.path / "job.json"
         wanted: Json = json.loads(json.dumps(dict(task)))
+        check_ours(self.path, WORK)
         try:
             left = read_json(file) if self.path.exists() else None
         except SurgeryError:
             left = {}  # killed before job.json was written
         if left:
-            here = left.get("host") == socket.gethostname()
-            if here and left.get("pid") != os.getpid() and alive(str(left.get("pid"))):
-                raise OutputError(f"{self._output}: process {left['pid']} is writing it; wait for it, or stop it")
-            if not here and not resume:
+            if left.get("host") != socket.gethostname() and not resume:
                 raise OutputError(
                     f"{self._output}: started on {left.get('host')}; if that job has ended, continue with --resume"
                     f" or remove {self.path}"
@@ -77,15 +83,14 @@ class WorkFolder:
                     " to start over"
                 )
         try:
-            if left is not None and not resume:
-                shutil.rmtree(self.path)
-            self._made = [p for p in (self._output.parent, *self._output.parent.parents) if not p.exists()]
+            self._made += [p for p in (self._output.parent, *self._output.parent.parents) if not p.exists()]
+            if not resume or not left:
+                remove_entries(self.path, ENTRIES)
             self.path.mkdir(parents=True, exist_ok=True)
-            owner = {"task": wanted, "host": socket.gethostname(), "pid": os.getpid()}
-            file.write_text(json_text(owner), encoding="utf-8")
             self.owned = True
+            write_mark(self.path, WORK)
+            replace_file(file, json_text({"task": wanted, "host": socket.gethostname()}))
         except OSError as e:
-            remove_empty(self._made)
             raise OutputError(f"{self._output}: cannot be written ({e.strerror})") from e
 
     def file(self, number: int) -> Path:
@@ -114,35 +119,49 @@ class WorkFolder:
         return set(json.loads((self.path / "to_do.json").read_text(encoding="utf-8")))
 
     def fail(self, message: str) -> None:
-        """Report an error to the other processes."""
-        (self.path / "failed").write_text(message, encoding="utf-8")
+        """Report an error to the other processes, as far as the folder can be written."""
+        with contextlib.suppress(OSError):
+            (self.path / "failed").write_text(message, encoding="utf-8")
 
     def failure(self) -> str | None:
         """The error of another process, if any."""
         file = self.path / "failed"
         return file.read_text(encoding="utf-8") if file.exists() else None
 
+    def kept(self, layers: int) -> str:
+        """What there is to resume from, of so many layers; empty for nothing."""
+        parts = ["the statistics"] if (self.path / "statistics" / STATISTICS).exists() else []
+        parts += [f"{self.count()} of {layers} layers"] if self.count() else []
+        return " and ".join(parts)
+
     def remove(self) -> None:
         """Remove the folder if this process opened it, and the parent folders made for it if there is no output."""
         if not self.owned:
             return
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_entries(self.path, ENTRIES)
         if not self._output.exists():
             remove_empty(self._made)
 
 
 @contextmanager
-def keep_on_interrupt(work: WorkFolder, layers: int) -> Iterator[None]:
-    """Remove the work folder at the end, unless an interruption leaves statistics or finished layers in it."""
+def keep_work(work: WorkFolder, output: Path, layers: int) -> Iterator[None]:
+    """Remove the work folder at the end, unless statistics or finished layers in it can be resumed.
+
+    Raises Interrupted after a signal, OutputError for a disk that refuses; both say what is kept.
+    """
     try:
-        yield
+        with disk_faults(output):
+            yield
     except (KeyboardInterrupt, SystemExit) as e:
-        kept = ["the statistics"] if (work.path / "statistics" / STATISTICS).exists() else []
-        kept += [f"{work.count()} of {layers} layers"] if work.count() else []
-        if kept:
-            raise Interrupted(
-                f"interrupted; {' and '.join(kept)} are kept; run the same command with --resume to continue"
-            ) from e
+        if kept := work.kept(layers):
+            raise Interrupted(f"interrupted; {kept} are kept; run the same command with --resume to continue") from e
+        work.remove()
+        raise
+    except OutputError as e:
+        if work.owned and (kept := work.kept(layers)):
+            raise OutputError(
+                f"{e}; {kept} are kept; once it can be written, run the same command with --resume"
+            ) from e.__cause__
         work.remove()
         raise
     except BaseException:

@@ -7,8 +7,6 @@ is faster. The ideal speedup is the same ratio of FLOPs. bench.json keeps the op
 from __future__ import annotations
 
 import math
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +18,11 @@ from torch import nn
 from lrsurgery.checkpoints.mapping import notes_of
 from lrsurgery.data.options import TASKS, check_choice
 from lrsurgery.errors import OutputError, SurgeryError
+from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import json_text
-from lrsurgery.files.writing import replace_file
+from lrsurgery.files.locks import locked
+from lrsurgery.files.marks import add_to_mark
+from lrsurgery.files.writing import replace_file, with_name
 from lrsurgery.measure.memory import MemoryRequest, peak_memory
 from lrsurgery.measure.workloads import (
     DECODE,
@@ -37,7 +38,7 @@ from lrsurgery.measure.workloads import (
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.read import BENCH_FILE, BENCH_FORMAT
 from lrsurgery.report.schema import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchModel, BenchRun
-from lrsurgery.runtime import imported, pick_device, pick_dtype, processor, versions
+from lrsurgery.runtime import imported, machine_of, pick_device, pick_dtype, versions
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.timing import CONFIDENCE, Timings, Workload, compare, percentile
 
@@ -84,32 +85,6 @@ class BenchOptions:
         pick_device(self.device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where times were taken, without a name that tells whose machine it is."""
-
-    processor: str
-    cores: int | None
-    threads: int
-    gpu: str | None
-    system: str
-    python: str
-    torch: str
-
-
-def machine_of(device: torch.device) -> Machine:
-    """This machine, with what decides the times on one of its devices."""
-    return Machine(
-        processor=processor(),
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        threads=torch.get_num_threads(),
-        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        system=f"{platform.system()} {platform.machine()}",
-        python=platform.python_version(),
-        torch=torch.__version__,
-    )
-
-
 def bench(
     model: str,
     against: str | None = None,
@@ -127,22 +102,29 @@ def bench(
     """
     options = options or BenchOptions()
     folder = _folder_to_save_in(model) if save else None
+    if folder is None:
+        return _measure(model, against, options, command, listener)
+    with disk_faults(folder), locked(folder):
+        found = _measure(model, against, options, command, listener)
+        add_to_mark(folder, BENCH_FILE)
+        replace_file(folder / BENCH_FILE, json_text(found))
+    return found
+
+
+def _measure(model: str, against: str | None, options: BenchOptions, command: str | None, listener: Listener) -> Bench:
     threads = torch.get_num_threads()
     torch.set_num_threads(options.threads or threads)
     try:
-        found = _Measurement(_contenders(model, against, options), options, listener).run(command)
+        return _Measurement(_contenders(model, against, options), options, listener).run(command)
     finally:
         torch.set_num_threads(threads)
-    if folder is not None:
-        replace_file(folder / BENCH_FILE, json_text(found))
-    return found
 
 
 def _folder_to_save_in(model: str) -> Path:
     folder = Path(model).expanduser()
     if not (folder / "config.json").is_file():
         raise OutputError(f"{model}: --save writes into a model's local folder, and this is none; leave --save out")
-    return folder
+    return with_name(folder)
 
 
 def _contenders(model: str, against: str | None, options: BenchOptions) -> list[Contender]:

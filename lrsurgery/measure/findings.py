@@ -9,7 +9,7 @@ from statistics import mean, stdev
 from typing import TYPE_CHECKING, TypedDict
 
 from lrsurgery.files.json import Json, json_text
-from lrsurgery.files.writing import replace_file
+from lrsurgery.files.writing import replace_files
 from lrsurgery.measure.study import RUNS, RunResult
 from lrsurgery.measure.study_recipe import DYNAMICS, MEASURES, PlotSpec, Study
 from lrsurgery.report.runs import METRICS, LayerCourse, read_run
@@ -151,8 +151,7 @@ def write_findings(study: Study, found: Findings, output: Path) -> list[Path]:
         "index.html": _page(study, found, drawn.get("plot.svg", b"").decode()),
         **drawn,
     }
-    for name, content in files.items():
-        replace_file(output / name, content)
+    replace_files({output / name: content for name, content in files.items()})
     return [output / name for name in files]
 
 

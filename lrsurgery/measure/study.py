@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,17 +17,22 @@ from typing import NamedTuple
 from lrsurgery.checkpoints.output import copy_companions
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.errors import Interrupted, RecipeError, StudyError, SurgeryError
+from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, json_text, read_json
-from lrsurgery.files.locks import alive
-from lrsurgery.files.writing import replace_file
+from lrsurgery.files.locks import lock_of, locked
+from lrsurgery.files.marks import MODEL, check_ours, read_mark, remove, remove_entries, write_mark
+from lrsurgery.files.writing import check_free, replace_file, with_name
 from lrsurgery.measure.study_recipe import CONFIG, Preparation, Run, Study
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME
+from lrsurgery.training.run_folder import RunFolder
 
 RESULT = "result.json"
 RUNS = "runs"
-PROCESS = "process"  # file with the host and the id of the process that a run is in
+STUDY, STUDY_RUN = "study", "study's run"  # what the marks of the folders say
+# in a run's folder, beside its model and its run folder; the fingerprint says what the others are
+ENTRIES = ("asked.yaml", "config", RESULT, METRICS, RECIPE, FILE_NAME, "fingerprint")
 PATHS = ("model", "data", "eval_data", "teacher", "against")  # settings that may be files beside the recipe
 INTERRUPTED = 130  # exit code of a run that was asked to stop, and has saved itself
 
@@ -50,10 +55,11 @@ def parse_shard(text: str | None) -> Shard:
     """The shard of `I/N`. Raises RecipeError."""
     if text is None:
         return WHOLE
-    which, _, parts = text.partition("/")
-    if not (which.isdigit() and parts.isdigit() and 1 <= int(which) <= int(parts)):
+    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    shard = Shard(int(found[1]), int(found[2])) if found else None
+    if shard is None or not 1 <= shard.which <= shard.parts:
         raise RecipeError(f"shard '{text}': write I/N with I from 1 to N, such as 1/4")
-    return Shard(int(which), int(parts))
+    return shard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +123,17 @@ def run_study(
     """
     if jobs < 1:
         raise RecipeError(f"jobs {jobs}: write an integer of at least 1")
+    output = with_name(output)
+    part = (
+        lock_of(output) if shard == WHOLE else output.with_name(f".{output.name}.{shard.which}-of-{shard.parts}.lock")
+    )
+    with disk_faults(output, lambda: "finished runs are kept; continue with --resume"), locked(output, part):
+        return _run(study, output, shard, jobs, resume, keep_models, listener)
+
+
+def _run(
+    study: Study, output: Path, shard: Shard, jobs: int, resume: bool, keep_models: bool, listener: Listener
+) -> list[RunResult]:
     _open_output(study, output, resume)
     for step in study.prepare:
         _prepare(study, step, output)
@@ -150,15 +167,18 @@ def run_study(
 
 
 def _open_output(study: Study, output: Path, resume: bool) -> None:
-    copy = output / "study.yaml"
     text = study.file.read_text(encoding="utf-8")
+    if os.path.lexists(output) and not output.is_dir():
+        raise StudyError(f"{output}: is no folder; name another one")
     if output.exists() and any(output.iterdir()):
-        if not copy.is_file():
+        mark = read_mark(output)
+        if mark is None or mark.what != STUDY:
             raise StudyError(f"{output}: exists and holds no study; name another folder")
         if not resume:
             raise StudyError(f"{output}: exists already; continue it with --resume, or name another folder")
     output.mkdir(parents=True, exist_ok=True)
-    replace_file(copy, text)
+    write_mark(output, STUDY)
+    replace_file(output / "study.yaml", text)
 
 
 def _prepare(study: Study, step: Preparation, output: Path) -> None:
@@ -184,9 +204,11 @@ def _is_finished(run: Run, output: Path) -> bool:
 
 
 def _check_idle(folder: Path) -> None:
-    host, _, pid = _text_in(folder / PROCESS).partition(" ")
-    if host == socket.gethostname() and alive(pid):  # the study was killed, and this run was not
-        raise StudyError(f"{folder}: is still at work in process {pid}; wait for it, or end it")
+    """Raise OutputError if a run is at work, such as one whose study was killed, or if its folder is not ours."""
+    check_ours(folder, STUDY_RUN)
+    if lock_of(folder / MODEL).exists():
+        with locked(folder / MODEL):
+            pass
 
 
 def _text_in(file: Path) -> str:
@@ -206,16 +228,22 @@ class _Worker:
     def do(self, run: Run) -> None:
         """Begin a run, or go on with one that has a checkpoint, and keep its result."""
         folder = folder_of(run, self.output)
-        model, recipe, begun = folder / "model", folder / "asked.yaml", folder / "model.run"
+        model, recipe, begun = folder / MODEL, folder / "asked.yaml", RunFolder(folder / MODEL)
+        _check_idle(folder)
         same = recipe.is_file() and _text_in(folder / "fingerprint") == run.fingerprint
         if not same:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            begun.check()
+            begun.remove()
+            _remove_model(model)
+            remove_entries(folder, ENTRIES)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_mark(folder, STUDY_RUN)
             _write_recipe(self.study, run, self.output, recipe)
             replace_file(folder / "fingerprint", run.fingerprint)
-        resumes = same and any(begun.glob("*/checkpoint-*/complete"))
+        resumes = same and any(begun.path.glob("*/checkpoint-*/complete"))
         if not resumes:
-            shutil.rmtree(begun, ignore_errors=True)
+            begun.check()
+            begun.remove()
         how = ["--resume"] if resumes else ["--recipe", str(recipe), "--overwrite"]
         code, told, said = self._finetune(folder, ["--output", str(model), "--json", *how])
         if code == INTERRUPTED:
@@ -237,7 +265,7 @@ class _Worker:
                 if (model / name).is_file():
                     shutil.copyfile(model / name, folder / name)
             if not self.keep_models:
-                shutil.rmtree(model)
+                _remove_model(model)
         replace_file(folder / RESULT, json_text(result.to_dict()))
 
     def stop(self) -> None:
@@ -259,12 +287,16 @@ class _Worker:
             env=env,
             start_new_session=True,  # so that Ctrl-C reaches it once, through `stop`
         )
-        replace_file(folder / PROCESS, f"{socket.gethostname()} {process.pid}")
         self.processes.add(process)
         told, said = process.communicate()
         self.processes.discard(process)
-        (folder / PROCESS).unlink(missing_ok=True)
         return process.returncode, told, said
+
+
+def _remove_model(model: Path) -> None:
+    """Remove the output of a run. Raises OutputError if it holds what this program did not write."""
+    check_free(model, overwrite=True)
+    remove(model)
 
 
 def _result_of(run: Run, facts: Json) -> RunResult:
@@ -287,7 +319,7 @@ def _write_recipe(study: Study, run: Run, output: Path, file: Path) -> None:
                 break
     if run.settings.get(CONFIG):
         settings["model"] = str(_reshape(settings["model"], run.settings[CONFIG], file.parent / "config"))
-    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    replace_file(file, yaml.safe_dump(settings, sort_keys=False))
 
 
 def _reshape(model: str, changes: Json, folder: Path) -> Path:

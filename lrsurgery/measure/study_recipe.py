@@ -6,9 +6,11 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from lrsurgery.errors import RecipeError
 from lrsurgery.files.json import Json
@@ -23,6 +25,8 @@ PLOT_KEYS = ("x", "lines", "y", "log")
 DYNAMICS: tuple[Measure, ...] = ("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm")
 MEASURES = (*QUALITY, "parameters", "steps", "seconds", *DYNAMICS, "effective_lr")
 CONFIG = "config"  # a setting of studies alone: changes of the model's config.json, for runs from scratch
+MOST_RUNS = 100_000
+LONGEST_NAME = 200  # bytes of a run's name, which a file system's longest leaves room for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,14 +102,14 @@ def _study_of(file: Path, body: Json) -> Study:
     for key in body:
         _check_known(key, KEYS, "key")
     runs = _runs(body)
-    table, plot = _mapping("table", body.get("table", {})), _mapping("plot", body.get("plot", {}))
+    table, plot = _mapping("table", body.get("table") or {}), _mapping("plot", body.get("plot") or {})
     for key in table:
         _check_known(key, TABLE_KEYS, "table's")
     for key in plot:
         _check_known(key, PLOT_KEYS, "plot's")
     study = Study(
         file=file,
-        name=str(body.get("name") or file.stem),
+        name=_name(str(body.get("name") or file.stem)),
         about=str(body.get("about") or ""),
         imports=tuple(_imports(file, body)),
         prepare=tuple(_preparations(body)),
@@ -128,12 +132,23 @@ def _study_of(file: Path, body: Json) -> Study:
     return study
 
 
+def _name(text: str) -> str:
+    """A study's name, which is also that of its folder unless another is given."""
+    if not re.fullmatch(r"[\w.+ -]+", text) or text.strip(". ") == "":
+        raise RecipeError(
+            f"name {text!r}: is no name of a folder; write letters, digits, spaces, '_', '-', '+' and '.'"
+        )
+    return text
+
+
 def _check_names(study: Study) -> None:
     """Raises RecipeError where the table or the plot names a measure or an axis that there is not."""
     table, plot = study.table, study.plot or PlotSpec()
     for measure in (*table.measures, plot.y):
         if measure is not None:
             _check_known(measure, MEASURES, "measure")
+    for scale in plot.log:
+        _check_known(scale, ("x", "y"), "scale of the plot's log")
     for axis in (*table.rows, table.columns, plot.x if plot.x not in MEASURES else None, plot.lines):
         if axis is not None and axis not in study.axes:
             raise RecipeError(f"'{axis}' is no axis of the grid; its axes: {', '.join(study.axes)}")
@@ -150,34 +165,51 @@ def _runs(body: Json) -> list[Run]:
     """Every combination of each grid. Raises RecipeError for settings that no run can have."""
     base = _mapping("settings", body.get("settings", {}))
     runs: dict[str, Run] = {}
-    grids = body.get("grid", {})
-    for grid in grids if isinstance(grids, list) else [grids]:
-        for axes, settings in _points(_mapping("grid", grid)):
+    given = body.get("grid", {})
+    grids = [_axes(_mapping("grid", grid)) for grid in (given if isinstance(given, list) else [given])]
+    count = sum(math.prod(map(len, grid.values())) for grid in grids)
+    if count > MOST_RUNS:
+        raise RecipeError(f"grid: has {count:,} runs, over the {MOST_RUNS:,} of a study; write fewer values")
+    for grid in grids:
+        for axes, settings in _points(grid):
             whole = {**base, **settings}
             _check_settings(whole)
             name = "_".join(f"{axis}-{_slug(value)}" for axis, value in axes.items()) or "run"
+            if len(name.encode()) > LONGEST_NAME:
+                raise RecipeError(
+                    f"grid: the run {name[:60]}... has a name of over {LONGEST_NAME} bytes; give its values names"
+                    " that are shorter"
+                )
             if name in runs:
                 raise RecipeError(f"two runs are {name}; name the axes' values apart")
             runs[name] = Run(name=name, axes=axes, settings=whole)
     return list(runs.values())
 
 
-def _points(grid: Json) -> Iterator[tuple[dict[str, str], Json]]:
-    """(value on each axis, settings) of every combination.
+def _axes(grid: Json) -> dict[str, list[tuple[str, Json]]]:
+    """Axis -> (name, settings) of each of its values.
 
-    An axis lists values of the setting of its name, or maps names of its own to settings.
+    An axis lists values of the setting of its name, or maps names of its own to settings. Its name becomes part of the
+    names of folders.
     """
-    axes: list[list[tuple[str, Json]]] = []
+    axes: dict[str, list[tuple[str, Json]]] = {}
     for axis, values in grid.items():
+        if not re.fullmatch(r"[\w.-]+", axis) or axis in (".", ".."):
+            raise RecipeError(f"grid: {axis!r} is no name of an axis; write letters, digits, '_', '-' and '.'")
         if isinstance(values, Mapping):
-            axes.append([(str(name), _mapping(f"{axis}: {name}", value or {})) for name, value in values.items()])
+            axes[axis] = [(str(name), _mapping(f"{axis}: {name}", value or {})) for name, value in values.items()]
         elif isinstance(values, list):
-            axes.append([(_value_name(value), {axis: value}) for value in values])
+            axes[axis] = [(_value_name(value), {axis: value}) for value in values]
         else:
             raise RecipeError(f"grid: {axis}: write a list of values, or names with their settings")
-        if not axes[-1]:
+        if not axes[axis]:
             raise RecipeError(f"grid: {axis}: has no values")
-    for point in itertools.product(*axes):
+    return axes
+
+
+def _points(grid: Mapping[str, list[tuple[str, Json]]]) -> Iterator[tuple[dict[str, str], Json]]:
+    """(value on each axis, settings) of every combination."""
+    for point in itertools.product(*grid.values()):
         settings: Json = {}
         for _, more in point:
             settings |= more
@@ -186,6 +218,12 @@ def _points(grid: Json) -> Iterator[tuple[dict[str, str], Json]]:
 
 def _check_settings(settings: Json) -> None:
     Recipe().merged({key.replace("-", "_"): value for key, value in settings.items() if key != CONFIG}).check()
+    if settings.get(CONFIG) is not None:
+        _mapping(CONFIG, settings[CONFIG])
+        try:
+            json.dumps(settings[CONFIG])
+        except (TypeError, ValueError) as e:
+            raise RecipeError(f"{CONFIG}: holds a value that no config.json can have ({e})") from e
     if settings.get(CONFIG) is not None and not settings.get("from_scratch"):
         raise RecipeError(f"{CONFIG}: changes the model's shape, so the run has to be from_scratch")
 
@@ -202,6 +240,11 @@ def _preparations(body: Json) -> Iterator[Preparation]:
     for step in _list(body.get("prepare")):
         if not isinstance(step, Mapping) or set(step) != {"creates", "run"} or not isinstance(step["run"], list):
             raise RecipeError("prepare: each step is 'creates: FILE' and 'run: [PROGRAM, ARGUMENT, ...]'")
+        if not step["run"]:
+            raise RecipeError("prepare: run: names no program")
+        made = PurePath(str(step["creates"]))
+        if made.is_absolute() or not made.parts or ".." in made.parts:
+            raise RecipeError(f"prepare: creates: {made} is no file in the study's folder; write a path inside of it")
         yield Preparation(creates=str(step["creates"]), command=_texts(step["run"]))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from lrsurgery.checkpoints.build import check_not_converted
 from lrsurgery.checkpoints.mapping import Checkpoint, list_entries, open_checkpoint
 from lrsurgery.checkpoints.source import Source, SourceOptions
-from lrsurgery.checkpoints.spectra import SpectrumCache, SpectrumLookup
+from lrsurgery.checkpoints.spectra import SpectrumCache, SpectrumLookup, cache_limit
 from lrsurgery.errors import WeightError
 from lrsurgery.linalg.spectrum import RESOLVED, EffectiveRanks, Points, predicted_damage
 from lrsurgery.progress import SILENT, Listener
@@ -107,7 +107,7 @@ def profile(
         listener.progress(row.name, done, len(layers))
     every = tuple(rows.get(row.name) or planned_row(row) for row in candidates)
     if compute.cache:
-        SpectrumCache().trim()
+        SpectrumCache().trim(cache_limit())
     parameters = checkpoint.parameters
     rungs = [(row.ladder or (), energies[row.name], row) for row in rows.values()]
     return Report(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import os
 import shlex
-import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -19,7 +18,7 @@ import safetensors.torch
 import torch
 
 from lrsurgery.checkpoints.mapping import notes_of
-from lrsurgery.checkpoints.output import check_output
+from lrsurgery.checkpoints.output import check_apart, check_output
 from lrsurgery.checkpoints.upstream.own import lacks_argument
 from lrsurgery.data.batches import Examples, Rows
 from lrsurgery.data.datasets import EVAL_SPLITS
@@ -29,7 +28,10 @@ from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import match_teacher
 from lrsurgery.data.tasks import TASKS, Subject, task_of
 from lrsurgery.errors import Interrupted, OutputError, RecipeError, SourceError, TrainingError
+from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import read_json
+from lrsurgery.files.locks import locked
+from lrsurgery.files.writing import with_name
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import DENSE_TRAINED, stages_of
 from lrsurgery.report.schema import Report
@@ -64,26 +66,33 @@ def finetune(
     """
     asked = {**(read_recipe(recipe_file) if recipe_file else {}), **settings}
     run = _Run(asked, output, resume=resume, overwrite=overwrite, command=command, listener=listener)
-    with run.folder.locked() if run.leads else nullcontext():
+    with locked(run.output) if run.leads else nullcontext():
         return _train(run, keep_checkpoints)
 
 
 def _train(run: _Run, keep_checkpoints: bool) -> Outcome:
     try:
-        outcome = run.train()
+        with disk_faults(run.folder.path):
+            run.check_free()  # another process may have been at work until now
+            outcome = run.train()
         if run.leads and not keep_checkpoints:
-            shutil.rmtree(run.folder.path)
+            for left in run.folder.remove():
+                run.listener.note(f"{left}: stays, since this program did not write it")
         return outcome
     except Interrupted:
         raise
     except BaseException as e:
-        kept = run.folder.last_good()
-        if kept is None and run.leads and run.opened:
+        kept = run.folder.last_good() if run.opened or run.resumed else None
+        if run.leads and kept is not None:
+            run.folder.drop_incomplete()  # its place on a full disk is needed
+        elif run.leads and run.opened:
             run.folder.remove()  # nothing in it to go on from
         if isinstance(e, TrainingError):
             raise TrainingError(
                 f"{e}; " + (f"the last good checkpoint stays: {kept}" if kept else "nothing is kept")
             ) from e
+        if isinstance(e, OutputError) and kept is not None:
+            raise OutputError(f"{e}; the last good checkpoint stays: {kept}; to continue: {run.again}") from e.__cause__
         raise
     finally:
         run.leave()
@@ -124,8 +133,9 @@ class _Run:
             if not asked.get("model"):
                 raise RecipeError("no model given; name it, or with --resume name the run by its --output")
             output = Path(f"{Recipe().merged(asked).resolve(str(asked['model']), weights=False).name}-finetuned")
-        self.output = output
-        self.folder = RunFolder(output)
+        self.output = with_name(output)
+        self.folder = RunFolder(self.output)
+        self.folder.check()
         self.resumed = resume and self.folder.is_unfinished
         self.recipe = self.folder.resumed_recipe(asked) if self.resumed else Recipe().merged(asked)
         self.recipe.check()
@@ -136,17 +146,25 @@ class _Run:
         # this also starts the process group, under torchrun
         self.args = training_arguments(self.recipe, self.folder.path, evaluates=self._evaluates)
         self.leads: bool = self.args.process_index == 0
-        check_output(self.output, self.source, self.overwrite)
-        if not self.resumed and self.folder.is_unfinished and not self.overwrite:
-            raise OutputError(
-                f"{self.folder.path}: an unfinished run; pass --resume to continue it, --overwrite to start over"
-            )
+        self.check_free()
         if resume and not self.resumed:
             listener.note(f"{self.folder.path}: no run to resume, so this one begins at the first step")
         if self._sharded and self.recipe.dense_steps:
             raise RecipeError("dense_steps: the switch does not work under FSDP; use data parallelism, or two runs")
         if self._sharded and self.recipe.against_trained:
             raise RecipeError("against_trained: does not work under FSDP; train the dense model in a run of its own")
+
+    def check_free(self) -> None:
+        """Raise OutputError if the output or the run's folder may not be written, and before anything is."""
+        recipe, read = self.recipe, (self.source.folder, *self.source.files)
+        others = (recipe.teacher, recipe.against)
+        check_output(self.output, self.source, self.overwrite, others)
+        check_apart(self.folder.path, [Path(place) for place in (*read, recipe.model, *others) if place is not None])
+        self.folder.check()
+        if not self.resumed and self.folder.is_unfinished and not self.overwrite:
+            raise OutputError(
+                f"{self.folder.path}: an unfinished run; pass --resume to continue it, --overwrite to start over"
+            )
 
     @property
     def _sharded(self) -> bool:
@@ -258,7 +276,7 @@ class _Run:
         )
 
     @property
-    def _again(self) -> str:
+    def again(self) -> str:
         """The command that continues the run."""
         return f"lrsurgery finetune --resume --output {shlex.quote(str(self.output))}" + (
             " --overwrite" if self.overwrite else ""
@@ -338,7 +356,7 @@ class _Run:
         step = trainer.state.global_step
         self.seconds += callback.seconds
         if callback.stopped and step < last:
-            raise Interrupted(f"stopped after step {step} of {total}, all is saved; to continue: {self._again}")
+            raise Interrupted(f"stopped after step {step} of {total}, all is saved; to continue: {self.again}")
         if last == total:
             self.trainer = trainer
         else:
@@ -398,8 +416,7 @@ class _Run:
             trainer.train()
         if callback.stopped and trainer.state.global_step < parts.total:
             raise Interrupted(
-                "stopped while the dense model was trained as long; the healed one is saved; to continue:"
-                f" {self._again}"
+                f"stopped while the dense model was trained as long; the healed one is saved; to continue: {self.again}"
             )
         round_to_stored_(subject)
         trainer.evaluate()

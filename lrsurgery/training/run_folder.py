@@ -5,10 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -17,7 +14,9 @@ from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, RecipeError
 from lrsurgery.files.digests import fingerprint
 from lrsurgery.files.json import Json, json_text, read_json
-from lrsurgery.report.runs import METRICS, RECIPE, read_metrics
+from lrsurgery.files.marks import check_ours, remove, remove_entries, write_mark
+from lrsurgery.files.writing import replace_file
+from lrsurgery.report.runs import DENSE_TRAINED, METRICS, RECIPE, read_metrics
 from lrsurgery.runtime import versions
 from lrsurgery.training.recipe import Recipe, read_recipe, write_recipe
 
@@ -25,6 +24,10 @@ NOTES = "notes.jsonl"  # what the user was told in the run, for its report
 FACTS = "run.json"
 LAYERS = "layers.json"  # kind and rank of each layer that was factorised within the run
 COMPLETE = "complete"  # a file that is written into a checkpoint last
+RUN = "run"  # what a run folder's mark says
+STAGES = ("dense", "factorised", DENSE_TRAINED.replace(" ", "-"))  # folders of checkpoints
+ENTRIES = (FACTS, NOTES, METRICS, LAYERS, RECIPE)  # without FACTS there is nothing to resume
+IN_STAGES = ("checkpoint-*", "partial-*", "damaged-*", "runs")  # the last is TensorBoard's
 MAY_DIFFER = ("device", "report_to")  # on resuming
 
 
@@ -62,49 +65,29 @@ class RunFolder:
         """Whether there is a run to resume."""
         return (self.path / FACTS).is_file()
 
+    def check(self) -> None:
+        """Raise OutputError if what stands in the folder's place was not made by this program."""
+        check_ours(self.path, RUN)
+
     def begin(self, recipe: Recipe, facts: Facts, notes: Sequence[str]) -> None:
-        """Write a new run in place of what was there. Raises OutputError."""
+        """Write a new run in place of a former one. Raises OutputError, also if the folder is not ours."""
+        self.check()
         self.remove()
         try:
-            self.path.mkdir(parents=True)
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_mark(self.path, RUN)
             write_recipe(recipe, self.path / RECIPE, versions())
-            (self.path / NOTES).touch()
-            for note in notes:
-                self.append_note(note)
-            (self.path / FACTS).write_text(json_text(asdict(facts)), encoding="utf-8")
+            replace_file(self.path / NOTES, "".join(json.dumps(note) + "\n" for note in notes))
+            replace_file(self.path / FACTS, json_text(asdict(facts)))
         except OSError as e:
             raise OutputError(f"{self.path}: cannot be written ({e.strerror})") from e
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep other processes from working on the run; the lock of a process that died is free.
-
-        Raises OutputError that names the process that holds it.
-        """
-        from filelock import FileLock, Timeout
-
-        file = self.path.with_name(f"{self.path.name}.lock")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(file)
-            lock.acquire(blocking=False)
-        except Timeout:
-            holder = file.read_text(encoding="utf-8").strip()
-            raise OutputError(
-                f"{self.path}: {holder or 'another process'} is working on this run; wait for it, stop it, or give"
-                " another --output"
-            ) from None
-        except OSError as e:
-            raise OutputError(f"{file}: cannot be written ({e.strerror})") from e
-        try:
-            file.write_text(f"process {os.getpid()} on {socket.gethostname()}\n", encoding="utf-8")
-            yield
-        finally:
-            file.unlink(missing_ok=True)
-            lock.release()
-
-    def remove(self) -> None:
-        shutil.rmtree(self.path, ignore_errors=True)
+    def remove(self) -> list[Path]:
+        """Remove what runs write, and the folder once it is empty. Returns what stays, which is not ours."""
+        rest: list[Path] = []
+        for stage in STAGES:
+            rest += remove_entries(self.path / stage, IN_STAGES)
+        return [*rest, *remove_entries(self.path, ENTRIES)]
 
     def resumed_recipe(self, asked: Mapping[str, object]) -> Recipe:
         """The recipe of the unfinished run. Raises RecipeError for a setting that was another when it was begun."""
@@ -138,8 +121,8 @@ class RunFolder:
     # notes and metrics
 
     def append_note(self, note: str) -> None:
-        with (self.path / NOTES).open("a", encoding="utf-8") as handle:
-            handle.write(json.dumps(note) + "\n")
+        notes = [*self.read_notes(), note]
+        replace_file(self.path / NOTES, "".join(json.dumps(each) + "\n" for each in notes))
 
     def read_notes(self) -> list[str]:
         file = self.path / NOTES
@@ -184,7 +167,7 @@ class RunFolder:
         """Remove the checkpoints that a kill left half-written."""
         for stale in self.path.glob("*/checkpoint-*"):
             if not (stale / COMPLETE).is_file():
-                shutil.rmtree(stale)
+                remove(stale)
 
 
 def last_checkpoint(stage: Path) -> Path | None:

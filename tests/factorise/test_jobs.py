@@ -20,7 +20,7 @@ from support.warm import program
 
 import lrsurgery
 from lrsurgery.checkpoints.mapping import Entry
-from lrsurgery.checkpoints.spectra import SpectrumCache
+from lrsurgery.checkpoints.spectra import SpectrumCache, cache_limit
 from lrsurgery.errors import OutputError, SurgeryError, WeightError
 from lrsurgery.factorise import jobs
 from lrsurgery.factorise.jobs import Job, WorkFolder, schedule
@@ -390,7 +390,7 @@ def test_cache_is_bounded_and_clearable(
     oldest = entries(own_cache)[5]
     os.utime(oldest, (1, 1))
     monkeypatch.setenv("LRSURGERY_CACHE_SIZE", str(total - 1))
-    SpectrumCache().trim()
+    SpectrumCache().trim(cache_limit())
     assert len(entries(own_cache)) == 7
     assert oldest not in entries(own_cache)
     shown = program(*tiny.PROGRAM, "cache", "--json")

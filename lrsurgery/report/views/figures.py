@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from lrsurgery.errors import OutputError
-from lrsurgery.files.writing import replace_file
+from lrsurgery.files.writing import replace_files
 from lrsurgery.report.runs import Measure, Run
 from lrsurgery.report.schema import Report, Row, Rung
 from lrsurgery.report.views.terminal import mean_course
@@ -60,8 +60,7 @@ def draw(report: Report, folder: Path, *, overwrite: bool = False) -> list[Path]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise OutputError(f"{folder}: cannot be made ({e.strerror})") from e
-    for file, content in drawn.items():
-        replace_file(file, content)
+    replace_files(drawn)
     return list(drawn)
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -23,7 +20,8 @@ from lrsurgery.checkpoints.upstream.transformers import forget_preparation_
 from lrsurgery.data.batches import Examples
 from lrsurgery.data.scores import distillation, measure_batch, summarise
 from lrsurgery.data.tasks import Subject
-from lrsurgery.errors import OutputError, RecipeError, TrainingError
+from lrsurgery.errors import RecipeError, TrainingError
+from lrsurgery.files.faults import disk_faults
 from lrsurgery.progress import Listener
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.decay import FrobeniusDecay
@@ -54,22 +52,6 @@ def parameter_groups(model: nn.Module, recipe: Recipe, decayed: set[str]) -> Gro
         ([n for n in trained if n not in factors and n not in decayed], {"weight_decay": 0.0}),
     ]
     return [(names, settings) for names, settings in groups if names]
-
-
-@contextmanager
-def room_for(folder: str) -> Iterator[None]:
-    """Turn the errors of a disk that is full, of which torch has one of its own, into OutputError."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        full = isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not any(word in str(e) for word in ("PytorchStreamWriter", "inline_container", "No space")):
-            raise
-        free = shutil.disk_usage(folder).free
-        raise OutputError(
-            f"{folder}: the checkpoint could not be written, {free / 1e9:.2f} GB are free; make room, or give another"
-            " --output"
-        ) from e
 
 
 class LowRankTrainer(Trainer):  # type: ignore[misc]
@@ -208,7 +190,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
                     f"{name.removeprefix('body.')} holds NaN or Inf after step {self.state.global_step}, whose largest"
                     f" gradient is that of {steepest_gradient(self.model)}; {REMEDY}"
                 )
-        with room_for(self.args.output_dir):
+        with disk_faults(Path(self.args.output_dir)):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: Mapping[str, Tensor] | None = None) -> None:
