@@ -5,6 +5,7 @@ A piece is a file in a work folder. The processes share the folder, and it survi
 
 from __future__ import annotations
 
+import hashlib
 import heapq
 import json
 import math
@@ -26,11 +27,11 @@ from lrsurgery.checkpoints.mapping import Entry
 from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.spectra import SpectrumLookup
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError, WeightError
-from lrsurgery.files.digests import tensor_digest
+from lrsurgery.files.digests import folder_fingerprint, tensor_digest
 from lrsurgery.files.json import Json, json_text, read_json
 from lrsurgery.files.locks import alive
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
-from lrsurgery.files.writing import remove_empty
+from lrsurgery.files.writing import remove_empty, replace_file
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
 from lrsurgery.report.rows import measured_row
 from lrsurgery.report.schema import Row
@@ -39,6 +40,8 @@ from lrsurgery.surgery.apply import decompose, decomposition_bytes, decompositio
 from lrsurgery.surgery.layers import factor_weights
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions
 from lrsurgery.surgery.ranks import RankSpec
+
+PUBLISHED = "published"  # fingerprint of the whole output
 
 
 class WorkFolder:
@@ -82,11 +85,28 @@ class WorkFolder:
             self._made = [p for p in (self._output.parent, *self._output.parent.parents) if not p.exists()]
             self.path.mkdir(parents=True, exist_ok=True)
             owner = {"task": wanted, "host": socket.gethostname(), "pid": os.getpid()}
-            file.write_text(json_text(owner), encoding="utf-8")
+            replace_file(file, json_text(owner))
             self.owned = True
         except OSError as e:
             remove_empty(self._made)
             raise OutputError(f"{self._output}: cannot be written ({e.strerror})") from e
+
+    @property
+    def job(self) -> str:
+        """Digest of all that the job's pieces depend on. Raises OutputError if the folder is not open or damaged."""
+        task = read_json(self.path / "job.json", "a job's description", OutputError).get("task")
+        return hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+
+    def set_published(self, stage: Path) -> None:
+        """Note the output, which is about to be moved into its place."""
+        replace_file(self.path / PUBLISHED, folder_fingerprint(stage))
+
+    def is_published(self) -> bool:
+        """Whether the output is what the job wrote: a kill left nothing but this folder."""
+        file = self.path / PUBLISHED
+        if not file.is_file() or not self._output.is_dir():
+            return False
+        return file.read_bytes() == folder_fingerprint(self._output).encode()
 
     def file(self, number: int) -> Path:
         return self.path / f"{number:05d}.safetensors"
@@ -126,6 +146,9 @@ class WorkFolder:
         """Remove the folder if this process opened it, and the parent folders made for it if there is no output."""
         if not self.owned:
             return
+        for child in self.path.iterdir() if self.path.is_dir() else ():
+            if child.name not in ("job.json", PUBLISHED):  # these say what the others are, so they go last
+                shutil.rmtree(child, ignore_errors=True) if child.is_dir() else child.unlink(missing_ok=True)
         shutil.rmtree(self.path, ignore_errors=True)
         if not self._output.exists():
             remove_empty(self._made)
@@ -185,8 +208,11 @@ class Decomposer:
         compute: Compute,
         reference: str,
         device: torch.device,
+        owner: str,
         statistics: Statistics | None = None,
     ) -> None:
+        """`owner` is the digest of what the whole job depends on."""
+        self._owner = owner
         self._plan, self._surgery, self._output, self._compute = plan, surgery, output, compute
         self._reference, self._device, self._statistics = reference, device, statistics
 
@@ -196,6 +222,7 @@ class Decomposer:
         lookup = SpectrumLookup(tensor, row.layout, self._compute, self._device)
         known = lookup.spectrum()
         facts: Json = {
+            **identity_of(job, self._owner),
             "digest": lookup.digest or tensor_digest(tensor.dtype, tensor.shape, [tensor]),
             "bytes": tensor.numel() * tensor.element_size(),
         }
@@ -237,6 +264,19 @@ class Decomposer:
         if self._surgery.init in WITHOUT_DIRECTIONS:
             measured = replace(measured, energy_kept=None, spectral_error=None)
         return Piece({**facts, "rank": decided.rank, "row": measured.to_dict()}, {"u": u.cpu(), "v": v.cpu()})
+
+
+def identity_of(job: Job, owner: str) -> Json:
+    """Whose a piece is: the whole job, its layer and the rank that was asked for it, None if its spectrum decides."""
+    row, entry = job.row, job.entry
+    return {
+        "job": owner,
+        "layer": row.name,
+        "kind": row.kind,
+        "shape": list(entry.shape),
+        "dtype": str(entry.dtype),
+        "asked": row.rank,
+    }
 
 
 def row_of_piece(row: Replacement, piece: Piece) -> tuple[Replacement | Kept, Row | None]:
@@ -282,9 +322,21 @@ def start_jobs(
         yield {job.number: pool.submit(run, job) for job in jobs}
 
 
-def find_pending(jobs: Sequence[Job], file_of: Callable[[int], Path]) -> list[Job]:
-    """The jobs whose pieces are missing or damaged."""
-    return [job for job in jobs if load_piece(file_of(job.number)) is None]
+def find_pending(jobs: Sequence[Job], work: WorkFolder) -> list[Job]:
+    """The jobs whose pieces are missing, damaged, or of another job, layer or tensor."""
+    owner = work.job
+    return [job for job in jobs if not _has_piece(job, work.file(job.number), owner)]
+
+
+def _has_piece(job: Job, file: Path, owner: str) -> bool:
+    piece = load_piece(file)
+    if piece is None:
+        return False
+    identity = identity_of(job, owner)
+    if {name: piece.facts.get(name) for name in identity} != identity:
+        return False
+    tensor = job.entry.read()
+    return bool(piece.facts["digest"] == tensor_digest(tensor.dtype, tensor.shape, [tensor]))
 
 
 def first_error(futures: Sequence[Future[None]]) -> SurgeryError | None:

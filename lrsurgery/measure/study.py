@@ -24,6 +24,7 @@ from lrsurgery.measure.study_recipe import CONFIG, Preparation, Run, Study
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME
+from lrsurgery.training.run_folder import RunFolder
 
 RESULT = "result.json"
 RUNS = "runs"
@@ -106,6 +107,7 @@ def run_study(
     jobs: int = 1,
     resume: bool = False,
     keep_models: bool = False,
+    trust_remote_code: bool = False,
     listener: Listener = SILENT,
 ) -> list[RunResult]:
     """Do the runs of a shard that are not finished, `jobs` at once; the results of all runs that have one.
@@ -124,7 +126,9 @@ def run_study(
     to_do = [run for run in mine if not _is_finished(run, output)]
     for run in to_do:
         _check_idle(folder_of(run, output))
-    worker = _Worker(study=study, output=output, jobs=jobs, keep_models=keep_models)
+    worker = _Worker(
+        study=study, output=output, jobs=jobs, keep_models=keep_models, trust_remote_code=trust_remote_code
+    )
     total, done = len(mine), len(mine) - len(to_do)
     with ThreadPoolExecutor(jobs, "run") as pool:
         futures: dict[Future[None], Run] = {pool.submit(worker.do, run): run for run in to_do}
@@ -201,6 +205,7 @@ class _Worker:
     output: Path
     jobs: int
     keep_models: bool
+    trust_remote_code: bool
     processes: set[subprocess.Popen[str]] = field(default_factory=set)  # of the current runs
 
     def do(self, run: Run) -> None:
@@ -213,10 +218,12 @@ class _Worker:
             folder.mkdir(parents=True)
             _write_recipe(self.study, run, self.output, recipe)
             replace_file(folder / "fingerprint", run.fingerprint)
-        resumes = same and any(begun.glob("*/checkpoint-*/complete"))
+        resumes = same and RunFolder(model).can_resume(model)
         if not resumes:
             shutil.rmtree(begun, ignore_errors=True)
         how = ["--resume"] if resumes else ["--recipe", str(recipe), "--overwrite"]
+        if self.trust_remote_code:
+            how.append("--trust-remote-code")
         code, told, said = self._finetune(folder, ["--output", str(model), "--json", *how])
         if code == INTERRUPTED:
             return  # it is saved, and --resume goes on with it
