@@ -171,8 +171,9 @@ def merge(one: tuple[LayerUse, Moments], other: tuple[LayerUse, Moments]) -> tup
 class StatisticsWriter:
     """Store of statistics in a folder, layer by layer; the folder is readable after `finish`."""
 
-    def __init__(self, folder: Path, renames: Mapping[str, str] | None = None) -> None:
-        """`renames` maps names in the files to the names that layers are added under."""
+    def __init__(self, folder: Path, renames: Mapping[str, str] | None = None, owner: str = "") -> None:
+        """`renames` maps names in the files to the names that layers are added under; `owner` is noted."""
+        self._owner = owner
         self._folder, self._layers, self._files = folder, dict[str, Json](), 0
         self._original = {new: old for old, new in (renames or {}).items()}
 
@@ -197,6 +198,6 @@ class StatisticsWriter:
 
     def finish(self, facts: Json) -> Statistics:
         """Write `statistics.json` and return the statistics."""
-        body = {"format_version": FORMAT, "facts": dict(facts), "layers": self._layers}
+        body = {"format_version": FORMAT, "owner": self._owner, "facts": dict(facts), "layers": self._layers}
         replace_file(self._folder / FILE_NAME, json_text(body))
         return Statistics.read(self._folder)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import atexit
 import codecs
+import functools
 import gc
 import io
 import json
 import os
 import sys
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -75,9 +77,22 @@ def root(
             import_file(file)
 
 
+def _without_eof(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with SurgeryError in place of EOFError, which typer takes for Ctrl-D; no command asks anything."""
+
+    @functools.wraps(command)
+    def run(*args: object, **options: object) -> None:
+        try:
+            command(*args, **options)
+        except EOFError as e:
+            raise SurgeryError(f"a file ends before its content does ({e}); --debug shows where it is read") from e
+
+    return run
+
+
 COMMANDS = (factorise, finetune, evaluate, report, bench, study, export, cache)
 for command in COMMANDS:
-    app.command()(command)
+    app.command()(_without_eof(command))
 
 
 def main() -> None:

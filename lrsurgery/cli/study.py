@@ -8,7 +8,16 @@ from typing import Annotated
 
 import typer
 
-from lrsurgery.cli.arguments import MACHINE, OUTPUT, DebugOption, JsonOption, QuietOption, make_screen, option
+from lrsurgery.cli.arguments import (
+    MACHINE,
+    OUTPUT,
+    DebugOption,
+    JsonOption,
+    QuietOption,
+    TrustOption,
+    make_screen,
+    option,
+)
 
 RUN = "What to run"  # a panel of help
 
@@ -42,6 +51,7 @@ def study(
         ),
     ] = None,
     keep_models: Annotated[bool, option("--keep-models", panel=OUTPUT, text="Each run's weights too.")] = False,
+    trust_remote_code: TrustOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -75,6 +85,7 @@ def study(
             jobs=jobs,
             resume=resume or part.which > 1,
             keep_models=keep_models,
+            trust_remote_code=trust_remote_code,
             listener=listener,
         )
     found = findings_of(asked, results, target)

@@ -41,9 +41,9 @@ from lrsurgery.data.tasks import (
     task_of,
     with_problem,
 )
-from lrsurgery.errors import CalibrationError, RecipeError
+from lrsurgery.errors import CalibrationError, RecipeError, SourceError
 from lrsurgery.factorise.options import Calibration
-from lrsurgery.files.json import Json
+from lrsurgery.files.json import Json, read_json
 from lrsurgery.files.writing import staged
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
@@ -84,6 +84,7 @@ def calibrate(
     rows: Sequence[Replacement],
     folder: Path,
     *,
+    owner: str,
     seed: int,
     device: torch.device,
     trust_remote_code: bool = False,
@@ -91,12 +92,18 @@ def calibrate(
 ) -> Statistics:
     """Read the statistics of these layers from `calibration.statistics`, or collect them into `folder`.
 
-    Statistics that a resumed job finds in `folder` are read from there.
+    Statistics that a resumed job finds in `folder` are read from there if they are whole and of this `owner`.
 
     Raises SurgeryError for data, a model or statistics that cannot be used.
     """
-    if (folder / FILE_NAME).exists():
-        return Statistics.read(folder)
+    kept = _read_own(folder, owner, rows)
+    target = calibration.save
+    if target is not None and target.exists() and not (kept is not None and _is_own(target, owner)):
+        raise CalibrationError(f"{target}: already exists; reuse it with --statistics, or name another folder")
+    if kept is not None:
+        if target is not None and not target.exists():
+            _save(folder, target)
+        return kept
     shutil.rmtree(folder, ignore_errors=True)
     if calibration.statistics is not None:
         statistics = calibration.read_statistics()
@@ -138,7 +145,7 @@ def calibrate(
         planned,
         importance=calibration.importance,
         loss=loss,
-        store=StatisticsWriter(folder, named),
+        store=StatisticsWriter(folder, named, owner),
         facts={**setup.facts, **({"temperature": calibration.temperature} if fisher and not setup.bare else {})},
         limit=limit,
         listener=listener,
@@ -153,9 +160,30 @@ def calibrate(
     if missing:
         what = f"{len(missing)} layers received no calibration input ({missing[0]}, ...)"
         listener.note(f"{what}; plain SVD is used for them")
-    if calibration.save is not None:
-        _save(folder, calibration.save)
+    if target is not None:
+        _save(folder, target)
     return statistics
+
+
+def _read_own(folder: Path, owner: str, rows: Sequence[Replacement]) -> Statistics | None:
+    """The statistics that a job left in its folder; None if they are damaged, or another job's."""
+    if not _is_own(folder, owner):
+        return None
+    try:
+        statistics = Statistics.read(folder)
+        statistics.check_for(rows)
+        for name in statistics.uses:
+            statistics.moments(name)
+    except CalibrationError:
+        return None
+    return statistics
+
+
+def _is_own(folder: Path, owner: str) -> bool:
+    try:
+        return bool(read_json(folder / FILE_NAME).get("owner") == owner)
+    except SourceError:
+        return False
 
 
 class _TimesFirstBlock(Listener):
@@ -209,6 +237,7 @@ def recalibrate(
     known: Statistics,
     folder: Path,
     *,
+    owner: str,
     seed: int,
     init: str,
     device: torch.device,
@@ -217,10 +246,12 @@ def recalibrate(
 ) -> Statistics:
     """Collect the inputs of each block again, after the blocks before it are factorised as planned (--sequential).
 
-    Gradients stay those of the dense model. Statistics that a resumed job finds in `folder` are read from there.
+    Gradients stay those of the dense model. Statistics that a resumed job finds in `folder` are read from there if
+    they are whole and of this `owner`.
     """
-    if (folder / FILE_NAME).exists():
-        return Statistics.read(folder)
+    kept = _read_own(folder, owner, plan.replacements)
+    if kept is not None:
+        return kept
     shutil.rmtree(folder, ignore_errors=True)
     setup = _prepare(source, calibration, seed, device, trust_remote_code, folder / "offload", by_block=True)
     named = _match_names(setup.subject, plan.replacements)
@@ -237,7 +268,7 @@ def recalibrate(
         gradients_of,
         init=init,
         seed=seed,
-        store=StatisticsWriter(folder, named),
+        store=StatisticsWriter(folder, named, owner),
         facts={**known.facts, **setup.facts},
         listener=listener,
     )

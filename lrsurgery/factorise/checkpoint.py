@@ -62,7 +62,7 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
     if plan.needs_spectra or options.calibration is not None:
         entries = list_entries(checkpoint, {row.name for row in plan.replacements})
         with tempfile.TemporaryDirectory(prefix="lrsurgery-") as folder:
-            statistics = _calibrate(source, plan, options, Path(folder), listener)
+            statistics = _calibrate(source, plan, options, Path(folder), "", listener)
             plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
     return replace(
         plan_report(plan, checkpoint.parameters),
@@ -89,7 +89,7 @@ def _open(source: Source, options: FactoriseOptions) -> tuple[Checkpoint, Plan]:
 
 
 def _calibrate(
-    source: Source, plan: Plan, options: FactoriseOptions, folder: Path, listener: Listener
+    source: Source, plan: Plan, options: FactoriseOptions, folder: Path, owner: str, listener: Listener
 ) -> Statistics | None:
     if options.calibration is None:
         return None
@@ -98,6 +98,7 @@ def _calibrate(
         options.calibration,
         plan.replacements,
         folder,
+        owner=owner,
         seed=options.surgery.seed,
         device=options.compute.device,
         trust_remote_code=options.source.trust_remote_code,
@@ -156,25 +157,34 @@ def _factorise(
 ) -> Report:
     source = options.source.resolve(reference)
     options, note = choose_calibration(source, options)
-    check_output(output, source, options.output.overwrite)
+    work = WorkFolder(output)
+    finished = options.output.resume and work.is_published()
+    check_output(output, source, options.output.overwrite or finished)
     limit = cache_limit()
     checkpoint, plan = _open(source, options)
     entries = list_entries(checkpoint, {row.name for row in plan.replacements})
     parameters = checkpoint.parameters
-    work = WorkFolder(output)
     if not processes.is_main:
+        if finished:
+            processes.barrier("end")
+            return Report.read(output)
         plan, statistics = _read_decisions(plan, options.calibration, work)
         _do_jobs(_rewriter(checkpoint, plan, options, entries, statistics), work, processes)
         processes.barrier("end")  # rank 0 has written the output
         return Report.read(output)
     with keep_work(work, output, len(plan.replacements)):
         work.open(_task(source, options), resume=options.output.resume)
+        if finished:
+            processes.barrier("begin")
+            processes.barrier("end")
+            listener.note(f"{output}: the job is finished")
+            return Report.read(output)
         if note is not None and options.surgery.budget is not None:
             listener.note(note)
         plan, statistics = _decide(source, checkpoint, plan, options, entries, work, listener)
         work.set_ranks({row.name: row.rank if isinstance(row, Replacement) else row.reason for row in plan.rows})
         rewriter = _rewriter(checkpoint, plan, options, entries, statistics)
-        work.set_to_do([job.number for job in find_pending(rewriter.jobs, work.file)])
+        work.set_to_do([job.number for job in find_pending(rewriter.jobs, work)])
         processes.barrier("begin")
         with staged(output, overwrite=options.output.overwrite) as stage:
             _check_space(stage, rewriter)
@@ -212,6 +222,7 @@ def _factorise(
             report = replace(report, loss_check=check_loss(source, stage, options, listener))
             write_text(stage / FILE_NAME, report.to_json())
             write_text(stage / "README.md", model_card(report, source, output.name, config))
+            work.set_published(stage)
     if options.compute.cache:
         SpectrumCache().trim(limit)
     processes.barrier("end")
@@ -236,7 +247,7 @@ def _decide(
     speeds cannot be measured beside decompositions, a budget needs the spectra of all layers, and --sequential
     factorises a block before it calibrates the next.
     """
-    statistics = _calibrate(source, plan, options, work.path / "statistics", listener)
+    statistics = _calibrate(source, plan, options, work.path / "statistics", work.job, listener)
     sequential = options.calibration is not None and options.calibration.sequential
     early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential
     if plan.needs_spectra and early:
@@ -249,6 +260,7 @@ def _decide(
             plan,
             statistics,
             work.path / "sequential",
+            owner=f"{work.job} sequential",
             seed=options.surgery.seed,
             init=options.surgery.init,
             device=options.compute.device,

@@ -6,6 +6,7 @@ A piece is a file in a work folder. The processes share the folder, and it survi
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import heapq
 import json
 import math
@@ -25,7 +26,7 @@ from lrsurgery.checkpoints.mapping import Entry
 from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.spectra import SpectrumLookup
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError, WeightError
-from lrsurgery.files.digests import tensor_digest
+from lrsurgery.files.digests import folder_fingerprint, tensor_digest
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, json_text, read_json
 from lrsurgery.files.locks import remove_empty
@@ -42,8 +43,12 @@ from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions
 from lrsurgery.surgery.ranks import RankSpec
 
 WORK = "work"  # what a work folder's mark says
-# what a job writes; job.json says what the others are, so it goes last
-ENTRIES = ("to_do.json", "ranks.json", "failed", "statistics", "sequential", "*.safetensors", "*.half", "job.json")
+PUBLISHED = "published"  # fingerprint of the whole output
+# what a job writes; the last two say what the others are, so they go last
+ENTRIES = (
+    *("to_do.json", "ranks.json", "failed", "statistics", "sequential", "*.safetensors", "*.half"),
+    *("job.json", PUBLISHED),
+)
 
 
 class WorkFolder:
@@ -92,6 +97,23 @@ class WorkFolder:
             replace_file(file, json_text({"task": wanted, "host": socket.gethostname()}))
         except OSError as e:
             raise OutputError(f"{self._output}: cannot be written ({e.strerror})") from e
+
+    @property
+    def job(self) -> str:
+        """Digest of all that the job's pieces depend on. Raises OutputError if the folder is not open or damaged."""
+        task = read_json(self.path / "job.json", "a job's description", OutputError).get("task")
+        return hashlib.sha256(json.dumps(task, sort_keys=True).encode()).hexdigest()
+
+    def set_published(self, stage: Path) -> None:
+        """Note the output, which is about to be moved into its place."""
+        replace_file(self.path / PUBLISHED, folder_fingerprint(stage))
+
+    def is_published(self) -> bool:
+        """Whether the output is what the job wrote: a kill left nothing but this folder."""
+        file = self.path / PUBLISHED
+        if not file.is_file() or not self._output.is_dir():
+            return False
+        return file.read_bytes() == folder_fingerprint(self._output).encode()
 
     def file(self, number: int) -> Path:
         return self.path / f"{number:05d}.safetensors"
@@ -204,8 +226,11 @@ class Decomposer:
         compute: Compute,
         reference: str,
         device: torch.device,
+        owner: str,
         statistics: Statistics | None = None,
     ) -> None:
+        """`owner` is the digest of what the whole job depends on."""
+        self._owner = owner
         self._plan, self._surgery, self._output, self._compute = plan, surgery, output, compute
         self._reference, self._device, self._statistics = reference, device, statistics
 
@@ -215,6 +240,7 @@ class Decomposer:
         lookup = SpectrumLookup(tensor, row.layout, self._compute, self._device)
         known = lookup.spectrum()
         facts: Json = {
+            **identity_of(job, self._owner),
             "digest": lookup.digest or tensor_digest(tensor.dtype, tensor.shape, [tensor]),
             "bytes": tensor.numel() * tensor.element_size(),
         }
@@ -256,6 +282,19 @@ class Decomposer:
         if self._surgery.init in WITHOUT_DIRECTIONS:
             measured = replace(measured, energy_kept=None, spectral_error=None)
         return Piece({**facts, "rank": decided.rank, "row": measured.to_dict()}, {"u": u.cpu(), "v": v.cpu()})
+
+
+def identity_of(job: Job, owner: str) -> Json:
+    """Whose a piece is: the whole job, its layer and the rank that was asked for it, None if its spectrum decides."""
+    row, entry = job.row, job.entry
+    return {
+        "job": owner,
+        "layer": row.name,
+        "kind": row.kind,
+        "shape": list(entry.shape),
+        "dtype": str(entry.dtype),
+        "asked": row.rank,
+    }
 
 
 def row_of_piece(row: Replacement, piece: Piece) -> tuple[Replacement | Kept, Row | None]:
@@ -301,9 +340,21 @@ def start_jobs(
         yield {job.number: pool.submit(run, job) for job in jobs}
 
 
-def find_pending(jobs: Sequence[Job], file_of: Callable[[int], Path]) -> list[Job]:
-    """The jobs whose pieces are missing or damaged."""
-    return [job for job in jobs if load_piece(file_of(job.number)) is None]
+def find_pending(jobs: Sequence[Job], work: WorkFolder) -> list[Job]:
+    """The jobs whose pieces are missing, damaged, or of another job, layer or tensor."""
+    owner = work.job
+    return [job for job in jobs if not _has_piece(job, work.file(job.number), owner)]
+
+
+def _has_piece(job: Job, file: Path, owner: str) -> bool:
+    piece = load_piece(file)
+    if piece is None:
+        return False
+    identity = identity_of(job, owner)
+    if {name: piece.facts.get(name) for name in identity} != identity:
+        return False
+    tensor = job.entry.read()
+    return bool(piece.facts["digest"] == tensor_digest(tensor.dtype, tensor.shape, [tensor]))
 
 
 def first_error(futures: Sequence[Future[None]]) -> SurgeryError | None:

@@ -56,8 +56,6 @@ class Calibration:
             raise CalibrationError("--calibration and --statistics are both given; leave one out")
         if self.save is not None and self.data is None:
             raise CalibrationError("--save-statistics needs data; add --calibration")
-        if self.save is not None and self.save.exists():
-            raise CalibrationError(f"{self.save}: already exists; reuse it with --statistics, or name another folder")
         if self.save is not None and not next(p for p in self.save.absolute().parents if p.exists()).is_dir():
             raise CalibrationError(f"{self.save}: cannot be written, since a parent is a file; name another folder")
         if self.statistics is not None:

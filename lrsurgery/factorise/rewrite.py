@@ -139,7 +139,9 @@ class Rewriter:
         jobs = schedule([job for job in self.jobs if job.number in to_do], processes.size)[processes.rank]
         where = self._compute.for_process(processes.local_rank)
         reference = self._checkpoint.source.reference
-        do = Decomposer(self._plan, self._surgery, self._output, self._compute, reference, where, self._statistics)
+        do = Decomposer(
+            self._plan, self._surgery, self._output, self._compute, reference, where, work.job, self._statistics
+        )
         weighted = self._statistics is not None
         with start_jobs(jobs, do, work.file, self._compute.jobs, weighted=weighted) as futures:
             yield futures

@@ -43,3 +43,9 @@ def fingerprint(files: Sequence[Path], text: str = "", *, pieces: int = 2) -> st
                 handle.seek(start)
                 hasher.update(handle.read(MEGABYTE))
     return hasher.hexdigest()
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """The fingerprint of a model's output folder: its JSON files and its weights."""
+    # the mark, which is hidden, is written after it is taken
+    return fingerprint([file for ending in ("json", "safetensors") for file in sorted(folder.glob(f"[!.]*.{ending}"))])

@@ -112,6 +112,7 @@ def run_study(
     jobs: int = 1,
     resume: bool = False,
     keep_models: bool = False,
+    trust_remote_code: bool = False,
     listener: Listener = SILENT,
 ) -> list[RunResult]:
     """Do the runs of a shard that are not finished, `jobs` at once; the results of all runs that have one.
@@ -128,20 +129,21 @@ def run_study(
         lock_of(output) if shard == WHOLE else output.with_name(f".{output.name}.{shard.which}-of-{shard.parts}.lock")
     )
     with disk_faults(output, lambda: "finished runs are kept; continue with --resume"), locked(output, part):
-        return _run(study, output, shard, jobs, resume, keep_models, listener)
+        _open_output(study, output, resume)
+        worker = _Worker(
+            study=study, output=output, jobs=jobs, keep_models=keep_models, trust_remote_code=trust_remote_code
+        )
+        return _run(worker, shard, listener)
 
 
-def _run(
-    study: Study, output: Path, shard: Shard, jobs: int, resume: bool, keep_models: bool, listener: Listener
-) -> list[RunResult]:
-    _open_output(study, output, resume)
+def _run(worker: _Worker, shard: Shard, listener: Listener) -> list[RunResult]:
+    study, output, jobs = worker.study, worker.output, worker.jobs
     for step in study.prepare:
         _prepare(study, step, output)
     mine = shard.of(study.runs)
     to_do = [run for run in mine if not _is_finished(run, output)]
     for run in to_do:
         _check_idle(folder_of(run, output))
-    worker = _Worker(study=study, output=output, jobs=jobs, keep_models=keep_models)
     total, done = len(mine), len(mine) - len(to_do)
     with ThreadPoolExecutor(jobs, "run") as pool:
         futures: dict[Future[None], Run] = {pool.submit(worker.do, run): run for run in to_do}
@@ -223,6 +225,7 @@ class _Worker:
     output: Path
     jobs: int
     keep_models: bool
+    trust_remote_code: bool
     processes: set[subprocess.Popen[str]] = field(default_factory=set)  # of the current runs
 
     def do(self, run: Run) -> None:
@@ -240,11 +243,13 @@ class _Worker:
             write_mark(folder, STUDY_RUN)
             _write_recipe(self.study, run, self.output, recipe)
             replace_file(folder / "fingerprint", run.fingerprint)
-        resumes = same and any(begun.path.glob("*/checkpoint-*/complete"))
+        resumes = same and begun.can_resume(model)
         if not resumes:
             begun.check()
             begun.remove()
         how = ["--resume"] if resumes else ["--recipe", str(recipe), "--overwrite"]
+        if self.trust_remote_code:
+            how.append("--trust-remote-code")
         code, told, said = self._finetune(folder, ["--output", str(model), "--json", *how])
         if code == INTERRUPTED:
             return  # it is saved, and --resume goes on with it

@@ -16,7 +16,7 @@ from lrsurgery.errors import RecipeError
 from lrsurgery.files.json import Json
 from lrsurgery.report.runs import Measure
 from lrsurgery.report.views.columns import QUALITY
-from lrsurgery.training.recipe import Recipe, read_yaml
+from lrsurgery.training.recipe import Recipe, check_permissions, read_yaml
 
 KEYS = ("name", "about", "imports", "prepare", "settings", "grid", "table", "plot")
 TABLE_KEYS = ("rows", "columns", "measures")
@@ -217,7 +217,9 @@ def _points(grid: Mapping[str, list[tuple[str, Json]]]) -> Iterator[tuple[dict[s
 
 
 def _check_settings(settings: Json) -> None:
-    Recipe().merged({key.replace("-", "_"): value for key, value in settings.items() if key != CONFIG}).check()
+    recipe = Recipe().merged({key.replace("-", "_"): value for key, value in settings.items() if key != CONFIG})
+    recipe.check()
+    check_permissions(recipe)
     if settings.get(CONFIG) is not None:
         _mapping(CONFIG, settings[CONFIG])
         try:

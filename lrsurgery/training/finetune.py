@@ -29,21 +29,21 @@ from lrsurgery.data.scores import match_teacher
 from lrsurgery.data.tasks import TASKS, Subject, task_of
 from lrsurgery.errors import Interrupted, OutputError, RecipeError, SourceError, TrainingError
 from lrsurgery.files.faults import disk_faults
-from lrsurgery.files.json import read_json
 from lrsurgery.files.locks import locked
 from lrsurgery.files.writing import with_name
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import DENSE_TRAINED, stages_of
 from lrsurgery.report.schema import Report
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.training.checkpoints import WEIGHTS, State, check_owner, step_of
 from lrsurgery.training.loop.arguments import total_steps, training_arguments
 from lrsurgery.training.loop.callbacks import RunCallback, interrupts
 from lrsurgery.training.loop.dynamics import overshoot
-from lrsurgery.training.loop.trainer import WEIGHTS, LowRankTrainer, quality, release_
-from lrsurgery.training.publish import FinishedRun, Outcome, gather, publish, round_to_stored_
+from lrsurgery.training.loop.trainer import LowRankTrainer, quality, release_
+from lrsurgery.training.publish import FinishedRun, Outcome, gather, outcome_of, publish, round_to_stored_
 from lrsurgery.training.recipe import Recipe, check_recipe_for, read_recipe
-from lrsurgery.training.run_folder import Facts, RunFolder, step_of
-from lrsurgery.training.switch import check_surgery, factorise_subject_, give_structure_, switch_
+from lrsurgery.training.run_folder import Facts, RunFolder
+from lrsurgery.training.switch import check_surgery, factorise_subject_, load_factorised_, switch_
 
 
 def finetune(
@@ -65,9 +65,35 @@ def finetune(
     Raises SurgeryError for what the user can put right, Interrupted after SIGINT or SIGTERM, once all is saved.
     """
     asked = {**(read_recipe(recipe_file) if recipe_file else {}), **settings}
+    output = with_name(output or _default_output(asked))
+    if resume and (done := _finished(output, keep_checkpoints, listener)) is not None:
+        return done
     run = _Run(asked, output, resume=resume, overwrite=overwrite, command=command, listener=listener)
     with locked(run.output) if run.leads else nullcontext():
         return _train(run, keep_checkpoints)
+
+
+def _default_output(asked: Mapping[str, object]) -> Path:
+    if not asked.get("model"):
+        raise RecipeError("no model given; name it, or with --resume name the run by its --output")
+    return Path(f"{Recipe().merged(asked).resolve(str(asked['model']), weights=False).name}-finetuned")
+
+
+def _finished(output: Path, keep_checkpoints: bool, listener: Listener) -> Outcome | None:
+    """The outcome of a run that was killed after its output was whole; None for any other run."""
+    folder = RunFolder(output)
+    if not folder.is_published(output):
+        return None
+    listener.note(f"{output}: the run is finished")
+    if not keep_checkpoints and int(os.environ.get("WORLD_SIZE", "1")) == 1:  # else the others look at it too
+        with locked(output):
+            _close(folder, listener)
+    return outcome_of(output)
+
+
+def _close(folder: RunFolder, listener: Listener) -> None:
+    for left in folder.close():
+        listener.note(f"{left}: stays, since this program did not write it")
 
 
 def _train(run: _Run, keep_checkpoints: bool) -> Outcome:
@@ -76,8 +102,7 @@ def _train(run: _Run, keep_checkpoints: bool) -> Outcome:
             run.check_free()  # another process may have been at work until now
             outcome = run.train()
         if run.leads and not keep_checkpoints:
-            for left in run.folder.remove():
-                run.listener.note(f"{left}: stays, since this program did not write it")
+            _close(run.folder, run.listener)
         return outcome
     except Interrupted:
         raise
@@ -117,7 +142,7 @@ class _Run:
     def __init__(
         self,
         asked: Mapping[str, object],
-        output: Path | None,
+        output: Path,
         *,
         resume: bool,
         overwrite: bool,
@@ -129,11 +154,7 @@ class _Run:
         self.seconds = 0.0
         self.opened = False  # the run's folder, by this process
         self.trainer: LowRankTrainer | None = None  # of the last stage
-        if output is None:
-            if not asked.get("model"):
-                raise RecipeError("no model given; name it, or with --resume name the run by its --output")
-            output = Path(f"{Recipe().merged(asked).resolve(str(asked['model']), weights=False).name}-finetuned")
-        self.output = with_name(output)
+        self.output = output
         self.folder = RunFolder(self.output)
         self.folder.check()
         self.resumed = resume and self.folder.is_unfinished
@@ -191,15 +212,18 @@ class _Run:
         if recipe.rank:  # refused now, and not after the dense steps
             check_surgery(subject, recipe)
         self._open(facts)
-        self._measure_dense(parts)
+        if checkpoint is None:
+            self._measure_dense(parts)
         if recipe.dense_steps and (checkpoint is None or checkpoint.parent.name == "dense"):
             if checkpoint is None or step_of(checkpoint) < recipe.dense_steps:
                 checkpoint = self._train_stage(parts, "dense", checkpoint)
             else:
+                check_owner(checkpoint, subject.model)
                 safetensors.torch.load_model(subject.model, str(checkpoint / WEIGHTS))
-            checkpoint = self._switch(subject, checkpoint)
+            checkpoint = switch_(subject, recipe, checkpoint, self.folder, self.leads, self._note)
+            self._together()
         elif recipe.rank and checkpoint is not None:
-            give_structure_(subject, self.folder.read_layers())
+            load_factorised_(subject, self.folder, checkpoint)
         elif recipe.rank:
             factorise_subject_(subject, recipe, self.folder if self.leads else None)
         stage = "factorised" if factorised_layers(subject.body) else "dense"
@@ -283,14 +307,16 @@ class _Run:
         )
 
     def _resumed_checkpoint(self) -> Path | None:
+        """The checkpoint to go on from; what was written after it is dropped."""
         if not self.resumed:
             return None
-        found = self.folder.last_good()
         self._together()
         if self.leads:
             self.folder.drop_incomplete()
+            self.folder.set_damaged_aside(self.listener.note)
+            self.folder.cut_metrics(self.folder.last_good())
         self._together()
-        return found
+        return self.folder.last_good()
 
     def _open(self, facts: Facts) -> None:
         """Make the run's folder, once model, data and settings are known to go together."""
@@ -303,7 +329,7 @@ class _Run:
     def _measure_dense(self, parts: _Parts) -> None:
         """Measure the dense model, where there is one that the run itself will not measure."""
         recipe = self.recipe
-        if parts.evaluation is None or self.resumed or (recipe.dense_steps and not recipe.against):
+        if parts.evaluation is None or (recipe.dense_steps and not recipe.against):
             return
         dense, examples = parts.teacher, parts.evaluation
         if recipe.against is not None:
@@ -322,13 +348,6 @@ class _Run:
 
     # training
 
-    def _switch(self, subject: Subject, dense: Path) -> Path:
-        target, reset = switch_(subject, self.recipe, dense, self.folder, self.leads)
-        if reset:
-            self._note(f"the optimizer's state of {len(reset)} factorised layers is not Adam's or SGD's; it was reset")
-        self._together()
-        return target
-
     def _train_stage(self, parts: _Parts, stage: str, checkpoint: Path | None) -> Path:
         """Train to the stage's end. Returns its last checkpoint; raises Interrupted where a signal came before."""
         recipe, folder, total = self.recipe, self.folder.path / stage, parts.total
@@ -337,9 +356,6 @@ class _Run:
         args = training_arguments(recipe, folder, evaluates=self._evaluates, total=total, judged=judged)
         switched = checkpoint is not None and stage == "factorised" and step_of(checkpoint) == recipe.dense_steps
         args.eval_on_start = self._evaluates and (checkpoint is None or switched)
-        if self.leads and self.resumed:
-            self.folder.cut_metrics(stage, -1 if checkpoint is None or switched else step_of(checkpoint))
-        self._together()
         if checkpoint is None or switched:  # else the weights are not loaded yet
             lr = recipe.lr * (recipe.switch_lr if switched else 1)
             self._note(overshoot(parts.subject.model, recipe, lr))
@@ -347,11 +363,13 @@ class _Run:
             callback = RunCallback(self.folder, stage, self.listener, interrupted, parts.train, last)
             teacher = parts.teacher.model if parts.teacher else None
             trainer = LowRankTrainer(parts.subject, recipe, args, parts.train, parts.evaluation, teacher, callback)
-            if checkpoint is not None and step_of(checkpoint) >= last:
-                state = read_json(checkpoint / "trainer_state.json")
-                trainer._load_from_checkpoint(state["best_model_checkpoint"] if judged else str(checkpoint))
-                trainer.state.global_step = state["global_step"]
+            if checkpoint is not None and self._ends_at(checkpoint, last):
+                best = State.read(checkpoint).best(checkpoint) if judged else None
+                trainer._load_from_checkpoint(str(best or checkpoint))
+                trainer.state.global_step = step_of(checkpoint)
             else:
+                if checkpoint is not None:
+                    check_owner(checkpoint, parts.subject.model)
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         step = trainer.state.global_step
         self.seconds += callback.seconds
@@ -362,6 +380,11 @@ class _Run:
         else:
             release_(trainer)
         return folder / f"checkpoint-{step}"
+
+    def _ends_at(self, checkpoint: Path, last: int) -> bool:
+        patience = self.recipe.early_stopping
+        stopped = patience is not None and State.read(checkpoint).evaluations_without_gain >= patience
+        return stopped or step_of(checkpoint) >= last
 
     # the output
 

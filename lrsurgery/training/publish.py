@@ -18,7 +18,7 @@ from lrsurgery.files.json import Json, read_json
 from lrsurgery.files.writing import staged, write_text
 from lrsurgery.report.card import model_card, public_name, quality_lines
 from lrsurgery.report.rows import rank_report
-from lrsurgery.report.runs import METRICS, RECIPE, untrained_dense
+from lrsurgery.report.runs import METRICS, RECIPE, read_metrics, stages_of, untrained_dense
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import versions
 from lrsurgery.surgery.apply import factorised_layers
@@ -27,7 +27,7 @@ from lrsurgery.training.loop.dynamics import whole
 from lrsurgery.training.loop.trainer import LowRankTrainer, release_
 from lrsurgery.training.recipe import Recipe, write_recipe
 from lrsurgery.training.run_folder import RunFolder
-from lrsurgery.training.switch import give_structure_
+from lrsurgery.training.switch import give_structure_, materialise_
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,14 @@ class FinishedRun:
     stages: Mapping[str, Mapping[str, float]]  # figures at each
 
 
+def outcome_of(output: Path) -> Outcome:
+    """The outcome of a finished run, read back from what it wrote. Raises SourceError."""
+    report = Report.read(output)
+    records = read_metrics(output)
+    stages = stages_of([r for r in records if "eval" in r], "factorised" if report.factorised else "dense")
+    return Outcome(output, report, stages, max((record["step"] for record in records), default=0))
+
+
 def gather(trainer: LowRankTrainer, subject: Subject, build: Callable[[], Subject]) -> Subject:
     """The trained subject, with whole weights on the CPU where FSDP holds shards of them; `build` makes its like."""
     if not trainer.is_fsdp_enabled:
@@ -71,6 +79,7 @@ def gather(trainer: LowRankTrainer, subject: Subject, build: Callable[[], Subjec
     twin = build()
     if not subject.is_factorised:
         give_structure_(twin, _specs(subject.body))
+        materialise_(twin)
     twin.model.load_state_dict(state)
     return replace(twin, stored=subject.stored, notes=subject.notes)
 
@@ -104,6 +113,7 @@ def publish(subject: Subject, output: Path, folder: RunFolder, run: FinishedRun,
             shutil.copyfile(folder.path / METRICS, stage / METRICS)
         for logs in folder.path.glob("*/runs"):  # TensorBoard's
             shutil.copytree(logs, stage / "runs" / logs.parent.name)
+        folder.set_published(stage)
     return report
 
 

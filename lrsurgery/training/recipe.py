@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lrsurgery.data.options import DATA, IMAGES, TEXT, DataOptions, Setting, check_choice, setting
 from lrsurgery.errors import RecipeError
+from lrsurgery.files.writing import replace_file
 
 if TYPE_CHECKING:
     from lrsurgery.checkpoints.source import Source
@@ -26,6 +27,10 @@ OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}  # transformers' names
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 DEVICES = ("auto", "cpu", "cuda")
+# what only the command line can turn on: running a checkpoint's code, and sending anything elsewhere
+LOCAL_TRACKERS = ("tensorboard", "none")  # of report_to; all others can upload
+UPLOADING = ("deepspeed", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "logging_dir")  # of set
+PERMISSIONS = ("trust_remote_code", "report_to", "set")  # settings that hold them
 
 
 @dataclass(frozen=True)
@@ -267,10 +272,37 @@ def read_recipe(file: Path) -> Json:
     body = read_yaml(file)
     settings = {key.replace("-", "_"): value for key, value in body.items() if key != "made_with"}
     try:
-        Recipe().merged(settings)
+        check_permissions(Recipe().merged(settings))
     except RecipeError as e:
         raise RecipeError(f"{file}: {e}") from e
     return settings
+
+
+def check_permissions(recipe: Recipe) -> None:
+    """Raise RecipeError for what a recipe of a file turns on, and only the command line can."""
+    if recipe.trust_remote_code:
+        raise RecipeError(
+            "trust_remote_code: no file can turn it on; leave it out, read the checkpoint's code, and pass"
+            " --trust-remote-code"
+        )
+    for name in recipe.report_to:
+        if name not in LOCAL_TRACKERS:
+            raise RecipeError(f"report_to {name}: may upload; leave it out of the file and pass --report-to {name}")
+    for name in recipe.set:
+        if name in UPLOADING:
+            raise RecipeError(
+                f"set {name}: may upload or write elsewhere; leave it out of the file and pass --set {name}=..."
+            )
+
+
+def without_permissions(recipe: Recipe) -> Recipe:
+    """A recipe as a file may hold it."""
+    return dataclasses.replace(
+        recipe,
+        trust_remote_code=False,
+        report_to=tuple(name for name in recipe.report_to if name in LOCAL_TRACKERS),
+        set={name: value for name, value in recipe.set.items() if name not in UPLOADING},
+    )
 
 
 def read_yaml(file: Path) -> Json:
@@ -289,11 +321,11 @@ def read_yaml(file: Path) -> Json:
 
 
 def write_recipe(recipe: Recipe, file: Path, versions: Mapping[str, str]) -> None:
-    """Write every setting of a recipe, so that `finetune --recipe` runs it again."""
+    """Write every setting of a recipe, so that `finetune --recipe` runs it again with the same permissions."""
     import yaml
 
-    body = {**recipe.to_dict(), "made_with": dict(versions)}
-    file.write_text(yaml.safe_dump(body, sort_keys=False), encoding="utf-8")
+    body = {**without_permissions(recipe).to_dict(), "made_with": dict(versions)}
+    replace_file(file, yaml.safe_dump(body, sort_keys=False))
 
 
 def check_recipe_for(recipe: Recipe, source: Source) -> None:

@@ -4,31 +4,41 @@ from __future__ import annotations
 
 import json
 import math
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from typing_extensions import NotRequired, TypedDict
 
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, RecipeError
-from lrsurgery.files.digests import fingerprint
-from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.files.digests import fingerprint, folder_fingerprint
+from lrsurgery.files.json import Json, checked, json_text, parse_as, read_as
 from lrsurgery.files.marks import check_ours, remove, remove_entries, write_mark
 from lrsurgery.files.writing import replace_file
 from lrsurgery.report.runs import DENSE_TRAINED, METRICS, RECIPE, read_metrics
+from lrsurgery.report.schema import FILE_NAME
 from lrsurgery.runtime import versions
-from lrsurgery.training.recipe import Recipe, read_recipe, write_recipe
+from lrsurgery.training.checkpoints import COMPLETE, damage_of, marked_checkpoints, read_mark, step_of
+from lrsurgery.training.recipe import PERMISSIONS, Recipe, read_recipe, without_permissions, write_recipe
 
 NOTES = "notes.jsonl"  # what the user was told in the run, for its report
 FACTS = "run.json"
 LAYERS = "layers.json"  # kind and rank of each layer that was factorised within the run
-COMPLETE = "complete"  # a file that is written into a checkpoint last
 RUN = "run"  # what a run folder's mark says
 STAGES = ("dense", "factorised", DENSE_TRAINED.replace(" ", "-"))  # folders of checkpoints
-ENTRIES = (FACTS, NOTES, METRICS, LAYERS, RECIPE)  # without FACTS there is nothing to resume
+ENTRIES = (NOTES, METRICS, LAYERS, RECIPE)  # beside FACTS, without which there is nothing to resume
 IN_STAGES = ("checkpoint-*", "partial-*", "damaged-*", "runs")  # the last is TensorBoard's
 MAY_DIFFER = ("device", "report_to")  # on resuming
+
+
+class Record(TypedDict):
+    """A line of metrics.jsonl, as far as a run reads its own."""
+
+    step: int
+    stage: str
+    eval: NotRequired[dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +50,8 @@ class Facts:
     eval_data: str
     world_size: int
     label_map: str = ""  # which runs of older versions did not keep
+    trust_remote_code: bool = False  # whether it was begun with the flag, which it then needs again: no permission
+    published: str = ""  # fingerprint of the output, once that is whole
 
     @staticmethod
     def of(recipe: Recipe, source: Source, world_size: int) -> Facts:
@@ -51,6 +63,7 @@ class Facts:
             eval_data=digest_of(recipe.eval_data, recipe.eval_split, recipe.subset),
             world_size=world_size,
             label_map=fingerprint([Path(recipe.label_map)], "") if recipe.label_map else "",
+            trust_remote_code=recipe.trust_remote_code,
         )
 
 
@@ -78,36 +91,67 @@ class RunFolder:
             write_mark(self.path, RUN)
             write_recipe(recipe, self.path / RECIPE, versions())
             replace_file(self.path / NOTES, "".join(json.dumps(note) + "\n" for note in notes))
-            replace_file(self.path / FACTS, json_text(asdict(facts)))
+            self._write_facts(facts)
         except OSError as e:
             raise OutputError(f"{self.path}: cannot be written ({e.strerror})") from e
 
+    def _write_facts(self, facts: Facts) -> None:
+        replace_file(self.path / FACTS, json_text(asdict(facts)))
+
+    def _read_facts(self) -> Facts:
+        return read_as(Facts, self.path / FACTS, "a run's facts", RecipeError)
+
     def remove(self) -> list[Path]:
         """Remove what runs write, and the folder once it is empty. Returns what stays, which is not ours."""
+        return self._remove(FACTS, *ENTRIES)
+
+    def _remove(self, *names: str) -> list[Path]:
         rest: list[Path] = []
         for stage in STAGES:
             rest += remove_entries(self.path / stage, IN_STAGES)
-        return [*rest, *remove_entries(self.path, ENTRIES)]
+        return [*rest, *remove_entries(self.path, names)]
+
+    # the end
+
+    def set_published(self, stage: Path) -> None:
+        """Note the output, which is about to be moved into its place."""
+        self._write_facts(replace(self._read_facts(), published=folder_fingerprint(stage)))
+
+    def is_published(self, output: Path) -> bool:
+        """Whether the run is finished, and `output` is what it wrote: a kill left nothing but the run's folder."""
+        if not self.is_unfinished or not (output / FILE_NAME).is_file():
+            return False
+        return self._read_facts().published == folder_fingerprint(output)
+
+    def close(self) -> list[Path]:
+        """As `remove`, for the run of a published output: its facts go last, by which a kill in between is known."""
+        return self._remove(*ENTRIES, FACTS)
 
     def resumed_recipe(self, asked: Mapping[str, object]) -> Recipe:
         """The recipe of the unfinished run. Raises RecipeError for a setting that was another when it was begun."""
         saved = Recipe().merged(read_recipe(self.path / RECIPE))
         wanted = saved.merged(asked)
+        in_file = without_permissions(wanted)
         for name in asked:
-            old, new = getattr(saved, name), getattr(wanted, name)
+            old, new = getattr(saved, name), getattr(in_file, name)
             if old != new and name not in MAY_DIFFER:
                 raise RecipeError(
                     f"{self.path}: was begun with {name} {old}, now it is {new}; resume with what it was begun with,"
                     " or start over with --overwrite"
                 )
-        return replace(saved, **{name: getattr(wanted, name) for name in MAY_DIFFER if name in asked})
+        return replace(saved, **{name: getattr(wanted, name) for name in (*MAY_DIFFER, *PERMISSIONS) if name in asked})
 
     def check_facts(self, facts: Facts, recipe: Recipe) -> str | None:
         """A note about what keeps a resumed run from going on exactly; None where nothing does.
 
-        Raises RecipeError: the model or the data has changed.
+        Raises RecipeError: the model or the data has changed, or --trust-remote-code is needed again.
         """
-        former = Facts(**read_json(self.path / FACTS, "a run's facts", RecipeError))
+        former = self._read_facts()
+        if former.trust_remote_code != facts.trust_remote_code:
+            raise RecipeError(
+                f"{self.path}: was begun {'with' if former.trust_remote_code else 'without'} --trust-remote-code;"
+                f" {'pass it again, since no file can turn it on' if former.trust_remote_code else 'leave it out'}"
+            )
         for name in ("model", "data", "eval_data", "label_map"):
             if getattr(former, name) != getattr(facts, name):
                 raise RecipeError(
@@ -125,8 +169,10 @@ class RunFolder:
         replace_file(self.path / NOTES, "".join(json.dumps(each) + "\n" for each in notes))
 
     def read_notes(self) -> list[str]:
+        """The notes; a last line that a kill cut short is left out. Raises RecipeError for a damaged file."""
         file = self.path / NOTES
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+        return [parse_as(str, line, f"{file}: not a run's notes", RecipeError) for line in lines]
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """One line more in metrics.jsonl, without figures that are not finite, such as the perplexity of a wreck."""
@@ -135,54 +181,80 @@ class RunFolder:
         with (self.path / METRICS).open("a", encoding="utf-8") as handle:
             handle.write(json_text(record, indent=None))
 
-    def cut_metrics(self, stage: str, step: int) -> None:
-        """Drop the lines of steps that a run takes again when it is resumed in `stage` after `step` steps."""
-        kept = [
-            r for r in read_metrics(self.path) if (r["step"] <= step if r["stage"] == stage else r["stage"] == "dense")
-        ]
-        (self.path / METRICS).write_text("".join(json_text(record, indent=None) for record in kept), encoding="utf-8")
+    def cut_metrics(self, checkpoint: Path | None) -> None:
+        """Drop the lines of what a run does again when it is resumed after `checkpoint`, or from the beginning."""
+        file = self.path / METRICS
+        if checkpoint is None:
+            file.unlink(missing_ok=True)
+        elif (mark := read_mark(checkpoint)) is not None:
+            lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+            replace_file(file, b"".join(lines[: mark.records]))
+        else:  # an older version's
+            stage, step = checkpoint.parent.name, step_of(checkpoint)
+            kept = [r for r in self._records() if (r["step"] <= step if r["stage"] == stage else r["stage"] == "dense")]
+            replace_file(file, "".join(json_text(record, indent=None) for record in kept))
+
+    def _records(self) -> list[Json]:
+        """The records of metrics.jsonl. Raises RecipeError for a line that is none."""
+        records = read_metrics(self.path)
+        checked(list[Record], records, f"{self.path / METRICS}: not a run's metrics", RecipeError)
+        return records
 
     def evaluations(self) -> list[Json]:
-        """The records of metrics.jsonl that hold an evaluation."""
-        return [record for record in read_metrics(self.path) if "eval" in record]
+        """The records of metrics.jsonl that hold an evaluation. Raises RecipeError for a damaged file."""
+        return [record for record in self._records() if "eval" in record]
 
     # layers
 
     def write_layers(self, layers: Mapping[str, tuple[str, int]]) -> None:
         """Keep (kind, rank) of each layer that was factorised within the run."""
-        (self.path / LAYERS).write_text(json_text(layers), encoding="utf-8")
+        replace_file(self.path / LAYERS, json_text(layers))
 
     def read_layers(self) -> dict[str, tuple[str, int]]:
         """What `write_layers` kept. Raises RecipeError for a damaged file."""
-        body = read_json(self.path / LAYERS, "a run's layers", RecipeError)
-        return {name: (kind, rank) for name, (kind, rank) in body.items()}
+        return read_as(dict[str, tuple[str, int]], self.path / LAYERS, "a run's layers", RecipeError)
 
     # checkpoints
 
     def last_good(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return last_checkpoint(self.path / "factorised") or last_checkpoint(self.path / "dense")
+        """The newest complete checkpoint, damaged or not; see `set_damaged_aside`."""
+        return next(iter(self._marked()), None)
+
+    def _marked(self) -> list[Path]:
+        return [c for stage in ("factorised", "dense") for c in marked_checkpoints(self.path / stage)]
+
+    def can_resume(self, output: Path) -> bool:
+        """Whether something of the run would be used again: its output or a checkpoint."""
+        try:
+            return self.is_published(output) or any(damage_of(checkpoint) is None for checkpoint in self._marked())
+        except RecipeError:
+            return False
+
+    def set_damaged_aside(self, note: Callable[[str], None]) -> None:
+        """Rename damaged checkpoints that are newer than the newest good one, and say so.
+
+        Raises RecipeError if there are checkpoints and none is good.
+        """
+        damaged: list[tuple[Path, str]] = []
+        for checkpoint in self._marked():
+            fault = damage_of(checkpoint)
+            if fault is None:
+                break
+            damaged.append((checkpoint, fault))
+        else:
+            if damaged:
+                raise RecipeError(
+                    f"{damaged[0][1]}; no other checkpoint is left to go on from; put the file back, or start over with"
+                    " --overwrite"
+                )
+        for checkpoint, fault in damaged:
+            aside = checkpoint.with_name(f"damaged-{checkpoint.name}")
+            remove(aside)
+            checkpoint.rename(aside)
+            note(f"{fault}; the checkpoint before it is used")
 
     def drop_incomplete(self) -> None:
         """Remove the checkpoints that a kill left half-written."""
         for stale in self.path.glob("*/checkpoint-*"):
             if not (stale / COMPLETE).is_file():
                 remove(stale)
-
-
-def last_checkpoint(stage: Path) -> Path | None:
-    """The newest complete checkpoint of a stage."""
-    found = [c for c in stage.glob("checkpoint-*") if (c / COMPLETE).is_file()]
-    return max(found, key=step_of, default=None)
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Mark a checkpoint that is on the disk in full; one without the mark is never resumed from."""
-    for file in (f for f in checkpoint.rglob("*") if f.is_file()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-    (checkpoint / COMPLETE).touch()
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

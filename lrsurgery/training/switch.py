@@ -5,11 +5,10 @@ Kamalakara et al. 2022 (arXiv 2209.13569): train dense for a while, factorise by
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import safetensors.torch
 import torch
@@ -19,20 +18,19 @@ from typing_extensions import TypedDict
 
 from lrsurgery.checkpoints.mapping import tied_weights
 from lrsurgery.data.tasks import Subject
+from lrsurgery.errors import PlanError, RecipeError
 from lrsurgery.factorise.memory import factorise_module_
 from lrsurgery.factorise.options import parse_target
-from lrsurgery.files.json import Json, json_text
+from lrsurgery.files.json import Json, json_text, read_json
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, factor_weights
 from lrsurgery.surgery.plan import SurgeryOptions
 from lrsurgery.surgery.speed import plan_layers
-from lrsurgery.training.loop.trainer import WEIGHTS, Groups, parameter_groups
+from lrsurgery.training.checkpoints import STATE, WEIGHTS, check_owner, mark_complete, read_state, step_of
+from lrsurgery.training.loop.trainer import LINEAR, SQUARED, Groups, parameter_groups
 from lrsurgery.training.recipe import Recipe
-from lrsurgery.training.run_folder import RunFolder, mark_complete, step_of
-
-LINEAR = ("exp_avg", "momentum_buffer")  # running means of the gradient, which is linear in it
-SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # running means of its square
+from lrsurgery.training.run_folder import LAYERS, RunFolder
 
 ParameterState: TypeAlias = dict[str, object]  # an optimizer's, of one parameter: tensors and numbers
 
@@ -71,29 +69,60 @@ def factorise_subject_(subject: Subject, recipe: Recipe, run: RunFolder | None) 
 
 
 def give_structure_(subject: Subject, layers: Mapping[str, tuple[str, int]]) -> None:
-    """Put factorised layers into a dense model, name -> (kind, rank), with room for weights that are loaded next."""
+    """Put factorised layers into a dense model, name -> (kind, rank), with weights on the meta device.
+
+    Raises PlanError for a layer that the model does not have, or a rank that it cannot have.
+    """
+    modules = dict(subject.body.named_modules())
+    for name, (_, rank) in layers.items():
+        weight = getattr(modules.get(name), "weight", None)
+        if isinstance(weight, Tensor) and not 1 <= rank <= weight.numel():
+            raise PlanError(f"{name}: rank {rank} exceeds the full rank of {tuple(weight.shape)}")
     swap_(subject.body, layers)
+
+
+def load_factorised_(subject: Subject, run: RunFolder, checkpoint: Path) -> None:
+    """Make a dense model what it was at a checkpoint of factorised training.
+
+    Raises RecipeError if the run's layers or the checkpoint are another model's.
+    """
+    try:
+        give_structure_(subject, run.read_layers())
+    except PlanError as e:
+        raise RecipeError(f"{run.path / LAYERS}: is of another model: {e}; start over with --overwrite") from e
+    check_owner(checkpoint, subject.model)
+    materialise_(subject)
+    if (checkpoint / WEIGHTS).is_file():  # FSDP's shards are read by the Trainer alone
+        safetensors.torch.load_model(subject.model, str(checkpoint / WEIGHTS))
+
+
+def materialise_(subject: Subject) -> None:
+    """Give the factors memory, for weights that are loaded next."""
     for layer in factorised_layers(subject.body).values():
         layer.to_empty(device="cpu")
 
 
-def switch_(subject: Subject, recipe: Recipe, dense: Path, run: RunFolder, leads: bool) -> tuple[Path, list[str]]:
+def switch_(
+    subject: Subject, recipe: Recipe, dense: Path, run: RunFolder, leads: bool, note: Callable[[str], None]
+) -> Path:
     """Factorise the model in place, in each process; the one that leads writes the checkpoint to go on from.
 
-    Returns that checkpoint, and the layers whose optimizer state was reset.
+    Returns that checkpoint. `note` is told of layers whose optimizer state was reset.
     """
     before = parameter_groups(subject.model, recipe, _decayed(subject))
     factorise_subject_(subject, recipe, run if leads else None)
     after = parameter_groups(subject.model, recipe, _decayed(subject))
     target = run.path / "factorised" / dense.name
     if not leads:
-        return target, []
+        return target
     partial = target.with_name(f"partial-{step_of(dense)}")
     shutil.rmtree(partial, ignore_errors=True)
     reset = write_switched(dense, partial, subject.model, before, after, recipe.switch_lr)
+    if reset:  # told before the mark, after which nothing of this is done again
+        note(f"the optimizer's state of {len(reset)} factorised layers is not Adam's or SGD's; it was reset")
     partial.rename(target)
     mark_complete(target)
-    return target, reset
+    return target
 
 
 def _decayed(subject: Subject) -> set[str]:
@@ -113,17 +142,17 @@ def write_switched(
     """
     target.mkdir(parents=True)
     safetensors.torch.save_model(model, str(target / WEIGHTS))
-    optimizer = torch.load(dense / "optimizer.pt", map_location="cpu", weights_only=True)
+    optimizer = cast(OptimizerState, read_state(dense / "optimizer.pt"))
     switched, reset = switch_optimizer(optimizer, model, before, after, lr_scale)
     torch.save(switched, target / "optimizer.pt")
-    scheduler = torch.load(dense / "scheduler.pt", map_location="cpu", weights_only=True)
+    scheduler = cast(Json, read_state(dense / "scheduler.pt"))
     torch.save(switch_schedule(scheduler, len(after), lr_scale), target / "scheduler.pt")
-    for file in (*dense.glob("rng_state*.pth"), *dense.glob("scaler.pt"), *dense.glob("training_args.bin")):
+    for file in (*dense.glob("rng_state*.pth"), *dense.glob("scaler.pt")):
         shutil.copyfile(file, target / file.name)
-    state = json.loads((dense / "trainer_state.json").read_text(encoding="utf-8"))
+    state = read_json(dense / STATE, "a Trainer's state", RecipeError)
     # the best dense model is no candidate for the best factorised one
     state |= {"best_metric": None, "best_model_checkpoint": None, "best_global_step": None}
-    (target / "trainer_state.json").write_text(json_text(state), encoding="utf-8")
+    (target / STATE).write_text(json_text(state), encoding="utf-8")
     return reset
 
 

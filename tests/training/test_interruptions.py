@@ -27,7 +27,7 @@ RIGGED = """
 import os, signal, sys
 from lrsurgery.training.loop import callbacks
 from lrsurgery.cli import app as cli
-from lrsurgery.training import run_folder as runs
+from lrsurgery.training import checkpoints as runs
 from lrsurgery.training import publish as saving
 from lrsurgery.training import switch as switching
 moment, at, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])

@@ -29,7 +29,10 @@ OWN_ARGUMENTS = {
     "batch_eval_metrics": "",
     "eval_do_concat_batches": "",
     "prediction_loss_only": "",
-    "push_to_hub": "; upload the output with `hf upload`",
+    "report_to": "; use --report-to",
+    "save_only_model": ", and a run has to be able to go on",
+    "enable_jit_checkpoint": "",  # its SIGTERM handler in place of ours
+    "restore_callback_states_from_checkpoint": "",
     "load_best_model_at_end": "; use --best",
     "eval_strategy": "; use --eval-steps",
     "save_strategy": "; use --save-steps",
@@ -84,9 +87,14 @@ def training_arguments(
     for name in recipe.set:
         if name not in Arguments.__dataclass_fields__:
             raise RecipeError(f"set {name}: transformers' TrainingArguments has no such field")
+        if name.startswith(("push_to_hub", "hub_")):
+            raise RecipeError(f"set {name}: is decided by lrsurgery; upload the output with `hf upload`")
         if name in OWN_ARGUMENTS:
             raise RecipeError(f"set {name}: is decided by lrsurgery{OWN_ARGUMENTS[name]}")
     given = {name: _typed(name, value) for name, value in recipe.set.items()}
+    limit = given.get("save_total_limit")
+    if isinstance(limit, int | float) and limit < 2:  # the older one goes before the newer one is marked
+        raise RecipeError(f"set save_total_limit={limit}: write at least 2, so that a whole checkpoint is always left")
     with fitting(recipe):
         arguments = Arguments(**{**own, **given})
         train_on_one_gpu_(arguments)

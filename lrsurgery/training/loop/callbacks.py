@@ -20,8 +20,9 @@ from transformers import TrainingArguments as Arguments
 from lrsurgery.data.batches import Examples
 from lrsurgery.progress import Listener, TrainingStep
 from lrsurgery.report.views.columns import QUALITY
+from lrsurgery.training.checkpoints import mark_complete
 from lrsurgery.training.loop.dynamics import layer_dynamics
-from lrsurgery.training.run_folder import RunFolder, mark_complete
+from lrsurgery.training.run_folder import RunFolder
 
 FIGURES = (*QUALITY, "scored")  # of an evaluation, whichever the task has
 
@@ -116,6 +117,8 @@ class RunCallback(EvaluationCallback):
             control.should_evaluate = args.eval_strategy != "no"
         if self._anyone_interrupted(args):
             self.stopped = control.should_save = control.should_training_stop = True
+        if control.should_save:  # a resumed run knows no losses from before its checkpoint
+            control.should_log = True
 
     def _anyone_interrupted(self, args: Arguments) -> bool:
         mine = self.interrupted()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -25,12 +26,14 @@ from lrsurgery.files.faults import disk_faults
 from lrsurgery.progress import Listener
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.decay import FrobeniusDecay
+from lrsurgery.training.checkpoints import WEIGHTS, State
 from lrsurgery.training.loop.arguments import fitting, training_arguments
 from lrsurgery.training.loop.callbacks import EvaluationCallback, figures_of
 from lrsurgery.training.loop.dynamics import steepest_gradient, whole
 from lrsurgery.training.recipe import Recipe
 
-WEIGHTS = "model.safetensors"
+LINEAR = ("exp_avg", "momentum_buffer")  # an optimizer's running means of the gradient, which is linear in it
+SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # running means of its square
 REMEDY = "try a lower --lr, more --warmup-steps or less decay"
 # names of parameters, with the optimizer's settings for them
 Groups: TypeAlias = list[tuple[list[str], dict[str, float]]]
@@ -93,10 +96,11 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
 
     # optimisation
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
         """As the Trainer's own. Raises RecipeError for a setting that needs a package which is not installed."""
+        self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint is not None else None
         try:
-            return super().train(*args, **kwargs)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except ImportError as e:
             raise RecipeError(f"a setting needs a package: {' '.join(str(e).split())[:300]}") from e
 
@@ -209,11 +213,55 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         else:
             safetensors.torch.load_model(model or self.model, os.path.join(resume_from_checkpoint, WEIGHTS))
 
+    def _load_callback_state(self) -> None:
+        # the Trainer's own begins its count of evaluations without gain anew, and keeps the best by its old path
+        assert self._resumed is not None
+        state = State.read(self._resumed)
+        best = state.best(self._resumed)
+        self.state.best_model_checkpoint = str(best) if best is not None else None
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback):
+                callback.early_stopping_patience_counter = state.evaluations_without_gain
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        with fitting_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            for group in self.optimizer.param_groups:
+                for parameter in group["params"]:
+                    _check_moments(self.optimizer.state.get(parameter, {}), parameter)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with fitting_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _load_best_model(self) -> None:
         if self.is_fsdp_enabled:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+@contextmanager
+def fitting_checkpoint(checkpoint: str | None) -> Iterator[None]:
+    """Turn what torch raises for the state of another run into RecipeError."""
+    try:
+        yield
+    except Exception as e:  # of a dozen types
+        if checkpoint is None:
+            raise
+        raise RecipeError(
+            f"{checkpoint}: its optimizer, schedule or random state is of another run"
+            f" ({' '.join(str(e).split())[:200] or type(e).__name__}); remove it to go on from the one before it, or"
+            " start over with --overwrite"
+        ) from e
+
+
+def _check_moments(state: Mapping[str, object], parameter: Tensor) -> None:
+    """Raises ValueError for running means of another shape than their parameter's."""
+    for name in (*LINEAR, *SQUARED):
+        moment = state.get(name)
+        if isinstance(moment, Tensor) and moment.shape != parameter.shape:
+            raise ValueError(f"{name} is {tuple(moment.shape)}, its parameter {tuple(parameter.shape)}")
 
 
 def release_(trainer: LowRankTrainer) -> None:

@@ -1,0 +1,315 @@
+"""Jobs that are killed at random moments of each stage: resumed once, they end with the bytes of one never killed.
+
+Ten kills in every run; LRSURGERY_KILLS=200 does that many, at least ten in each stage.
+The moments are calls of functions, drawn by a fixed seed from those of an undisturbed job, and some milliseconds after.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from support import tiny
+from support.warm import program
+
+KILLS = int(os.environ.get("LRSURGERY_KILLS", "10"))
+
+# A job whose places are counted, and which is killed by SIGKILL some time after the nth call of one of them. A study's
+# runs are forked, and what kills one of them kills the study.
+RIGGED = """
+import atexit, importlib, json, os, shutil, signal, sys, threading, time
+from pathlib import Path
+from lrsurgery.cli.app import main
+from lrsurgery.measure import study
+places, chosen, nth, delay, counts = json.loads(sys.argv[1])
+sys.argv = ["lrsurgery", *sys.argv[2:]]
+called = dict.fromkeys(places, 0)
+others = set()
+def kill():
+    for pid in others:
+        os.kill(pid, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+def strike():
+    if not delay:
+        kill()
+    threading.Timer(delay, kill).start()
+def rig(place):
+    module, _, path = place.partition(":")
+    owner = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    real = getattr(owner, name)
+    def rigged(*args, **options):
+        called[place] += 1
+        if place == chosen and called[place] == nth:
+            strike()
+        return real(*args, **options)
+    setattr(owner, name, rigged)
+for place in places:
+    rig(place)
+def forked(self, folder, arguments):
+    reads, writes = os.pipe()
+    parent, pid = os.getpid(), os.fork()
+    if not pid:
+        os.close(reads)
+        os.dup2(writes, 1)
+        others.clear()
+        others.add(parent)
+        sys.argv = ["lrsurgery", "finetune", *arguments]
+        code = 1
+        try:
+            main()
+        except SystemExit as e:
+            code = e.code or 0
+        sys.stdout.flush()
+        write(f"{counts}.{os.getpid()}")
+        os._exit(code)
+    others.add(pid)
+    os.close(writes)
+    (folder / study.PROCESS).write_text(f"{study.socket.gethostname()} {pid}")
+    with open(reads) as told:
+        text = told.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    others.discard(pid)
+    (folder / study.PROCESS).unlink(missing_ok=True)
+    return code, text, ""
+study._Worker._finetune = forked
+def write(file):
+    Path(file).write_text(json.dumps(called))
+if counts:
+    atexit.register(write, counts)
+main()
+"""
+
+ADD = "lrsurgery.calibration.statistics:StatisticsWriter.add"
+MOMENTS = "lrsurgery.calibration.collect:call"
+STEP = "lrsurgery.training.loop.trainer:LowRankTrainer.training_step"
+SHARD = "lrsurgery.checkpoints.tensors:ShardWriter"
+SWITCH = "lrsurgery.training.switch"
+FOLDER = "lrsurgery.training.run_folder"
+MARKS = "lrsurgery.training.checkpoints"
+WRITING = "lrsurgery.files.writing"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage of a command: places, each with the part of its calls that are in the stage."""
+
+    command: str
+    places: tuple[tuple[str, float, float], ...]
+
+
+STAGES = {
+    "factorise: calibration": Stage("factorise", ((MOMENTS, 0, 0.5), (ADD, 0, 0.5))),
+    "factorise: sequential calibration": Stage("factorise", ((MOMENTS, 0.6, 1), (ADD, 0.5, 1))),
+    "factorise: decomposition": Stage(
+        "factorise", (("lrsurgery.factorise.jobs:decompose", 0, 1), ("lrsurgery.factorise.jobs:save_piece", 0, 1))
+    ),
+    "factorise: writing": Stage(
+        "factorise",
+        (
+            (f"{SHARD}.add", 0, 1),
+            (f"{SHARD}.finish", 0, 1),
+            ("lrsurgery.factorise.checkpoint:write_text", 0, 1),
+            ("lrsurgery.factorise.jobs:WorkFolder.set_published", 0, 1),
+            ("lrsurgery.factorise.jobs:WorkFolder.remove", 0, 1),
+            (f"{WRITING}:_publish", 0, 1),
+            (f"{WRITING}:_sync_folder", 0, 1),
+        ),
+    ),
+    "finetune: before the first checkpoint": Stage(
+        "finetune",
+        (
+            (f"{FOLDER}:RunFolder.begin", 0, 1),
+            (f"{FOLDER}:RunFolder.append_metrics", 0, 0.1),
+            (STEP, 0, 0.15),
+        ),
+    ),
+    "finetune: dense stage": Stage("finetune", ((STEP, 0.2, 0.4),)),
+    "finetune: switch": Stage(
+        "finetune",
+        (
+            (f"{SWITCH}:factorise_subject_", 0, 1),
+            (f"{SWITCH}:write_switched", 0, 1),
+            (f"{SWITCH}:switch_optimizer", 0, 1),
+            (f"{SWITCH}:_project", 0, 1),
+            (f"{SWITCH}:switch_schedule", 0, 1),
+            (f"{SWITCH}:mark_complete", 0, 1),
+            (f"{FOLDER}:RunFolder.write_layers", 0, 1),
+            (STEP, 0.45, 0.5),
+        ),
+    ),
+    "finetune: factorised stage": Stage("finetune", ((STEP, 0.5, 1),)),
+    "finetune: writing of a checkpoint": Stage(
+        "finetune",
+        (
+            ("lrsurgery.training.loop.trainer:LowRankTrainer._save", 0, 1),
+            ("lrsurgery.training.loop.callbacks:mark_complete", 0, 1),
+            (f"{MARKS}:_digest", 0, 1),
+            (f"{MARKS}:replace_file", 0, 1),
+            ("os:fsync", 0, 1),
+        ),
+    ),
+    "finetune: evaluation": Stage(
+        "finetune", (("lrsurgery.training.loop.trainer:LowRankTrainer.prediction_step", 0, 1),)
+    ),
+    "finetune: publishing": Stage(
+        "finetune",
+        (
+            ("lrsurgery.training.publish:save_subject", 0, 1),
+            ("lrsurgery.training.publish:write_text", 0, 1),
+            ("lrsurgery.training.publish:write_recipe", 0, 1),
+            (f"{FOLDER}:RunFolder.set_published", 0, 1),
+            (f"{FOLDER}:RunFolder.close", 0, 1),
+            (f"{WRITING}:_publish", 0, 1),
+            (f"{WRITING}:_sync_folder", 0, 1),
+        ),
+    ),
+    "study": Stage(
+        "study",
+        (
+            (STEP, 0, 1),
+            ("lrsurgery.measure.study:replace_file", 0, 1),
+            ("lrsurgery.measure.study:_Worker.do", 0, 1),
+            ("lrsurgery.measure.study:_result_of", 0, 1),
+            ("lrsurgery.measure.findings:replace_file", 0, 1),
+            (f"{FOLDER}:RunFolder.close", 0, 1),
+            (f"{WRITING}:_publish", 0, 1),
+        ),
+    ),
+}
+
+
+class Bench:
+    """Jobs on one tiny model, with the undisturbed outcome of each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.train, self.valid = tiny.write_text(folder)
+        tiny.save_gpt2(folder / "model", blocks=1)
+        (folder / "study.yaml").write_text(
+            json.dumps(
+                {
+                    "name": "s",
+                    "settings": {
+                        "model": str(folder / "model"),
+                        "data": str(self.train),
+                        "eval_data": str(self.valid),
+                        "rank": ["0.5"],
+                        "steps": 4,
+                        "save_steps": 2,
+                        "eval_steps": 2,
+                        "batch_size": 2,
+                    },
+                    "grid": {"decay": ["none", "l2"]},
+                }
+            )
+        )
+        self.counts: dict[str, Counter[str]] = {}
+        self.whole: dict[str, dict[str, str]] = {}
+
+    def words(self, command: str, output: Path) -> list[object]:
+        if command == "factorise":
+            calibration = ["--calibration", self.train, "--samples", 8, "--sequential", "--importance", "activations"]
+            return ["factorise", self.folder / "model", "--rank", 0.4, *calibration, "--output", output, "--jobs", 1]
+        if command == "finetune":
+            data = ["--data", self.train, "--eval-data", self.valid]
+            rest = "--rank 0.5 --dense-steps 5 --steps 12 --save-steps 3 --eval-steps 3 --log-steps 2 --batch-size 2"
+            return ["finetune", self.folder / "model", *data, *rest.split(), "--output", output]
+        return ["study", self.folder / "study.yaml", "--output", output]
+
+    def prepare(self, command: str) -> None:
+        """Do a job undisturbed, counting the calls of its places."""
+        if command in self.counts:
+            return
+        places = places_of(command)
+        counts, output = self.folder / f"{command}.counts", self.folder / f"{command}-whole"
+        asked = json.dumps([places, None, 0, 0, str(counts)])
+        done = program(sys.executable, "-c", RIGGED, asked, *self.words(command, output))
+        assert done.returncode == 0, done.stderr
+        found: Counter[str] = Counter()
+        for number, file in enumerate(sorted(self.folder.glob(f"{command}.counts*"))):
+            if command != "study" or number < 2:  # the study's own, and one of its runs
+                found |= Counter(json.loads(file.read_text()))
+        self.counts[command], self.whole[command] = found, outcome(command, output)
+
+    def kill(self, stage: str, chance: random.Random) -> None:
+        """Kill a job in a stage, resume it once, and compare."""
+        command = STAGES[stage].command
+        self.prepare(command)
+        place, low, high = chance.choice([p for p in STAGES[stage].places if self.counts[command][p[0]]])
+        calls = self.counts[command][place]
+        nth = chance.randint(min(calls, int(low * calls) + 1), max(1, int(high * calls)))
+        delay = chance.choice([0, 0, 0.002, 0.01, 0.03])
+        told = f"{stage}: {place}, call {nth} of {calls}, {delay} s later"
+        output = self.folder / "killed" / "output"
+        shutil.rmtree(output.parent, ignore_errors=True)
+        asked = json.dumps([places_of(command), place, nth, delay, ""])
+        words = self.words(command, output)
+        killed = program(sys.executable, "-c", RIGGED, asked, *words)
+        assert killed.returncode == -signal.SIGKILL or (delay and not killed.returncode), f"{told}: {killed.stderr}"
+        unrigged = json.dumps([[], None, 0, 0, ""])
+        if killed.returncode:
+            if not left_to_resume(command, output) and command != "study":
+                assert not output.exists() or outcome(command, output) == self.whole[command], told
+                shutil.rmtree(output, ignore_errors=True)
+            resumed = program(sys.executable, "-c", RIGGED, unrigged, *words, "--resume")
+            assert resumed.returncode == 0, f"{told}: {resumed.stderr}"
+        assert outcome(command, output) == self.whole[command], told
+        left = {p.name for p in output.parent.iterdir()} - {"output"}
+        assert not {name for name in left if not name.endswith((".partial", ".replaced", ".lock"))}, f"{told}: {left}"
+
+
+def left_to_resume(command: str, output: Path) -> bool:
+    """Whether a killed job left its folder, by which it is resumed; one that had removed it was finished."""
+    return (output.parent / (".output.factorising" if command == "factorise" else "output.run")).exists()
+
+
+def places_of(command: str) -> list[str]:
+    return sorted({place for stage in STAGES.values() if stage.command == command for place, _, _ in stage.places})
+
+
+def outcome(command: str, output: Path) -> dict[str, str]:
+    """What a job wrote, by digests, without times and versions."""
+    if command == "study":
+        found = {}
+        for folder in sorted((output / "runs").iterdir()):
+            found |= {f"{folder.name}/{name}": text for name, text in outcome("run", folder).items()}
+            result = json.loads((folder / "result.json").read_text())
+            found[f"{folder.name}/result"] = json.dumps({**result, "seconds": None}, sort_keys=True)
+        return {**found, "table": (output / "table.md").read_text()}
+    report = json.loads((output / "rank_report.json").read_text())
+    found = {"layers": json.dumps([report["layers"], report["totals"]])}
+    for name in ("model.safetensors", "metrics.jsonl", "config.json"):
+        if (output / name).is_file():
+            found[name] = hashlib.sha256((output / name).read_bytes()).hexdigest()
+    return found
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("kills"))
+
+
+def chosen() -> list[tuple[str, int]]:
+    """Stages in turn, so that each has its share: of ten kills, the ten stages without a study's or evaluation's."""
+    names = list(STAGES)
+    if len(names) > KILLS:
+        names = [name for name in names if name not in ("study", "finetune: evaluation")][:KILLS]
+    return [(names[i % len(names)], i) for i in range(KILLS)]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("stage", "number"), chosen(), ids=[f"{stage} {number}" for stage, number in chosen()])
+def test_a_killed_job_resumes_to_the_same_bytes(stage: str, number: int, bench: Bench) -> None:
+    bench.kill(stage, random.Random(number))
