@@ -20,6 +20,7 @@ from lrsurgery.checkpoints.tensors import RenamedSource, TensorSource, open_tens
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.linalg.factors import Factors
+from lrsurgery.modules import Unfilled
 from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.layers import FactorisedLayer
 
@@ -59,13 +60,14 @@ def _from_pretrained(
     Raises SourceError with its reason if it cannot load.
     """
     try:
-        model, info = cls.from_pretrained(
-            folder,
-            output_loading_info=True,
-            # reported with the tensor's name, which transformers' error lacks; another head is newly initialised
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        with Unfilled():
+            model, info = cls.from_pretrained(
+                folder,
+                output_loading_info=True,
+                # reported with the tensor's name, which transformers' error lacks; another head is newly initialised
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except SurgeryError:
         raise
     except (RuntimeError, ValueError, OSError) as e:

@@ -6,6 +6,7 @@ checkpoints whose modules differ from those of the config's class. Importing thi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -135,14 +136,13 @@ def config_names(model: PreTrainedModel, layers: dict[str, Json]) -> dict[str, J
 
 
 def ignore_tripwires(model: PreTrainedModel, names: set[str]) -> None:
-    """Make the loader ignore the zero-length tensors under these keys, with or without the base model's prefix."""
+    """Make the loader ignore the zero-length tensors under these keys, with or without the base model's prefix.
+
+    Layers that differ in their numbers alone share a pattern, since transformers compiles all of them for each load.
+    """
     prefix = model.base_model_prefix + "."
-    patterns = {f"^{_escape(spelling)}$" for n in names for spelling in (n, n.removeprefix(prefix), prefix + n)}
-    ignore_unexpected(model, patterns)
-
-
-def _escape(name: str) -> str:
-    return name.replace(".", r"\.")
+    alike = {re.sub(r"\d+", r"\\d+", re.escape(n.removeprefix(prefix))) for n in names}
+    ignore_unexpected(model, {f"^({re.escape(prefix)})?{pattern}$" for pattern in alike})
 
 
 def attach_(model: nn.Module) -> None:

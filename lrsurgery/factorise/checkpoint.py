@@ -31,7 +31,7 @@ from lrsurgery.data.tasks import TASKS, is_for
 from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.check import check_loss, warnings
-from lrsurgery.factorise.jobs import WorkFolder, find_pending, first_error, keep_on_interrupt, wait_some
+from lrsurgery.factorise.jobs import WorkFolder, find_pending, keep_on_interrupt
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
 from lrsurgery.factorise.rewrite import Rewriter
 from lrsurgery.files.digests import fingerprint
@@ -275,14 +275,8 @@ def _rewriter(
 def _do_jobs(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None:
     """Do this process's share of the jobs, for processes other than rank 0."""
     try:
-        with rewriter.start_jobs(work, processes) as futures:
-            while True:
-                error = first_error(list(futures.values()))
-                if error is not None:
-                    raise error
-                if all(future.done() for future in futures.values()):
-                    return
-                wait_some(list(futures.values()), 0.5)
+        with rewriter.start_jobs(work, processes) as running:
+            running.wait_for_all()
     except SurgeryError as e:
         work.fail(str(e))
         raise

@@ -105,10 +105,12 @@ def to_dense(
             dtypes[name] = dtype
         elif part == "u.bias":
             readers[f"{stem}.bias"] = (dtype, _reader(tensors, key))
+    names_of: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        names_of.setdefault(id(module), []).append(name)
     for layer, module in factorised_layers(model).items():
-        names = [name for name, other in modules.items() if other is module]
         for part in ("v.weight", "u.weight", *(["u.bias"] if module.bias is not None else [])):
-            if not any(f"{name}.{part}" in places for name in names):
+            if not any(f"{name}.{part}" in places for name in names_of[id(module)]):
                 raise SourceError(f"{reference}: {layer}.{part} is missing from the checkpoint")
     total, done = len(dtypes), 0
     with staged(output, overwrite=options.overwrite) as stage:
