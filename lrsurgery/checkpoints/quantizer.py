@@ -7,7 +7,8 @@ checkpoints whose modules differ from those of the config's class. Importing thi
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrsurgery.checkpoints.mapping import with_tripwire
 from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, check_layers
+from lrsurgery.checkpoints.tensors import check_weights
 from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.files.json import Json
@@ -53,7 +55,12 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
     quantization_config: LowRankConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: object
+    ) -> PreTrainedModel:
+        if checkpoint_files:  # none, if weights are given in memory
+            files = [Path(file) for file in checkpoint_files]
+            check_weights(files[0].parent, [*files, Path("config.json")])
         layers = match_names(model, self.quantization_config.layers)
         tripwires = {f"{name}.weight" for name in self.quantization_config.layers}
         swap_(model, {name: (spec["kind"], spec["rank"]) for name, spec in layers.items()})

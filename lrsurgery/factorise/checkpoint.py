@@ -34,7 +34,7 @@ from lrsurgery.factorise.check import check_loss, warnings
 from lrsurgery.factorise.jobs import WorkFolder, find_pending, keep_on_interrupt
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
 from lrsurgery.factorise.rewrite import Rewriter
-from lrsurgery.files.digests import fingerprint
+from lrsurgery.files.digests import file_digests, fingerprint
 from lrsurgery.files.json import Json, json_text
 from lrsurgery.files.writing import staged, write_text
 from lrsurgery.progress import SILENT, Listener
@@ -198,7 +198,8 @@ def run_factorise(
             config = output_config(source, checkpoint.model, layers, options.output.dtype)
             write_text(stage / "config.json", json_text(config))
             rewriter.check(stage, work, options.source, listener)
-            report = replace(report, loss_check=check_loss(source, stage, options, listener))
+            loss_check = check_loss(source, stage, options, listener)
+            report = replace(report, loss_check=loss_check, files=file_digests(stage))
             write_text(stage / FILE_NAME, report.to_json())
             write_text(stage / "README.md", model_card(report, source, output.name, config))
     if options.compute.cache:

@@ -13,7 +13,7 @@ from lrsurgery.checkpoints.load import check_folder
 from lrsurgery.checkpoints.mapping import key_map
 from lrsurgery.checkpoints.output import OutputOptions, check_output, copy_companions, output_config
 from lrsurgery.checkpoints.source import SourceOptions
-from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, in_write_order, open_tensors
+from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, check_weights, in_write_order, open_tensors
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.json import json_text
 from lrsurgery.files.writing import staged, write_text
@@ -68,6 +68,7 @@ def to_dense(
     if not source.is_factorised:
         raise SourceError(f"{reference}: not a factorised checkpoint, so there is nothing to export")
     check_output(output, source, options.overwrite)
+    check_weights(source.folder, source.files)
     model = build_model(source, device="meta", trust_remote_code=source_options.trust_remote_code)
     dense_keys = key_map(source, model)
     swap_(model, source.layers)

@@ -29,7 +29,7 @@ from lrsurgery.factorise.jobs import (
     schedule,
     start_jobs,
 )
-from lrsurgery.files.digests import tensor_digest
+from lrsurgery.files.digests import as_bytes, digest_of_all, tensor_digest, tensor_header
 from lrsurgery.files.pieces import Piece, load_piece
 from lrsurgery.progress import Listener
 from lrsurgery.report.schema import Row
@@ -111,11 +111,7 @@ class Rewriter:
     @property
     def digest(self) -> str:
         """Digest of all source tensors and their names."""
-        hasher = hashlib.sha256()
-        for key in self._order:
-            if key in self._digests:
-                hasher.update(f"{key} {self._digests[key]}\n".encode())
-        return hasher.hexdigest()[:32]
+        return digest_of_all(self._digests)
 
     @property
     def expected_bytes(self) -> int:
@@ -235,14 +231,14 @@ class Rewriter:
             return
         dtype = self._output.stored(entry.dtype)
         is_weight = entry.target is not None and entry.target not in self._buffers
-        hasher = hashlib.sha256()
+        hasher = hashlib.sha256(tensor_header(entry.dtype, entry.shape))
 
         def slices() -> Iterator[Tensor]:
             for part in entry.slices():
                 self.bytes_before += part.numel() * part.element_size()
                 if is_weight:
                     check_finite(part, entry.key, self._checkpoint.source.reference)
-                hasher.update(tensor_digest(part.dtype, tuple(part.shape), [part]).encode())
+                hasher.update(as_bytes(part))
                 stored = part.to(dtype)
                 if stored.dtype != part.dtype:
                     check_overflow(stored, entry.key)
