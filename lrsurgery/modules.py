@@ -1,4 +1,5 @@
-"""Where a model holds its modules (registered children, and lists, dicts or attributes), and which give its output.
+"""Where a model holds its modules (registered children, and lists, dicts or attributes), which give its output, and
+modules without values.
 
 `nn.Module` registers a child in `_modules`. Some models call a child through a plain list that they keep beside it
 (MaskFormer's prediction heads), so a layer that is replaced among the registered children alone goes on being called.
@@ -16,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
 
 from lrsurgery.errors import PlanError
 
@@ -210,3 +212,27 @@ def _is_used(model: nn.Module, node: fx.Node) -> bool:
         waiting += [each for each in user.users if each not in seen]
         seen |= set(user.users)
     return False
+
+
+# modules without values
+
+FILLS = {
+    *("fill_", "zero_", "uniform_", "normal_", "exponential_"),
+    *(f"{name}_" for name in ("constant", "ones", "zeros", "xavier_uniform", "xavier_normal", "kaiming_uniform")),
+    *("kaiming_normal_", "trunc_normal_", "orthogonal_"),
+}
+
+
+class Unfilled(TorchFunctionMode):
+    """Mode in which nothing fills a tensor on the meta device, which has no values to fill.
+
+    The fills of their constructors are most of the time that modules take on the meta device.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in FILLS:
+            tensor = args[0] if args else kwargs.get("tensor")  # torch.nn.init passes all by name
+            if isinstance(tensor, Tensor) and tensor.is_meta:
+                return tensor
+        return func(*args, **kwargs)

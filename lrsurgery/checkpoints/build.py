@@ -12,6 +12,7 @@ from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.tensors import DictSource, RenamedSource, TensorSource, open_tensors
 from lrsurgery.checkpoints.upstream.own import lacks_for_loading
 from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.modules import Unfilled
 
 
 def check_not_converted(source: Source) -> None:
@@ -54,7 +55,7 @@ def _build_timm(source: Source, device: str) -> nn.Module:
     if device != "meta":
         return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
     except RuntimeError:
         # some constructors read the values of tensors, which fails on the meta device (NotImplementedError too)
@@ -87,7 +88,7 @@ def _build_transformers(source: Source, device: str, trust_remote_code: bool) ->
         ) from e
     if cls is None:
         raise SourceError(f"{source.reference}: its auto_map names no model class")
-    with torch.device(device):
+    with torch.device(device), Unfilled():
         model: nn.Module = cls(config)
     if (lacks := lacks_for_loading(model)) is not None:
         raise SourceError(f"{source.reference}: {cls.__name__} {lacks}")

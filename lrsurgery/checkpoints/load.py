@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from lrsurgery.checkpoints.build import build_model, timm_tensors
 from lrsurgery.checkpoints.mapping import check_plain, is_wide, key_map, unwrap_keys
 from lrsurgery.checkpoints.source import Source, resolve
-from lrsurgery.checkpoints.tensors import RenamedSource, TensorSource, open_tensors
+from lrsurgery.checkpoints.tensors import RenamedSource, TensorSource, check_weights, open_tensors
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.linalg.factors import Factors
+from lrsurgery.modules import Unfilled
 from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.layers import FactorisedLayer
 
@@ -34,6 +35,7 @@ def load_model(
     Raises SourceError that names a tensor which is missing, unexpected or of the wrong shape.
     """
     source = resolve(str(path))
+    check_weights(source.folder, source.files)
     if source.library == "timm":
         return load_timm(source, dtype)
     import lrsurgery.checkpoints.quantizer  # noqa: F401  (registers the format)
@@ -59,13 +61,14 @@ def _from_pretrained(
     Raises SourceError with its reason if it cannot load.
     """
     try:
-        model, info = cls.from_pretrained(
-            folder,
-            output_loading_info=True,
-            # reported with the tensor's name, which transformers' error lacks; another head is newly initialised
-            ignore_mismatched_sizes=True,
-            **options,
-        )
+        with Unfilled():
+            model, info = cls.from_pretrained(
+                folder,
+                output_loading_info=True,
+                # reported with the tensor's name, which transformers' error lacks; another head is newly initialised
+                ignore_mismatched_sizes=True,
+                **options,
+            )
     except SurgeryError:
         raise
     except (RuntimeError, ValueError, OSError) as e:
@@ -131,9 +134,9 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
 
     Raises SourceError for a missing factor, a factor of the wrong shape or an invalid config.
     """
-    layers = source.layers
+    check_weights(source.folder, source.files)
     model = build_model(source, device="meta", trust_remote_code=trust_remote_code)
-    swap_(model, layers)
+    swap_(model, source.layers)
     tensors = open_tensors(list(source.files))
     keys, modules = key_map(source, model), factorised_layers(model)
     places = {keys.target(key)[0]: key for key in tensors.keys()}  # noqa: SIM118
@@ -170,6 +173,7 @@ def load_with_head(
 
     import lrsurgery.checkpoints.quantizer  # noqa: F401  (registers the format)
 
+    check_weights(source.folder, source.files)
     _check_files(source, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
     if id2label is not None:
@@ -204,6 +208,7 @@ def _match_timm(source: Source, model: nn.Module) -> tuple[TensorSource, dict[st
 
     Raises SourceError that names a tensor which is missing, unexpected, quantised or of the wrong shape.
     """
+    check_weights(source.folder, source.files)
     tensors = open_tensors(list(source.files))
     if source.is_factorised:
         swap_(model, source.layers)

@@ -13,7 +13,14 @@ from torch import Tensor, nn
 
 from lrsurgery.checkpoints.build import build_model, read_num_classes, timm_tensors, unwrap, wrapper_note
 from lrsurgery.checkpoints.source import Source, SourceOptions, check_index
-from lrsurgery.checkpoints.tensors import DictSource, SafetensorsSource, TensorSource, in_slices, open_tensors
+from lrsurgery.checkpoints.tensors import (
+    DictSource,
+    SafetensorsSource,
+    TensorSource,
+    check_weights,
+    in_slices,
+    open_tensors,
+)
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.plan import Replacement
@@ -63,6 +70,7 @@ def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
         tied = tied_weights(fresh)
         state = {key: tensor for key, tensor in fresh.state_dict().items() if key not in tied}
         return Checkpoint(source, fresh.to("meta"), DictSource(state), tied)
+    check_weights(source.folder, source.files)
     model = build_model(source, device="meta", trust_remote_code=trust_remote_code)
     tensors = open_tensors(list(source.files))
     if source.folder is not None and isinstance(tensors, SafetensorsSource):

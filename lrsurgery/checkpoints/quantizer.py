@@ -6,7 +6,9 @@ checkpoints whose modules differ from those of the config's class. Importing thi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrsurgery.checkpoints.mapping import with_tripwire
 from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, check_layers
+from lrsurgery.checkpoints.tensors import check_weights
 from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.files.json import Json
@@ -52,7 +55,12 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = False
     quantization_config: LowRankConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: object
+    ) -> PreTrainedModel:
+        if checkpoint_files:  # none, if weights are given in memory
+            files = [Path(file) for file in checkpoint_files]
+            check_weights(files[0].parent, [*files, Path("config.json")])
         layers = match_names(model, self.quantization_config.layers)
         tripwires = {f"{name}.weight" for name in self.quantization_config.layers}
         swap_(model, {name: (spec["kind"], spec["rank"]) for name, spec in layers.items()})
@@ -135,14 +143,13 @@ def config_names(model: PreTrainedModel, layers: dict[str, Json]) -> dict[str, J
 
 
 def ignore_tripwires(model: PreTrainedModel, names: set[str]) -> None:
-    """Make the loader ignore the zero-length tensors under these keys, with or without the base model's prefix."""
+    """Make the loader ignore the zero-length tensors under these keys, with or without the base model's prefix.
+
+    Layers that differ in their numbers alone share a pattern, since transformers compiles all of them for each load.
+    """
     prefix = model.base_model_prefix + "."
-    patterns = {f"^{_escape(spelling)}$" for n in names for spelling in (n, n.removeprefix(prefix), prefix + n)}
-    ignore_unexpected(model, patterns)
-
-
-def _escape(name: str) -> str:
-    return name.replace(".", r"\.")
+    alike = {re.sub(r"\d+", r"\\d+", re.escape(n.removeprefix(prefix))) for n in names}
+    ignore_unexpected(model, {f"^({re.escape(prefix)})?{pattern}$" for pattern in alike})
 
 
 def attach_(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing_extensions import TypedDict
 
 from lrsurgery.errors import SourceError
+from lrsurgery.files.digests import check_files
 from lrsurgery.files.json import Json, read_json
 
 METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
@@ -111,8 +112,7 @@ class Source:
     @property
     def name(self) -> str:
         """A short name for output folders."""
-        text = self.hub_id or self.reference.removeprefix("timm:")
-        path = Path(text)
+        path = Path(self.hub_id or self.reference.removeprefix("timm:"))
         return path.name.removesuffix(weight_ending(path.name)) or path.resolve().name
 
 
@@ -174,10 +174,10 @@ def resolve(
 def _folder(
     folder: Path, reference: str, weights: bool, *, hub_id: str | None = None, revision: str | None = None
 ) -> Source:
+    check_files(folder, ["config.json"])
     config = read_config(folder)
     library = "timm" if isinstance(config.get("architecture"), str) else "transformers"
-    files = tuple(weight_files(folder)) if weights else ()
-    return Source(reference, library, config, folder, files, hub_id, revision)
+    return Source(reference, library, config, folder, tuple(weight_files(folder) if weights else ()), hub_id, revision)
 
 
 def read_config(folder: Path) -> Json:

@@ -15,7 +15,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from lrsurgery.errors import SourceError
-from lrsurgery.files.digests import as_bytes
+from lrsurgery.files.digests import as_bytes, check_files
 from lrsurgery.files.json import json_text
 from lrsurgery.files.writing import write_text
 
@@ -209,6 +209,13 @@ class RenamedSource:
 
     def slices(self, key: str) -> Iterator[Tensor]:
         return self._tensors.slices(self._names[key])
+
+
+def check_weights(folder: Path | None, files: Iterable[Path]) -> None:
+    """Raise SourceError that names a weight file which is not as the report of its folder says."""
+    if folder is not None:
+        names = [file.name for file in files]
+        check_files(folder, [*names, *(file.name for file in folder.glob("*.index.json"))] if names else [])
 
 
 def open_tensors(files: list[Path]) -> TensorSource:

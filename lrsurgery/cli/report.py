@@ -64,6 +64,12 @@ def report(
             text="For a factorised model: measure errors, energy and directions against this dense one.",
         ),
     ] = None,
+    verify: Annotated[
+        bool,
+        option(
+            "--verify", panel=SHOWN, text="Compare every file with the digests that were written with it, and no more."
+        ),
+    ] = False,
     rank: Annotated[
         list[str] | None,
         option(
@@ -127,9 +133,14 @@ def report(
       lrsurgery report gpt2-rank-0.5 --json | jq .totals
 
       lrsurgery report gpt2-rank-0.5 --sort error --output layers.csv
+
+      lrsurgery report gpt2-rank-0.5 --verify
     """
     from lrsurgery.errors import SurgeryError
 
+    if verify:
+        _verify(models, make_screen(quiet, as_json))
+        return
     view = _view(format_, output, as_json)
     screen = make_screen(quiet, view == "json" and output is None)
     if output is None and view == "html" and screen.out.is_terminal:
@@ -169,6 +180,28 @@ def report(
 
         files = draw(found, plots, overwrite=overwrite)
         screen.say(f"Drawn: {', '.join(file.name for file in files)} in {plots}")
+
+
+def _verify(models: list[str], screen: Screen) -> None:
+    """Compare folders with the digests in their reports. Raises SurgeryError that counts the files which differ."""
+    from dataclasses import asdict
+
+    from lrsurgery.errors import SurgeryError
+    from lrsurgery.files.digests import verify_folder
+
+    found = {name: verify_folder(Path(name).expanduser()) for name in models}
+    screen.emit({"folders": {name: asdict(each) for name, each in found.items()}})
+    for name, each in found.items():
+        for file, what in each.remarks:
+            screen.show(f"{Path(name) / file}: {what}")
+        if each.whole:
+            screen.show(f"{name}: {each.files} files, {each.bytes / 1e9:.2f} GB, as written")
+    bad = {name: each for name, each in found.items() if not each.whole}
+    if bad:
+        count, of = (
+            sum(n) for n in zip(*((len(e.missing) + len(e.damaged), e.files) for e in bad.values()), strict=True)
+        )
+        raise SurgeryError(f"{', '.join(bad)}: {count} of {of} files are not as written; download or copy them again")
 
 
 def _view(asked: str | None, output: Path | None, as_json: bool) -> str:

@@ -31,10 +31,10 @@ from lrsurgery.data.tasks import TASKS, is_for
 from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.check import check_loss, warnings
-from lrsurgery.factorise.jobs import WorkFolder, find_pending, first_error, keep_work, wait_some
+from lrsurgery.factorise.jobs import WorkFolder, find_pending, keep_work
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
 from lrsurgery.factorise.rewrite import Rewriter
-from lrsurgery.files.digests import fingerprint
+from lrsurgery.files.digests import file_digests, fingerprint
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, json_text
 from lrsurgery.files.locks import locked
@@ -219,7 +219,8 @@ def _factorise(
             config = output_config(source, checkpoint.model, layers, options.output.dtype)
             write_text(stage / "config.json", json_text(config))
             rewriter.check(stage, work, options.source, listener)
-            report = replace(report, loss_check=check_loss(source, stage, options, listener))
+            loss_check = check_loss(source, stage, options, listener)
+            report = replace(report, loss_check=loss_check, files=file_digests(stage))
             write_text(stage / FILE_NAME, report.to_json())
             write_text(stage / "README.md", model_card(report, source, output.name, config))
             work.set_published(stage)
@@ -298,14 +299,8 @@ def _rewriter(
 def _do_jobs(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None:
     """Do this process's share of the jobs, for processes other than rank 0."""
     try:
-        with disk_faults(work.path), rewriter.start_jobs(work, processes) as futures:
-            while True:
-                error = first_error(list(futures.values()))
-                if error is not None:
-                    raise error
-                if all(future.done() for future in futures.values()):
-                    return
-                wait_some(list(futures.values()), 0.5)
+        with disk_faults(work.path), rewriter.start_jobs(work, processes) as running:
+            running.wait_for_all()
     except SurgeryError as e:
         work.fail(str(e))
         raise

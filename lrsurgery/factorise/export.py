@@ -13,7 +13,7 @@ from lrsurgery.checkpoints.load import check_folder
 from lrsurgery.checkpoints.mapping import key_map
 from lrsurgery.checkpoints.output import OutputOptions, check_output, copy_companions, output_config
 from lrsurgery.checkpoints.source import SourceOptions
-from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, in_write_order, open_tensors
+from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, check_weights, in_write_order, open_tensors
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import json_text
@@ -72,6 +72,7 @@ def to_dense(
     if not source.is_factorised:
         raise SourceError(f"{reference}: not a factorised checkpoint, so there is nothing to export")
     check_output(output, source, options.overwrite)
+    check_weights(source.folder, source.files)
     model = build_model(source, device="meta", trust_remote_code=source_options.trust_remote_code)
     dense_keys = key_map(source, model)
     swap_(model, source.layers)
@@ -109,10 +110,12 @@ def to_dense(
             dtypes[name] = dtype
         elif part == "u.bias":
             readers[f"{stem}.bias"] = (dtype, _reader(tensors, key))
+    names_of: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        names_of.setdefault(id(module), []).append(name)
     for layer, module in factorised_layers(model).items():
-        names = [name for name, other in modules.items() if other is module]
         for part in ("v.weight", "u.weight", *(["u.bias"] if module.bias is not None else [])):
-            if not any(f"{name}.{part}" in places for name in names):
+            if not any(f"{name}.{part}" in places for name in names_of[id(module)]):
                 raise SourceError(f"{reference}: {layer}.{part} is missing from the checkpoint")
     total, done = len(dtypes), 0
     with staged(output, overwrite=options.overwrite) as stage:

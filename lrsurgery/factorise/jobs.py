@@ -11,8 +11,9 @@ import heapq
 import json
 import math
 import socket
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -328,8 +329,8 @@ def start_jobs(
     at_once: int | None,
     *,
     weighted: bool = False,
-) -> Iterator[dict[int, Future[None]]]:
-    """Start the jobs in a thread pool; yield job number -> future of its piece. On exit, running jobs finish."""
+) -> Iterator[Running]:
+    """Start the jobs in a thread pool. On exit, running jobs finish."""
     threads = torch.get_num_threads()
     needs = [decomposition_bytes(job.row, job.entry.dtype.itemsize, weighted=weighted) for job in jobs]
 
@@ -337,7 +338,7 @@ def start_jobs(
         save_piece(file_of(job.number), do(job))
 
     with layer_pool(at_once or layers_at_once(needs, threads), threads) as pool:
-        yield {job.number: pool.submit(run, job) for job in jobs}
+        yield Running({job.number: pool.submit(run, job) for job in jobs})
 
 
 def find_pending(jobs: Sequence[Job], work: WorkFolder) -> list[Job]:
@@ -357,18 +358,36 @@ def _has_piece(job: Job, file: Path, owner: str) -> bool:
     return bool(piece.facts["digest"] == tensor_digest(tensor.dtype, tensor.shape, [tensor]))
 
 
-def first_error(futures: Sequence[Future[None]]) -> SurgeryError | None:
-    """The SurgeryError of the first failed job, if any; other exceptions are raised."""
-    for future in futures:
-        if future.done() and not future.cancelled():
-            error = future.exception()
-            if isinstance(error, SurgeryError):
-                return error
-            if error is not None:
-                raise error
-    return None
+class Running:
+    """The jobs that this process has started, by number, in the order in which they were started.
 
+    `wait_for` is called for one job after the other, and looks at each future about once in all.
+    """
 
-def wait_some(futures: Sequence[Future[None]], seconds: float) -> None:
-    """Wait until another of these futures is done, at most for some seconds."""
-    wait([f for f in futures if not f.done()], timeout=seconds, return_when=FIRST_COMPLETED)
+    def __init__(self, futures: Mapping[int, Future[None]]) -> None:
+        self._futures = futures
+        self._waiting = deque(futures.items())  # those not known to have succeeded
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._futures
+
+    def wait_for(self, number: int, seconds: float) -> bool:
+        """Wait for a job, at most for some seconds, and tell whether it is done.
+
+        Raises the exception of the first job that failed, of those up to this one.
+        """
+        wait([self._futures[number]], timeout=seconds)
+        while self._waiting and self._waiting[0][0] <= number and self._waiting[0][1].done():
+            self._waiting[0][1].result()
+            self._waiting.popleft()
+        if self._futures[number].done():
+            self._futures[number].result()
+            return True
+        return False
+
+    def wait_for_all(self) -> None:
+        """Wait until all jobs are done, or one has failed. Raises the exception of the first that failed."""
+        wait(self._futures.values(), return_when=FIRST_EXCEPTION)
+        for future in self._futures.values():
+            if future.done():
+                future.result()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,16 +21,15 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.factorise.jobs import (
     Decomposer,
     Job,
+    Running,
     WorkFolder,
     check_finite,
     check_overflow,
-    first_error,
     row_of_piece,
     schedule,
     start_jobs,
-    wait_some,
 )
-from lrsurgery.files.digests import tensor_digest
+from lrsurgery.files.digests import as_bytes, digest_of_all, tensor_digest, tensor_header
 from lrsurgery.files.pieces import Piece, load_piece
 from lrsurgery.progress import Listener
 from lrsurgery.report.schema import Row
@@ -113,11 +111,7 @@ class Rewriter:
     @property
     def digest(self) -> str:
         """Digest of all source tensors and their names."""
-        hasher = hashlib.sha256()
-        for key in self._order:
-            if key in self._digests:
-                hasher.update(f"{key} {self._digests[key]}\n".encode())
-        return hasher.hexdigest()[:32]
+        return digest_of_all(self._digests)
 
     @property
     def expected_bytes(self) -> int:
@@ -133,8 +127,8 @@ class Rewriter:
         return total
 
     @contextmanager
-    def start_jobs(self, work: WorkFolder, processes: Processes) -> Iterator[dict[int, Future[None]]]:
-        """Start this process's share of the jobs in the background; yield job number -> future of its piece."""
+    def start_jobs(self, work: WorkFolder, processes: Processes) -> Iterator[Running]:
+        """Start this process's share of the jobs in the background."""
         to_do = work.to_do()
         jobs = schedule([job for job in self.jobs if job.number in to_do], processes.size)[processes.rank]
         where = self._compute.for_process(processes.local_rank)
@@ -143,22 +137,22 @@ class Rewriter:
             self._plan, self._surgery, self._output, self._compute, reference, where, work.job, self._statistics
         )
         weighted = self._statistics is not None
-        with start_jobs(jobs, do, work.file, self._compute.jobs, weighted=weighted) as futures:
-            yield futures
+        with start_jobs(jobs, do, work.file, self._compute.jobs, weighted=weighted) as running:
+            yield running
 
     def run(self, stage: Path, work: WorkFolder, processes: Processes, listener: Listener) -> None:
         """Write the shards of the output into `stage`."""
         writer = ShardWriter(stage, shard_size=self._output.shard_size)
         written: set[str] = set()
         try:
-            with self.start_jobs(work, processes) as futures:
+            with self.start_jobs(work, processes) as running:
                 for key in self._order:
                     entry, (layer, part) = self._entries[key], self._layer_of(key)
-                    if layer is None or (part == "bias" and isinstance(self._decide(layer, work, futures), Kept)):
+                    if layer is None or (part == "bias" and isinstance(self._decide(layer, work, running), Kept)):
                         self._copy(writer, entry, key)
                         continue
                     if part == "weight":
-                        piece = self._wait_for_piece(self._job_of[layer], work, futures)
+                        piece = self._wait_for_piece(self._job_of[layer], work, running)
                         self._write_layer(writer, entry, piece, layer)
                         written.add(layer)  # a shared layer comes once more under each other name
                         listener.progress(layer, len(written), len(self.jobs))
@@ -192,31 +186,26 @@ class Rewriter:
                 found[job.row.name] = (piece.tensors["u"], piece.tensors["v"])
         return found
 
-    def _decide(self, layer: str, work: WorkFolder, futures: Mapping[int, Future[None]]) -> Replacement | Kept:
+    def _decide(self, layer: str, work: WorkFolder, running: Running) -> Replacement | Kept:
         row = self.decided[layer]
         if isinstance(row, Replacement) and row.rank is None:
             # a bias with a wider dtype comes before its weight, and its name depends on the decision for the layer
-            return row_of_piece(row, self._wait_for_piece(self._job_of[layer], work, futures))[0]
+            return row_of_piece(row, self._wait_for_piece(self._job_of[layer], work, running))[0]
         return row
 
-    def _wait_for_piece(self, job: Job, work: WorkFolder, futures: Mapping[int, Future[None]]) -> Piece:
+    def _wait_for_piece(self, job: Job, work: WorkFolder, running: Running) -> Piece:
         """Wait until this process or another has written the piece of a job, and load it."""
-        future = futures.get(job.number)
         while True:
-            if future is not None:
-                error = first_error([f for number, f in futures.items() if number <= job.number])
-                if error is not None:
-                    raise error
+            ours = job.number in running
+            done = running.wait_for(job.number, 0.5) if ours else work.file(job.number).exists()
             failure = work.failure()
             if failure is not None:
                 raise SurgeryError(failure)
-            if work.file(job.number).exists() and (future is None or future.done()):
+            if done:
                 piece = load_piece(work.file(job.number), verify=False)  # old pieces were verified by `find_pending`
                 assert piece is not None, job.row.name
                 return piece
-            if future is not None:
-                wait_some([future], 0.5)
-            else:
+            if not ours:
                 time.sleep(0.02)
 
     def _write_layer(self, writer: ShardWriter, entry: Entry, piece: Piece, layer: str) -> None:
@@ -244,14 +233,14 @@ class Rewriter:
             return
         dtype = self._output.stored(entry.dtype)
         is_weight = entry.target is not None and entry.target not in self._buffers
-        hasher = hashlib.sha256()
+        hasher = hashlib.sha256(tensor_header(entry.dtype, entry.shape))
 
         def slices() -> Iterator[Tensor]:
             for part in entry.slices():
                 self.bytes_before += part.numel() * part.element_size()
                 if is_weight:
                     check_finite(part, entry.key, self._checkpoint.source.reference)
-                hasher.update(tensor_digest(part.dtype, tuple(part.shape), [part]).encode())
+                hasher.update(as_bytes(part))
                 stored = part.to(dtype)
                 if stored.dtype != part.dtype:
                     check_overflow(stored, entry.key)

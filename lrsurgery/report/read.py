@@ -13,6 +13,7 @@ from lrsurgery.checkpoints.load import FactorisedCheckpoint, open_factorised
 from lrsurgery.checkpoints.mapping import list_entries, open_checkpoint
 from lrsurgery.checkpoints.source import Source, SourceOptions, resolve
 from lrsurgery.errors import PlanError, SourceError, SurgeryError, WeightError
+from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.files.json import read_json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.profile import WIDEST, ProfileOptions, profile
@@ -105,7 +106,7 @@ def _factorised(
     checkpoint = open_factorised(source, trust_remote_code=source_options.trust_remote_code)
     report = written or replace(rank_report(checkpoint.model, measured=False), source={"reference": source.reference})
     rows = {row.name: row for row in report.rows}
-    dense = _dense_weights(against, checkpoint, source_options) if against else None
+    dense, note = _dense_weights(against, checkpoint, report, source_options) if against else (None, "")
 
     def row_of(name: str) -> Row:
         factors = checkpoint.factors[name](compute.device)
@@ -123,14 +124,14 @@ def _factorised(
     for done, (name, row) in enumerate(zip(names, compute.in_order(row_of, names, needs), strict=True), 1):
         found[name] = row
         listener.progress(name, done, len(names))
-    notes = (f"errors, energy and directions are against {against}",) if against else ()
+    notes = (note,) if note else ()
     return replace(report, rows=tuple(found.get(row.name, row) for row in report.rows), notes=(*report.notes, *notes))
 
 
 def _dense_weights(
-    reference: str, checkpoint: FactorisedCheckpoint, source_options: SourceOptions
-) -> Mapping[str, Callable[[], Tensor]]:
-    """Layer -> what reads its dense weight.
+    reference: str, checkpoint: FactorisedCheckpoint, report: Report, source_options: SourceOptions
+) -> tuple[Mapping[str, Callable[[], Tensor]], str]:
+    """(layer -> what reads its dense weight, note that names the model and says if it is another than the source).
 
     Raises PlanError where the dense model lacks a layer or has it in another shape, SurgeryError where it is no dense
     model.
@@ -139,7 +140,8 @@ def _dense_weights(
     if source.is_factorised:
         raise SurgeryError(f"{reference}: is factorised itself; --against takes the dense model")
     dense = open_checkpoint(source, source_options)
-    entries = {e.target.removesuffix(".weight"): e for e in list_entries(dense, set()) if e.target}
+    listed = list_entries(dense, set(checkpoint.layers))
+    entries = {e.target.removesuffix(".weight"): e for e in listed if e.target}
     found = {}
     for name, layer in checkpoint.layers.items():
         shape = replacement_of(name, layer).shape
@@ -147,4 +149,13 @@ def _dense_weights(
         if entry is None or entry.shape != shape:
             raise PlanError(f"{name}: {reference}, the model to compare with, has no such layer of shape {shape}")
         found[name] = entry.read
-    return found
+    note = f"errors, energy and directions are against {reference}"
+    was = report.source.get("digest")
+    # a report without digests of files is of a version whose digest of the source was made in another way
+    if (
+        was
+        and report.files
+        and was != digest_of_all({e.key: tensor_digest(e.dtype, e.shape, e.slices()) for e in listed})
+    ):
+        note += f", which is not the model that this one came from ({report.source.get('reference')})"
+    return found, note

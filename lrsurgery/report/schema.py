@@ -13,6 +13,7 @@ from typing_extensions import TypedDict
 
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.errors import SourceError
+from lrsurgery.files.digests import REPORT, FileDigest
 from lrsurgery.files.json import Json, json_text, read_json
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points, predicted_damage
 from lrsurgery.linalg.subspaces import Angles, Overlap, Shared
@@ -22,10 +23,10 @@ from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.plan import SurgeryOptions
 from lrsurgery.surgery.ranks import break_even_rank
 
-# Version 2, which is read too, had nothing of calibration, budgets or balance; version 1 neither those nor FLOPs,
-# spectra, overlaps and ladders.
-FORMAT_VERSION = 3
-FILE_NAME = "rank_report.json"
+# Older versions are read too. Version 3 had no digests of files, version 2 nothing of calibration, budgets or balance
+# either, version 1 nor FLOPs, spectra, overlaps and ladders.
+FORMAT_VERSION = 4
+FILE_NAME = REPORT
 HIGH_DAMAGE = 2.0  # times the median of the model's layers
 NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers in indented JSON; no string holds a line break
 
@@ -203,6 +204,7 @@ class Report:
     bench: Bench | None = None
     calibration: Json | None = None  # the importance, the data and how much of it
     loss_check: Json | None = None  # of the quick check after surgery; `text` is its line for people
+    files: dict[str, FileDigest] = field(default_factory=dict)  # the folder's others, as they were written
 
     @property
     def factorised(self) -> tuple[Row, ...]:
@@ -259,6 +261,7 @@ class Report:
             "bench": self.bench,
             "calibration": self.calibration,
             "loss_check": self.loss_check,
+            "files": self.files,
             "layers": layers,
         }
 

@@ -11,7 +11,7 @@ from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
 from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric
-from lrsurgery.modules import References
+from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight, factor_weights
@@ -47,7 +47,8 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
             raise PlanError(f"{name}: this {type(model).__name__} has no such layer")
         if weight.ndim != kind.weight_axes:
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind_name} layer")
-        new = kind.build(dense, rank)
+        with Unfilled():
+            new = kind.build(dense, rank)
         if not weight.requires_grad:
             new.requires_grad_(False)
         references.replace_(dense, new)
@@ -146,7 +147,8 @@ def apply_plan_(
     for row, (u, v) in zip(plan.replacements, factors, strict=True):
         dense = modules[row.name]
         assert row.rank is not None
-        new = row.layout.build(dense, row.rank)
+        with Unfilled():
+            new = row.layout.build(dense, row.rank)
         new.u.weight = nn.Parameter(u, requires_grad=dense.weight.requires_grad)
         new.v.weight = nn.Parameter(v, requires_grad=dense.weight.requires_grad)
         if dense.bias is not None:
@@ -158,7 +160,8 @@ def densify_layers_(model: nn.Module) -> None:
     """Replace every factorised layer by a dense layer that holds the product of its factors."""
     references = References(model)
     for layer in factorised_layers(model).values():
-        dense = build_dense(layer)
+        with Unfilled():
+            dense = build_dense(layer)
         dense.weight = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)
         dense.bias = layer.u.bias  # type: ignore[assignment]
         references.replace_(layer, dense)

@@ -234,13 +234,13 @@ def make_plan(
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
     """Yield (name, module, matrix) for everything that holds a matrix; module is None for a container's parameter."""
-    inside: list[str] = []
+    inside: str | None = None  # of the last factorised layer, whose own modules follow it
     for name, module in model.named_modules():
         if isinstance(module, FactorisedLayer):
-            inside.append(name + ".")
+            inside = f"{name}."
             yield name, module, module.v.weight
             continue
-        if any(name.startswith(prefix) for prefix in inside):
+        if inside is not None and name.startswith(inside):
             continue
         own = {key: p for key, p in module.named_parameters(recurse=False) if p is not None and p.ndim >= 2}
         if "weight" in own and not any(True for _ in module.children()):

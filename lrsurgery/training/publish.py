@@ -14,6 +14,7 @@ from lrsurgery.checkpoints.load import load_problem
 from lrsurgery.checkpoints.output import copy_companions, output_config, write_timm, write_transformers
 from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import SourceError, TrainingError
+from lrsurgery.files.digests import file_digests
 from lrsurgery.files.json import Json, read_json
 from lrsurgery.files.writing import staged, write_text
 from lrsurgery.report.card import model_card, public_name, quality_lines
@@ -107,12 +108,13 @@ def publish(subject: Subject, output: Path, folder: RunFolder, run: FinishedRun,
         if run.recipe.rank and (problem := load_problem(stage, trust_remote_code=run.recipe.trust_remote_code)):
             # the training is not thrown away for it
             report = replace(report, notes=(*report.notes, f"the output does not load as it is: {problem}"))
-            write_text(stage / FILE_NAME, report.to_json())
         write_recipe(run.recipe, stage / RECIPE, versions())
         if (folder.path / METRICS).is_file():
             shutil.copyfile(folder.path / METRICS, stage / METRICS)
         for logs in folder.path.glob("*/runs"):  # TensorBoard's
             shutil.copytree(logs, stage / "runs" / logs.parent.name)
+        report = replace(report, files=file_digests(stage))
+        write_text(stage / FILE_NAME, report.to_json())
         folder.set_published(stage)
     return report
 
@@ -136,7 +138,6 @@ def save_subject(subject: Subject, stage: Path, name: str, run: FinishedRun) -> 
         versions=versions(),
         notes=run.notes,
     )
-    write_text(stage / FILE_NAME, report.to_json())
     config = read_json(stage / "config.json")
     lines = training_lines(run.recipe, run.steps, run.stages)
     write_text(stage / "README.md", model_card(report, source, name, config, lines))
