@@ -78,7 +78,7 @@ def check_free(output: Path, overwrite: bool) -> None:
     if mark is None or mark.what != MODEL:
         raise OutputError(
             f"{output}: is no model that this version of lrsurgery wrote (its {MARK} would say so), so --overwrite"
-            " does not replace it; remove it by hand, or choose another --output"
+            " does not replace it; move it away or remove it by hand, or choose another --output"
         )
     stranger = stranger_in(output)
     if stranger is not None:

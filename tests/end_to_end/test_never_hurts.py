@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from support import tiny, warm, zoo
 
 import lrsurgery.checkpoints.quantizer
+from lrsurgery.files.marks import write_mark
 
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.layers.0.input_layernorm.weight"
@@ -254,28 +255,112 @@ def test_debug_shows_the_traceback(model: Path) -> None:
 
 
 def test_output_that_is_in_the_way(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Refused as it stands; with --overwrite, only a model folder gives way."""
+    """Refused as it stands; with --overwrite, only what this program wrote gives way, and nothing beside it."""
     command = ("factorise", model, "--rank", "0.5")
-    places = {name: tmp_path / name for name in ("model", "files", "file", "link")}
-    shutil.copytree(model, places["model"])
+    names = ("ours", "theirs", "files", "file", "link", "dangling", "added", "within", "empty")
+    places = {name: tmp_path / name for name in names}
+    assert tiny.run(*command, "--output", places["ours"]) == 0
+    shutil.copytree(model, places["theirs"])
     places["files"].mkdir()
     (places["files"] / "thesis.txt").write_text("years of work")
     places["file"].write_text("x")
-    places["link"].symlink_to(places["model"])
+    places["link"].symlink_to(places["ours"])
+    places["dangling"].symlink_to(tmp_path / "nowhere")
+    for name, stranger in (("added", "thesis.txt"), ("within", "runs/thesis.txt")):
+        shutil.copytree(places["ours"], places[name])
+        (places[name] / stranger).parent.mkdir(exist_ok=True)
+        (places[name] / stranger).write_text("years of work")
+    places["empty"].mkdir()
     before = tree(tmp_path)
-    for place in places.values():
+    wanted = {
+        "theirs": "is no model that this version of lrsurgery wrote",
+        "files": "is no model that this version of lrsurgery wrote",
+        "file": "is no folder",
+        "link": "is a link",
+        "dangling": "is a link",
+        "added": "holds thesis.txt, which lrsurgery did not write",
+        "within": "holds runs",
+    }
+    for name, place in places.items():
         assert "already exists" in refusal(capsys, *command, "--output", place)
-        if place != places["model"]:
-            assert "is no model folder" in refusal(capsys, *command, "--output", place, "--overwrite")
-    for same in (model, model / "..", model.parent / "files" / ".." / model.name):
-        line = refusal(capsys, *command, "--output", same, "--overwrite")
-        assert "is the model that is being read" in line or "is no model folder" in line
+        if name in wanted:
+            assert wanted[name] in refusal(capsys, *command, "--output", place, "--overwrite")
     assert "cannot be written" in refusal(capsys, *command, "--output", places["file"] / "below")
     assert tree(tmp_path) == before
 
-    assert tiny.run(*command, "--overwrite", "--output", places["model"]) == 0
+    for name in ("ours", "empty"):
+        assert tiny.run(*command, "--overwrite", "--output", places[name]) == 0
+        whole(places[name])
     assert not [p for p in tmp_path.iterdir() if p.name.startswith(".")]
-    whole(places["model"])
+
+
+def test_no_command_replaces_a_model_that_it_reads(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By whatever name it is read and written, even if this program made it."""
+    tiny.save_timm(tmp_path / "holder" / "timm")
+    mine = tmp_path / "holder"
+    assert tiny.run("factorise", model, "--rank", "0.5", "--output", mine / "half") == 0
+    (tmp_path / "link").symlink_to(mine / "half")
+    (tmp_path / "file.safetensors").symlink_to(mine / "timm" / "model.safetensors")
+    write_mark(mine, "model", [])  # as if all of it were ours
+    write_mark(mine / "timm", "model", ["config.json", "model.safetensors"])
+    text, _ = tiny.write_text(tmp_path / "text")
+    before = tree(tmp_path)
+    timm = ("--architecture", "test_resnet", "--rank", "0.25")
+    train = ("--data", text, "--block-size", 16, "--steps", 1)
+    dense = tiny.save_gpt2(tmp_path / "dense")
+    before = tree(tmp_path)
+    cases: list[tuple[object, ...]] = [
+        ("factorise", mine / "timm" / "model.safetensors", *timm, "--output", mine / "timm"),
+        ("factorise", tmp_path / "file.safetensors", *timm, "--output", mine / "timm"),
+        ("factorise", mine / "timm", "--rank", 0.25, "--output", mine),
+        ("factorise", mine / "timm", "--rank", 0.25, "--output", mine / "half" / ".." / "timm"),
+        ("export", mine / "half", "--output", mine / "half"),
+        ("export", tmp_path / "link", "--output", mine / "half"),
+        ("finetune", mine / "half", *train, "--output", mine / "half"),
+        ("finetune", dense, "--dense", *train, "--teacher", mine / "half", "--output", mine / "half"),
+        ("finetune", dense, "--rank", 0.5, *train, "--against", tmp_path / "link", "--output", mine / "half"),
+    ]
+    for case in cases:
+        assert "is or holds the model that is being read" in refusal(capsys, *case, "--overwrite"), case
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_folders_beside_the_output_are_the_users_unless_marked(
+    overwrite: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run folder and the work folder have names that a user's own may have."""
+    model, (text, _) = tiny.save_gpt2(tmp_path / "model"), tiny.write_text(tmp_path / "text")
+    train = ("--data", text, "--block-size", 16, "--steps", 1)
+    more = ("--overwrite",) if overwrite else ()
+    for name in ("a.run", ".b.factorising", ".b.elsewhere.1.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    (tmp_path / "c.run").symlink_to(tmp_path / "a.run")
+    before = tree(tmp_path)
+    for name in ("a", "c"):
+        for way in (more, ("--resume",)):
+            line = refusal(capsys, "finetune", model, "--dense", *train, "--output", tmp_path / name, *way)
+            assert re.search(r"was not made by lrsurgery as a run folder|is in the way", line), line
+    line = refusal(capsys, "factorise", model, "--rank", 0.5, "--output", tmp_path / "b", *more)
+    assert "was not made by lrsurgery as a work folder" in line
+    assert tree(tmp_path) == before
+
+
+def test_what_a_user_put_beside_a_run_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, (text, _) = tiny.save_gpt2(tmp_path / "model"), tiny.write_text(tmp_path / "text")
+    train = ("--dense", "--data", text, "--block-size", 16, "--steps", 2, "--save-steps", 1)
+    command = ("finetune", model, *train, "--output", tmp_path / "out")
+    assert tiny.run(*command, "--keep-checkpoints") == 0
+    for place in (tmp_path / "out.run", tmp_path / "out.run" / "dense"):
+        (place / "thesis.txt").write_text("years of work")
+    capsys.readouterr()
+    assert tiny.run(*command, "--overwrite") == 0
+    assert "thesis.txt: stays" in capsys.readouterr().err
+    left = {str(p.relative_to(tmp_path / "out.run")) for p in (tmp_path / "out.run").rglob("*") if p.is_file()}
+    assert left == {"thesis.txt", "dense/thesis.txt", ".lrsurgery.json"}
 
 
 def test_second_surgery_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -441,7 +526,13 @@ def test_full_disk(command: str, pristine: Path, tmp_path: Path) -> None:
     limit = "resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))"
     done = program(f"{arguments} --output {tmp_path / 'out'}", "first tensor", limit)
     assert done.returncode == 2, done.stderr
-    assert re.fullmatch(r"lrsurgery: .*out: cannot be written \(File too large\)\n", done.stderr)
+    kept = r"14 of 14 layers are kept; once it can be written, run the same command with --resume"
+    end = kept if command == "factorise" else "nothing is written"
+    assert re.fullmatch(rf"lrsurgery: .*out: cannot be written \(File too large\); {end}\n", done.stderr)
+    if command == "factorise":
+        assert tiny.run(*arguments.split(), "--output", tmp_path / "out", "--resume") == 0
+        whole(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
     assert tree(tmp_path) == before
 
 

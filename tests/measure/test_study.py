@@ -165,6 +165,7 @@ def test_a_failed_run_is_told_and_stops_no_other(taken: tuple[Study, Path, Findi
         assert {"recipe.yaml", "metrics.jsonl", "rank_report.json", "result.json"} <= {f.name for f in folder.iterdir()}
         assert not (folder / "model").exists()
     assert {f.name for f in out.iterdir()} == {
+        ".lrsurgery.json",
         "study.yaml",
         "runs",
         "study.json",
@@ -235,8 +236,8 @@ def test_a_killed_study_goes_on_with_the_shard_that_is_left(root: Path, taken: t
     deadline = time.monotonic() + 120
     while not (first / "result.json").exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    second = out / "runs" / "decay-none_seed-1" / "process"
-    while not second.exists() and time.monotonic() < deadline:
+    second = out / "runs" / "decay-none_seed-1" / ".model.lock"
+    while not (second.exists() and second.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
     left = int(second.read_text().split()[1])
     os.kill(left, signal.SIGSTOP)
@@ -244,7 +245,7 @@ def test_a_killed_study_goes_on_with_the_shard_that_is_left(root: Path, taken: t
     process.wait()
     refused = program(file, "--output", out, "--resume")  # not two at one run
     assert refused.returncode == 2, refused.stderr
-    assert f"decay-none_seed-1: is still at work in process {left}" in refused.stderr
+    assert f"decay-none_seed-1/model: process {left} on " in refused.stderr
     os.kill(left, signal.SIGKILL)
     while alive(str(left)) and time.monotonic() < deadline:  # its memory takes a moment to be given back
         time.sleep(0.05)

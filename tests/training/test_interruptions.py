@@ -16,9 +16,7 @@ from safetensors.torch import load_file
 from support import tiny
 from support.warm import program
 
-from lrsurgery.errors import OutputError
-from lrsurgery.training.loop.trainer import room_for
-from lrsurgery.training.run_folder import RunFolder
+from lrsurgery.files.locks import locked
 
 pytestmark = pytest.mark.process
 STEPS, DENSE, SAVE = 12, 5, 3
@@ -163,33 +161,22 @@ def test_resume_refuses_another_run(bench: Path, capsys: pytest.CaptureFixture[s
 
 def test_one_process_works_on_a_run(bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A second process is told who does; the lock of a process that was killed is free."""
-    file = bench / "locked.run.lock"
+    file = bench / ".locked.lock"
     holder = (
-        f"import os; from lrsurgery.training.run_folder import RunFolder; from pathlib import Path\n"
-        f"with RunFolder(Path({str(bench / 'locked')!r})).locked():\n    print(flush=True); input()"
+        f"from lrsurgery.files.locks import locked; from pathlib import Path\n"
+        f"with locked(Path({str(bench / 'locked')!r})):\n    print(flush=True); input()"
     )
     with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
         assert tiny.run(*arguments(bench, "locked")) == 2
         (line,) = capsys.readouterr().err.strip().splitlines()
-        assert line.startswith(f"lrsurgery: {bench / 'locked.run'}: process {other.pid} on ")
+        assert line.startswith(f"lrsurgery: {bench / 'locked'}: process {other.pid} on ")
         other.kill()
     assert file.is_file()
-    with RunFolder(bench / "locked").locked():
+    with locked(bench / "locked"):
         assert f"process {os.getpid()}" in file.read_text()
     assert not file.exists()
-
-
-def test_a_full_disk_is_one_line() -> None:
-    """As the kernel and as torch tell it."""
-    message = r"^\.: the checkpoint could not be written, .* GB are free; make room"
-    with pytest.raises(OutputError, match=message), room_for("."):
-        Path("/dev/full").write_text("x")
-    with pytest.raises(OutputError, match=message), room_for("."):
-        torch.save(torch.zeros(4096), "/dev/full")
-    with pytest.raises(RuntimeError, match="something else"), room_for("."):
-        raise RuntimeError("something else")
 
 
 def steps_of(folder: Path) -> list[float]:
