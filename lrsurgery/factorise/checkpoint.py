@@ -165,19 +165,17 @@ def _factorise(
     entries = list_entries(checkpoint, {row.name for row in plan.replacements})
     parameters = checkpoint.parameters
     if not processes.is_main:
-        if finished:
-            processes.barrier("end")
-            return Report.read(output)
-        plan, statistics = _read_decisions(plan, options.calibration, work)
-        _do_jobs(_rewriter(checkpoint, plan, options, entries, statistics), work, processes)
+        if not finished:
+            plan, statistics = _read_decisions(plan, options.calibration, work)
+            _do_jobs(_rewriter(checkpoint, plan, options, entries, statistics), work, processes)
         processes.barrier("end")  # rank 0 has written the output
         return Report.read(output)
     with keep_work(work, output, len(plan.replacements)):
         work.open(_task(source, options), resume=options.output.resume)
         if finished:
-            processes.barrier("begin")
-            processes.barrier("end")
             listener.note(f"{output}: the job is finished")
+            for moment in ("begin", "end"):
+                processes.barrier(moment)
             return Report.read(output)
         if note is not None and options.surgery.budget is not None:
             listener.note(note)

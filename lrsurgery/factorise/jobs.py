@@ -1,6 +1,7 @@
 """Decomposition jobs, one per layer: scheduling over processes, thread pools, and pieces as results.
 
-A piece is a file in a work folder. The processes share the folder, and it survives a kill.
+A piece is a file in a work folder. The processes share the folder, and it survives a kill. The file is long because
+the folder, the jobs that fill it and the check of what an earlier process left in it are one subject.
 """
 
 from __future__ import annotations

@@ -185,8 +185,14 @@ def _open_output(study: Study, output: Path, resume: bool) -> None:
 
 def _prepare(study: Study, step: Preparation, output: Path) -> None:
     """Run a command of the recipe unless what it creates exists; "python" is this interpreter."""
-    if (output / step.creates).exists():
+    made = output / step.creates
+    begun = output / f".{made.name}.preparing"  # with who runs the command, which a kill may cut short
+    host, _, pid = _text_in(begun).partition(" ")
+    cut_short = host == socket.gethostname() and not alive(pid)
+    if made.exists() and not cut_short:
         return
+    shutil.rmtree(made) if made.is_dir() else made.unlink(missing_ok=True)
+    replace_file(begun, f"{socket.gethostname()} {os.getpid()}")
     program, *arguments = step.command
     beside = study.file.resolve().parent
     words = [str(beside / word) if (beside / word).is_file() else word for word in arguments]
@@ -195,9 +201,10 @@ def _prepare(study: Study, step: Preparation, output: Path) -> None:
         done = subprocess.run(command, cwd=output, capture_output=True, text=True, check=False)
     except OSError as e:
         raise StudyError(f"{study.file}: prepare: {program}: {e.strerror}") from e
-    if done.returncode or not (output / step.creates).exists():
+    if done.returncode or not made.exists():
         said = (done.stderr.strip().splitlines() or ["it made no such file"])[-1]
         raise StudyError(f"{study.file}: prepare: {step.creates}: {said}")
+    begun.unlink()
 
 
 def _is_finished(run: Run, output: Path) -> bool:

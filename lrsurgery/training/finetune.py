@@ -43,7 +43,7 @@ from lrsurgery.training.loop.trainer import LowRankTrainer, quality, release_
 from lrsurgery.training.publish import FinishedRun, Outcome, gather, outcome_of, publish, round_to_stored_
 from lrsurgery.training.recipe import Recipe, check_recipe_for, read_recipe
 from lrsurgery.training.run_folder import Facts, RunFolder
-from lrsurgery.training.switch import check_surgery, factorise_subject_, load_factorised_, switch_
+from lrsurgery.training.switch import check_surgery, factorise_subject_, restore_structure_, switch_
 
 
 def finetune(
@@ -223,7 +223,9 @@ class _Run:
             checkpoint = switch_(subject, recipe, checkpoint, self.folder, self.leads, self._note)
             self._together()
         elif recipe.rank and checkpoint is not None:
-            load_factorised_(subject, self.folder, checkpoint)
+            restore_structure_(subject, self.folder, checkpoint)
+            if step_of(checkpoint) == recipe.dense_steps:  # the factors are looked at before the Trainer loads them
+                safetensors.torch.load_model(subject.model, str(checkpoint / WEIGHTS))
         elif recipe.rank:
             factorise_subject_(subject, recipe, self.folder if self.leads else None)
         stage = "factorised" if factorised_layers(subject.body) else "dense"

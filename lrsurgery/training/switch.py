@@ -81,8 +81,8 @@ def give_structure_(subject: Subject, layers: Mapping[str, tuple[str, int]]) -> 
     swap_(subject.body, layers)
 
 
-def load_factorised_(subject: Subject, run: RunFolder, checkpoint: Path) -> None:
-    """Make a dense model what it was at a checkpoint of factorised training.
+def restore_structure_(subject: Subject, run: RunFolder, checkpoint: Path) -> None:
+    """Give a dense model the structure of a checkpoint of factorised training, whose weights are loaded next.
 
     Raises RecipeError if the run's layers or the checkpoint are another model's.
     """
@@ -92,8 +92,6 @@ def load_factorised_(subject: Subject, run: RunFolder, checkpoint: Path) -> None
         raise RecipeError(f"{run.path / LAYERS}: is of another model: {e}; start over with --overwrite") from e
     check_owner(checkpoint, subject.model)
     materialise_(subject)
-    if (checkpoint / WEIGHTS).is_file():  # FSDP's shards are read by the Trainer alone
-        safetensors.torch.load_model(subject.model, str(checkpoint / WEIGHTS))
 
 
 def materialise_(subject: Subject) -> None:

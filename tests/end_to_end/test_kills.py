@@ -1,7 +1,7 @@
 """Jobs that are killed at random moments of each stage: resumed once, they end with the bytes of one never killed.
 
 Ten kills in every run; LRSURGERY_KILLS=200 does that many, at least ten in each stage.
-The moments are calls of functions, drawn by a fixed seed from those of an undisturbed job, and some milliseconds after.
+The moments are calls of functions, drawn by a fixed seed from those of an undisturbed job, and some milliseconds later.
 """
 
 from __future__ import annotations

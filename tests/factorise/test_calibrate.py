@@ -24,6 +24,7 @@ import lrsurgery
 from lrsurgery.calibration import collect as calibration
 from lrsurgery.calibration.collect import MemoryStore, collect_sequentially
 from lrsurgery.calibration.statistics import Statistics
+from lrsurgery.checkpoints.source import resolve
 from lrsurgery.factorise import calibrate
 from lrsurgery.factorise.options import parse_options
 from lrsurgery.surgery.apply import factorised_layers
@@ -642,3 +643,26 @@ def test_the_fisher_information_is_that_of_the_heads_problem(problem: str, tmp_p
         wanted += slope.T @ slope * curvature / len(texts)
     found = Statistics.read(tmp_path / "statistics").moments("bert.pooler.dense").gradients
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_statistics_of_another_job_are_collected_again(place: Path, tmp_path: Path) -> None:
+    """A resumed job takes statistics that are its own, and neither another job's nor damaged ones."""
+    dense = tf.GPT2LMHeadModel.from_pretrained(place / "gpt2")
+    rows = make_plan(dense, SurgeryOptions(target=parse_rank("0.5"))).replacements
+    folder = tmp_path / "statistics"
+    how = calibrate.Calibration(data=str(place / "train.txt"), samples=4, importance="activations")
+
+    def collected(owner: str) -> int:
+        source = resolve(str(place / "gpt2"))
+        calibrate.calibrate(source, how, rows, folder, owner=owner, seed=0, device=torch.device("cpu"))
+        return (folder / "statistics.json").stat().st_mtime_ns
+
+    first = collected("mine")
+    assert collected("mine") == first
+    second = collected("another")
+    assert second != first
+    file = sorted(folder.glob("*.safetensors"))[0]
+    body = bytearray(file.read_bytes())
+    body[-5] ^= 1
+    file.write_bytes(body)
+    assert collected("another") != second

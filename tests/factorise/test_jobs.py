@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -451,3 +452,53 @@ def test_nan_in_what_passes_through_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightError, match=r"wpe\.weight holds NaN or Inf"):
         lrsurgery.factorise_checkpoint(model, tmp_path / "out", rank=0.4)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_pieces_of_another_layer_or_job_are_made_again(model: Path, reference: Path, tmp_path: Path) -> None:
+    """Whole pieces under the names of others: renumbered, and copied from jobs with another rank and another model."""
+    out = tmp_path / "out"
+    work = abandoned(model, out)
+    files = sorted(work.glob("*.safetensors"))
+    by_shape: dict[tuple[int, ...], list[Path]] = {}
+    for file in files:
+        piece = load_piece(file)
+        assert piece is not None
+        by_shape.setdefault((*piece.tensors["u"].shape, *piece.tensors["v"].shape), []).append(file)
+    one, other = next(pair for pair in by_shape.values() if len(pair) > 1)[:2]
+    one.rename(work / "aside")
+    other.rename(one)
+    (work / "aside").rename(other)
+    lrsurgery.factorise_checkpoint(model, out, rank=0.4, resume=True)
+    assert weights(out) == weights(reference)
+
+    for name, source in (("rank", model), ("model", tiny.save_gpt2(tmp_path / "second", seed=1))):
+        mine = abandoned(model, tmp_path / f"mine-{name}")
+        theirs = abandoned(source, tmp_path / f"theirs-{name}") if name == "model" else mine
+        for file in sorted(theirs.glob("*.safetensors"))[:3]:
+            if name == "rank":
+                piece = load_piece(file)
+                assert piece is not None
+                cut = {"u": piece.tensors["u"][:, 1:], "v": piece.tensors["v"][1:]}
+                save_piece(file, Piece({**piece.facts, "asked": piece.facts["asked"] - 1}, cut))
+            else:
+                shutil.copyfile(file, mine / file.name)
+        lrsurgery.factorise_checkpoint(model, tmp_path / f"mine-{name}", rank=0.4, resume=True)
+        assert weights(tmp_path / f"mine-{name}") == weights(reference)
+
+
+def test_a_finished_job_whose_work_is_left_is_finished(model: Path, tmp_path: Path) -> None:
+    """Killed after the output was whole: `--resume` clears up, and other options are still another job's."""
+    out = tmp_path / "out"
+    work = abandoned(model, out)
+    shutil.copytree(work, tmp_path / "kept")
+    lrsurgery.factorise_checkpoint(model, out, rank=0.4, resume=True)
+    shutil.copytree(tmp_path / "kept", work)
+    with pytest.raises(OutputError, match="already exists"):
+        lrsurgery.factorise_checkpoint(model, out, rank=0.4, resume=True)
+    WorkFolder(out).set_published(out)
+    before = weights(out), (out / "rank_report.json").stat().st_mtime_ns
+    with pytest.raises(OutputError, match="had another rank"):
+        lrsurgery.factorise_checkpoint(model, out, rank=0.3, resume=True)
+    lrsurgery.factorise_checkpoint(model, out, rank=0.4, resume=True)
+    assert (weights(out), (out / "rank_report.json").stat().st_mtime_ns) == before
+    assert not work.exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from support import tiny, warm
 from lrsurgery.errors import RecipeError, StudyError
 from lrsurgery.files.locks import alive
 from lrsurgery.measure.findings import Findings, Spread, cells, findings_of, spread_text
-from lrsurgery.measure.study import parse_shard, run_study
+from lrsurgery.measure.study import _prepare, parse_shard, run_study
 from lrsurgery.measure.study_recipe import Study, read_study
 from lrsurgery.progress import Listener
 
@@ -98,6 +99,28 @@ def test_a_shard_is_one_of_several(text: str) -> None:
     assert parse_shard("2/3") == (2, 3)
     with pytest.raises(RecipeError, match="write I/N"):
         parse_shard(text)
+
+
+def test_a_preparation_that_was_cut_short_is_done_again(tmp_path: Path) -> None:
+    """A file that a killed command left half-written is made again; one that the user put there stays."""
+    step = {"creates": "x.txt", "run": ["python", "-c", "open('x.txt', 'w').write('whole')"]}
+    study = read_study(write(tmp_path, prepare=[step]))
+    (tmp_path / "x.txt").write_text("the user's own")
+    _prepare(study, study.prepare[0], tmp_path)
+    assert (tmp_path / "x.txt").read_text() == "the user's own"
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (tmp_path / ".x.txt.preparing").write_text(f"{socket.gethostname()} {ended.pid}")
+    _prepare(study, study.prepare[0], tmp_path)
+    assert (tmp_path / "x.txt").read_text() == "whole"
+    assert not (tmp_path / ".x.txt.preparing").exists()
+
+
+def test_a_study_permits_nothing(tmp_path: Path) -> None:
+    """Its command line does, for all of its runs."""
+    for more in ({"trust_remote_code": True}, {"report_to": "wandb"}, {"set": {"deepspeed": "x.json"}}):
+        with pytest.raises(RecipeError, match=r"study\.yaml: .*leave it out"):
+            read_study(write(tmp_path, settings={**SETTINGS, **more}))
 
 
 def test_every_small_recipe_of_the_examples_is_right() -> None:

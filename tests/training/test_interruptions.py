@@ -98,6 +98,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
     [
         ("step", 4, signal.SIGKILL),  # dense; the checkpoint of step 3 is there
         ("mark", 5, signal.SIGKILL),  # the switch's checkpoint is written and not marked
+        ("step", 6, signal.SIGKILL),  # the switch's checkpoint is the newest
         ("step", 8, signal.SIGKILL),  # factorised
         ("publish", 0, signal.SIGKILL),  # trained to the end, the output half-written
         ("step", 2, signal.SIGINT),  # before the first checkpoint
