@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from lrsurgery.checkpoints.source import resolve
 from lrsurgery.errors import Interrupted, RecipeError, StudyError, SurgeryError
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, json_text, read_json
-from lrsurgery.files.locks import lock_of, locked
+from lrsurgery.files.locks import alive, lock_of, locked
 from lrsurgery.files.marks import MODEL, check_ours, read_mark, remove, remove_entries, write_mark
 from lrsurgery.files.writing import check_free, replace_file, with_name
 from lrsurgery.measure.study_recipe import CONFIG, Preparation, Run, Study
