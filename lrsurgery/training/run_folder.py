@@ -16,8 +16,8 @@ from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, RecipeError
 from lrsurgery.files.digests import fingerprint
-from lrsurgery.files.json import Json, json_text, read_json
-from lrsurgery.report.runs import METRICS, RECIPE, read_metrics
+from lrsurgery.files.json import json_text, read_json
+from lrsurgery.report.runs import METRICS, RECIPE, Record, read_metrics
 from lrsurgery.runtime import versions
 from lrsurgery.training.recipe import Recipe, read_recipe, write_recipe
 
@@ -159,7 +159,7 @@ class RunFolder:
         ]
         (self.path / METRICS).write_text("".join(json_text(record, indent=None) for record in kept), encoding="utf-8")
 
-    def evaluations(self) -> list[Json]:
+    def evaluations(self) -> list[Record]:
         """The records of metrics.jsonl that hold an evaluation."""
         return [record for record in read_metrics(self.path) if "eval" in record]
 
