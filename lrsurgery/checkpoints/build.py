@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.tensors import DictSource, RenamedSource, TensorSource, open_tensors
+from lrsurgery.checkpoints.upstream.construction import Held, Look, bounded, check_numbers, check_size, held_by, meta_of
 from lrsurgery.checkpoints.upstream.own import lacks_for_loading
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.modules import Unfilled
@@ -30,12 +32,24 @@ def check_not_converted(source: Source) -> None:
 def build_model(source: Source, *, device: str, trust_remote_code: bool = False) -> nn.Module:
     """Build the dense model of a source's config in eval mode: on "meta" without weights, on "cpu" initialised.
 
-    Raises SourceError with the library's reason if transformers or timm cannot build it.
+    Raises SourceError with the library's reason if transformers or timm cannot build it, or if the config asks for far
+    more than the weight files hold.
     """
+    where = str(source.folder / "config.json") if source.folder is not None else source.reference
+
+    @functools.cache
+    def look() -> Held | None:
+        if not source.files:
+            return None
+        tensors = open_tensors(list(source.files))
+        return held_by({key: tensors.describe(key)[1] for key in tensors.keys()})  # noqa: SIM118
+
     try:
-        if source.library == "timm":
-            return _build_timm(source, device).eval()
-        return _build_transformers(source, device, trust_remote_code).eval()
+        check_numbers(source.config, where, look)
+        with bounded(where, look):
+            if source.library == "timm":
+                return _build_timm(source, device, where, look).eval()
+            return _build_transformers(source, device, trust_remote_code, where, look).eval()
     except SurgeryError:
         raise
     except Exception as e:  # model constructors raise exceptions of any type for a bad config
@@ -43,7 +57,7 @@ def build_model(source: Source, *, device: str, trust_remote_code: bool = False)
         raise SourceError(f"{source.reference}: {source.library} cannot build this model: {reason}") from e
 
 
-def _build_timm(source: Source, device: str) -> nn.Module:
+def _build_timm(source: Source, device: str, where: str, look: Look) -> nn.Module:
     import timm
 
     if source.folder is None and source.files and "num_classes" not in source.config:
@@ -52,17 +66,22 @@ def _build_timm(source: Source, device: str) -> nn.Module:
         name, options = f"local-dir:{source.folder}", {}
     else:
         name, options = source.config["architecture"], {k: v for k, v in source.config.items() if k != "architecture"}
-    if device != "meta":
+
+    def build() -> nn.Module:
         return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
-    try:
-        with torch.device("meta"), Unfilled():
-            return timm.create_model(name, pretrained=False, **options)  # type: ignore[no-any-return]
-    except RuntimeError:
-        # some constructors read the values of tensors, which fails on the meta device (NotImplementedError too)
-        return timm.create_model(name, pretrained=False, **options).to("meta")  # type: ignore[no-any-return]
+
+    # the names of timm say how large a model is, unless the config changes its arguments
+    if device != "meta" and not source.config.get("model_args"):
+        return build()
+    skeleton = meta_of(build)  # some constructors read the values of tensors, which fails on the meta device
+    if skeleton is not None:
+        check_size(skeleton, where, look)
+    if device != "meta":
+        return build()
+    return skeleton if skeleton is not None else build().to("meta")
 
 
-def _build_transformers(source: Source, device: str, trust_remote_code: bool) -> nn.Module:
+def _build_transformers(source: Source, device: str, trust_remote_code: bool, where: str, look: Look) -> nn.Module:
     import transformers
 
     from lrsurgery.checkpoints.upstream import transformers as upstream
@@ -88,8 +107,12 @@ def _build_transformers(source: Source, device: str, trust_remote_code: bool) ->
         ) from e
     if cls is None:
         raise SourceError(f"{source.reference}: its auto_map names no model class")
+    if device != "meta" and (skeleton := meta_of(lambda: cls(config))) is not None:
+        check_size(skeleton, where, look)
     with torch.device(device), Unfilled():
         model: nn.Module = cls(config)
+    if device == "meta":
+        check_size(model, where, look)
     if (lacks := lacks_for_loading(model)) is not None:
         raise SourceError(f"{source.reference}: {cls.__name__} {lacks}")
     return model

@@ -71,8 +71,9 @@ def _from_pretrained(
             )
     except SurgeryError:
         raise
-    except (RuntimeError, ValueError, OSError) as e:
-        raise SourceError(f"{source.reference}: {' '.join(str(e).split())[:300]}") from e
+    except Exception as e:  # odd files beside the weights, such as generation_config.json, make it raise anything
+        cause = " ".join(str(e).split())[:300]
+        raise SourceError(f"{source.reference}: transformers cannot load it ({type(e).__name__}: {cause})") from e
     return model, info
 
 
@@ -100,19 +101,20 @@ def _unwrapped(
 
 
 def _check_files(source: Source, skeleton: nn.Module | None = None, *, trust_remote_code: bool = False) -> None:
-    """Raise SourceError that names a truncated safetensors file, or a weight that is quantised without a config.
+    """Raise SourceError that names a damaged weight file, or a weight that is quantised without a config.
 
-    Transformers names neither. Pickles are not checked, since that would mean reading them.
+    Transformers names neither.
     """
-    if any(file.suffix != ".safetensors" for file in source.files):
-        return
     tensors = open_tensors(list(source.files))
-    if source.quant_method is not None:
+    if source.quant_method is not None and not source.is_factorised:
         return
     narrow = [key for key in tensors.keys() if not is_wide(tensors.describe(key)[0])]  # noqa: SIM118
     if not narrow:
         return
-    skeleton = skeleton or build_model(source, device="meta", trust_remote_code=trust_remote_code)
+    if skeleton is None or source.is_factorised:
+        skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
+    if source.is_factorised:
+        swap_(skeleton, source.layers)
     keys = key_map(source, skeleton)
     for key in narrow:
         target = keys.target(key)[0]
@@ -147,7 +149,8 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
             key = places.get(place)
             if key is None:
                 raise SourceError(f"{source.reference}: {place} is missing from the checkpoint")
-            shape = tensors.describe(key)[1]
+            dtype, shape = tensors.describe(key)
+            check_plain(source, key, dtype, wanted)
             if shape != tuple(wanted.shape):
                 raise SourceError(f"{source.reference}: {key} has shape {shape}, the model wants {tuple(wanted.shape)}")
             parts.append(key)

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from lrsurgery.checkpoints.mapping import is_transformers_model, with_tripwire
-from lrsurgery.checkpoints.source import ADAPTER_FILES, FORMAT_VERSION, METHOD, Source, check_inside
+from lrsurgery.checkpoints.source import ADAPTER_FILES, Source, check_inside
 from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
+from lrsurgery.checkpoints.upstream.forms import FORMAT_VERSION, METHOD, Modules
 from lrsurgery.errors import OutputError, SourceError
 from lrsurgery.files.faults import disk_faults
-from lrsurgery.files.json import Json, json_text
+from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.locks import locked
 from lrsurgery.files.marks import MARK
 from lrsurgery.files.writing import check_free, staged, with_name, write_text
@@ -105,12 +106,8 @@ def _module_folders(folder: Path) -> list[Path]:
     file = folder / "modules.json"
     if not file.is_file():
         return []
-    try:
-        modules = json.loads(file.read_text(encoding="utf-8"))
-        paths = [str(module.get("path") or "") for module in modules]
-    except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise SourceError(f"{file}: not a list of sentence-transformers modules ({e})") from e
-    found = [folder / path for path in paths if path]
+    modules = read_as(Modules, file, "a list of sentence-transformers modules")
+    found = [folder / path for module in modules if (path := module.get("path")) and "\0" not in path]
     for place in found:
         if not place.resolve().is_relative_to(folder.resolve()):
             raise SourceError(f"{file}: names {place}, which is outside of the model's folder")
@@ -151,7 +148,7 @@ def _timm_output_config(source: Source, model: nn.Module, config: Json) -> Json:
             "pretrained_cfg": rest,
         }
     # transformers' TimmWrapper passes num_classes itself and fails if model_args has it too
-    if config.get("model_args", {}).pop("num_classes", None) is not None or "num_classes" not in config:
+    if (config.get("model_args") or {}).pop("num_classes", None) is not None or "num_classes" not in config:
         config.setdefault("num_classes", getattr(model, "num_classes", 1000))
     return config
 

@@ -22,11 +22,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrsurgery.checkpoints.mapping import with_tripwire
-from lrsurgery.checkpoints.source import FORMAT_VERSION, METHOD, check_layers
 from lrsurgery.checkpoints.tensors import check_weights
+from lrsurgery.checkpoints.upstream.forms import FORMAT_VERSION, METHOD, LayerSpec, check_layers
 from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain
 from lrsurgery.errors import PlanError, SourceError
-from lrsurgery.files.json import Json
+from lrsurgery.files.json import check_version
 from lrsurgery.surgery.apply import densify_layers_, factorised_layers, swap_
 
 
@@ -37,13 +37,9 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """
 
     def __init__(
-        self, layers: dict[str, Json] | None = None, format_version: int = FORMAT_VERSION, **_: object
+        self, layers: dict[str, LayerSpec] | None = None, format_version: int = FORMAT_VERSION, **_: object
     ) -> None:
-        if format_version > FORMAT_VERSION:
-            raise SourceError(
-                f"checkpoint format {format_version} is newer than this lrsurgery reads ({FORMAT_VERSION});"
-                " upgrade lrsurgery"
-            )
+        check_version(format_version, FORMAT_VERSION, "quantization_config")
         self.quant_method = METHOD
         self.format_version = format_version
         self.layers = check_layers(layers)
@@ -107,7 +103,7 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(LowRankQuantizer)
 
 
-def match_names(model: PreTrainedModel, layers: Mapping[str, Json]) -> dict[str, Json]:
+def match_names(model: PreTrainedModel, layers: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
     """Rename layers to their names in `model`, which may be the base model of the checkpoint's class or the reverse.
 
     Transformers' loader decides where a layer's tensors go. Where it drops them, as it drops the heads of a checkpoint
@@ -117,7 +113,7 @@ def match_names(model: PreTrainedModel, layers: Mapping[str, Json]) -> dict[str,
     """
     modules, keys = dict(model.named_modules()), KeyMap(model)
     prefix = model.base_model_prefix + "."
-    matched: dict[str, Json] = {}
+    matched: dict[str, LayerSpec] = {}
     left_out: list[str] = []
     for name, spec in layers.items():
         loaded = (keys.target(f"{name}.weight")[0] or "").removesuffix(".weight")
@@ -135,7 +131,7 @@ def match_names(model: PreTrainedModel, layers: Mapping[str, Json]) -> dict[str,
     return matched
 
 
-def config_names(model: PreTrainedModel, layers: dict[str, Json]) -> dict[str, Json]:
+def config_names(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
     """Rename layers to their names in config.json: those of the model class, or timm's for a wrapped timm model."""
     if model.config.model_type != "timm_wrapper":
         return layers
@@ -154,7 +150,7 @@ def ignore_tripwires(model: PreTrainedModel, names: set[str]) -> None:
 
 def attach_(model: nn.Module) -> None:
     """Make `save_pretrained` of a model factorised in memory write a factorised checkpoint."""
-    layers = {name: {"kind": layer.kind, "rank": layer.rank} for name, layer in factorised_layers(model).items()}
+    layers = {name: LayerSpec(kind=layer.kind, rank=layer.rank) for name, layer in factorised_layers(model).items()}
     quantizer = LowRankQuantizer(LowRankConfig(config_names(model, layers)))
     quantizer_owner: Any = model
     quantizer_owner.hf_quantizer = quantizer

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from lrsurgery.checkpoints.upstream.forms import METHOD, Index, check_config, check_layers, quantisations
 from lrsurgery.errors import SourceError
 from lrsurgery.files.digests import check_files
-from lrsurgery.files.json import Json, read_json
+from lrsurgery.files.json import Json, read_as, read_json
 
-METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
-FORMAT_VERSION = 1
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # of weights in a folder
 # of a weight file that is named itself; timm's training script writes .pth.tar, Lightning .ckpt
 FILE_ENDINGS = (*WEIGHT_SUFFIXES, ".pth.tar", ".pt.tar", ".th", ".ckpt")
@@ -66,9 +64,10 @@ class Source:
     @property
     def quant_method(self) -> str | None:
         """The tool that quantised or factorised the checkpoint, according to its config."""
-        found = next(iter(_quantisations(self.config)), {})
+        found = next(iter(quantisations(self.config)), {})
         # a config that names no method is one all the same
-        return found.get("quant_method") or ("an unnamed method" if found else None)
+        named = found.get("quant_method")
+        return str(named) if named else "an unnamed method" if found else None
 
     @property
     def is_factorised(self) -> bool:
@@ -121,28 +120,6 @@ def weight_ending(name: str) -> str:
     return max((ending for ending in FILE_ENDINGS if name.lower().endswith(ending)), key=len, default="")
 
 
-def _quantisations(config: Json) -> list[Json]:
-    """Every quantization_config of a config and of the configs in it, such as `text_config`."""
-    inner = [value for key, value in config.items() if isinstance(value, dict) and key != "quantization_config"]
-    own = config.get("quantization_config")
-    return [*([own] if own else []), *(each for part in inner for each in _quantisations(part))]
-
-
-def check_layers(layers: object) -> dict[str, Json]:
-    """Check the `layers` entry of a config and return it. Raises SourceError unless it maps names to kind and rank."""
-    well_formed = isinstance(layers, dict) and all(
-        isinstance(spec, dict)
-        and isinstance(spec.get("kind"), str)
-        and isinstance(spec.get("rank"), int)
-        and spec["rank"] > 0
-        for spec in layers.values()
-    )
-    if not well_formed:
-        raise SourceError("quantization_config.layers must map layer names to a kind and a rank")
-    assert isinstance(layers, dict)
-    return dict(layers)
-
-
 def resolve(
     reference: str, *, revision: str | None = None, architecture: str | None = None, weights: bool = True
 ) -> Source:
@@ -155,9 +132,13 @@ def resolve(
     if reference.startswith("timm:"):
         return _timm_name(reference, revision, weights)
     path = Path(reference).expanduser()
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as e:  # a name that no file can have
+        raise SourceError(f"{reference[:200]}: no such file or folder ({e})") from e
+    if is_folder:
         return _folder(path, reference, weights)
-    if path.is_file():
+    if is_file:
         if not weight_ending(path.name):
             raise SourceError(f"{reference}: not a weight file; known endings: {', '.join(FILE_ENDINGS)}")
         if architecture is None:
@@ -190,29 +171,12 @@ def read_config(folder: Path) -> Json:
             raise SourceError(f"{folder}: a diffusers pipeline; name one of its transformers or timm models")
         raise SourceError(f"{file}: missing, so this is no transformers or timm model folder")
     config = read_json(file)
-    _check_config(file, config)
+    check_config(file, config)
     if not (
         isinstance(config.get("model_type"), str) or isinstance(config.get("architecture"), str) or "auto_map" in config
     ):
         raise SourceError(f"{file}: not a model's (it has neither model_type nor architecture)")
     return config
-
-
-def _check_config(file: Path, config: Json) -> None:
-    """Raise SourceError for an entry of config.json that is of another form than transformers writes."""
-    names = config.get("architectures")
-    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
-        raise SourceError(f"{file}: architectures must be a list of class names or null, not {json.dumps(names)[:60]}")
-    for each in (config, *(value for value in config.values() if isinstance(value, dict))):
-        found = each.get("quantization_config")
-        if found is not None and not isinstance(found, dict):
-            raise SourceError(f"{file}: quantization_config must be an object, not {json.dumps(found)[:60]}")
-    own = config.get("quantization_config")
-    if own is not None and own.get("quant_method") == METHOD:
-        try:
-            check_layers(own.get("layers"))
-        except SourceError as e:
-            raise SourceError(f"{file}: {e}") from e
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -235,15 +199,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path, index: Path) -> list[Path]:
-    try:
-        names = sorted(set(read_json(check_inside(folder, index), "an index of shards")["weight_map"].values()))
-    except (KeyError, TypeError, AttributeError) as e:
-        raise SourceError(f"{index}: not an index of shards ({e!r})") from e
+    names = sorted(set(read_as(Index, check_inside(folder, index), "an index of shards")["weight_map"].values()))
     if not names:
         raise SourceError(f"{index}: lists no tensors")
     for name in names:
-        if not isinstance(name, str) or "/" in name or "\\" in name or name in ("", ".", ".."):
-            raise SourceError(f"{index}: names {name!r}, which is not a file of this folder")
+        if "/" in name or "\\" in name or "\0" in name or name in ("", ".", ".."):
+            raise SourceError(f"{index}: names {name[:60]!r}, which is not a file of this folder")
     if len({Path(name).suffix for name in names}) > 1:
         raise SourceError(f"{index}: mixes file formats")
     return [folder / name for name in names]
@@ -257,7 +218,7 @@ def check_index(folder: Path, keys_of: dict[str, set[str]]) -> None:
     for name in WEIGHT_NAMES:
         if (folder / name).exists():
             if name.endswith(".index.json"):
-                for key, file in read_json(folder / name)["weight_map"].items():
+                for key, file in read_as(Index, folder / name, "an index of shards")["weight_map"].items():
                     if key not in keys_of.get(file, set()):
                         raise SourceError(
                             f"{folder / name}: lists {key} in {file}, which does not hold it; download it again"
@@ -271,13 +232,17 @@ def check_inside(folder: Path, file: Path) -> Path:
     Raises SourceError for any other link, or for a missing file.
     """
     home = folder.resolve()
-    real = file.resolve()
+    try:
+        real = file.resolve()
+        is_file = real.is_file()
+    except (OSError, RuntimeError, ValueError) as e:  # a loop of links, a name that no file can have
+        raise SourceError(f"{str(file)[:200]}: no file ({e})") from e
     allowed = [home]
     if home.parent.name == "snapshots":  # hub cache: snapshots/COMMIT/FILE -> ../../blobs/HASH
         allowed.append(home.parent.parent / "blobs")
     if not any(real.is_relative_to(place) for place in allowed):
         raise SourceError(f"{file}: links to a file outside of {folder}; copy the file into the folder")
-    if not real.is_file():
+    if not is_file:
         raise SourceError(f"{file}: the shard is missing")
     return file
 

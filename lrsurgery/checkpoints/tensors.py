@@ -109,7 +109,7 @@ class SafetensorsSource:
                     header = json.loads(opened.read(size))
             except FileNotFoundError as e:
                 raise SourceError(f"{file}: the shard is missing") from e
-            except (SafetensorError, OSError) as e:
+            except (SafetensorError, OSError, ValueError) as e:
                 raise SourceError(f"{file}: not a whole safetensors file ({e}); download it again") from e
             header.pop("__metadata__", None)
             # in the order of the data on disk

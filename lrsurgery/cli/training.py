@@ -265,11 +265,10 @@ def _stage_rows(outcome: Outcome) -> list[tuple[str, int | None, int | None, dic
 
 
 def _key_value(text: str) -> tuple[str, object]:
-    import yaml
-
     from lrsurgery.errors import RecipeError
+    from lrsurgery.files.yaml import parse_yaml
 
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise RecipeError(f"--set {text}: write KEY=VALUE")
-    return key.strip(), yaml.safe_load(value)
+    return key.strip(), parse_yaml(value, f"--set {text}: not a value of YAML")

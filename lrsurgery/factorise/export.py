@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import check_folder
-from lrsurgery.checkpoints.mapping import key_map
+from lrsurgery.checkpoints.mapping import check_plain, key_map
 from lrsurgery.checkpoints.output import OutputOptions, check_output, copy_companions, output_config
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, check_weights, in_write_order, open_tensors
@@ -86,6 +86,8 @@ def to_dense(
     for key in tensors.keys():  # noqa: SIM118
         dtype, shape = tensors.describe(key)
         place = keys.target(key)[0] or ""
+        if place:
+            check_plain(source, key, dtype, keys.state[place])
         layer, part = _split(place, modules)
         if layer is None:
             if shape == (0,) and key.endswith(".weight"):

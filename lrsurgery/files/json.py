@@ -35,13 +35,31 @@ def read_json(file: Path, what: str = "a JSON object", error: type[SurgeryError]
     return body
 
 
-def read_as(form: type[Form], file: Path, what: str, error: type[SurgeryError] = SourceError) -> Form:
+def read_as(
+    form: type[Form], file: Path, what: str, error: type[SurgeryError] = SourceError, *, newest: int | None = None
+) -> Form:
     """Read the JSON of a file as a value of `form`: a dataclass, a TypedDict or any annotation pydantic knows.
 
-    Keys that the form does not have are left out. Raises `error`, which names the key and what it should be, if the
-    file is missing or does not hold `what`.
+    Keys that the form does not have are left out, unless it allows them. `newest` is the newest `format_version` that
+    this program reads; None for a file without versions. NaN and infinities count as null.
+
+    Raises `error`, which names the key and what it should be, if the file is missing, is of a newer format or does not
+    hold `what`.
     """
-    return parse_as(form, read_bytes(file, what, error), f"{file}: not {what}", error)
+    lead = f"{file}: not {what}"
+    if newest is None:
+        return parse_as(form, read_bytes(file, what, error), lead, error)
+    body = read_json(file, what, error)
+    check_version(body.get("format_version"), newest, str(file), error)
+    return checked(form, body, lead, error)
+
+
+def check_version(found: object, newest: int, where: str, error: type[SurgeryError] = SourceError) -> None:
+    """Raise `error` unless `found`, a file's `format_version`, is a version up to the `newest` that is read."""
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+        raise error(f"{where}: format_version must be a whole number from 1, not {_shown(found)}")
+    if found > newest:
+        raise error(f"{where}: format {found} is newer than this lrsurgery reads ({newest}); update lrsurgery")
 
 
 def parse_as(form: type[Form], text: bytes | str, lead: str, error: type[SurgeryError] = SourceError) -> Form:
@@ -57,7 +75,12 @@ def parse_as(form: type[Form], text: bytes | str, lead: str, error: type[Surgery
 
 def checked(form: type[Form], body: object, lead: str, error: type[SurgeryError] = SourceError) -> Form:
     """A value that JSON gave, as a value of `form`; `lead` begins the error's line."""
-    return parse_as(form, json.dumps(body), lead, error)
+    return parse_as(form, json.dumps(_finite(body)), lead, error)
+
+
+def _shown(value: object) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 @cache
@@ -72,7 +95,7 @@ def _first_fault(e: Any) -> str:
     fault = e.errors(include_url=False, include_context=False)[0]
     place = ".".join(str(part) for part in fault["loc"])
     said = fault["msg"][:1].lower() + fault["msg"][1:]
-    found = "" if fault["type"] in ("missing", "json_invalid") else f", not {str(fault['input'])[:60]!r}"
+    found = "" if fault["type"] in ("missing", "json_invalid", "extra_forbidden") else f", not {_shown(fault['input'])}"
     return f"{place}: {said}{found}" if place else f"{said}{found}"
 
 
@@ -86,15 +109,27 @@ def read_bytes(file: Path, what: str, error: type[SurgeryError] = SourceError) -
         raise error(f"{file}: not {what} ({e})") from e
 
 
-def read_lines(file: Path) -> list[Json]:
-    """Read the objects of an append-only .jsonl file, up to a last line that a kill truncated; [] without a file."""
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+def read_lines(form: type[Form], file: Path, what: str, error: type[SurgeryError] = SourceError) -> list[Form]:
+    """Read an append-only .jsonl file, a value of `form` a line; [] without a file.
+
+    A last line that a kill truncated is left out. Raises `error`, which names the line, for any other that is not JSON
+    or does not hold `what`.
+    """
+    from pydantic_core import from_json
+
+    if not file.exists():
+        return []
+    lines = [line for line in read_bytes(file, what, error).splitlines() if line.strip()]
+    found = []
+    for number, line in enumerate(lines, 1):
         try:
-            lines.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return lines
+            body = from_json(line)
+        except ValueError as e:
+            if number == len(lines):
+                break
+            raise error(f"{file}: line {number} is not {what} ({e})") from e
+        found.append(checked(form, body, f"{file}: line {number} is not {what}", error))
+    return found
 
 
 def json_text(body: object, indent: int | None = 2) -> str:

@@ -33,7 +33,8 @@ def balance(factors: Factors) -> Factors:
 def balance_of(factors: Factors) -> float:
     """||u^T u - v v^T||_F / ||u^T u||_F: 0 for balanced factors, as every init makes them."""
     wide = working_dtype(factors.u.dtype)
-    u, v = factors.u.detach().to(wide), factors.v.detach().to(wide)
+    scale = power_of_two(max(largest(factors.u), largest(factors.v)))
+    u, v = factors.u.detach().to(wide) / scale, factors.v.detach().to(wide) / scale
     left = u.T @ u
     norm = float(left.norm())
     return float((left - v @ v.T).norm()) / norm if norm else 0.0
@@ -42,10 +43,10 @@ def balance_of(factors: Factors) -> float:
 def product_values(factors: Factors) -> Tensor:
     """Singular values (rank,) of u @ v in O((rows + columns) rank^2); the product is never formed."""
     dtype = working_dtype(factors.u.dtype)
-    r_u = torch.linalg.qr(factors.u.detach().to(dtype), mode="r").R
-    r_v = torch.linalg.qr(factors.v.detach().to(dtype).T, mode="r").R
-    values: Tensor = torch.linalg.svdvals(r_u @ r_v.T)
-    return values
+    scales = power_of_two(largest(factors.u)), power_of_two(largest(factors.v))
+    r_u = torch.linalg.qr(factors.u.detach().to(dtype) / scales[0], mode="r").R
+    r_v = torch.linalg.qr(factors.v.detach().to(dtype).T / scales[1], mode="r").R
+    return times(torch.linalg.svdvals(r_u @ r_v.T), scales[0] * scales[1])
 
 
 def relative_error(weight: Tensor, factors: Factors) -> float:
@@ -69,6 +70,12 @@ def _squares(weight: Tensor, factors: Factors, scale: float) -> tuple[float, flo
         norm += float(torch.linalg.vector_norm(part)) ** 2
         lost += float(torch.linalg.vector_norm(torch.addmm(part, left, v, alpha=-1))) ** 2
     return lost, norm
+
+
+def times(values: Tensor, scale: float) -> Tensor:
+    """values * scale in their dtype, in fp64 where they would overflow there."""
+    scaled = values * scale
+    return values.double() * scale if bool(scaled.isinf().any()) else scaled
 
 
 def largest(matrix: Tensor) -> float:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrsurgery.errors import RankError, SurgeryError, WeightError
-from lrsurgery.linalg.factors import Factors, largest, power_of_two, working_dtype
+from lrsurgery.linalg.factors import Factors, largest, power_of_two, times, working_dtype
 from lrsurgery.linalg.krylov import krylov
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs leave it out
@@ -128,14 +128,14 @@ def singular_values(weight: Tensor) -> Tensor:
     for precision in (torch.float32, torch.float64):
         if torch.finfo(precision).eps <= torch.finfo(matrix.dtype).eps:
             try:
-                return _roots(torch.linalg.eigvalsh(_gram(matrix, precision)), matrix.dtype) * scale
+                return times(_roots(torch.linalg.eigvalsh(_gram(matrix, precision)), matrix.dtype), scale)
             except LinAlgError:
                 continue
     try:
         values: Tensor = torch.linalg.svdvals(matrix.double())
     except LinAlgError as e:
         raise WeightError(f"no LAPACK driver converges on this {tuple(matrix.shape)} matrix") from e
-    return (values * scale).to(matrix.dtype)
+    return times(values.to(matrix.dtype), scale)
 
 
 def _assemble(problem: _Problem, result: _Result, factors: Factors) -> Decomposition:
@@ -143,7 +143,7 @@ def _assemble(problem: _Problem, result: _Result, factors: Factors) -> Decomposi
         energy = float(torch.linalg.vector_norm(problem.matrix, dtype=torch.float64)) ** 2
     else:
         energy = float(result.values.double().square().sum())
-    values = result.values * problem.scale
+    values = times(result.values, problem.scale)
     spectrum = result.spectrum._replace(values=values) if result.spectrum is not None else None
     return Decomposition(factors, values, energy * problem.scale**2, spectrum)
 

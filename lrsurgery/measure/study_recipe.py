@@ -14,9 +14,10 @@ from pathlib import Path, PurePath
 
 from lrsurgery.errors import RecipeError
 from lrsurgery.files.json import Json
+from lrsurgery.files.yaml import read_yaml
 from lrsurgery.report.runs import Measure
 from lrsurgery.report.views.columns import QUALITY
-from lrsurgery.training.recipe import Recipe, check_permissions, read_yaml
+from lrsurgery.training.recipe import Recipe, check_permissions
 
 KEYS = ("name", "about", "imports", "prepare", "settings", "grid", "table", "plot")
 TABLE_KEYS = ("rows", "columns", "measures")

@@ -166,11 +166,11 @@ def _report_of(source: Source) -> Report | None:
 
 def _stages(folder: Path) -> dict[str, dict[str, float]]:
     """What the run that made a folder measured at each stage; empty where there was none."""
-    records = read_metrics(folder)
     try:
-        return stages_of([r for r in records if "eval" in r], records[-1]["stage"]) if records else {}
-    except (KeyError, TypeError):  # somebody else's file of that name
+        records = read_metrics(folder)
+    except SourceError:  # somebody else's file of that name
         return {}
+    return stages_of([r for r in records if "eval" in r], records[-1]["stage"]) if records else {}
 
 
 def _cleaned(command: str) -> str:

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 from torch import Tensor
 
 from lrsurgery.checkpoints.load import FactorisedCheckpoint, open_factorised
 from lrsurgery.checkpoints.mapping import list_entries, open_checkpoint
 from lrsurgery.checkpoints.source import Source, SourceOptions, resolve
-from lrsurgery.errors import PlanError, SourceError, SurgeryError, WeightError
+from lrsurgery.errors import PlanError, SurgeryError, WeightError
 from lrsurgery.files.digests import digest_of_all, tensor_digest
-from lrsurgery.files.json import read_json
+from lrsurgery.files.json import read_as
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.profile import WIDEST, ProfileOptions, profile
 from lrsurgery.report.rows import compared_row, rank_report, replacement_of, trained_row
@@ -83,16 +82,7 @@ def read_bench(folder: Path) -> Bench | None:
     file = folder / BENCH_FILE
     if not file.exists():
         return None
-    body = read_json(file, "what bench --save writes; run it again")
-    try:
-        if body["format_version"] > BENCH_FORMAT:
-            raise SourceError(f"{file}: bench format {body['format_version']} is newer than this lrsurgery reads")
-        for name, kind in (("machine", dict), ("model", dict), ("runs", list), ("layers", list)):
-            if not isinstance(body[name], kind):
-                raise TypeError(name)
-    except (KeyError, TypeError) as e:
-        raise SourceError(f"{file}: not what bench --save writes; run it again ({e!r})") from e
-    return cast(Bench, body)
+    return read_as(Bench, file, "what bench --save writes; run it again", newest=BENCH_FORMAT)
 
 
 def _factorised(

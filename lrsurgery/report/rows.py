@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lrsurgery.errors import PlanError, WeightError
-from lrsurgery.linalg.factors import Factors, balance_of, product_values, relative_error
+from lrsurgery.linalg.factors import Factors, balance_of, largest, power_of_two, product_values, relative_error
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points
 from lrsurgery.linalg.subspaces import Directions, directions, overlap
 from lrsurgery.linalg.svd import Decomposition, spectral_factors
@@ -33,7 +34,7 @@ def measured_row(
     values = found.values.double()
     top = float(values[0])
     left_out = float(values[row.rank]) if row.rank < row.full_rank else 0.0
-    unknown = bool(values.isnan().any())  # "fast" computes the largest alone
+    unknown = not bool(values.isfinite().all())  # "fast" computes the largest alone
     # every init gives balanced factors: the product's singular values are the norms of u's columns times v's rows
     kept = _norms(factors.u, 0) * _norms(factors.v, 1)
     energy_kept = float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0
@@ -44,17 +45,28 @@ def measured_row(
         spectral_error = _spectral_norm_of_difference(matrix, factors) / top if top else 0.0
     return replace(
         planned_row(row),
-        energy_kept=energy_kept,
-        relative_error=relative_error(matrix, factors),
-        spectral_error=spectral_error,
-        weighted_error=weighted_error,
-        predicted_loss=predicted,
-        balance=balance_of(factors),
+        energy_kept=_finite(energy_kept),
+        relative_error=_finite(relative_error(matrix, factors)),
+        spectral_error=_finite(spectral_error),
+        weighted_error=_finite(weighted_error),
+        predicted_loss=_finite(predicted),
+        balance=_finite(balance_of(factors)),
         before=None if unknown else EffectiveRanks.of(values),
-        after=EffectiveRanks.of(kept.sort(descending=True).values, limit=math.inf),
         spectrum_before=None if unknown else Points.of(values),
-        spectrum_after=Points.of(kept.sort(descending=True).values),
+        **_after(kept.sort(descending=True).values),
     )
+
+
+def _finite(figure: float | None) -> float | None:
+    """None for a figure that overflowed: it is not known."""
+    return figure if figure is not None and math.isfinite(figure) else None
+
+
+def _after(values: Tensor) -> dict[str, Any]:
+    """Effective ranks and spectrum of a product with these singular values; None where they overflowed."""
+    if not bool(values.isfinite().all()):
+        return {"after": None, "spectrum_after": None}
+    return {"after": EffectiveRanks.of(values.double(), limit=math.inf), "spectrum_after": Points.of(values)}
 
 
 def _in_metric(values: Tensor | None, rank: int, in_loss: bool) -> tuple[float | None, float | None]:
@@ -100,9 +112,7 @@ def planned_row(row: Replacement | Kept) -> Row:
 
 def trained_row(row: Row, factors: Factors) -> Row:
     """The row with the spectrum and balance of factors, which training may have left unbalanced."""
-    values = product_values(factors)
-    after = EffectiveRanks.of(values.double(), limit=math.inf)
-    return replace(row, after=after, spectrum_after=Points.of(values), balance=balance_of(factors))
+    return replace(row, balance=_finite(balance_of(factors)), **_after(product_values(factors)))
 
 
 def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
@@ -118,9 +128,9 @@ def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
     gap = _spectral_norm_of_difference(matrix, factors)
     return replace(
         trained_row(row, factors),
-        energy_kept=_energy_within(matrix, ours, dense.energy),
-        relative_error=relative_error(matrix, factors),
-        spectral_error=gap / float(values[0]) if values[0] > 0 else 0.0,
+        energy_kept=_finite(_energy_within(matrix, ours, dense.energy)),
+        relative_error=_finite(relative_error(matrix, factors)),
+        spectral_error=_finite(gap / float(values[0])) if values[0] > 0 else 0.0,
         before=EffectiveRanks.of(values),
         spectrum_before=Points.of(values),
         overlap=overlap(directions(dense.factors), ours) if dense.energy else None,
@@ -129,9 +139,10 @@ def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
 
 def _spectral_norm_of_difference(matrix: Tensor, factors: Factors) -> float:
     wide = factors.u.to(torch.promote_types(matrix.dtype, torch.float32))
-    rest = torch.addmm(matrix.to(wide.dtype), wide, factors.v.to(wide.dtype), alpha=-1)
+    scale = power_of_two(largest(matrix))  # keeps squares in the range of fp32
+    rest = torch.addmm(matrix.to(wide.dtype) / scale, wide / scale, factors.v.to(wide.dtype), alpha=-1)
     gram = rest @ rest.T if rest.shape[0] <= rest.shape[1] else rest.T @ rest
-    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
+    return scale * math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
 
 
 def plan_report(plan: Plan, parameters: int, measured: Mapping[str, Row] | None = None) -> Report:

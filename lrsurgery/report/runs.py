@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias, cast, get_args
+from typing import Annotated, Literal, TypeAlias, cast, get_args
 
-from typing_extensions import TypedDict
+from pydantic import ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict
 
-from lrsurgery.errors import RecipeError, SourceError, SurgeryError
+from lrsurgery.errors import RecipeError, SourceError
 from lrsurgery.files.json import Json, read_lines
+from lrsurgery.files.yaml import read_yaml
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -48,6 +50,8 @@ class Settings(TypedDict):
 class Quality(TypedDict, total=False):
     """Figures of one evaluation, as far as the task has them; further ones may stand beside these."""
 
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
     loss: float
     perplexity: float
     top1: float
@@ -78,7 +82,7 @@ class SpectrumCourse(TypedDict):
     """Some singular values of U V: `values[k][i]` is the `index[i]`-th at the k-th evaluation."""
 
     index: list[int]
-    values: list[list[float]]
+    values: list[list[float | None]]
 
 
 class _LayerCourse(TypedDict):
@@ -96,6 +100,37 @@ class LayerCourse(_LayerCourse, total=False):
     """What became of a layer: a list for each measure, with one entry for each evaluation that knows the layer."""
 
     spectrum: SpectrumCourse
+
+
+class _Spectrum(TypedDict):
+    index: list[int]
+    value: list[float | None]
+
+
+class _Layer(TypedDict, total=False):
+    """A factorised layer at one evaluation."""
+
+    nuclear_rank: float | None
+    entropy_rank: float | None
+    stable_rank: float | None
+    frobenius_norm: float | None
+    spectral_norm: float | None
+    u_norm: float | None
+    v_norm: float | None
+    spectrum: _Spectrum
+
+
+class Record(TypedDict):
+    """A line of metrics.jsonl: a logged loss, or an evaluation. Further figures may stand beside these."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    step: Annotated[int, Field(ge=0, lt=1 << 63)]
+    stage: Literal["dense", "factorised", "dense trained"]
+    loss: NotRequired[float | None]
+    learning_rate: NotRequired[float | None]
+    eval: NotRequired[dict[str, float]]
+    layers: NotRequired[dict[str, _Layer]]
 
 
 class Run(TypedDict):
@@ -121,20 +156,15 @@ def read_run(folder: Path) -> Run:
     """
     if not is_run(folder):
         raise SourceError(f"{folder}: no {METRICS} in it; give folders that lrsurgery finetune wrote")
-    try:
-        return _run_of(folder, read_metrics(folder))
-    except (KeyError, TypeError, ValueError, AttributeError) as e:
-        if isinstance(e, SurgeryError):
-            raise
-        raise SourceError(f"{folder / METRICS}: not the metrics of a run ({e!r})") from e
+    return _run_of(folder, read_metrics(folder))
 
 
-def read_metrics(folder: Path) -> list[Json]:
-    """The records of a run's metrics.jsonl; a last line that a kill cut short is left out."""
-    return read_lines(folder / METRICS)
+def read_metrics(folder: Path) -> list[Record]:
+    """The records of a run's metrics.jsonl; a last line that a kill cut short is left out. Raises SourceError."""
+    return read_lines(Record, folder / METRICS, "a record of a run")
 
 
-def stages_of(evaluated: Sequence[Json], stage: str) -> dict[str, dict[str, float]]:
+def stages_of(evaluated: Sequence[Record], stage: str) -> dict[str, dict[str, float]]:
     """What was measured at each stage of a run that is now in `stage`, from its records of evaluations in order."""
     dense = [record["eval"] for record in evaluated if record["stage"] == "dense"]
     factorised = [record["eval"] for record in evaluated if record["stage"] == "factorised"]
@@ -157,7 +187,7 @@ def untrained_dense(stages: Mapping[str, object], dense_steps: int = 0) -> str |
     )
 
 
-def _run_of(folder: Path, records: Sequence[Json]) -> Run:
+def _run_of(folder: Path, records: Sequence[Record]) -> Run:
     compared = [record for record in records if "eval" in record and record["stage"] == DENSE_TRAINED]
     records = [record for record in records if record["stage"] != DENSE_TRAINED]
     evaluated = [record for record in records if "eval" in record]
@@ -171,13 +201,19 @@ def _run_of(folder: Path, records: Sequence[Json]) -> Run:
         settings=_settings(folder / RECIPE, steps),
         stages={stage: _quality(values) for stage, values in stages.items()},
         evaluations=[cast(Evaluation, {"step": r["step"], "stage": r["stage"], **_quality(r["eval"])}) for r in course],
-        losses=[Loss(step=r["step"], loss=r["loss"], lr=r.get("learning_rate")) for r in records if "loss" in r],
+        losses=[
+            Loss(step=r["step"], loss=loss, lr=r.get("learning_rate"))
+            for r in records
+            if (loss := r.get("loss")) is not None
+        ],
         layers=_layers(evaluated),
     )
 
 
 def _settings(file: Path, steps: int) -> Settings:
-    found = _read_recipe(file) if file.is_file() else {}
+    found: Json = {}
+    if file.is_file():
+        found = {key.replace("-", "_"): value for key, value in read_yaml(file).items()}
 
     def text(name: str) -> str | None:
         return None if found.get(name) is None else str(found[name])
@@ -185,7 +221,7 @@ def _settings(file: Path, steps: int) -> Settings:
     def number(name: str) -> float | None:
         try:
             return None if found.get(name) is None else float(found[name])  # YAML takes 1e-3 for text
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, OverflowError) as e:
             raise RecipeError(f"{file}: {name} '{found[name]}': write a number") from e
 
     def count(name: str) -> int | None:
@@ -217,25 +253,12 @@ def _settings(file: Path, steps: int) -> Settings:
     )
 
 
-def _read_recipe(file: Path) -> Json:
-    """The settings of a recipe, by their names. Raises RecipeError where it is damaged."""
-    import yaml
-
-    try:
-        body = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise RecipeError(f"{file}: not a recipe ({' '.join(str(e).split())})") from e
-    if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
-        raise RecipeError(f"{file}: not a recipe; write one 'setting: value' a line")
-    return {key.replace("-", "_"): value for key, value in body.items()}
-
-
 def _quality(values: Mapping[str, float]) -> Quality:
     """The figures without the number of positions that they are of."""
     return cast(Quality, {name: value for name, value in values.items() if name != "scored"})
 
 
-def _layers(evaluated: Sequence[Json]) -> dict[str, LayerCourse]:
+def _layers(evaluated: Sequence[Record]) -> dict[str, LayerCourse]:
     """Each layer's measures over the evaluations that have it; evaluations of a dense stage have no layers."""
     found: dict[str, LayerCourse] = {}
     for record in evaluated:

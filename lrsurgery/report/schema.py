@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
+from typing import Annotated, Literal, TypeAlias
 
 import torch
-from typing_extensions import TypedDict
+from pydantic import ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict
 
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.errors import SourceError
 from lrsurgery.files.digests import REPORT, FileDigest
-from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.files.json import Json, check_version, checked, json_text, read_json
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points, predicted_damage
-from lrsurgery.linalg.subspaces import Angles, Overlap, Shared
+from lrsurgery.linalg.subspaces import Overlap
 from lrsurgery.report.runs import Run
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.kinds import KINDS
@@ -29,6 +31,8 @@ FORMAT_VERSION = 4
 FILE_NAME = REPORT
 HIGH_DAMAGE = 2.0  # times the median of the model's layers
 NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers in indented JSON; no string holds a line break
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]  # as far as a file may count
+Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Rung:
     """What one rank would keep, lose and save of a layer or a whole model, predicted from the spectrum."""
 
     rank: str  # as --rank takes it
-    to: int | None  # rank of the layer, None where it stays dense; of a model, the number of layers factorised
-    parameters: int
+    to: Count | None  # rank of the layer, None where it stays dense; of a model, the number of layers factorised
+    parameters: Count
     energy_kept: float
     relative_error: float  # ||W - W_r||_F / ||W||_F
     damage: float  # see `predicted_damage`
@@ -49,21 +53,21 @@ class Row:
 
     name: str
     kind: str
-    shape: tuple[int, ...]
-    status: str  # "factorised" or "dense"
+    shape: tuple[Size, ...]
+    status: Literal["factorised", "dense"]
     reason: str | None  # why it stays dense
-    full_rank: int | None
-    rank: int | None
-    parameters_before: int
-    parameters_after: int | None  # None in a plan whose rank waits for the singular values
+    full_rank: Size | None
+    rank: Size | None
+    parameters_before: Count
+    parameters_after: Count | None  # None in a plan whose rank waits for the singular values
     _: KW_ONLY
     energy_kept: float | None = None  # share of the dense weight's squared norm within the factors' subspaces
     relative_error: float | None = None  # ||W - U V||_F / ||W||_F, of the factors as stored
     spectral_error: float | None = None  # largest singular value left out / largest; measured: ||W - U V||_2 / ||W||_2
     before: EffectiveRanks | None = None
     after: EffectiveRanks | None = None
-    flops_before: int | None = None  # of a token, or of a position of a convolution's output: 2 a multiply-add
-    flops_after: int | None = None
+    flops_before: Count | None = None  # of a token, or of a position of a convolution's output: 2 a multiply-add
+    flops_after: Count | None = None
     spectrum_before: Points | None = None
     spectrum_after: Points | None = None
     overlap: Overlap | None = None  # of the dense and the factorised leading directions
@@ -95,34 +99,51 @@ class Row:
         return {**body, "break_even": self.break_even, "damage": self.damage}
 
     @staticmethod
-    def from_dict(body: Json) -> Row:
-        """The row of a JSON object. Raises TypeError or KeyError where it holds anything else."""
-        given = {f.name: body[f.name] for f in fields(Row) if f.name in body}
-        for key in ("before", "after"):
-            given[key] = EffectiveRanks(**body[key]) if body.get(key) else None
-        for key in ("spectrum_before", "spectrum_after"):
-            given[key] = Points(tuple(body[key]["index"]), tuple(body[key]["value"])) if body.get(key) else None
-        if body.get("ladder") is not None:
-            given["ladder"] = tuple(Rung(**rung) for rung in body["ladder"])
-        if body.get("overlap"):
-            sides = {side: Angles(**body["overlap"][side]) for side in ("output", "input")}
-            given["overlap"] = Overlap(**sides, leading=tuple(Shared(**s) for s in body["overlap"]["leading"]))
-        return Row(**{**given, "shape": tuple(body["shape"])})
+    def from_dict(body: Json, where: str = "a row") -> Row:
+        """The row of a JSON object. Raises SourceError, which `where` begins, where it holds anything else."""
+        row = checked(Row, body, f"{where}: not a rank report's")
+        row.check(where)
+        return row
+
+    def check(self, where: str) -> None:
+        """Raise SourceError, which `where` begins, if the figures do not fit each other."""
+        lead = f"{where}: layer {self.name[:60]!r}: "
+        if self.full_rank is not None:
+            kind = KINDS.get(self.kind)
+            if kind is None or len(self.shape) != kind.weight_axes:
+                raise SourceError(f"{lead}shape {shape_text(self.shape)} is of no '{self.kind[:60]}' layer")
+            if self.full_rank > min(kind.matrix_shape(torch.Size(self.shape))):
+                raise SourceError(f"{lead}full rank {self.full_rank} is above that of {shape_text(self.shape)}")
+            if self.rank is not None and self.rank > self.full_rank:
+                raise SourceError(f"{lead}rank {self.rank} is above full rank, {self.full_rank}")
+        elif self.status == "factorised":
+            raise SourceError(f"{lead}factorised, and without a full rank")
+        for points in (self.spectrum_before, self.spectrum_after):
+            ascends = points is None or all(0 < a < b for a, b in zip(points.index, points.index[1:], strict=False))
+            if points is not None and not (ascends and len(points.index) == len(points.value) > 0):
+                raise SourceError(f"{lead}a spectrum whose values do not stand at ascending places")
+        if self.overlap is not None and not self.overlap.leading:
+            raise SourceError(f"{lead}an overlap without directions")
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as people read it: 768x3072."""
+    return "x".join(map(str, shape))
 
 
 class BenchModel(TypedDict):
     """A model whose speed was measured."""
 
     name: str
-    parameters: int
-    bytes: int | None  # of its weight files
-    peak_memory: int | None  # bytes; None where this system does not tell
+    parameters: Count
+    bytes: Count | None  # of its weight files
+    peak_memory: Count | None  # bytes; None where this system does not tell
 
 
 class BenchFigures(TypedDict):
     """Times of one model at one setting."""
 
-    flops: int
+    flops: Count
     median_ms: float
     p95_ms: float
     throughput: float  # units a second
@@ -132,7 +153,7 @@ class BenchCertainty(TypedDict):
     """How much faster, and how surely."""
 
     speedup: float | None
-    interval: list[float] | None  # of the speedup, at `confidence`
+    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None  # of the speedup, at `confidence`
     confidence: float
     rounds: int
     reached: bool  # whether the interval got as narrow as was asked for
@@ -142,8 +163,8 @@ class BenchRun(BenchFigures, BenchCertainty):
     """One kind of work at one batch size and length."""
 
     work: str
-    batch: int
-    length: int
+    batch: Count
+    length: Count
     unit: str
     against: BenchFigures | None
     ideal: float | None  # speedup by FLOPs alone
@@ -152,7 +173,7 @@ class BenchRun(BenchFigures, BenchCertainty):
 class BenchLayer(BenchCertainty):
     """Factorised layers of one shape, rank and input against their dense form."""
 
-    names: list[str]
+    names: Annotated[list[str], Field(min_length=1)]
     kind: str
     shape: list[int]
     rank: int
@@ -228,13 +249,7 @@ class Report:
         file = folder / FILE_NAME
         if not file.is_file():
             raise SourceError(f"{folder}: no {FILE_NAME} in it; lrsurgery factorise writes one")
-        body = read_json(file, "a rank report")
-        try:
-            if body["format_version"] > FORMAT_VERSION:
-                raise SourceError(f"{file}: report format {body['format_version']} is newer than this lrsurgery reads")
-            return Report.from_dict(body)
-        except (ValueError, KeyError, TypeError) as e:
-            raise SourceError(f"{file}: not a rank report ({e!r})") from e
+        return Report.from_dict(read_json(file, "a rank report"), str(file))
 
     def to_json(self) -> str:
         """Text of rank_report.json."""
@@ -266,18 +281,26 @@ class Report:
         }
 
     @staticmethod
-    def from_dict(body: Json) -> Report:
-        """The report of a JSON object, of this version or an older. Raises TypeError or KeyError where it is none."""
-        given = {f.name: body[f.name] for f in fields(Report) if f.name in body}
-        given |= {name: (body["totals"] or {}).get(name) for name in TOTALS}
-        if body.get("ladder") is not None:
+    def from_dict(body: Json, where: str = "report") -> Report:
+        """The report of a JSON object, of this version or an older.
+
+        Raises SourceError, which `where` begins, where it is none or is of a newer version.
+        """
+        check_version(body.get("format_version"), FORMAT_VERSION, where)
+        read = checked(_File, body, f"{where}: not a rank report")
+        for row in read["layers"]:
+            row.check(where)
+        totals = read.get("totals") or _Totals()
+        given = {f.name: read[f.name] for f in fields(Report) if f.name in read}  # type: ignore[literal-required]
+        given |= {name: totals.get(name) for name in TOTALS}
+        given |= {"notes": tuple(read.get("notes") or ()), "training": tuple(read.get("training") or ())}
+        if (ladder := read.get("ladder")) is not None:
             names = [f.name for f in fields(Rung)]
             given["ladder"] = tuple(
-                Rung(**{name: rung["layers" if name == "to" else name] for name in names}) for rung in body["ladder"]
+                Rung(**{name: rung["layers" if name == "to" else name] for name in names})  # type: ignore[literal-required]
+                for rung in ladder
             )
-        rows = tuple(Row.from_dict(row) for row in body["layers"])
-        lists = {name: tuple(body.get(name, ())) for name in ("notes", "training")}
-        return Report(**{**given, **lists, "rows": rows, "parameters_before": given["parameters_before"] or 0})
+        return Report(**{**given, "rows": tuple(read["layers"]), "parameters_before": given["parameters_before"] or 0})
 
     def _totals(self) -> Json:
         before, after = self.parameters_before, self.parameters_after
@@ -305,8 +328,64 @@ class Report:
 
     def _model_rung(self, rung: Rung) -> Json:
         body = asdict(rung)
-        share = rung.parameters / self.parameters_before
+        share = rung.parameters / self.parameters_before if self.parameters_before else 0.0
         return {"rank": body.pop("rank"), "layers": body.pop("to"), "share": share, **body}
+
+
+class _Totals(TypedDict, total=False):
+    """Totals of a report that it does not compute from its rows."""
+
+    parameters_before: Count | None
+    parameters_after: Count | None
+    bytes_before: Count | None
+    bytes_after: Count | None
+
+
+class _ModelRung(TypedDict):
+    """A rung of a whole model's ladder."""
+
+    rank: str
+    layers: Count
+    parameters: Count
+    energy_kept: float
+    relative_error: float
+    damage: float
+
+
+class _Open(TypedDict):
+    """An object whose further keys are kept."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+
+class _LossCheck(_Open):
+    measured: bool
+    text: str
+
+
+class _Calibration(_Open):
+    samples: NotRequired[Count | None]
+    tokens: NotRequired[Count | None]
+    scored_in: NotRequired[str]
+
+
+class _File(TypedDict):
+    """rank_report.json, of this version or an older."""
+
+    layers: list[Row]
+    totals: _Totals | None
+    ladder: NotRequired[list[_ModelRung] | None]
+    source: NotRequired[Json]
+    command: NotRequired[str | None]
+    options: NotRequired[Json]
+    versions: NotRequired[dict[str, str]]
+    notes: NotRequired[list[str]]
+    about: NotRequired[Literal["factorised", "plan", "dense", "runs"]]
+    name: NotRequired[str | None]
+    training: NotRequired[list[Run]]
+    bench: NotRequired[Bench | None]
+    calibration: NotRequired[_Calibration | None]
+    loss_check: NotRequired[_LossCheck | None]
 
 
 TOTALS = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")  # fields of a report

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from lrsurgery.data.options import DATA, IMAGES, TEXT, DataOptions, Setting, check_choice, setting
 from lrsurgery.errors import RecipeError
 from lrsurgery.files.writing import replace_file
+from lrsurgery.files.yaml import read_yaml
 
 if TYPE_CHECKING:
     from lrsurgery.checkpoints.source import Source
@@ -257,7 +258,7 @@ def _typed(key: str, kind: ValueKind, value: Any) -> Any:
         if wanted is int and (isinstance(value, bool) or float(value) != int(float(value))):
             raise ValueError
         return wanted(float(value)) if wanted is int else wanted(value)
-    except (TypeError, ValueError) as e:
+    except (TypeError, ValueError, OverflowError) as e:
         raise RecipeError(f"{key} '{value}': write {'a whole number' if wanted is int else 'a number'}") from e
 
 
@@ -303,21 +304,6 @@ def without_permissions(recipe: Recipe) -> Recipe:
         report_to=tuple(name for name in recipe.report_to if name in LOCAL_TRACKERS),
         set={name: value for name, value in recipe.set.items() if name not in UPLOADING},
     )
-
-
-def read_yaml(file: Path) -> Json:
-    """A YAML file of named values. Raises RecipeError: it is missing, or holds anything else."""
-    import yaml
-
-    try:
-        body = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise RecipeError(f"{file}: no such recipe") from e
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise RecipeError(f"{file}: not a recipe ({' '.join(str(e).split())})") from e
-    if not isinstance(body, dict) or not all(isinstance(key, str) for key in body):
-        raise RecipeError(f"{file}: not a recipe; write one 'setting: value' a line")
-    return body
 
 
 def write_recipe(recipe: Recipe, file: Path, versions: Mapping[str, str]) -> None:

@@ -8,16 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from typing_extensions import NotRequired, TypedDict
-
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, RecipeError
 from lrsurgery.files.digests import fingerprint, folder_fingerprint
-from lrsurgery.files.json import Json, checked, json_text, parse_as, read_as
+from lrsurgery.files.json import json_text, parse_as, read_as
 from lrsurgery.files.marks import check_ours, remove, remove_entries, write_mark
 from lrsurgery.files.writing import replace_file
-from lrsurgery.report.runs import DENSE_TRAINED, METRICS, RECIPE, read_metrics
+from lrsurgery.report.runs import DENSE_TRAINED, METRICS, RECIPE, Record, read_metrics
 from lrsurgery.report.schema import FILE_NAME
 from lrsurgery.runtime import versions
 from lrsurgery.training.checkpoints import COMPLETE, damage_of, marked_checkpoints, read_mark, step_of
@@ -31,14 +29,6 @@ STAGES = ("dense", "factorised", DENSE_TRAINED.replace(" ", "-"))  # folders of 
 ENTRIES = (NOTES, METRICS, LAYERS, RECIPE)  # beside FACTS, without which there is nothing to resume
 IN_STAGES = ("checkpoint-*", "partial-*", "damaged-*", "runs")  # the last is TensorBoard's
 MAY_DIFFER = ("device", "report_to")  # on resuming
-
-
-class Record(TypedDict):
-    """A line of metrics.jsonl, as far as a run reads its own."""
-
-    step: int
-    stage: str
-    eval: NotRequired[dict[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,18 +181,16 @@ class RunFolder:
             replace_file(file, b"".join(lines[: mark.records]))
         else:  # an older version's
             stage, step = checkpoint.parent.name, step_of(checkpoint)
-            kept = [r for r in self._records() if (r["step"] <= step if r["stage"] == stage else r["stage"] == "dense")]
+            kept = [
+                r
+                for r in read_metrics(self.path)
+                if (r["step"] <= step if r["stage"] == stage else r["stage"] == "dense")
+            ]
             replace_file(file, "".join(json_text(record, indent=None) for record in kept))
 
-    def _records(self) -> list[Json]:
-        """The records of metrics.jsonl. Raises RecipeError for a line that is none."""
-        records = read_metrics(self.path)
-        checked(list[Record], records, f"{self.path / METRICS}: not a run's metrics", RecipeError)
-        return records
-
-    def evaluations(self) -> list[Json]:
-        """The records of metrics.jsonl that hold an evaluation. Raises RecipeError for a damaged file."""
-        return [record for record in self._records() if "eval" in record]
+    def evaluations(self) -> list[Record]:
+        """The records of metrics.jsonl that hold an evaluation."""
+        return [record for record in read_metrics(self.path) if "eval" in record]
 
     # layers
 

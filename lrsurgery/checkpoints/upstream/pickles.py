@@ -16,12 +16,13 @@ ENTRIES = (
     *("state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema"),
     *("state_dict", "model_state_dict", "model", "module", "net", "weights"),
 )
+DEEPEST = 4  # entries within entries; an entry may hold itself
 
 
 def _unwrap_entries(state: object) -> tuple[object, tuple[str, ...]]:
     """The state dict in a training checkpoint, and the entries that lead to it."""
     path: list[str] = []
-    while isinstance(state, Mapping):
+    while isinstance(state, Mapping) and len(path) < DEEPEST:
         inner = next((name for name in ENTRIES if _holds_tensors(state.get(name))), None)
         if inner is None:
             break
@@ -30,9 +31,14 @@ def _unwrap_entries(state: object) -> tuple[object, tuple[str, ...]]:
     return state, tuple(path)
 
 
-def _holds_tensors(entry: object) -> bool:
-    return isinstance(entry, Mapping) and any(
-        isinstance(value, Tensor) or (name in ENTRIES and _holds_tensors(value)) for name, value in entry.items()
+def _holds_tensors(entry: object, depth: int = 0) -> bool:
+    return (
+        depth < DEEPEST
+        and isinstance(entry, Mapping)
+        and any(
+            isinstance(value, Tensor) or (name in ENTRIES and _holds_tensors(value, depth + 1))
+            for name, value in entry.items()
+        )
     )
 
 
@@ -74,8 +80,9 @@ def read_pickles(files: Sequence[Path]) -> tuple[dict[str, Tensor], tuple[str, .
             ) from e
         except FileNotFoundError as e:
             raise SourceError(f"{file}: the shard is missing") from e
-        except (RuntimeError, EOFError, OSError, ValueError) as e:
-            raise SourceError(f"{file}: not a readable PyTorch file ({str(e).splitlines()[0]})") from e
+        except Exception as e:  # a damaged file makes the reader raise anything
+            cause = next(iter(str(e).splitlines()), "") or type(e).__name__
+            raise SourceError(f"{file}: not a readable PyTorch file ({cause[:200]}); download it again") from e
         found, path = _unwrap_entries(state)
         if not isinstance(found, Mapping) or not any(isinstance(v, Tensor) for v in found.values()):
             raise SourceError(f"{file}: holds no state dict")

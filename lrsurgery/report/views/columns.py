@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from lrsurgery.files.json import Json
-from lrsurgery.report.schema import Report, Row, Rung
+from lrsurgery.report.schema import Report, Row, Rung, shape_text
 
 Value: TypeAlias = str | int | float | None
 T = TypeVar("T")
@@ -83,7 +83,8 @@ class Column(Generic[T]):
 
 
 def _layers_share(row: Row) -> float | None:
-    return row.parameters_after / row.parameters_before if row.parameters_after is not None else None
+    known = row.parameters_after is not None and row.parameters_before
+    return (row.parameters_after or 0) / row.parameters_before if known else None
 
 
 def _effective(when: str, measure: str) -> Callable[[Row], Value]:
@@ -96,10 +97,6 @@ def _effective(when: str, measure: str) -> Callable[[Row], Value]:
 
 def _largest_angle(side: str) -> Callable[[Row], Value]:
     return lambda row: None if row.overlap is None else float(getattr(row.overlap, side).largest)
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape))
 
 
 def _percent(value: float | None, digits: int = 2) -> str:
@@ -308,7 +305,7 @@ class Step(NamedTuple):
 
 def steps_of(report: Report) -> list[Step]:
     """The ladder of a dense model; no steps where there is none."""
-    return [Step(rung, rung.parameters / report.parameters_before) for rung in report.ladder or ()]
+    return [Step(rung, rung.parameters / max(1, report.parameters_before)) for rung in report.ladder or ()]
 
 
 LADDER: tuple[Column[Step], ...] = (

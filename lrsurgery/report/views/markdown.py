@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from lrsurgery.files.json import Json
 from lrsurgery.report.runs import Run
-from lrsurgery.report.schema import Bench, Report, Row
+from lrsurgery.report.schema import Bench, Report, Row, shape_text
 from lrsurgery.report.views.columns import (
     LADDER,
     QUALITY,
@@ -14,7 +14,6 @@ from lrsurgery.report.views.columns import (
     T,
     columns_with_values,
     plain_text,
-    shape_text,
     sorted_rows,
     steps_of,
 )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from lrsurgery.report.schema import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchRun
-from lrsurgery.report.views.columns import Column, shape_text
+from lrsurgery.report.schema import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchRun, shape_text
+from lrsurgery.report.views.columns import Column
 
 IDEAL = "What the arithmetic saved would give alone"
 
@@ -122,7 +122,7 @@ def speed_table(found: Bench) -> Table:
         cells = [f"{run['batch']}x{run['length']}", _short(run["median_ms"]), _short(run["p95_ms"])]
         cells.append(_short(run["throughput"]))
         if run["against"] is not None:
-            cells += [_short(run["against"]["median_ms"]), f"{run['speedup']:.2f}x{mark}", _interval(run)]
+            cells += [_short(run["against"]["median_ms"]), _times(run, mark), _interval(run)]
             cells.append("" if run["ideal"] is None else f"{run['ideal']:.2f}")
         else:
             cells.append(_short(run["flops"] / 1e9))
@@ -149,7 +149,7 @@ def bench_layer_table(found: Bench) -> Table:
             "x".join(map(str, row["input"])),
             _short(row["factorised_ms"]),
             _short(row["dense_ms"]),
-            f"{row['speedup']:.2f}x{'' if row['reached'] else '?'}",
+            _times(row, "" if row["reached"] else "?"),
             _interval(row),
         )
     return table
@@ -167,6 +167,10 @@ def _table(first: str, *columns: str) -> Table:
 def _short(value: float) -> str:
     """Three significant digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def _times(row: BenchCertainty, mark: str) -> str:
+    return "?" if row["speedup"] is None else f"{row['speedup']:.2f}x{mark}"
 
 
 def _interval(row: BenchCertainty) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -15,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lrsurgery.report.runs import Measure, Run
-from lrsurgery.report.schema import Report, Row
+from lrsurgery.report.schema import Report, Row, shape_text
 from lrsurgery.report.views.columns import (
     COLUMNS,
     HEADINGS,
@@ -24,7 +25,6 @@ from lrsurgery.report.views.columns import (
     QUALITY,
     QualityName,
     course,
-    shape_text,
     sorted_rows,
     steps_of,
 )
@@ -132,10 +132,10 @@ def dense_table(rows: Sequence[Row], width: int = 160) -> Table:
         "spectrum",
     )
     for row in rows:
-        assert row.before is not None
         rung = next((rung for rung in row.ladder or () if rung.rank == SHOWN), None)
         energy, error = _kept(row)
-        ranks = [f"{number:.1f}" for number in (row.before.nuclear, row.before.entropy, row.before.stable)]
+        known = row.before  # None where the weights overflow
+        ranks = ["?"] * 3 if known is None else [f"{n:.1f}" for n in (known.nuclear, known.entropy, known.stable)]
         table.add_row(
             row.name,
             *((shape_text(row.shape),) if wide else ()),
@@ -160,7 +160,7 @@ def block_table(rows: Sequence[Row], width: int = 160) -> Table:
         group = list(members)
         before = sum(row.parameters_before for row in group)
         after = [row.parameters_after for row in group]
-        share = "?" if None in after else f"{sum(n or 0 for n in after) / before:.1%}"
+        share = "?" if None in after or not before else f"{sum(n or 0 for n in after) / before:.1%}"
         stable = _range([row.before.stable if row.before else None for row in group], "{:.1f}")
         table.add_row(
             name,
@@ -263,9 +263,11 @@ def _quality_course(name: QualityName) -> Callable[[Run], str]:
 
 def mean_course(run: Run, measure: Measure) -> list[float | None]:
     """The mean of a measure over the layers of a run, at each evaluation of its low-rank stage."""
-    courses = [layer[measure] for layer in run["layers"].values()]
-    known = [[value for value in values if value is not None] for values in zip(*courses, strict=True)]
-    return [sum(values) / len(values) if values else None for values in known]
+    known: dict[int, list[float]] = {}  # step -> values of the layers that the evaluation knows
+    for layer in run["layers"].values():
+        for step, value in zip(layer["step"], layer[measure], strict=True):
+            known.setdefault(step, []).extend(() if value is None else (value,))
+    return [sum(values) / len(values) if values else None for values in known.values()]
 
 
 def totals_lines(report: Report) -> list[str]:
@@ -281,7 +283,8 @@ def totals_lines(report: Report) -> list[str]:
     if after is None:
         lines.append(f"parameters: {before:,} before")
     else:
-        lines.append(f"parameters: {before:,} -> {after:,} ({totals['share']:.1%})")
+        share = "" if totals["share"] is None else f" ({totals['share']:.1%})"
+        lines.append(f"parameters: {before:,} -> {after:,}{share}")
     if totals["bytes_before"] and totals["bytes_after"]:
         share = totals["bytes_after"] / totals["bytes_before"]
         lines.append(f"bytes:      {totals['bytes_before']:,} -> {totals['bytes_after']:,} ({share:.1%})")
@@ -294,11 +297,17 @@ def totals_lines(report: Report) -> list[str]:
 
 
 def sparkline(values: Sequence[float], length: int = 8) -> str:
-    """The course of some numbers in `length` characters, from the least of them, or 0, to the greatest."""
+    """The course of some numbers in `length` characters, from the least of them, or 0, to the greatest.
+
+    Numbers that are not finite are left out.
+    """
+    values = [value for value in values if math.isfinite(value)]
     if not values:
         return ""
     count = min(length, len(values))
     picked = [values[round(i * (len(values) - 1) / max(1, count - 1))] for i in range(count)]
+    size = max(map(abs, picked)) or 1.0  # differences of the largest floats would overflow
+    picked = [value / size for value in picked]
     low, high = min(0.0, *picked) if min(picked) < 0.5 * max(picked) else min(picked), max(picked)
     if high == low:
         return BARS[0] * count

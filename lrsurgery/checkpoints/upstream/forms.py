@@ -1,0 +1,135 @@
+"""What the JSON files of transformers, timm and sentence-transformers may hold, checked before any of it is used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeAlias
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.files.json import Json, check_version, checked
+from lrsurgery.surgery.kinds import KINDS
+
+METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
+FORMAT_VERSION = 1  # of its quantization_config
+LARGEST_RANK = 1 << 31
+
+Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 31)]  # of an image or a tensor
+ImageSize: TypeAlias = Annotated[list[Size], Field(min_length=3, max_length=3)]
+Names: TypeAlias = "str | list[str] | None"
+
+
+class Index(TypedDict):
+    """model.safetensors.index.json: tensor -> the file that holds it."""
+
+    weight_map: dict[str, str]
+
+
+class Module(TypedDict, total=False):
+    """A module of sentence-transformers."""
+
+    path: str | None  # of its folder, such as 1_Pooling
+
+
+Modules: TypeAlias = list[Module]  # modules.json
+
+
+class _Open(TypedDict):
+    """An object whose further keys are its library's."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+
+class _Config(_Open, total=False):
+    """config.json of transformers, or what both libraries have."""
+
+    model_type: str | None
+    architectures: list[str] | None
+    auto_map: dict[str, Any] | None
+    num_labels: Annotated[int, Field(ge=0)] | None
+    id2label: dict[str, str | int | float | None] | None
+    label2id: dict[str, str | int | None] | None
+    problem_type: str | None
+    quantization_config: dict[str, Any] | None
+
+
+class _Pretrained(_Open, total=False):
+    """timm's metadata of weights; in its first format at the top of config.json."""
+
+    architecture: str | None
+    num_classes: Annotated[int, Field(ge=0, lt=1 << 31)] | None
+    input_size: ImageSize | None
+    test_input_size: ImageSize | None
+    min_input_size: ImageSize | None
+    fixed_input_size: bool | None
+    interpolation: str | None
+    crop_pct: Annotated[float, Field(gt=0, le=10)] | None
+    test_crop_pct: Annotated[float, Field(gt=0, le=10)] | None
+    crop_mode: str | None
+    mean: Annotated[list[float], Field(min_length=1)] | None
+    std: Annotated[list[float], Field(min_length=1)] | None
+    classifier: Names
+    first_conv: Names
+    label_names: list[str] | None
+
+
+class _TimmConfig(_Pretrained, total=False):
+    """config.json of timm."""
+
+    pretrained_cfg: _Pretrained | None
+    model_args: dict[str, Any] | None
+
+
+class LayerSpec(TypedDict):
+    """A factorised layer."""
+
+    kind: str
+    rank: Annotated[int, Field(gt=0, lt=LARGEST_RANK)]
+
+
+def check_config(file: Path, config: Json) -> None:
+    """Raise SourceError, which names the file and the key, for an entry of another form than its library writes.
+
+    Of a factorised model the layers and the version are checked too.
+    """
+    lead = f"{file}: not a model's config"
+    checked(_Config, config, lead)
+    if isinstance(config.get("architecture"), str):
+        checked(_TimmConfig, config, lead)
+    for path, inner in _objects(config):
+        found = inner.get("quantization_config")
+        if found is not None and not isinstance(found, dict):
+            where = ".".join((*path, "quantization_config"))
+            raise SourceError(f"{file}: {where} must be an object, not a {type(found).__name__}")
+    own = config.get("quantization_config")
+    if own is not None and own.get("quant_method") == METHOD:
+        check_version(own.get("format_version"), FORMAT_VERSION, str(file))
+        check_layers(own.get("layers"), f"{file}: quantization_config.layers")
+
+
+def _objects(config: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Json]]:
+    """A config and the configs in it, such as `text_config`, with where they stand."""
+    yield path, config
+    for key, value in config.items():
+        if isinstance(value, dict) and key != "quantization_config":
+            yield from _objects(value, (*path, key))
+
+
+def quantisations(config: Json) -> list[Json]:
+    """Every quantization_config of a config and of the configs in it."""
+    found = [inner.get("quantization_config") for _, inner in _objects(config)]
+    return [each for each in found if each]
+
+
+def check_layers(
+    layers: object, where: str = "quantization_config.layers", error: type[SurgeryError] = SourceError
+) -> dict[str, LayerSpec]:
+    """Check the `layers` entry of a config and return it. Raises `error` unless it maps names to kind and rank."""
+    specs = checked(dict[str, LayerSpec], layers, f"{where} must map layer names to a kind and a rank", error)
+    for name, spec in specs.items():
+        if spec["kind"] not in KINDS:
+            raise error(f"{where}: {name}: unknown kind '{spec['kind'][:60]}'; known: {', '.join(KINDS)}")
+    return specs
