@@ -165,6 +165,14 @@ def layers_at_once(needs: Sequence[int], threads: int) -> int:
     return max(1, min(threads, len(needs), max(2, POOL_BYTES // max(needs, default=1))))
 
 
+def cache_folder() -> Path:
+    """`$LRSURGERY_CACHE`, or `lrsurgery` in the user's cache folder. The folder may not exist yet."""
+    import platformdirs
+
+    own = os.environ.get("LRSURGERY_CACHE")
+    return Path(own).expanduser() if own else platformdirs.user_cache_path("lrsurgery", appauthor=False)
+
+
 @contextmanager
 def layer_pool(at_once: int, threads: int) -> Iterator[ThreadPoolExecutor]:
     """A thread pool whose workers split torch's threads. On exit, running work finishes, queued work is cancelled."""

@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from lrsurgery.errors import OutputError
-from lrsurgery.files.cache import cache_folder
 from lrsurgery.files.digests import tensor_digest
 from lrsurgery.files.marks import remove
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg.svd import Decomposition, Spectrum, singular_values
 from lrsurgery.linalg.weighted import Metric, weighted_values
-from lrsurgery.runtime import Compute
+from lrsurgery.runtime import Compute, cache_folder
 from lrsurgery.surgery.layers import Kind
 from lrsurgery.units import parse_size
 

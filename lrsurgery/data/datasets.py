@@ -10,8 +10,8 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, TypeAlias
 
 from lrsurgery.errors import DataError
-from lrsurgery.files.cache import cache_folder
 from lrsurgery.files.digests import fingerprint
+from lrsurgery.runtime import cache_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict

@@ -8,7 +8,6 @@ resumes from its pieces, and the output's bytes do not depend on the distributio
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +27,13 @@ from lrsurgery.checkpoints.spectra import SpectrumCache, cache_limit
 from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.data.tasks import TASKS, is_for
-from lrsurgery.errors import OutputError, SurgeryError
+from lrsurgery.errors import SurgeryError
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.check import check_loss, warnings
-from lrsurgery.factorise.jobs import WorkFolder, find_pending, keep_work
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
-from lrsurgery.factorise.rewrite import Rewriter
+from lrsurgery.factorise.work.folder import WorkFolder, keep_work
+from lrsurgery.factorise.work.jobs import find_pending
+from lrsurgery.factorise.work.rewrite import Rewriter
 from lrsurgery.files.digests import file_digests, fingerprint
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, json_text
@@ -167,7 +167,7 @@ def _factorise(
     if not processes.is_main:
         if not finished:
             plan, statistics = _read_decisions(plan, options.calibration, work)
-            _do_jobs(_rewriter(checkpoint, plan, options, entries, statistics), work, processes)
+            _rewriter(checkpoint, plan, options, entries, statistics).do_jobs(work, processes)
         processes.barrier("end")  # rank 0 has written the output
         return Report.read(output)
     with keep_work(work, output, len(plan.replacements)):
@@ -185,7 +185,7 @@ def _factorise(
         work.set_to_do([job.number for job in find_pending(rewriter.jobs, work)])
         processes.barrier("begin")
         with staged(output, overwrite=options.output.overwrite) as stage:
-            _check_space(stage, rewriter)
+            rewriter.check_space(stage)
             rewriter.run(stage, work, processes, listener)
             layers = {
                 row.name: (row.kind, row.rank)
@@ -294,16 +294,6 @@ def _rewriter(
     return Rewriter(checkpoint, plan, options.surgery, options.output, options.compute, entries, statistics)
 
 
-def _do_jobs(rewriter: Rewriter, work: WorkFolder, processes: Processes) -> None:
-    """Do this process's share of the jobs, for processes other than rank 0."""
-    try:
-        with disk_faults(work.path), rewriter.start_jobs(work, processes) as running:
-            running.wait_for_all()
-    except SurgeryError as e:
-        work.fail(str(e))
-        raise
-
-
 def _task(source: Source, options: FactoriseOptions) -> Json:
     """Everything that a piece depends on; `WorkFolder.open` names the entry that differs."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
@@ -324,15 +314,6 @@ def _digest_data(calibration: Calibration) -> str:
 def _list_reasons(rewriter: Rewriter) -> str:
     reasons = sorted({row.reason for row in rewriter.decided.values() if isinstance(row, Kept)})
     return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
-
-
-def _check_space(stage: Path, rewriter: Rewriter) -> None:
-    free = shutil.disk_usage(stage).free
-    if rewriter.expected_bytes > free:
-        raise OutputError(
-            f"{stage.parent}: {rewriter.expected_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free;"
-            " choose another --output"
-        )
 
 
 def _notes(options: FactoriseOptions, checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -1,1 +1,1 @@
-"""Files on disk: one reader of JSON, writing whole or not at all, digests, pieces, locks, the cache folder."""
+"""Files on disk: one reader of JSON, writing whole or not at all, digests, pieces, marks, locks."""

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.errors import SurgeryError
-from lrsurgery.files.cache import cache_folder
 from lrsurgery.files.json import json_text, read_json
 from lrsurgery.files.writing import replace_file
-from lrsurgery.runtime import processor
+from lrsurgery.runtime import cache_folder, processor
 from lrsurgery.surgery.kinds import KINDS, SIDE, kind_of
 from lrsurgery.surgery.layers import build_dense
 from lrsurgery.surgery.plan import Plan, Refusal, Replacement, SurgeryOptions, find_heads, make_plan

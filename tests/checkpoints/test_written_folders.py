@@ -71,7 +71,7 @@ def test_dense_layers_of_a_shared_module_are_copied_under_every_name(tmp_path: P
 
 
 def break_writing(monkeypatch: pytest.MonkeyPatch, change: Any) -> None:
-    from lrsurgery.factorise.rewrite import ShardWriter
+    from lrsurgery.factorise.work.rewrite import ShardWriter
 
     add = ShardWriter.add
 

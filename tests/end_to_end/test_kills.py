@@ -113,7 +113,8 @@ STAGES = {
     "factorise: calibration": Stage("factorise", ((MOMENTS, 0, 0.5), (ADD, 0, 0.5))),
     "factorise: sequential calibration": Stage("factorise", ((MOMENTS, 0.6, 1), (ADD, 0.5, 1))),
     "factorise: decomposition": Stage(
-        "factorise", (("lrsurgery.factorise.jobs:decompose", 0, 1), ("lrsurgery.factorise.jobs:save_piece", 0, 1))
+        "factorise",
+        (("lrsurgery.factorise.work.jobs:decompose", 0, 1), ("lrsurgery.factorise.work.jobs:save_piece", 0, 1)),
     ),
     "factorise: writing": Stage(
         "factorise",
@@ -121,8 +122,8 @@ STAGES = {
             (f"{SHARD}.add", 0, 1),
             (f"{SHARD}.finish", 0, 1),
             ("lrsurgery.factorise.checkpoint:write_text", 0, 1),
-            ("lrsurgery.factorise.jobs:WorkFolder.set_published", 0, 1),
-            ("lrsurgery.factorise.jobs:WorkFolder.remove", 0, 1),
+            ("lrsurgery.factorise.work.folder:WorkFolder.set_published", 0, 1),
+            ("lrsurgery.factorise.work.folder:WorkFolder.remove", 0, 1),
             (f"{WRITING}:_publish", 0, 1),
             (f"{WRITING}:_sync_folder", 0, 1),
         ),

@@ -413,7 +413,7 @@ assert "lrsurgery" not in sys.modules
 RIGGED = """
 import os, resource, signal, sys
 import lrsurgery.files.writing, lrsurgery.checkpoints.tensors
-import lrsurgery.factorise.checkpoint, lrsurgery.factorise.rewrite
+import lrsurgery.factorise.checkpoint, lrsurgery.factorise.work.rewrite
 from pathlib import Path
 from lrsurgery.cli.app import main
 calls = 0
@@ -430,7 +430,7 @@ rig({place})
 main()
 """
 MOMENTS = {
-    "before the first layer": ("lrsurgery.factorise.rewrite, 'choose_names'", 1),
+    "before the first layer": ("lrsurgery.factorise.work.rewrite, 'choose_names'", 1),
     "first tensor": ("lrsurgery.checkpoints.tensors.ShardWriter, 'add'", 1),
     "halfway": ("lrsurgery.checkpoints.tensors.ShardWriter, 'add'", 12),
     "closing a shard": ("os, 'fsync'", 1),

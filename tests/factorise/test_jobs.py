@@ -24,7 +24,8 @@ from lrsurgery.checkpoints.mapping import Entry
 from lrsurgery.checkpoints.spectra import SpectrumCache, cache_limit
 from lrsurgery.errors import OutputError, SurgeryError, WeightError
 from lrsurgery.factorise import jobs
-from lrsurgery.factorise.jobs import Job, WorkFolder, schedule
+from lrsurgery.factorise.work.folder import WorkFolder
+from lrsurgery.factorise.work.jobs import Job, schedule
 from lrsurgery.files.locks import locked
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg import svd as linalg

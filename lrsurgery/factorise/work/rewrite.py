@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,12 +18,12 @@ from lrsurgery.checkpoints.mapping import Checkpoint, Entry, Names, choose_names
 from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
-from lrsurgery.errors import SurgeryError
-from lrsurgery.factorise.jobs import (
+from lrsurgery.errors import OutputError, SurgeryError
+from lrsurgery.factorise.work.folder import WorkFolder
+from lrsurgery.factorise.work.jobs import (
     Decomposer,
     Job,
     Running,
-    WorkFolder,
     check_finite,
     check_overflow,
     row_of_piece,
@@ -30,6 +31,7 @@ from lrsurgery.factorise.jobs import (
     start_jobs,
 )
 from lrsurgery.files.digests import as_bytes, digest_of_all, tensor_digest, tensor_header
+from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.pieces import Piece, load_piece
 from lrsurgery.progress import Listener
 from lrsurgery.report.schema import Row
@@ -139,6 +141,24 @@ class Rewriter:
         weighted = self._statistics is not None
         with start_jobs(jobs, do, work.file, self._compute.jobs, weighted=weighted) as running:
             yield running
+
+    def do_jobs(self, work: WorkFolder, processes: Processes) -> None:
+        """Do this process's share of the jobs, for processes other than rank 0."""
+        try:
+            with disk_faults(work.path), self.start_jobs(work, processes) as running:
+                running.wait_for_all()
+        except SurgeryError as e:
+            work.fail(str(e))
+            raise
+
+    def check_space(self, stage: Path) -> None:
+        """Raise OutputError if the disk has no room for the output and the pieces."""
+        free = shutil.disk_usage(stage).free
+        if self.expected_bytes > free:
+            raise OutputError(
+                f"{stage.parent}: {self.expected_bytes / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free;"
+                " choose another --output"
+            )
 
     def run(self, stage: Path, work: WorkFolder, processes: Processes, listener: Listener) -> None:
         """Write the shards of the output into `stage`."""
