@@ -15,7 +15,7 @@ from lrsurgery.data.options import DataOptions
 from lrsurgery.errors import CalibrationError, DataError, RankError, RecipeError, SurgeryError
 from lrsurgery.files.json import Json
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
-from lrsurgery.report.schema import recorded_options
+from lrsurgery.report.rows import recorded_options
 from lrsurgery.runtime import Compute, pick_device, pick_dtype
 from lrsurgery.surgery.budget import parse_budget
 from lrsurgery.surgery.plan import SurgeryOptions, Target

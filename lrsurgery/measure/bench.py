@@ -36,8 +36,16 @@ from lrsurgery.measure.workloads import (
     name_failures,
 )
 from lrsurgery.progress import SILENT, Listener
-from lrsurgery.report.read import BENCH_FILE, BENCH_FORMAT
-from lrsurgery.report.schema import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchModel, BenchRun
+from lrsurgery.report.bench import (
+    BENCH_FILE,
+    BENCH_FORMAT,
+    Bench,
+    BenchCertainty,
+    BenchFigures,
+    BenchLayer,
+    BenchModel,
+    BenchRun,
+)
 from lrsurgery.runtime import imported, machine_of, pick_device, pick_dtype, versions
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.timing import CONFIDENCE, Timings, Workload, compare, percentile

@@ -16,8 +16,8 @@ from lrsurgery.checkpoints.spectra import SpectrumCache, SpectrumLookup, cache_l
 from lrsurgery.errors import WeightError
 from lrsurgery.linalg.spectrum import RESOLVED, EffectiveRanks, Points, predicted_damage
 from lrsurgery.progress import SILENT, Listener
-from lrsurgery.report.rows import parameters_after, planned_row
-from lrsurgery.report.schema import Report, Row, Rung, recorded_options
+from lrsurgery.report.rows import parameters_after, planned_row, recorded_options
+from lrsurgery.report.schema import Report, Row, Rung
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
 from lrsurgery.surgery.plan import Kept, Replacement, SurgeryOptions, find_heads, make_plan, plan_rows

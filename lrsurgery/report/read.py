@@ -13,17 +13,14 @@ from lrsurgery.checkpoints.mapping import list_entries, open_checkpoint
 from lrsurgery.checkpoints.source import Source, SourceOptions, resolve
 from lrsurgery.errors import PlanError, SurgeryError, WeightError
 from lrsurgery.files.digests import digest_of_all, tensor_digest
-from lrsurgery.files.json import read_as
 from lrsurgery.progress import SILENT, Listener
+from lrsurgery.report.bench import read_bench
 from lrsurgery.report.profile import WIDEST, ProfileOptions, profile
 from lrsurgery.report.rows import compared_row, rank_report, replacement_of, trained_row
 from lrsurgery.report.runs import is_run, read_run
-from lrsurgery.report.schema import FILE_NAME, Bench, Report, Row
+from lrsurgery.report.schema import FILE_NAME, Report, Row
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
-
-BENCH_FILE = "bench.json"
-BENCH_FORMAT = 1
 
 
 def read_report(
@@ -72,17 +69,6 @@ def read_report(
         return replace(report, name=source.name)
     training = (read_run(source.folder),) if is_run(source.folder) else ()
     return replace(report, name=source.name, training=training, bench=read_bench(source.folder))
-
-
-def read_bench(folder: Path) -> Bench | None:
-    """What `bench --save` wrote into a model's folder; None where it wrote nothing.
-
-    Raises SourceError where the file is damaged or newer than this version reads.
-    """
-    file = folder / BENCH_FILE
-    if not file.exists():
-        return None
-    return read_as(Bench, file, "what bench --save writes; run it again", newest=BENCH_FORMAT)
 
 
 def _factorised(

@@ -10,13 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.errors import PlanError, WeightError
+from lrsurgery.files.json import Json
 from lrsurgery.linalg.factors import Factors, balance_of, largest, power_of_two, product_values, relative_error
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points
 from lrsurgery.linalg.subspaces import Directions, directions, overlap
 from lrsurgery.linalg.svd import Decomposition, spectral_factors
 from lrsurgery.linalg.weighted import second_order
 from lrsurgery.report.schema import Report, Row
+from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import ALREADY, Kept, Plan, Replacement, SurgeryOptions, find_heads, plan_rows
@@ -210,3 +213,29 @@ def _dense_rows(module: nn.Module) -> list[Row]:
         for r in rows
         if r.reason != ALREADY
     ]
+
+
+def recorded_options(
+    surgery: SurgeryOptions,
+    source: SourceOptions | None = None,
+    dtype: torch.dtype | None = None,
+    calibration: Json | None = None,
+) -> Json:
+    """The options that decide the result of surgery, as a report records them; `dtype` None keeps each tensor's own."""
+    budget = surgery.budget
+    return {
+        "rank": None if budget is not None else str(surgery.target),
+        "budget": None if budget is None else str(budget),
+        "init": surgery.init,
+        "conv": surgery.conv,
+        "include": list(surgery.include),
+        "exclude": list(surgery.exclude),
+        "allow_larger": surgery.allow_larger,
+        "multiple_of": surgery.target.multiple_of,
+        "seed": surgery.seed,
+        "from_scratch": source is not None and source.from_scratch_seed is not None,
+        "dtype": next(name for name, known in DTYPES.items() if known == dtype),
+        "min_speedup": surgery.min_speedup,
+        "svd": surgery.svd,
+        "calibration": calibration,
+    }

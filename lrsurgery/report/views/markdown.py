@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lrsurgery.files.json import Json
+from lrsurgery.report.bench import Bench, shape_text
 from lrsurgery.report.runs import Run
-from lrsurgery.report.schema import Bench, Report, Row, shape_text
+from lrsurgery.report.schema import Report, Row
 from lrsurgery.report.views.columns import (
     LADDER,
     QUALITY,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from lrsurgery.report.schema import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchRun, shape_text
+from lrsurgery.report.bench import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchRun, shape_text
 from lrsurgery.report.views.columns import Column
 
 IDEAL = "What the arithmetic saved would give alone"
