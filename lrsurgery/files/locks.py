@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 from collections.abc import Iterable, Iterator
@@ -34,7 +35,10 @@ def locked(output: Path, file: Path | None = None) -> Iterator[None]:
     made: list[Path] = []
     try:
         made += [place for place in file.parents if not place.exists()]
-        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as e:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(file.parent)) from e
         for attempt in range(ATTEMPTS):
             lock = FileLock(file, fallback_to_soft=False)
             try:
