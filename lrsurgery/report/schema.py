@@ -310,6 +310,7 @@ class _File(TypedDict):
     bench: NotRequired[Bench | None]
     calibration: NotRequired[_Calibration | None]
     loss_check: NotRequired[_LossCheck | None]
+    files: NotRequired[dict[str, FileDigest]]
 
 
 TOTALS = ("parameters_before", "parameters_after", "bytes_before", "bytes_after")  # fields of a report
