@@ -24,9 +24,9 @@ from support.warm import program
 KILLS = int(os.environ.get("LRSURGERY_KILLS", "10"))
 
 # A job whose places are counted, and which is killed by SIGKILL some time after the nth call of one of them. A study's
-# runs are forked, and what kills one of them kills the study.
+# runs are forked, and what kills one of them kills the study too.
 RIGGED = """
-import atexit, importlib, json, os, shutil, signal, sys, threading, time
+import atexit, contextlib, importlib, json, os, signal, socket, sys, threading
 from pathlib import Path
 from lrsurgery.cli.app import main
 from lrsurgery.measure import study
@@ -35,13 +35,16 @@ sys.argv = ["lrsurgery", *sys.argv[2:]]
 called = dict.fromkeys(places, 0)
 others = set()
 def kill():
-    for pid in others:
-        os.kill(pid, signal.SIGKILL)
+    for pid in list(others):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 def strike():
     if not delay:
         kill()
-    threading.Timer(delay, kill).start()
+    timer = threading.Timer(delay, kill)
+    timer.daemon = True
+    timer.start()
 def rig(place):
     module, _, path = place.partition(":")
     owner = importlib.import_module(module)
@@ -57,35 +60,50 @@ def rig(place):
     setattr(owner, name, rigged)
 for place in places:
     rig(place)
+def serve(asked):
+    for line in asked.makefile():
+        folder, arguments = json.loads(line)
+        parent, pid = os.getppid(), os.fork()
+        if not pid:
+            others.update((parent, os.getppid()))
+            with open(f"{folder}/told", "wb") as told:
+                os.dup2(told.fileno(), 1)
+            sys.argv = ["lrsurgery", "finetune", *arguments]
+            code = 1
+            try:
+                main()
+            except SystemExit as e:
+                code = e.code or 0
+            sys.stdout.flush()
+            if counts:
+                write(f"{counts}.{os.getpid()}")
+            os._exit(code)
+        asked.sendall(f"{pid}\\n".encode())
+        asked.sendall(f"{os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])}\\n".encode())
+    os._exit(0)
 def forked(self, folder, arguments):
-    reads, writes = os.pipe()
-    parent, pid = os.getpid(), os.fork()
-    if not pid:
-        os.close(reads)
-        os.dup2(writes, 1)
-        others.clear()
-        others.add(parent)
-        sys.argv = ["lrsurgery", "finetune", *arguments]
-        code = 1
-        try:
-            main()
-        except SystemExit as e:
-            code = e.code or 0
-        sys.stdout.flush()
-        write(f"{counts}.{os.getpid()}")
-        os._exit(code)
+    ours.sendall(json.dumps([str(folder), arguments]).encode() + b"\\n")
+    pid = int(answers.readline())
     others.add(pid)
-    os.close(writes)
-    (folder / study.PROCESS).write_text(f"{study.socket.gethostname()} {pid}")
-    with open(reads) as told:
-        text = told.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    (folder / study.PROCESS).write_text(f"{socket.gethostname()} {pid}")
+    code = int(answers.readline())
     others.discard(pid)
     (folder / study.PROCESS).unlink(missing_ok=True)
-    return code, text, ""
-study._Worker._finetune = forked
+    told = (folder / "told").read_text()
+    (folder / "told").unlink()
+    return code, told, ""
 def write(file):
     Path(file).write_text(json.dumps(called))
+if sys.argv[1] == "study":  # a process that has no threads yet forks the runs
+    ours, theirs = socket.socketpair()
+    answers = ours.makefile()
+    pid = os.fork()
+    if not pid:
+        ours.close()
+        serve(theirs)
+    theirs.close()
+    others.add(pid)
+    study._Worker._finetune = forked
 if counts:
     atexit.register(write, counts)
 main()
