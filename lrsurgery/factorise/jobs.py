@@ -27,7 +27,7 @@ from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.spectra import SpectrumLookup
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError, WeightError
 from lrsurgery.files.digests import tensor_digest
-from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.files.json import Json, json_text, read_as, read_json
 from lrsurgery.files.locks import alive
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.files.writing import remove_empty
@@ -106,12 +106,11 @@ class WorkFolder:
 
     def ranks(self) -> dict[str, int | str | None]:
         """Read the decisions of `set_ranks`."""
-        ranks: dict[str, int | str | None] = json.loads((self.path / "ranks.json").read_text(encoding="utf-8"))
-        return ranks
+        return read_as(dict[str, int | str | None], self.path / "ranks.json", "ranks of a job", OutputError)
 
     def to_do(self) -> set[int]:
         """Read the job list of `set_to_do`."""
-        return set(json.loads((self.path / "to_do.json").read_text(encoding="utf-8")))
+        return set(read_as(list[int], self.path / "to_do.json", "a list of jobs", OutputError))
 
     def fail(self, message: str) -> None:
         """Report an error to the other processes."""

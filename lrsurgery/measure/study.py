@@ -10,20 +10,21 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lrsurgery.checkpoints.output import copy_companions
 from lrsurgery.checkpoints.source import resolve
-from lrsurgery.errors import Interrupted, RecipeError, StudyError, SurgeryError
-from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.errors import Interrupted, RecipeError, StudyError
+from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.locks import alive
 from lrsurgery.files.writing import replace_file
 from lrsurgery.measure.study_recipe import CONFIG, Preparation, Run, Study
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME
+from lrsurgery.runtime import MOST_JOBS
 
 RESULT = "result.json"
 RUNS = "runs"
@@ -51,8 +52,9 @@ def parse_shard(text: str | None) -> Shard:
     if text is None:
         return WHOLE
     which, _, parts = text.partition("/")
-    if not (which.isdigit() and parts.isdigit() and 1 <= int(which) <= int(parts)):
-        raise RecipeError(f"shard '{text}': write I/N with I from 1 to N, such as 1/4")
+    numbers = text.isascii() and which.isdigit() and parts.isdigit() and len(text) < 20
+    if not (numbers and 1 <= int(which) <= int(parts)):
+        raise RecipeError(f"shard '{text[:60]}': write I/N with I from 1 to N, such as 1/4")
     return Shard(int(which), int(parts))
 
 
@@ -64,7 +66,7 @@ class RunResult:
     axes: Mapping[str, str]
     fingerprint: str
     settings: Json
-    status: str  # "finished" or "failed"
+    status: Literal["finished", "failed"]
     error: str | None = None  # the last line of a failed run
     # of a finished run
     steps: int | None = None
@@ -91,9 +93,8 @@ def folder_of(run: Run, output: Path) -> Path:
 def read_result(run: Run, output: Path) -> RunResult | None:
     """The result of a run; None where it has not ended, or had other settings."""
     try:
-        body = read_json(folder_of(run, output) / RESULT)
-        found = RunResult(**{each.name: body[each.name] for each in fields(RunResult) if each.name in body})
-    except (SurgeryError, TypeError):
+        found = read_as(RunResult, folder_of(run, output) / RESULT, "a run's result", StudyError)
+    except StudyError:
         return None
     return found if found.fingerprint == run.fingerprint else None
 
@@ -115,8 +116,8 @@ def run_study(
     Raises StudyError where the output holds another study, or exists and `resume` is False; RecipeError for `jobs`;
     Interrupted after Ctrl-C or SIGTERM, once the current runs have saved themselves.
     """
-    if jobs < 1:
-        raise RecipeError(f"jobs {jobs}: write an integer of at least 1")
+    if not 1 <= jobs <= MOST_JOBS:
+        raise RecipeError(f"jobs {str(jobs)[:20]}: write an integer from 1 to {MOST_JOBS:,}")
     _open_output(study, output, resume)
     for step in study.prepare:
         _prepare(study, step, output)
@@ -151,7 +152,9 @@ def run_study(
 
 def _open_output(study: Study, output: Path, resume: bool) -> None:
     copy = output / "study.yaml"
-    text = study.file.read_text(encoding="utf-8")
+    text = study.file.read_bytes()
+    if output.exists() and not output.is_dir():
+        raise StudyError(f"{output}: is a file; name a folder with --output")
     if output.exists() and any(output.iterdir()):
         if not copy.is_file():
             raise StudyError(f"{output}: exists and holds no study; name another folder")

@@ -6,6 +6,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ PLOT_KEYS = ("x", "lines", "y", "log")
 # means over the layers, in the end
 DYNAMICS: tuple[Measure, ...] = ("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm")
 MEASURES = (*QUALITY, "parameters", "steps", "seconds", *DYNAMICS, "effective_lr")
+SCALES = ("x", "y")  # of a plot, which may be logarithmic
+MOST_RUNS = 10_000
 CONFIG = "config"  # a setting of studies alone: changes of the model's config.json, for runs from scratch
 
 
@@ -104,6 +107,8 @@ def _study_of(file: Path, body: Json) -> Study:
         _check_known(key, TABLE_KEYS, "table's")
     for key in plot:
         _check_known(key, PLOT_KEYS, "plot's")
+    for scale in _texts(plot.get("log")):
+        _check_known(scale, SCALES, "scale of plot: log:")
     study = Study(
         file=file,
         name=str(body.get("name") or file.stem),
@@ -178,6 +183,9 @@ def _points(grid: Json) -> Iterator[tuple[dict[str, str], Json]]:
             raise RecipeError(f"grid: {axis}: write a list of values, or names with their settings")
         if not axes[-1]:
             raise RecipeError(f"grid: {axis}: has no values")
+    count = math.prod(map(len, axes))
+    if count > MOST_RUNS:
+        raise RecipeError(f"grid: asks for {count:,} runs; at most {MOST_RUNS:,} are done")
     for point in itertools.product(*axes):
         settings: Json = {}
         for _, more in point:
@@ -187,6 +195,8 @@ def _points(grid: Json) -> Iterator[tuple[dict[str, str], Json]]:
 
 def _check_settings(settings: Json) -> None:
     Recipe().merged({key.replace("-", "_"): value for key, value in settings.items() if key != CONFIG}).check()
+    if settings.get(CONFIG) is not None:
+        _mapping(CONFIG, settings[CONFIG])
     if settings.get(CONFIG) is not None and not settings.get("from_scratch"):
         raise RecipeError(f"{CONFIG}: changes the model's shape, so the run has to be from_scratch")
 
@@ -201,9 +211,13 @@ def _imports(file: Path, body: Json) -> Iterator[Path]:
 
 def _preparations(body: Json) -> Iterator[Preparation]:
     for step in _list(body.get("prepare")):
-        if not isinstance(step, Mapping) or set(step) != {"creates", "run"} or not isinstance(step["run"], list):
+        if not isinstance(step, Mapping) or set(step) != {"creates", "run"} or not _is_command(step["run"]):
             raise RecipeError("prepare: each step is 'creates: FILE' and 'run: [PROGRAM, ARGUMENT, ...]'")
         yield Preparation(creates=str(step["creates"]), command=_texts(step["run"]))
+
+
+def _is_command(value: object) -> bool:
+    return isinstance(value, list) and bool(value)
 
 
 def _mapping(key: str, value: object) -> Json:

@@ -13,10 +13,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lrsurgery.checkpoints.source import Source
+from lrsurgery.checkpoints.upstream.forms import check_layers
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, RecipeError
 from lrsurgery.files.digests import fingerprint
-from lrsurgery.files.json import json_text, read_json
+from lrsurgery.files.json import json_text, read_as, read_lines
 from lrsurgery.report.runs import METRICS, RECIPE, Record, read_metrics
 from lrsurgery.runtime import versions
 from lrsurgery.training.recipe import Recipe, read_recipe, write_recipe
@@ -124,7 +125,7 @@ class RunFolder:
 
         Raises RecipeError: the model or the data has changed.
         """
-        former = Facts(**read_json(self.path / FACTS, "a run's facts", RecipeError))
+        former = read_as(Facts, self.path / FACTS, "a run's facts", RecipeError)
         for name in ("model", "data", "eval_data", "label_map"):
             if getattr(former, name) != getattr(facts, name):
                 raise RecipeError(
@@ -142,8 +143,7 @@ class RunFolder:
             handle.write(json.dumps(note) + "\n")
 
     def read_notes(self) -> list[str]:
-        file = self.path / NOTES
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
+        return read_lines(str, self.path / NOTES, "a note", RecipeError)
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """One line more in metrics.jsonl, without figures that are not finite, such as the perplexity of a wreck."""
@@ -171,8 +171,10 @@ class RunFolder:
 
     def read_layers(self) -> dict[str, tuple[str, int]]:
         """What `write_layers` kept. Raises RecipeError for a damaged file."""
-        body = read_json(self.path / LAYERS, "a run's layers", RecipeError)
-        return {name: (kind, rank) for name, (kind, rank) in body.items()}
+        found = read_as(dict[str, tuple[str, int]], self.path / LAYERS, "a run's layers", RecipeError)
+        specs = {name: {"kind": kind, "rank": rank} for name, (kind, rank) in found.items()}
+        check_layers(specs, str(self.path / LAYERS), RecipeError)
+        return found
 
     # checkpoints
 
