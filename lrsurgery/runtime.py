@@ -25,6 +25,7 @@ from lrsurgery.errors import SourceError, SurgeryError
 
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POOL_BYTES = 1 << 30  # memory limit of concurrent decompositions; two run at once even where they exceed it
+MOST_JOBS = 10_000
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -39,8 +40,8 @@ class Compute:
     keep_vectors: bool = False  # keep singular vectors on disk too
 
     def __post_init__(self) -> None:
-        if self.jobs is not None and self.jobs < 1:
-            raise SurgeryError(f"jobs {self.jobs}: write an integer of at least 1")
+        if self.jobs is not None and not 1 <= self.jobs <= MOST_JOBS:
+            raise SurgeryError(f"jobs {str(self.jobs)[:20]}: write an integer from 1 to {MOST_JOBS:,}")
         if self.keep_vectors and not self.cache:
             raise SurgeryError("--keep-vectors writes to the cache; remove --no-cache")
 
@@ -78,6 +79,12 @@ def pick_dtype(name: str) -> torch.dtype | None:
     if name not in DTYPES:
         raise SurgeryError(f"unknown dtype '{name}'; known: {', '.join(DTYPES)}")
     return DTYPES[name]
+
+
+def check_seed(seed: int) -> None:
+    """Raise SurgeryError for a seed that torch's generators do not take."""
+    if not 0 <= seed < 1 << 63:
+        raise SurgeryError(f"seed {str(seed)[:20]}: write an integer from 0 to 2^63 - 1")
 
 
 def free_memory(device: torch.device) -> int:
@@ -149,7 +156,7 @@ def import_file(file: Path) -> None:
     sys.modules[file.stem] = module  # timm looks a model's function up by its module
     try:
         spec.loader.exec_module(module)
-    except Exception as e:  # any exception is the file's fault
+    except (Exception, SystemExit) as e:  # any exception is the file's fault, and it does not end the program
         del sys.modules[file.stem]
         raise SourceError(f"{file}: {type(e).__name__}: {' '.join(str(e).split())}") from e
     imported.append(str(file.resolve()))
@@ -208,8 +215,11 @@ class Processes:
 
     @staticmethod
     def of_environment() -> Processes:
-        """Read the environment variables of torchrun and accelerate. Raises SurgeryError if they are incomplete."""
-        rank, size, local_rank = (int(os.environ.get(name) or default) for name, default in _VARIABLES)
+        """Read the environment variables of torchrun and accelerate.
+
+        Raises SurgeryError if they are incomplete, no numbers or contradict each other.
+        """
+        rank, size, local_rank = numbers_of_processes()
         if size == 1:
             return Processes()
         if not os.environ.get("MASTER_ADDR") or not os.environ.get("MASTER_PORT"):
@@ -236,6 +246,23 @@ class Processes:
 
 
 _VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+
+
+def numbers_of_processes() -> tuple[int, int, int]:
+    """Rank, number of processes and local rank, as the environment has them.
+
+    Raises SurgeryError for other values than torchrun sets.
+    """
+    found: list[int] = []
+    for name, default in _VARIABLES:
+        text = os.environ.get(name) or str(default)
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            raise SurgeryError(f"environment variable {name} is {text[:60]!r}, not a number; unset it")
+        found.append(int(text))
+    rank, size, local_rank = found
+    if not rank < size:
+        raise SurgeryError(f"environment variable RANK is {rank}, and WORLD_SIZE {size}: ranks are below the size")
+    return rank, size, local_rank
 
 
 @cache

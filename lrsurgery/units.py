@@ -34,7 +34,7 @@ def parse_size(text: str) -> int:
     """Parse a shard size such as `5GB` into bytes. Raises OutputError for anything below 1 byte."""
     try:
         size = int(size_of(text))
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size < 1:
         raise OutputError(f"shard size '{text}' is not readable; write a size such as 5GB or 500MB")

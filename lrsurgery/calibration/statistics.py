@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from typing import Annotated, Literal, TypeAlias
 
+from pydantic import ConfigDict, Field
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
 from lrsurgery.errors import CalibrationError
-from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.pieces import Piece, load_piece, piece_digest, save_piece
 from lrsurgery.files.writing import replace_file
 from lrsurgery.linalg.weighted import Metric, damp
@@ -124,36 +127,65 @@ class Statistics:
         """Read a folder of `StatisticsWriter`. Raises CalibrationError if it is missing or damaged."""
         if not (folder / FILE_NAME).exists():
             raise CalibrationError(f"{folder}: no {FILE_NAME} in it; --save-statistics writes such a folder")
-        try:
-            body = read_json(folder / FILE_NAME, "statistics", CalibrationError)
-            if body["format_version"] > FORMAT:
-                raise CalibrationError(
-                    f"{folder}: format {body['format_version']} is newer than this lrsurgery reads ({FORMAT});"
-                    " upgrade lrsurgery"
-                )
-            layers, facts = body["layers"], body["facts"]
-            uses = {name: _use_of(layer) for name, layer in layers.items()}
-            digests = {name: layer["digest"] for name, layer in layers.items()}
-            files = {name: str(layer["file"]) for name, layer in layers.items()}
-        except (ValueError, KeyError, TypeError) as e:
-            if isinstance(e, CalibrationError):
-                raise
-            raise CalibrationError(f"{folder / FILE_NAME}: not statistics ({e!r})") from e
+        body = read_as(_File, folder / FILE_NAME, "statistics", CalibrationError, newest=FORMAT)
+        layers = body["layers"]
 
         def read(name: str) -> Moments:
-            return _moments_in(folder / files[name], digests[name])
+            return _moments_in(folder, layers[name])
 
-        return Statistics(uses, facts, read, digests)
-
-
-def _use_of(layer: Json) -> LayerUse:
-    return LayerUse(**{field.name: layer[field.name] for field in fields(LayerUse)})
+        uses = {name: _use_of(layer) for name, layer in layers.items()}
+        return Statistics(uses, {**body["facts"]}, read, {name: layer["digest"] for name, layer in layers.items()})
 
 
-def _moments_in(file: Path, digest: str) -> Moments:
-    piece = load_piece(file)
-    if piece is None or piece.facts != {"digest": digest}:
-        raise CalibrationError(f"{file}: damaged, or of other statistics; collect them again")
+Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]
+
+
+class _Facts(TypedDict):
+    """What was collected, and how; further facts stand beside these."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
+
+    metric: Literal["fisher", "activations"]
+    temperature: NotRequired[Annotated[float, Field(gt=0)]]
+    samples: NotRequired[Count]
+    tokens: NotRequired[Count | None]
+    scored_in: NotRequired[str]
+
+
+class _Layer(TypedDict):
+    """A layer in statistics.json: a `LayerUse`, and the file of its moments."""
+
+    kind: str
+    rows: Count
+    columns: Count
+    positions: Count
+    outputs: Count
+    file: Annotated[str, Field(pattern=r"^\d{5,}\.safetensors$")]
+    digest: str
+
+
+class _File(TypedDict):
+    """statistics.json."""
+
+    facts: _Facts
+    layers: dict[str, _Layer]
+
+
+def _use_of(layer: _Layer) -> LayerUse:
+    return LayerUse(**{field.name: layer[field.name] for field in fields(LayerUse)})  # type: ignore[literal-required]
+
+
+def _moments_in(folder: Path, layer: _Layer) -> Moments:
+    """Read the moments of a layer. Raises CalibrationError for a damaged file."""
+    piece = load_piece(folder / layer["file"])
+    sizes = {"inputs": layer["columns"], "gradients": layer["rows"]}
+    if (
+        piece is None
+        or piece.facts != {"digest": layer["digest"]}
+        or "inputs" not in piece.tensors
+        or any(tuple(moment.shape) != (sizes.get(key),) * 2 for key, moment in piece.tensors.items())
+    ):
+        raise CalibrationError(f"{folder / layer['file']}: damaged, or of other statistics; collect them again")
     return Moments(piece.tensors["inputs"], piece.tensors.get("gradients"))
 
 
@@ -174,7 +206,7 @@ class StatisticsWriter:
     def __init__(self, folder: Path, renames: Mapping[str, str] | None = None, owner: str = "") -> None:
         """`renames` maps names in the files to the names that layers are added under; `owner` is noted."""
         self._owner = owner
-        self._folder, self._layers, self._files = folder, dict[str, Json](), 0
+        self._folder, self._layers, self._files = folder, dict[str, _Layer](), 0
         self._original = {new: old for old, new in (renames or {}).items()}
 
     def __contains__(self, name: str) -> bool:
@@ -185,7 +217,7 @@ class StatisticsWriter:
         name = self._original.get(name, name)
         if name in self._layers:
             former = self._layers.pop(name)
-            kept = _moments_in(self._folder / former["file"], former["digest"])
+            kept = _moments_in(self._folder, former)
             use, moments = merge((_use_of(former), kept), (use, moments))
         file = f"{self._files:05d}.safetensors"
         self._files += 1
@@ -194,7 +226,7 @@ class StatisticsWriter:
             tensors["gradients"] = moments.gradients
         digest = piece_digest(name, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
         save_piece(self._folder / file, Piece({"digest": digest}, tensors))
-        self._layers[name] = {**asdict(use), "file": file, "digest": digest}
+        self._layers[name] = _Layer(**asdict(use), file=file, digest=digest)  # type: ignore[typeddict-item]
 
     def finish(self, facts: Json) -> Statistics:
         """Write `statistics.json` and return the statistics."""

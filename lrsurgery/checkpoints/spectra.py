@@ -56,13 +56,15 @@ class SpectrumCache:
             return None  # such as of statistics whose digests are none
         piece = load_piece(file)
         try:
-            if piece is None or piece.facts["format"] != FORMAT:
+            if piece is None or piece.facts.get("format") != FORMAT:
                 file.unlink(missing_ok=True)
                 return None
             with contextlib.suppress(OSError):  # of a cache that is read-only
                 os.utime(file)  # `trim` removes the least recently used entries
-            precision = {"float32": torch.float32, "float64": torch.float64}[piece.facts["precision"]]
-            return Spectrum(piece.tensors["values"], piece.tensors.get("vectors"), precision)
+            precision = {"float32": torch.float32, "float64": torch.float64}[str(piece.facts["precision"])]
+            values, vectors = piece.tensors["values"], piece.tensors.get("vectors")
+            whole = values.ndim == 1 and (vectors is None or vectors.shape[1:] == values.shape)
+            return Spectrum(values, vectors, precision) if whole else None
         except (OSError, KeyError):
             return None
 

@@ -324,10 +324,12 @@ class ShardWriter:
 def in_write_order(items: list[tuple[torch.dtype, str]]) -> Iterator[str]:
     """Yield names in the order that `ShardWriter` needs: wide dtypes first, then natural order of names."""
 
+    def place(part: str) -> tuple[int, int, str]:
+        is_number = part.isascii() and part.isdigit() and len(part) < 20
+        return (0, int(part), "") if is_number else (1, 0, part)
+
     def natural(name: str) -> list[tuple[int, int, str]]:
-        parts = [(part, part.lstrip("0")) for part in name.split(".")]
-        # numbers by their length and digits, since the longest ones are more than `int` reads
-        return [(0, len(digits), digits) if part.isdecimal() else (1, 0, part) for part, digits in parts]
+        return [place(part) for part in name.split(".")]
 
     for _, name in sorted(items, key=lambda item: (-item[0].itemsize, natural(item[1]))):
         yield name

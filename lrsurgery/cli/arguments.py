@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import shlex
 import sys
 from enum import Enum
@@ -208,8 +207,9 @@ TrustOption = Annotated[
 def make_screen(quiet: bool, as_json: bool) -> Screen:
     """Where a command's words go; of several processes under torchrun only rank 0 speaks."""
     from lrsurgery.cli.console import Screen
+    from lrsurgery.runtime import numbers_of_processes
 
-    speaks = os.environ.get("RANK", "0") == "0"
+    speaks = numbers_of_processes()[0] == 0
     return Screen(quiet=quiet or not speaks, as_json=as_json and speaks)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lrsurgery.errors import DataError
+from lrsurgery.files.json import parse_as
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -306,18 +307,18 @@ def read_label_map(file: str) -> dict[str, str | None]:
     A JSON object, or two columns of CSV without a heading. Raises DataError.
     """
     import csv
-    import json
 
     path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            pairs: list[tuple[Any, Any]] = list(dict(json.loads(text)).items())
+            names = parse_as(dict[str, str | int | float | None], text, f"{file}: not a label map", DataError)
+            pairs: list[tuple[Any, Any]] = list(names.items())
         else:
             pairs = [(row[0].strip(), row[1].strip() or None) for row in csv.reader(text.splitlines()) if row]
     except FileNotFoundError as e:
         raise DataError(f"{file}: no such label map") from e
-    except (OSError, ValueError, TypeError, IndexError, csv.Error) as e:
+    except (OSError, ValueError, IndexError, csv.Error) as e:
         raise DataError(f"{file}: not a label map; write a JSON object or lines of DATASET-NAME,MODEL-NAME") from e
     found = {str(name): None if value is None else str(value) for name, value in pairs}
     if len(found) < len(pairs):

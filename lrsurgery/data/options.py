@@ -13,6 +13,7 @@ TASKS = ("causal-lm", "masked-lm", "sequence-classification", "image-classificat
 DATA = "Data"  # panel of help
 TEXT, SENTENCES, IMAGES = "running text", "sentences", "images"  # what a model reads
 BOS = ("auto", "always", "never")
+LARGEST = 2**31 - 1  # of whole numbers
 Value = TypeVar("Value")
 
 
@@ -123,6 +124,10 @@ class DataOptions:
 
     def check(self) -> None:
         """Check every setting. Raises RecipeError for a value that no data could make right."""
+        self.check_values()
+
+    def check_values(self) -> None:
+        """Check each setting by itself. Raises RecipeError."""
         for name, about in settings_of(type(self)).items():
             value = getattr(self, name)
             if value is None:
@@ -131,8 +136,10 @@ class DataOptions:
                 check_choice(name, value, about.choices)
             if isinstance(value, float):
                 check_finite(name, value, positive=about.positive)
-            elif about.least is not None:
-                check_at_least(name, value, about.least)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                check_at_least(name, value, about.least or 0)
+                if value > LARGEST:
+                    raise RecipeError(f"{name} {str(value)[:20]}: write at most {LARGEST:,}")
 
     def check_for(self, reads: str) -> None:
         """Check that every setting is about what the model reads: TEXT, SENTENCES or IMAGES. Raises RecipeError."""

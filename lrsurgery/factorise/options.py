@@ -11,12 +11,12 @@ from lrsurgery.calibration.loss import IMPORTANCES, TEMPERATURE, check_importanc
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.source import Source, SourceOptions
-from lrsurgery.data.options import DataOptions
+from lrsurgery.data.options import LARGEST, DataOptions
 from lrsurgery.errors import CalibrationError, DataError, RankError, RecipeError, SurgeryError
 from lrsurgery.files.json import Json
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
 from lrsurgery.report.rows import recorded_options
-from lrsurgery.runtime import Compute, pick_device, pick_dtype
+from lrsurgery.runtime import Compute, check_seed, pick_device, pick_dtype
 from lrsurgery.surgery.budget import parse_budget
 from lrsurgery.surgery.plan import SurgeryOptions, Target
 from lrsurgery.surgery.ranks import READABLE, RankLike, parse_rank
@@ -46,8 +46,8 @@ class Calibration:
         check_importance(self.importance)
         if self.fisher_temperature is not None:
             check_temperature(self.fisher_temperature)
-        if self.samples < 1:
-            raise CalibrationError(f"samples {self.samples}: write at least 1")
+        if not 1 <= self.samples <= LARGEST:
+            raise CalibrationError(f"samples {str(self.samples)[:20]}: write 1 to {LARGEST:,}")
         if self.data is None and self.statistics is None:
             raise CalibrationError("no calibration data and no statistics are given; add --calibration or --statistics")
         if self.sequential and self.data is None:
@@ -281,6 +281,7 @@ def parse_options(
 
     `calibration` is a `Calibration`, or its data as text: "builtin" for the built-in text, "none" to decline it.
     """
+    check_seed(seed)
     declined = calibration == texts.DECLINED
     if isinstance(calibration, str):
         calibration = None if declined else Calibration(data=calibration)

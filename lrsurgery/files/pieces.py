@@ -43,6 +43,7 @@ def save_piece(file: Path, piece: Piece) -> None:
 
 def load_piece(file: Path, *, verify: bool = True) -> Piece | None:
     """Read a file of `save_piece`; None if it is missing or unreadable, or with `verify` if its digest differs."""
+    from pydantic_core import from_json
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -51,7 +52,8 @@ def load_piece(file: Path, *, verify: bool = True) -> Piece | None:
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         if verify and metadata["sha256"] != piece_digest(metadata["facts"], tensors):
             return None
-        return Piece(json.loads(metadata["facts"]), tensors)
+        facts = from_json(metadata["facts"])
+        return Piece(facts, tensors) if isinstance(facts, dict) else None
     except (OSError, SafetensorError, KeyError, TypeError, ValueError):
         return None
 

@@ -46,6 +46,8 @@ def _measure(value: object, known: dict[int, int | None]) -> int:
     if not isinstance(value, dict | list):
         if value is not None and not isinstance(value, bool | int | float | str):
             raise ValueError(f"a {type(value).__name__} is no value of a recipe; write it in quotes")
+        if isinstance(value, str) and "\0" in value:
+            raise ValueError("a text holds the character NUL")
         return 1
     size = known.get(id(value), 0)
     if size is None:

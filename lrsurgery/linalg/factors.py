@@ -86,4 +86,4 @@ def largest(matrix: Tensor) -> float:
 
 def power_of_two(size: float) -> float:
     """A divisor that keeps squares in the range of fp32; 1 if they already are. Powers of two lose no digit."""
-    return 2.0 ** round(math.log2(size)) if size > 0 and not 1e-6 < size < 1e6 else 1.0
+    return 2.0 ** math.floor(math.log2(size)) if size > 0 and not 1e-6 < size < 1e6 else 1.0

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from lrsurgery.checkpoints.mapping import notes_of
-from lrsurgery.data.options import TASKS, check_choice
+from lrsurgery.data.options import LARGEST, TASKS, check_choice
 from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import json_text
@@ -46,7 +46,7 @@ from lrsurgery.report.bench import (
     BenchModel,
     BenchRun,
 )
-from lrsurgery.runtime import imported, machine_of, pick_device, pick_dtype, versions
+from lrsurgery.runtime import MOST_JOBS, check_seed, imported, machine_of, pick_device, pick_dtype, versions
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.timing import CONFIDENCE, Timings, Workload, compare, percentile
 
@@ -76,13 +76,14 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         for name, counts in (("batch", self.batch), ("length", self.length)):
-            if counts is not None and (not counts or min(counts) < 1):
-                raise SurgeryError(f"{name} {','.join(map(str, counts)) or 'of nothing'}: write integers of at least 1")
-        if self.threads is not None and self.threads < 1:
-            raise SurgeryError(f"threads {self.threads}: write an integer of at least 1")
-        for name, value in (("new tokens", self.new_tokens), ("seed", self.seed)):
-            if value < 0:
-                raise SurgeryError(f"{name} {value}: write an integer of at least 0")
+            if counts is not None and (not counts or not all(1 <= count <= LARGEST for count in counts)):
+                shown = ",".join(str(count)[:20] for count in counts[:9]) or "of nothing"
+                raise SurgeryError(f"{name} {shown}: write integers of at least 1, at most {LARGEST:,}")
+        if self.threads is not None and not 1 <= self.threads <= MOST_JOBS:
+            raise SurgeryError(f"threads {str(self.threads)[:20]}: write an integer from 1 to {MOST_JOBS:,}")
+        if not 0 <= self.new_tokens <= LARGEST:
+            raise SurgeryError(f"new tokens {str(self.new_tokens)[:20]}: write an integer from 0 to {LARGEST:,}")
+        check_seed(self.seed)
         if not 0 < self.precision < 1:
             raise SurgeryError(f"precision {self.precision:g}: write a number between 0 and 1, such as 0.03")
         if not 0 < self.seconds < math.inf:

@@ -73,7 +73,8 @@ def evaluate(
     check_choice("protocol", protocol, PROTOCOLS)
     if protocol != WINDOWS and stride is not None:
         raise RecipeError(f"stride {stride}: lm_eval's windows do not overlap; leave it out")
-    recipe = Recipe(batch_size=batch_size, device=device, precision=precision)
+    recipe = Recipe(batch_size=batch_size, device=device, precision=precision, stride=stride)
+    recipe.check_values()
     source = SourceOptions(revision=revision, architecture=architecture).resolve(str(model))
     task = options.task or task_of(source)
     rows = open_rows(str(data), task, options, split=split, prefer=EVAL_SPLITS)

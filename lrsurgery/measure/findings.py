@@ -108,7 +108,8 @@ def measures_of(result: RunResult, output: Path) -> dict[str, float]:
     course = read_run(folder)
     layers = list(course["layers"].values())
     if layers:
-        found |= {name: mean(_known([layer[name][-1] for layer in layers])) for name in DYNAMICS}
+        last_ones = {name: _known([layer[name][-1] for layer in layers]) for name in DYNAMICS}
+        found |= {name: mean(values) for name, values in last_ones.items() if values}
         rates = _effective_rates(course, layers)
         if rates:
             found["effective_lr"] = mean(rates)
@@ -120,8 +121,10 @@ def _effective_rates(course: Course, layers: Sequence[LayerCourse]) -> list[floa
     found = []
     for i, step in enumerate(layers[0]["step"]):
         rate = rates.get(step)
-        if rate is not None:
-            found.append(rate / mean(norm**2 for norm in _known([layer["frobenius_norm"][i] for layer in layers])))
+        at_step = [layer["frobenius_norm"][i] for layer in layers if i < len(layer["step"])]
+        squares = [norm**2 for norm in _known(at_step)]
+        if rate is not None and any(squares):
+            found.append(rate / mean(squares))
     return found
 
 
@@ -143,7 +146,7 @@ def write_findings(study: Study, found: Findings, output: Path) -> list[Path]:
     ]
     plot = study.plot
     drawn: dict[str, bytes] = {}
-    if plot is not None and found["table"]:
+    if plot is not None and (plot.y or measures_shown(study, found)) and found["table"]:
         drawn = rendered("plot", lambda figure: _plot(figure, study, plot, found), (5.5, 3.2))
     files: dict[str, str | bytes] = {
         "study.json": json_text(found),

@@ -11,15 +11,15 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lrsurgery.checkpoints.output import copy_companions
 from lrsurgery.checkpoints.source import resolve
-from lrsurgery.errors import Interrupted, RecipeError, StudyError, SurgeryError
+from lrsurgery.errors import Interrupted, RecipeError, StudyError
 from lrsurgery.files.faults import disk_faults
-from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.locks import alive, lock_of, locked
 from lrsurgery.files.marks import MODEL, check_ours, read_mark, remove, remove_entries, write_mark
 from lrsurgery.files.writing import check_free, replace_file, with_name
@@ -27,6 +27,7 @@ from lrsurgery.measure.study_recipe import CONFIG, Preparation, Run, Study
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME
+from lrsurgery.runtime import MOST_JOBS
 from lrsurgery.training.run_folder import RunFolder
 
 RESULT = "result.json"
@@ -71,7 +72,7 @@ class RunResult:
     axes: Mapping[str, str]
     fingerprint: str
     settings: Json
-    status: str  # "finished" or "failed"
+    status: Literal["finished", "failed"]
     error: str | None = None  # the last line of a failed run
     # of a finished run
     steps: int | None = None
@@ -98,9 +99,8 @@ def folder_of(run: Run, output: Path) -> Path:
 def read_result(run: Run, output: Path) -> RunResult | None:
     """The result of a run; None where it has not ended, or had other settings."""
     try:
-        body = read_json(folder_of(run, output) / RESULT)
-        found = RunResult(**{each.name: body[each.name] for each in fields(RunResult) if each.name in body})
-    except (SurgeryError, TypeError):
+        found = read_as(RunResult, folder_of(run, output) / RESULT, "a run's result", StudyError)
+    except StudyError:
         return None
     return found if found.fingerprint == run.fingerprint else None
 
@@ -123,8 +123,8 @@ def run_study(
     Raises StudyError where the output holds another study, or exists and `resume` is False; RecipeError for `jobs`;
     Interrupted after Ctrl-C or SIGTERM, once the current runs have saved themselves.
     """
-    if jobs < 1:
-        raise RecipeError(f"jobs {jobs}: write an integer of at least 1")
+    if not 1 <= jobs <= MOST_JOBS:
+        raise RecipeError(f"jobs {str(jobs)[:20]}: write an integer from 1 to {MOST_JOBS:,}")
     output = with_name(output)
     part = (
         lock_of(output) if shard == WHOLE else output.with_name(f".{output.name}.{shard.which}-of-{shard.parts}.lock")
@@ -170,9 +170,9 @@ def _run(worker: _Worker, shard: Shard, listener: Listener) -> list[RunResult]:
 
 
 def _open_output(study: Study, output: Path, resume: bool) -> None:
-    text = study.file.read_text(encoding="utf-8")
+    text = study.file.read_bytes()
     if os.path.lexists(output) and not output.is_dir():
-        raise StudyError(f"{output}: is no folder; name another one")
+        raise StudyError(f"{output}: is a file; name a folder with --output")
     if output.exists() and any(output.iterdir()):
         mark = read_mark(output)
         if mark is None or mark.what != STUDY:

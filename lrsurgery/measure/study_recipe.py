@@ -25,6 +25,7 @@ PLOT_KEYS = ("x", "lines", "y", "log")
 # means over the layers, in the end
 DYNAMICS: tuple[Measure, ...] = ("nuclear_rank", "entropy_rank", "stable_rank", "frobenius_norm", "spectral_norm")
 MEASURES = (*QUALITY, "parameters", "steps", "seconds", *DYNAMICS, "effective_lr")
+SCALES = ("x", "y")  # of a plot, which may be logarithmic
 CONFIG = "config"  # a setting of studies alone: changes of the model's config.json, for runs from scratch
 MOST_RUNS = 100_000
 LONGEST_NAME = 200  # bytes of a run's name, which a file system's longest leaves room for
@@ -108,6 +109,8 @@ def _study_of(file: Path, body: Json) -> Study:
         _check_known(key, TABLE_KEYS, "table's")
     for key in plot:
         _check_known(key, PLOT_KEYS, "plot's")
+    for scale in _texts(plot.get("log")):
+        _check_known(scale, SCALES, "scale of plot: log:")
     study = Study(
         file=file,
         name=_name(str(body.get("name") or file.stem)),
@@ -241,7 +244,7 @@ def _imports(file: Path, body: Json) -> Iterator[Path]:
 
 def _preparations(body: Json) -> Iterator[Preparation]:
     for step in _list(body.get("prepare")):
-        if not isinstance(step, Mapping) or set(step) != {"creates", "run"} or not isinstance(step["run"], list):
+        if not isinstance(step, Mapping) or set(step) != {"creates", "run"} or not _is_command(step["run"]):
             raise RecipeError("prepare: each step is 'creates: FILE' and 'run: [PROGRAM, ARGUMENT, ...]'")
         if not step["run"]:
             raise RecipeError("prepare: run: names no program")
@@ -249,6 +252,10 @@ def _preparations(body: Json) -> Iterator[Preparation]:
         if made.is_absolute() or not made.parts or ".." in made.parts:
             raise RecipeError(f"prepare: creates: {made} is no file in the study's folder; write a path inside of it")
         yield Preparation(creates=str(step["creates"]), command=_texts(step["run"]))
+
+
+def _is_command(value: object) -> bool:
+    return isinstance(value, list) and bool(value)
 
 
 def _mapping(key: str, value: object) -> Json:

@@ -47,6 +47,8 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
             raise PlanError(f"{name}: this {type(model).__name__} has no such layer")
         if weight.ndim != kind.weight_axes:
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind_name} layer")
+        if rank > (full := min(kind.matrix_shape(weight.shape))):
+            raise PlanError(f"{name}: rank {rank} exceeds {full}, the full rank of {tuple(weight.shape)}")
         with Unfilled():
             new = kind.build(dense, rank)
         if not weight.requires_grad:

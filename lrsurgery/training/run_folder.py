@@ -9,10 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lrsurgery.checkpoints.source import Source
+from lrsurgery.checkpoints.upstream.forms import check_layers
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, RecipeError
 from lrsurgery.files.digests import fingerprint, folder_fingerprint
-from lrsurgery.files.json import json_text, parse_as, read_as
+from lrsurgery.files.json import json_text, read_as, read_lines
 from lrsurgery.files.marks import check_ours, remove, remove_entries, write_mark
 from lrsurgery.files.writing import replace_file
 from lrsurgery.report.runs import DENSE_TRAINED, METRICS, RECIPE, Record, read_metrics
@@ -159,10 +160,7 @@ class RunFolder:
         replace_file(self.path / NOTES, "".join(json.dumps(each) + "\n" for each in notes))
 
     def read_notes(self) -> list[str]:
-        """The notes; a last line that a kill cut short is left out. Raises RecipeError for a damaged file."""
-        file = self.path / NOTES
-        lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
-        return [parse_as(str, line, f"{file}: not a run's notes", RecipeError) for line in lines]
+        return read_lines(str, self.path / NOTES, "a note", RecipeError)
 
     def append_metrics(self, record: Mapping[str, object]) -> None:
         """One line more in metrics.jsonl, without figures that are not finite, such as the perplexity of a wreck."""
@@ -200,7 +198,10 @@ class RunFolder:
 
     def read_layers(self) -> dict[str, tuple[str, int]]:
         """What `write_layers` kept. Raises RecipeError for a damaged file."""
-        return read_as(dict[str, tuple[str, int]], self.path / LAYERS, "a run's layers", RecipeError)
+        found = read_as(dict[str, tuple[str, int]], self.path / LAYERS, "a run's layers", RecipeError)
+        specs = {name: {"kind": kind, "rank": rank} for name, (kind, rank) in found.items()}
+        check_layers(specs, str(self.path / LAYERS), RecipeError)
+        return found
 
     # checkpoints
 

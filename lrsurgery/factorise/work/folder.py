@@ -14,7 +14,7 @@ from lrsurgery.calibration.statistics import FILE_NAME as STATISTICS
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError
 from lrsurgery.files.digests import folder_fingerprint
 from lrsurgery.files.faults import disk_faults
-from lrsurgery.files.json import Json, json_text, read_json
+from lrsurgery.files.json import Json, json_text, read_as, read_json
 from lrsurgery.files.locks import remove_empty
 from lrsurgery.files.marks import check_ours, remove_entries, write_mark
 from lrsurgery.files.writing import replace_file
@@ -110,12 +110,11 @@ class WorkFolder:
 
     def ranks(self) -> dict[str, int | str | None]:
         """Read the decisions of `set_ranks`."""
-        ranks: dict[str, int | str | None] = json.loads((self.path / "ranks.json").read_text(encoding="utf-8"))
-        return ranks
+        return read_as(dict[str, int | str | None], self.path / "ranks.json", "ranks of a job", OutputError)
 
     def to_do(self) -> set[int]:
         """Read the job list of `set_to_do`."""
-        return set(json.loads((self.path / "to_do.json").read_text(encoding="utf-8")))
+        return set(read_as(list[int], self.path / "to_do.json", "a list of jobs", OutputError))
 
     def fail(self, message: str) -> None:
         """Report an error to the other processes, as far as the folder can be written."""
