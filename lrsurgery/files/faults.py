@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -52,8 +53,8 @@ def disk_fault(error: BaseException, place: Path | None = None) -> str | None:
         text = " ".join(str(error).split())
         if not any(word in text for word in THEIRS):
             return None
-        code = next((code for word, code in KNOWN.items() if word in text), errno.EIO)
-        reason, named = text[:200], None
+        code = next((code for word, code in KNOWN.items() if word in text), 0)
+        reason, named = os.strerror(code) if code else text[:200], None
     else:
         return None
     if code in FULL and place is not None and (free := _free(place)) is not None:

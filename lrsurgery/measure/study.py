@@ -129,7 +129,11 @@ def run_study(
     part = (
         lock_of(output) if shard == WHOLE else output.with_name(f".{output.name}.{shard.which}-of-{shard.parts}.lock")
     )
-    with disk_faults(output, lambda: "finished runs are kept; continue with --resume"), locked(output, part):
+
+    def kept() -> str:
+        return "finished runs are kept; continue with --resume" if output.exists() else ""
+
+    with disk_faults(output, kept), locked(output, part):
         _open_output(study, output, resume)
         worker = _Worker(
             study=study, output=output, jobs=jobs, keep_models=keep_models, trust_remote_code=trust_remote_code

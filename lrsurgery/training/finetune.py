@@ -116,8 +116,9 @@ def _train(run: _Run, keep_checkpoints: bool) -> Outcome:
             raise TrainingError(
                 f"{e}; " + (f"the last good checkpoint stays: {kept}" if kept else "nothing is kept")
             ) from e
-        if isinstance(e, OutputError) and kept is not None:
-            raise OutputError(f"{e}; the last good checkpoint stays: {kept}; to continue: {run.again}") from e.__cause__
+        if isinstance(e, OutputError) and e.__cause__ is not None:  # a disk that refuses
+            stays = f"the last good checkpoint stays: {kept}; to continue: {run.again}" if kept else "nothing is kept"
+            raise OutputError(f"{e}; {stays}") from e.__cause__
         raise
     finally:
         run.leave()

@@ -161,6 +161,8 @@ def keep_work(work: WorkFolder, output: Path, layers: int) -> Iterator[None]:
                 f"{e}; {kept} are kept; once it can be written, run the same command with --resume"
             ) from e.__cause__
         work.remove()
+        if e.__cause__ is not None:  # a disk that refuses
+            raise OutputError(f"{e}; nothing is kept") from e.__cause__
         raise
     except BaseException:
         work.remove()
