@@ -22,7 +22,7 @@ from lrsurgery.cli.arguments import (
 )
 
 if TYPE_CHECKING:
-    from lrsurgery.report.schema import Bench
+    from lrsurgery.report.bench import Bench
 
 RUN, PRECISION = "What to run", "How precisely"  # panels of help
 

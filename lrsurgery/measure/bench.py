@@ -35,8 +35,8 @@ from lrsurgery.measure.workloads import (
     name_failures,
 )
 from lrsurgery.progress import SILENT, Listener
+from lrsurgery.report.bench import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchModel, BenchRun
 from lrsurgery.report.read import BENCH_FILE, BENCH_FORMAT
-from lrsurgery.report.schema import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchModel, BenchRun
 from lrsurgery.runtime import MOST_JOBS, check_seed, imported, pick_device, pick_dtype, processor, versions
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.timing import CONFIDENCE, Timings, Workload, compare, percentile

@@ -14,10 +14,11 @@ from lrsurgery.checkpoints.source import Source, SourceOptions, resolve
 from lrsurgery.errors import PlanError, SurgeryError, WeightError
 from lrsurgery.files.json import read_as
 from lrsurgery.progress import SILENT, Listener
+from lrsurgery.report.bench import Bench
 from lrsurgery.report.profile import WIDEST, ProfileOptions, profile
 from lrsurgery.report.rows import compared_row, rank_report, replacement_of, trained_row
 from lrsurgery.report.runs import is_run, read_run
-from lrsurgery.report.schema import FILE_NAME, Bench, Report, Row
+from lrsurgery.report.schema import FILE_NAME, Report, Row
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
 

@@ -1,16 +1,19 @@
-"""The rank report: one row a layer, one JSON that everything else is drawn from (design, section 7)."""
+"""The rank report: one row a layer, one JSON that everything else is drawn from (design, section 7).
+
+The file is long because all of the format stands in it: what is written, and what is read back.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from typing_extensions import NotRequired, TypedDict
 
 from lrsurgery.checkpoints.source import SourceOptions
@@ -18,11 +21,13 @@ from lrsurgery.errors import SourceError
 from lrsurgery.files.json import Json, check_version, checked, json_text, read_json
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points, predicted_damage
 from lrsurgery.linalg.subspaces import Overlap
+from lrsurgery.report.bench import Bench, Count, Size
 from lrsurgery.report.runs import Run
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.plan import SurgeryOptions
 from lrsurgery.surgery.ranks import break_even_rank
+from lrsurgery.units import shape_text
 
 # Version 2, which is read too, had nothing of calibration, budgets or balance; version 1 neither those nor FLOPs,
 # spectra, overlaps and ladders.
@@ -30,8 +35,6 @@ FORMAT_VERSION = 3
 FILE_NAME = "rank_report.json"
 HIGH_DAMAGE = 2.0  # times the median of the model's layers
 NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers in indented JSON; no string holds a line break
-Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]  # as far as a file may count
-Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
 @dataclass(frozen=True)
@@ -123,79 +126,6 @@ class Row:
                 raise SourceError(f"{lead}a spectrum whose values do not stand at ascending places")
         if self.overlap is not None and not self.overlap.leading:
             raise SourceError(f"{lead}an overlap without directions")
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape as people read it: 768x3072."""
-    return "x".join(map(str, shape))
-
-
-class BenchModel(TypedDict):
-    """A model whose speed was measured."""
-
-    name: str
-    parameters: Count
-    bytes: Count | None  # of its weight files
-    peak_memory: Count | None  # bytes; None where this system does not tell
-
-
-class BenchFigures(TypedDict):
-    """Times of one model at one setting."""
-
-    flops: Count
-    median_ms: float
-    p95_ms: float
-    throughput: float  # units a second
-
-
-class BenchCertainty(TypedDict):
-    """How much faster, and how surely."""
-
-    speedup: float | None
-    interval: Annotated[list[float], Field(min_length=2, max_length=2)] | None  # of the speedup, at `confidence`
-    confidence: float
-    rounds: int
-    reached: bool  # whether the interval got as narrow as was asked for
-
-
-class BenchRun(BenchFigures, BenchCertainty):
-    """One kind of work at one batch size and length."""
-
-    work: str
-    batch: Count
-    length: Count
-    unit: str
-    against: BenchFigures | None
-    ideal: float | None  # speedup by FLOPs alone
-
-
-class BenchLayer(BenchCertainty):
-    """Factorised layers of one shape, rank and input against their dense form."""
-
-    names: Annotated[list[str], Field(min_length=1)]
-    kind: str
-    shape: list[int]
-    rank: int
-    input: list[int]
-    dense_ms: float
-    factorised_ms: float
-    slower: bool
-
-
-class Bench(TypedDict):
-    """bench.json, as `lrsurgery bench --save` writes it."""
-
-    format_version: int
-    command: str | None
-    versions: dict[str, str]
-    machine: Json
-    options: Json
-    task: str
-    model: BenchModel
-    against: BenchModel | None
-    runs: list[BenchRun]
-    layers: list[BenchLayer]
-    notes: list[str]
 
 
 @dataclass(frozen=True)

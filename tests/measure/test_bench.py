@@ -26,8 +26,8 @@ from lrsurgery.files.writing import replace_file
 from lrsurgery.measure import bench as module
 from lrsurgery.measure.bench import BenchOptions, bench
 from lrsurgery.measure.workloads import DECODE, FORWARD, PREFILL, count_flops, make_workload
+from lrsurgery.report.bench import Bench
 from lrsurgery.report.read import read_bench
-from lrsurgery.report.schema import Bench
 from lrsurgery.report.views.speed import bench_layer_table, size_table, speed_table
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.timing import Workload, compare, median_interval, percentile

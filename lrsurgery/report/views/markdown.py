@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lrsurgery.files.json import Json
+from lrsurgery.report.bench import Bench
 from lrsurgery.report.runs import Run
-from lrsurgery.report.schema import Bench, Report, Row, shape_text
+from lrsurgery.report.schema import Report, Row
 from lrsurgery.report.views.columns import (
     LADDER,
     QUALITY,
@@ -18,6 +19,7 @@ from lrsurgery.report.views.columns import (
     steps_of,
 )
 from lrsurgery.report.views.speed import RUNS
+from lrsurgery.units import shape_text
 
 ENDINGS = (".md",)
 

@@ -13,7 +13,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 
 from lrsurgery.report.runs import Measure, Run
-from lrsurgery.report.schema import Report, Row, shape_text
+from lrsurgery.report.schema import Report, Row
 from lrsurgery.report.views.columns import (
     COLUMNS,
     HEADINGS,
@@ -26,6 +26,7 @@ from lrsurgery.report.views.columns import (
     steps_of,
 )
 from lrsurgery.report.views.speed import slower_lines, speed_table
+from lrsurgery.units import shape_text
 
 NARROW = 100  # columns; below, a table shows less
 MANY = 80  # layers; above, they are shown a block at a time

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 
-from lrsurgery.report.schema import Bench, BenchModel, Report
+from lrsurgery.report.bench import Bench, BenchModel
+from lrsurgery.report.schema import Report
 from lrsurgery.report.views.web.sentences import Code, Figure, Link, Part, size, spelled, whole
 
 ABOUT = {

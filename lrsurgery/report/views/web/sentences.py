@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from lrsurgery.report.bench import BenchRun
 from lrsurgery.report.runs import Run
-from lrsurgery.report.schema import BenchRun, Report, Rung
+from lrsurgery.report.schema import Report, Rung
 from lrsurgery.report.views.columns import HEADINGS, QualityName
 
 # the summary tells the first that is known
