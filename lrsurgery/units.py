@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from lrsurgery.errors import OutputError
 
@@ -49,3 +50,8 @@ def duration_text(seconds: float) -> str:
         if seconds < most:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds / 3600:.1f} h"
+
+
+def shape_text(shape: Sequence[int]) -> str:
+    """A shape as people read it: 768x3072."""
+    return "x".join(map(str, shape))

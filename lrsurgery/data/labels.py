@@ -28,6 +28,8 @@ HIDDEN = (-1, -100)  # numbers that stand for "no label", as in test sets of GLU
 NUMBER = re.compile(r"(?:LABEL_)?(\d+)")  # transformers names nameless classes LABEL_0, LABEL_1, ...
 SYNSET = re.compile(r"n\d{8}")
 SHOWN = 20  # names in a message
+MOST_CLASSES = 10**7
+NO_MAP = "not a label map; write a JSON object or lines of DATASET-NAME,MODEL-NAME"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +83,13 @@ def _single(values: Sequence[Any], column: str, reference: str) -> Labels:
     if all(isinstance(v, int) for v in known):
         return _numbers(values, column, reference)
     if all(isinstance(v, int | float) for v in known):
+        infinite = next((row for row, v in enumerate(values) if v is not None and math.isinf(v)), None)
+        if infinite is not None:
+            raise DataError(f"{reference}: row {infinite} of column '{column}' holds {values[infinite]}, not a number")
         return Labels(kind="value", of_rows=tuple(None if v is None else float(v) for v in values))
-    raise DataError(f"{reference}: column '{column}' holds neither class numbers nor class names throughout")
+    row = next((row for row, v in enumerate(values) if not isinstance(v, int | float | str | None)), None)
+    where = "" if row is None else f" (row {row} holds a {type(values[row]).__name__})"
+    raise DataError(f"{reference}: column '{column}' holds neither class numbers nor class names throughout{where}")
 
 
 def _number(text: str) -> int:
@@ -96,8 +103,18 @@ def _numbers(values: Sequence[int | None], column: str, reference: str) -> Label
     if least < 0:
         # numbers to predict may be negative, numbers of classes may not
         return Labels(kind="value", of_rows=tuple(None if v is None else float(v) for v in values))
-    names = tuple(str(i) for i in range(max(known, default=-1) + 1))
+    names = _numbered(max(known, default=-1), column, reference)
     return Labels(kind="class", of_rows=tuple(values), names=names, numbered=True)
+
+
+def _numbered(largest: int, column: str, reference: str) -> tuple[str, ...]:
+    """Names of the classes 0 to `largest`. Raises DataError for more than any head has."""
+    if largest >= MOST_CLASSES:
+        raise DataError(
+            f"{reference}: column '{column}' has class number {str(largest)[:20]}; at most {MOST_CLASSES:,} classes are"
+            " read"
+        )
+    return tuple(str(i) for i in range(largest + 1))
 
 
 def _lists(values: Sequence[Any], column: str, reference: str) -> Labels:
@@ -118,7 +135,7 @@ def _lists(values: Sequence[Any], column: str, reference: str) -> Labels:
         names_of = tuple(str(i) for i in range(max(lengths)))
         return Labels(kind="classes", of_rows=hot, names=names_of, numbered=True, multi_hot=True, notes=(note,))
     if all(isinstance(item, int) and item >= 0 for item in items):
-        names_of = tuple(str(i) for i in range(max(items, default=-1) + 1))
+        names_of = _numbered(max(items, default=-1), column, reference)
         return Labels(kind="classes", of_rows=tuple(rows), names=names_of, numbered=True)
     return Labels(kind="value", of_rows=tuple(None if r is None else tuple(map(float, r)) for r in rows))
 
@@ -312,14 +329,14 @@ def read_label_map(file: str) -> dict[str, str | None]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            names = parse_as(dict[str, str | int | float | None], text, f"{file}: not a label map", DataError)
+            names = parse_as(dict[str, str | int | float | None], text, f"{file}: {NO_MAP}", DataError)
             pairs: list[tuple[Any, Any]] = list(names.items())
         else:
             pairs = [(row[0].strip(), row[1].strip() or None) for row in csv.reader(text.splitlines()) if row]
     except FileNotFoundError as e:
         raise DataError(f"{file}: no such label map") from e
     except (OSError, ValueError, IndexError, csv.Error) as e:
-        raise DataError(f"{file}: not a label map; write a JSON object or lines of DATASET-NAME,MODEL-NAME") from e
+        raise DataError(f"{file}: {NO_MAP}") from e
     found = {str(name): None if value is None else str(value) for name, value in pairs}
     if len(found) < len(pairs):
         raise DataError(f"{file}: names a class of the dataset twice")
@@ -358,7 +375,7 @@ def rename(labels: Labels, renamed: Mapping[str, str | None], file: str) -> Labe
 def as_classes(labels: Labels) -> Labels:
     """Take whole numbers, such as 1.0, as class numbers."""
     numbers = tuple(None if v is None else int(v) for v in labels.of_rows)
-    names = tuple(str(i) for i in range(max((n for n in numbers if n is not None), default=-1) + 1))
+    names = _numbered(max((n for n in numbers if n is not None), default=-1), "labels", "the data")
     return Labels(kind="class", of_rows=numbers, names=names, numbered=True, notes=labels.notes)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -14,11 +13,7 @@ from lrsurgery.files.json import Json, read_as
 BENCH_FILE = "bench.json"
 BENCH_FORMAT = 1
 Count: TypeAlias = Annotated[int, Field(ge=0, lt=1 << 63)]  # as far as a file may count
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape as people read it: 768x3072."""
-    return "x".join(map(str, shape))
+Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
 class BenchModel(TypedDict):

@@ -1,4 +1,7 @@
-"""The rank report: one row a layer, one JSON that everything else is drawn from (design, section 7)."""
+"""The rank report: one row a layer, one JSON that everything else is drawn from (design, section 7).
+
+The file is long because all of the format stands in it: what is written, and what is read back.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Literal, TypeAlias
+from typing import Literal
 
 import torch
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict
 from typing_extensions import NotRequired, TypedDict
 
 from lrsurgery.errors import SourceError
@@ -18,10 +21,11 @@ from lrsurgery.files.digests import REPORT, FileDigest
 from lrsurgery.files.json import Json, check_version, checked, json_text, read_json
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points, predicted_damage
 from lrsurgery.linalg.subspaces import Overlap
-from lrsurgery.report.bench import Bench, Count, shape_text
+from lrsurgery.report.bench import Bench, Count, Size
 from lrsurgery.report.runs import Run
 from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.ranks import break_even_rank
+from lrsurgery.units import shape_text
 
 # Older versions are read too. Version 3 had no digests of files, version 2 nothing of calibration, budgets or balance
 # either, version 1 nor FLOPs, spectra, overlaps and ladders.
@@ -29,7 +33,6 @@ FORMAT_VERSION = 4
 FILE_NAME = REPORT
 HIGH_DAMAGE = 2.0  # times the median of the model's layers
 NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers in indented JSON; no string holds a line break
-Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 63)]
 
 
 @dataclass(frozen=True)

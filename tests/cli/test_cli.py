@@ -22,7 +22,9 @@ from typer.testing import CliRunner
 from lrsurgery import __version__
 from lrsurgery.cli.app import app
 from lrsurgery.cli.console import LiveListener, Screen
+from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.progress import TrainingStep
+from lrsurgery.runtime import Processes, import_file, numbers_of_processes
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +284,32 @@ def test_names_are_only_names(model: Path, tmp_path: Path) -> None:
     (code,) = [token.content for token in tokens if token.type == "fence" and token.info == "python"]
     loaded = next(node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call))
     assert ast.literal_eval(loaded.args[0]) == out.name
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"WORLD_SIZE": "x"}, "environment variable WORLD_SIZE is 'x', not a number"),
+        ({"RANK": "\u00b2"}, "environment variable RANK is"),
+        ({"LOCAL_RANK": "-1"}, "environment variable LOCAL_RANK is '-1', not a number"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "RANK is 3, and WORLD_SIZE 2"),
+        ({"WORLD_SIZE": "9" * 5000}, "environment variable WORLD_SIZE is"),
+    ],
+)
+def test_an_environment_of_no_torchrun_is_refused(
+    variables: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SurgeryError, match=words):
+        numbers_of_processes()
+    with pytest.raises(SurgeryError, match=words):
+        Processes.of_environment()
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(0)", "exit()", "1 / 0", "def", "import nothing_of_this_name"])
+def test_an_import_that_ends_the_program_is_an_error(code: str, tmp_path: Path) -> None:
+    file = tmp_path / "own_models.py"
+    file.write_text(code)
+    with pytest.raises(SourceError, match=r"own_models\.py: "):
+        import_file(file)

@@ -186,3 +186,27 @@ def test_a_label_map_that_is_none(tmp_path: Path, content: str | None, message: 
         file.write_text(content)
     with pytest.raises(DataError, match=message):
         rename(read(["great", "awful"]), read_label_map(str(file)), str(file))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([0, 10**9], "column 'label' has class number 1000000000; at most 10,000,000 classes are read"),
+        ([[0, 10**9]], "column 'label' has class number 1000000000; at most 10,000,000 classes are read"),
+        ([0.5, float("inf")], "row 1 of column 'label' holds inf, not a number"),
+        ([{"a": 1}, {"a": 2}], "holds neither class numbers nor class names throughout (row 0 holds a dict)"),
+    ],
+)
+def test_labels_that_no_head_has_are_refused(values: list[Any], words: str) -> None:
+    with pytest.raises(DataError) as found:
+        read(values)
+    assert words in str(found.value)
+    assert str(found.value).startswith("rows: ")
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"a": {"b": 1}}', '{"a": ' + "[" * 5000 + "]" * 5000 + "}"])
+def test_a_label_map_of_anything_else_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "map.json"
+    file.write_text(text)
+    with pytest.raises(DataError, match=r"map\.json: not a label map"):
+        read_label_map(str(file))

@@ -14,7 +14,7 @@ from tokenizers import processors
 
 from lrsurgery.data.batches import IGNORED
 from lrsurgery.data.text.sequences import Cut, Masking, Sequences, StreamedSequences, TokenStream, Windows
-from lrsurgery.data.text.tokens import Frame, encode
+from lrsurgery.data.text.tokens import Frame, check_tokens, encode
 from lrsurgery.errors import DataError
 
 
@@ -195,3 +195,23 @@ def test_rows_without_text_are_named() -> None:
         encoded(tiny.tokenizer(), {"input_ids": [[5, 6]], "labels": [[5, 6]]}, join=True)
     masked = {"input_ids": [[1, 5, 6]], "attention_mask": [[0, 1, 1]]}
     assert encoded(tiny.tokenizer(), masked, join=True) == [[5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"input_ids": None}, "row 0 of column 'input_ids' holds None"),
+        ({"input_ids": [1.5, 2.5]}, "row 0 of column 'input_ids' holds [1.5, 2.5]"),
+        ({"input_ids": [-5, 1]}, "row 0 of column 'input_ids' holds [-5, 1]"),
+        ({"input_ids": [1, None]}, "row 0 of column 'input_ids' holds [1, None]"),
+        ({"input_ids": [1, 2], "labels": [1]}, "row 0 has 2 input_ids and not as many labels"),
+        ({"input_ids": [1, 2], "labels": [-100, None]}, "row 0 of column 'labels' holds [-100, None]"),
+        ({"input_ids": [1, 2], "labels": [-101, 3]}, "row 0 of column 'labels' holds [-101, 3]"),
+        ({"input_ids": [1, 2], "attention_mask": [1, -1]}, "row 0 of column 'attention_mask' holds [1, -1]"),
+        ({"input_ids": [], "labels": []}, "row 0 of column 'input_ids' is empty"),
+    ],
+)
+def test_an_odd_row_of_tokens_is_named(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(DataError) as found:
+        check_tokens(datasets.Dataset.from_list([row, row]), Frame(), "a.jsonl", False)
+    assert str(found.value).startswith(f"a.jsonl: {words}")

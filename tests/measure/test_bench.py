@@ -289,7 +289,7 @@ def test_a_bad_input_gets_one_line(
         ({"dtype": "int8"}, "unknown dtype 'int8'; known: keep, float32, bfloat16, float16"),
         ({"task": "chess"}, "unknown task 'chess'; known: causal-lm, "),
         ({"length": ()}, "length of nothing: write integers of at least 1"),
-        ({"new_tokens": -1}, "new tokens -1: write an integer of at least 0"),
+        ({"new_tokens": -1}, "new tokens -1: write an integer from 0 to"),
     ],
 )
 def test_options_check_themselves(options: dict[str, Any], words: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import statistics
@@ -329,3 +330,28 @@ def test_an_interrupted_study_keeps_what_its_run_has_saved(root: Path) -> None:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [record["step"] for record in records if "loss" in record]
     assert steps == list(range(1, len(steps) + 1))  # it continued, and did not start over
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"grid": {"seed": list(range(1001)), "steps": list(range(1, 1001))}}, "grid: asks for 1,001,000 runs"),
+        ({"settings": {"config": [1], "from_scratch": True}}, "config: write it as 'NAME: value' lines"),
+        ({"plot": {"log": 5}}, "unknown scale of plot: log: '5'"),
+        ({"prepare": [{"creates": "a", "run": []}]}, "prepare: each step is"),
+        ({"grid": 5}, "grid: write it as 'NAME: value' lines"),
+    ],
+    ids=["size", "config", "scale", "command", "grid"],
+)
+def test_a_recipe_is_checked_before_its_first_run(body: dict[str, object], words: str, tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    settings = {"model": "a", "data": "b", **body.pop("settings", {})}  # type: ignore[dict-item]
+    file.write_text(json.dumps({"settings": settings, **body}))  # YAML too
+    with pytest.raises(RecipeError, match=re.escape(words)):
+        read_study(file)
+
+
+@pytest.mark.parametrize("text", ["²/³", "1/0", "0/1", "x", "1/" + "9" * 5000, "-1/2"])
+def test_a_shard_is_two_numbers(text: str) -> None:
+    with pytest.raises(RecipeError, match="write I/N"):
+        parse_shard(text)

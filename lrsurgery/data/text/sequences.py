@@ -219,6 +219,8 @@ class TokenRows(Dataset[Example]):
                 " cut the rows, or --join them"
             )
         check_known(rows["input_ids"], known, reference)
+        if "labels" in rows.column_names:
+            check_known(rows["labels"], known, reference)
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks from now on."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lrsurgery.checkpoints.source import Source
+from lrsurgery.data.batches import IGNORED
 from lrsurgery.data.datasets import TEXT_COLUMNS, column_names, pick_column
 from lrsurgery.errors import DataError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 CHAT = "messages"  # the column of conversations
 TOKENS = ("attention_mask", "token_type_ids", "labels")  # what rows may hold beside input_ids
+LEAST = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -192,8 +194,16 @@ def check_tokens(rows: Table, frame: Frame, reference: str, join: bool) -> Table
                     " a row is a list of whole numbers from 0"
                 )
             for name in kept[1:]:
-                if not isinstance(batch[name][i], list) or len(batch[name][i]) != len(ids):
+                found = batch[name][i]
+                if not isinstance(found, list) or len(found) != len(ids):
                     raise DataError(f"{reference}: row {row} has {len(ids)} input_ids and not as many {name}")
+                if not all(type(entry) is int and entry >= LEAST[name] for entry in found):
+                    raise DataError(
+                        f"{reference}: row {row} of column '{name}' holds {str(found)[:40]}; a row is a list of whole"
+                        f" numbers from {LEAST[name]}"
+                    )
+            if whole and not ids:
+                raise DataError(f"{reference}: row {row} of column 'input_ids' is empty")
         if whole:
             return {name: batch[name] for name in kept}
         masks = batch.get("attention_mask") or [None] * len(at)

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 from lrsurgery.files.json import Json
-from lrsurgery.report.bench import shape_text
 from lrsurgery.report.schema import Report, Row, Rung
+from lrsurgery.units import shape_text
 
 Value: TypeAlias = str | int | float | None
 T = TypeVar("T")

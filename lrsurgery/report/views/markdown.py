@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from lrsurgery.files.json import Json
-from lrsurgery.report.bench import Bench, shape_text
+from lrsurgery.report.bench import Bench
 from lrsurgery.report.runs import Run
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.report.views.columns import (
@@ -20,6 +20,7 @@ from lrsurgery.report.views.columns import (
 )
 from lrsurgery.report.views.speed import RUNS
 from lrsurgery.text import code, markdown
+from lrsurgery.units import shape_text
 
 ENDINGS = (".md",)
 

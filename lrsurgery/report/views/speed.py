@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from lrsurgery.report.bench import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchRun, shape_text
+from lrsurgery.report.bench import Bench, BenchCertainty, BenchFigures, BenchLayer, BenchRun
 from lrsurgery.report.views.columns import Column
+from lrsurgery.units import shape_text
 
 IDEAL = "What the arithmetic saved would give alone"
 

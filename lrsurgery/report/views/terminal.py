@@ -31,6 +31,7 @@ from lrsurgery.report.views.columns import (
 )
 from lrsurgery.report.views.speed import slower_lines, speed_table
 from lrsurgery.text import visible
+from lrsurgery.units import shape_text
 
 NARROW = 100  # columns; below, a table shows less
 MANY = 80  # layers; above, they are shown a block at a time
