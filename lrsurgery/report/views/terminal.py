@@ -15,7 +15,6 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from lrsurgery.report.bench import shape_text
 from lrsurgery.report.runs import Measure, Run
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.report.views.columns import (
