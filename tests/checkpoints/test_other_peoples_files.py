@@ -233,6 +233,9 @@ def test_tensors_that_safetensors_cannot_hold_are_refused(value: Tensor, message
 # configs
 
 
+OURS = {"quant_method": "lrsurgery", "format_version": 1}
+
+
 def edit(folder: Path, **entries: Any) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **entries}))
@@ -241,13 +244,13 @@ def edit(folder: Path, **entries: Any) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"quantization_config": [1]}, r"quantization_config must be an object, not \[1\]"),
-        ({"quantization_config": {"quant_method": "lrsurgery"}}, r"quantization_config\.layers must map"),
+        ({"quantization_config": [1]}, r"quantization_config: input should be an object, not \[1\]"),
+        ({"quantization_config": {**OURS}}, r"quantization_config\.layers must map"),
         (
-            {"quantization_config": {"quant_method": "lrsurgery", "layers": {"lm_head": {"kind": "linear"}}}},
+            {"quantization_config": {**OURS, "layers": {"lm_head": {"kind": "linear"}}}},
             r"quantization_config\.layers must map",
         ),
-        ({"architectures": "GPT2LMHeadModel"}, r'architectures must be a list of class names or null, not "GPT2LMHead'),
+        ({"architectures": "GPT2LMHeadModel"}, r'architectures: input should be a valid (array|list), not "GPT2LMHead'),
         ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "quantised with fp8"),
         ({"text_config": {"quantization_config": 3}}, "quantization_config must be an object, not 3"),
     ],

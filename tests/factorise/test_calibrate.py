@@ -453,7 +453,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["--rank", "0.5", "--calibration", "builtin", "--model", "resnet"],
         "--calibration builtin: is for language models, and image-classification needs data of its own",
     ),
-    "no samples": ([*TEXT, "--samples", "0"], "samples 0: write at least 1"),
+    "no samples": ([*TEXT, "--samples", "0"], "samples 0: write 1 to "),
     "no data": (["--rank", "0.5", "--calibration", "{}/nothing.txt"], "nothing.txt: no such file or folder"),
     "images for text": (["--rank", "0.5", "--calibration", "{}/images"], "which column holds the text?"),
     "no statistics": (["--rank", "0.5", "--statistics", "{}/gpt2"], "gpt2: no statistics.json in it"),

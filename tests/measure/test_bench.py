@@ -256,7 +256,7 @@ BAD = {
     "words": ("{gpt2}", "--batch many", "--batch many: write integers with commas"),
     "length": ("{gpt2}", "--length 16,33", "length 33: over the 32 positions"),
     "pixels": ("{resnet}", "--length 32", "takes images of its own size"),
-    "threads": ("{gpt2}", "--threads 0", "threads 0: write an integer of at least 1"),
+    "threads": ("{gpt2}", "--threads 0", "threads 0: write an integer from 1 to"),
     "seconds": ("{gpt2}", "--seconds 0", "seconds 0: write a number above 0"),
     "precision": ("{gpt2}", "--precision 0", "precision 0: write a number between 0 and 1"),
     "task": ("{gpt2}", "--task chess", "'--task': 'chess' is not one of 'causal-lm', "),

@@ -308,7 +308,7 @@ def test_what_makes_no_sense_is_refused(
 @pytest.mark.parametrize("text", ['{"step": 1}\n[3]\n"x"\n', '{"loss": 1.0}\n', '{"step": 0, "eval": {"loss": 1}}\n'])
 def test_metrics_that_are_damaged_are_named(folders: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "metrics.jsonl").write_text(text)
-    with pytest.raises(SourceError, match=r"metrics\.jsonl: not the metrics of a run"):
+    with pytest.raises(SourceError, match=r"metrics\.jsonl: line 1 is not a record of a run"):
         report(tmp_path)
 
 

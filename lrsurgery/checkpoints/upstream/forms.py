@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -103,7 +104,7 @@ def check_config(file: Path, config: Json) -> None:
         found = inner.get("quantization_config")
         if found is not None and not isinstance(found, dict):
             where = ".".join((*path, "quantization_config"))
-            raise SourceError(f"{file}: {where} must be an object, not a {type(found).__name__}")
+            raise SourceError(f"{file}: {where} must be an object, not {json.dumps(found)[:60]}")
     own = config.get("quantization_config")
     if own is not None and own.get("quant_method") == METHOD:
         check_version(own.get("format_version"), FORMAT_VERSION, str(file))
