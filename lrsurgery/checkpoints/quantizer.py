@@ -139,13 +139,13 @@ def config_names(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> dict[s
 
 
 def ignore_tripwires(model: PreTrainedModel, names: set[str]) -> None:
-    """Make the loader ignore the zero-length tensors under these keys, with or without the base model's prefix.
+    """Make the loader ignore the zero-length tensors under these keys, with or without the base model's prefix, or with it twice.
 
     Layers that differ in their numbers alone share a pattern, since transformers compiles all of them for each load.
     """
     prefix = model.base_model_prefix + "."
     alike = {re.sub(r"\d+", r"\\d+", re.escape(n.removeprefix(prefix))) for n in names}
-    ignore_unexpected(model, {f"^({re.escape(prefix)})?{pattern}$" for pattern in alike})
+    ignore_unexpected(model, {f"^({re.escape(prefix)}){{0,2}}{pattern}$" for pattern in alike})
 
 
 def attach_(model: nn.Module) -> None:

@@ -36,10 +36,12 @@ def write_mark(folder: Path, what: str, files: Iterable[str] = ()) -> None:
         "what": what,
         "files": sorted(files),
     }
-    with (folder / MARK).open("w", encoding="utf-8") as file:
+    half = folder / f"{MARK}.half"
+    with half.open("w", encoding="utf-8") as file:
         file.write(json_text(body))
         file.flush()
         os.fsync(file.fileno())
+    half.replace(folder / MARK)
 
 
 def mark_contents(folder: Path, what: str) -> None:

@@ -397,7 +397,7 @@ def test_sequential_from_the_command_line_differs_and_loads(place: Path, tmp_pat
 def test_an_interrupted_job_goes_on_from_its_statistics(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], layers: int
 ) -> None:
-    from lrsurgery.factorise import jobs
+    from lrsurgery.factorise.work import jobs
 
     places = {"calibration": place / "train.txt", "output": tmp_path / "out"}
     done: list[str] = []

@@ -23,7 +23,7 @@ import lrsurgery
 from lrsurgery.checkpoints.mapping import Entry
 from lrsurgery.checkpoints.spectra import SpectrumCache, cache_limit
 from lrsurgery.errors import OutputError, SurgeryError, WeightError
-from lrsurgery.factorise import jobs
+from lrsurgery.factorise.work import jobs
 from lrsurgery.factorise.work.folder import WorkFolder
 from lrsurgery.factorise.work.jobs import Job, schedule
 from lrsurgery.files.locks import locked
@@ -37,7 +37,7 @@ from lrsurgery.surgery.plan import Replacement
 RIGGED = """
 import os, signal, sys
 from lrsurgery.cli import app as cli
-from lrsurgery.factorise import jobs
+from lrsurgery.factorise.work import jobs
 nth, only_rank = int(sys.argv[1]), sys.argv[2]
 sys.argv = ["lrsurgery", *sys.argv[3:]]
 real, calls = jobs.save_piece, 0

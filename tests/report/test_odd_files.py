@@ -16,7 +16,7 @@ from lrsurgery.linalg.factors import Factors
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points
 from lrsurgery.linalg.subspaces import Angles, Overlap, Shared
 from lrsurgery.linalg.svd import spectral_factors
-from lrsurgery.report.read import BENCH_FILE, read_bench
+from lrsurgery.report.bench import BENCH_FILE, read_bench
 from lrsurgery.report.rows import compared_row, measured_row
 from lrsurgery.report.runs import METRICS, read_run
 from lrsurgery.report.schema import FILE_NAME, Report, Row, Rung
