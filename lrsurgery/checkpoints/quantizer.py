@@ -139,7 +139,7 @@ def config_names(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> dict[s
 
 
 def ignore_tripwires(model: PreTrainedModel, names: set[str]) -> None:
-    """Make the loader ignore the zero-length tensors under these keys, with or without the base model's prefix, or with it twice.
+    """Make the loader ignore the zero-length tensors under these keys, with the base model's prefix, without, or twice.
 
     Layers that differ in their numbers alone share a pattern, since transformers compiles all of them for each load.
     """

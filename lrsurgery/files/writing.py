@@ -138,12 +138,9 @@ def _is_ours(stale: Path) -> bool:
     if stale.is_symlink() or not stale.is_dir():
         return False
     mark = read_mark(stale)
-    # a kill may have come before the first mark was whole
-    return (
-        all(file.name == f"{MARK}.half" for file in stale.iterdir())
-        if mark is None
-        else mark.what == HALF or stranger_in(stale) is None
-    )
+    if mark is None:  # a kill may have come before the first mark was whole
+        return all(file.name == f"{MARK}.half" for file in stale.iterdir())
+    return mark.what == HALF or stranger_in(stale) is None
 
 
 def _publish(stage: Path, output: Path, overwrite: bool) -> None:

@@ -204,7 +204,7 @@ def test_sentence_transformers_folder_is_copied_with_its_modules(tmp_path: Path)
     (dense / "onnx" / "model.onnx").write_bytes(b"the dense model")
     run("factorise", dense, "--rank", "0.5", "--output", tmp_path / "half")
     before, after = tree(dense), tree(tmp_path / "half")
-    ours = {"model.safetensors", "config.json", "rank_report.json", "README.md"}
+    ours = {"model.safetensors", "config.json", "rank_report.json", "README.md", ".lrsurgery.json"}
     kept = {name: content for name, content in before.items() if name not in ours and not name.startswith("onnx")}
     assert {name: after[name] for name in kept} == kept
     assert set(after) - set(kept) == ours

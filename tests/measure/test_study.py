@@ -335,7 +335,10 @@ def test_an_interrupted_study_keeps_what_its_run_has_saved(root: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"grid": {"seed": list(range(1001)), "steps": list(range(1, 1001))}}, "grid: asks for 1,001,000 runs"),
+        (
+            {"grid": {"seed": list(range(1001)), "steps": list(range(1, 1001))}},
+            "grid: has 1,001,000 runs, over the 100,000 of a study",
+        ),
         ({"settings": {"config": [1], "from_scratch": True}}, "config: write it as 'NAME: value' lines"),
         ({"plot": {"log": 5}}, "unknown scale of plot: log: '5'"),
         ({"prepare": [{"creates": "a", "run": []}]}, "prepare: each step is"),

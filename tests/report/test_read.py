@@ -228,7 +228,7 @@ def test_runs_tell_their_course(folders: Path) -> None:
         assert set(run["stages"]) == {"dense", "factorised", "healed"}
         assert [e["step"] for e in run["evaluations"]] == [0, 3, 6] == [r["step"] for r in evaluated]
         assert [e["loss"] for e in run["evaluations"]] == [r["eval"]["loss"] for r in evaluated]
-        assert [e["step"] for e in run["losses"]] == [2, 4, 6]
+        assert [e["step"] for e in run["losses"]] == [2, 3, 4, 6]  # at each checkpoint too
         assert run["settings"]["decay"] == run["name"]
         last = {row.name: row for row in report(folders / run["name"]).factorised}
         for name, course in run["layers"].items():

@@ -523,6 +523,7 @@ def spoiled(bench: Path) -> Path:
     weights = (bench / "half" / "model.safetensors").read_bytes()
     for name in ("truncated", "nan"):
         shutil.copytree(bench / "half", bench / name)
+        (bench / name / "rank_report.json").unlink()  # whose digests would tell before
     (bench / "truncated" / "model.safetensors").write_bytes(weights[:-100])
     (bench / "nan" / "model.safetensors").write_bytes(weights[:-4] + b"\x00\x00\xc0\x7f")
     return bench
