@@ -14,6 +14,7 @@ from lrsurgery.errors import OutputError
 from lrsurgery.files.json import json_text, read_as
 
 MARK = ".lrsurgery.json"
+HALF_MARK = f"{MARK}.half"  # a mark that is being written
 FORMAT_VERSION = 1
 MODEL = "model"
 
@@ -36,7 +37,7 @@ def write_mark(folder: Path, what: str, files: Iterable[str] = ()) -> None:
         "what": what,
         "files": sorted(files),
     }
-    half = folder / f"{MARK}.half"
+    half = folder / HALF_MARK
     with half.open("w", encoding="utf-8") as file:
         file.write(json_text(body))
         file.flush()
@@ -47,7 +48,7 @@ def write_mark(folder: Path, what: str, files: Iterable[str] = ()) -> None:
 def mark_contents(folder: Path, what: str) -> None:
     """Mark a folder whose present files are all ours. Raises OSError."""
     files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
-    write_mark(folder, what, (name for name in files if name != MARK))
+    write_mark(folder, what, (name for name in files if name not in (MARK, HALF_MARK)))
 
 
 def read_mark(folder: Path) -> Mark | None:
@@ -80,6 +81,11 @@ def stranger_in(folder: Path) -> str | None:
     return next((name for name in found if name not in known), None)
 
 
+def is_blank(folder: Path) -> bool:
+    """Whether a folder is empty, but for a first mark that a kill cut short."""
+    return all(place.name == HALF_MARK for place in folder.iterdir())
+
+
 def check_ours(folder: Path, what: str) -> None:
     """Raise OutputError unless a place is free, an empty folder, or a folder that this program made as `what`."""
     if not os.path.lexists(folder):
@@ -87,7 +93,9 @@ def check_ours(folder: Path, what: str) -> None:
     if folder.is_symlink() or not folder.is_dir():
         raise OutputError(f"{folder}: is in the way; move it away, or choose another --output")
     mark = read_mark(folder)
-    if (mark is None or mark.what != what) and any(folder.iterdir()):
+    if mark is None and is_blank(folder):
+        return
+    if mark is None or mark.what != what:
         raise OutputError(
             f"{folder}: was not made by lrsurgery as a {what} folder (its {MARK} would say so), so it is left alone;"
             " move it away, or choose another --output"
@@ -105,7 +113,7 @@ def remove_entries(folder: Path, patterns: Iterable[str]) -> list[Path]:
         for place in sorted(folder.iterdir()):
             if fnmatch.fnmatchcase(place.name, pattern):
                 remove(place)
-    rest = sorted(place for place in folder.iterdir() if place.name != MARK)
+    rest = sorted(place for place in folder.iterdir() if place.name not in (MARK, HALF_MARK))
     if not rest:
         remove(folder)
     return rest

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from lrsurgery.errors import OutputError
 from lrsurgery.files.locks import alive, remove_empty
-from lrsurgery.files.marks import MARK, MODEL, mark_contents, read_mark, remove, stranger_in, write_mark
+from lrsurgery.files.marks import MARK, MODEL, is_blank, mark_contents, read_mark, remove, stranger_in, write_mark
 
 HALF = "partial"  # what a folder is until it is published
 
@@ -139,7 +139,7 @@ def _is_ours(stale: Path) -> bool:
         return False
     mark = read_mark(stale)
     if mark is None:  # a kill may have come before the first mark was whole
-        return all(file.name == f"{MARK}.half" for file in stale.iterdir())
+        return is_blank(stale)
     return mark.what == HALF or stranger_in(stale) is None
 
 
