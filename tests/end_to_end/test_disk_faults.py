@@ -1,4 +1,4 @@
-"""A disk that refuses at the n-th write, for n = 1, 4, 16, ..., under every command that writes.
+"""A disk that refuses at the n-th write, for n = 1, 2, 4, ..., under every command that writes.
 
 Each time: exit code 2 and one line; the output is whole or not there; nothing is left but what --resume goes on from,
 and it does.
@@ -208,6 +208,6 @@ def test_a_disk_that_is_full_from_the_nth_write_on(name: str, base: Path, tmp_pa
             assert further.returncode == 0, (nth, done.stderr, further.stderr)
             command.whole(out)
             assert {p.name for p in root.iterdir()} == {command.out}, nth
-        nth *= 4
+        nth *= 2
     assert nth > 1
     assert not {p.name for p in root.iterdir()} - before - {command.out}

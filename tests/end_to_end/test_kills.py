@@ -1,6 +1,6 @@
 """Jobs that are killed at random moments of each stage: resumed once, they end with the bytes of one never killed.
 
-Five kills in every run; LRSURGERY_KILLS=200 does that many, at least ten in each stage.
+Ten kills in every run; LRSURGERY_KILLS=200 does that many, at least ten in each stage.
 The moments are calls of functions, drawn by a fixed seed from those of an undisturbed job, and some milliseconds later.
 """
 
@@ -21,7 +21,7 @@ import pytest
 from support import tiny
 from support.warm import program
 
-KILLS = int(os.environ.get("LRSURGERY_KILLS", "5"))
+KILLS = int(os.environ.get("LRSURGERY_KILLS", "10"))
 
 # A job whose places are counted, and which is killed by SIGKILL some time after the nth call of one of them. A study's
 # runs are forked, and what kills one of them kills the study too.
