@@ -54,10 +54,11 @@ def disk_fault(error: BaseException, place: Path | None = None) -> str | None:
         if not any(word in text for word in THEIRS):
             return None
         code = next((code for word, code in KNOWN.items() if word in text), 0)
-        reason, named = os.strerror(code) if code else text[:200], None
+        # torch tells where in its own C++ a write failed, not why
+        reason, named = os.strerror(code) if code else "a write failed", None
     else:
         return None
-    if code in FULL and place is not None and (free := _free(place)) is not None:
+    if (code in FULL or not code) and place is not None and (free := _free(place)) is not None:
         reason = f"{reason}, {free / 1e9:.2f} GB are free"
     return f"{named or place or 'a file'}: {'cannot be written' if named is None else 'cannot be used'} ({reason})"
 

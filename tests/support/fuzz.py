@@ -340,7 +340,9 @@ def _change_structure(rng: random.Random, case: Case) -> None:
         ("gone", "a folder", "a link to itself", "a link to nothing", "a link outside", "beside a stranger")
     )
     if act == "beside a stranger":
-        (file.parent / rng.choice(NAMES)).write_text("precious")
+        stranger = file.parent / rng.choice(NAMES)
+        stranger.parent.mkdir(exist_ok=True)  # one of the names has a slash
+        stranger.write_text("precious")
     else:
         content = file.read_bytes()
         file.unlink()
@@ -385,6 +387,7 @@ def _change_name(rng: random.Random, case: Case) -> None:
     if not old or (case.folder / name).exists():
         return
     if (case.folder / old).exists():
+        (case.folder / name).parent.mkdir(exist_ok=True)  # one of the names has a slash
         (case.folder / old).rename(case.folder / name)
         files = tuple(name if each == old else each for each in case.command.files)
         case.command = Command(case.command.words, files, case.command.writes)
