@@ -155,8 +155,8 @@ def resolve(
 def _folder(
     folder: Path, reference: str, weights: bool, *, hub_id: str | None = None, revision: str | None = None
 ) -> Source:
-    config = read_config(folder)  # a newer format is told as such, before what changed
     check_files(folder, ["config.json"])
+    config = read_config(folder)
     library = "timm" if isinstance(config.get("architecture"), str) else "transformers"
     return Source(reference, library, config, folder, tuple(weight_files(folder) if weights else ()), hub_id, revision)
 

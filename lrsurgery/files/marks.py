@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import os
 import shutil
@@ -102,21 +103,35 @@ def check_ours(folder: Path, what: str) -> None:
         )
 
 
-def remove_entries(folder: Path, patterns: Iterable[str]) -> list[Path]:
+def remove_entries(folder: Path, patterns: Iterable[str], last: str | None = None) -> list[Path]:
     """Remove what matches from a folder of ours, in the order of the patterns, then its mark and the empty folder.
+
+    The file `last` says what the folder is for, and is there until the whole folder is gone: this is moved aside first,
+    so that no kill leaves a folder that says nothing. What a kill leaves aside is removed by the next call.
 
     Returns the rest, which keeps the folder and its mark. What cannot be removed counts as the rest.
     """
+    aside = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+    if not aside.is_symlink() and aside.is_dir() and (is_blank(aside) or read_mark(aside) is not None):
+        remove(aside)
     if not folder.is_dir():
         return []
     for pattern in patterns:
         for place in sorted(folder.iterdir()):
             if fnmatch.fnmatchcase(place.name, pattern):
                 remove(place)
-    rest = sorted(place for place in folder.iterdir() if place.name not in (MARK, HALF_MARK))
-    if not rest:
-        remove(folder)
-    return rest
+    rest = sorted(place for place in folder.iterdir() if place.name not in (MARK, HALF_MARK, last))
+    if rest:
+        if last is not None:
+            remove(folder / last)
+        return rest
+    gone = folder
+    with contextlib.suppress(OSError):  # a file system that refuses it, or something in the way
+        gone = folder.rename(aside)
+    if last is not None:
+        remove(gone / last)
+    remove(gone)
+    return []
 
 
 def remove(place: Path) -> None:

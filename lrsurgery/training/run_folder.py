@@ -94,13 +94,15 @@ class RunFolder:
 
     def remove(self) -> list[Path]:
         """Remove what runs write, and the folder once it is empty. Returns what stays, which is not ours."""
-        return self._remove(FACTS, *ENTRIES)
+        remove(self.path / FACTS)
+        return self.close()
 
-    def _remove(self, *names: str) -> list[Path]:
+    def close(self) -> list[Path]:
+        """As `remove`, for the run of a published output: its facts go last, by which a kill in between is known."""
         rest: list[Path] = []
         for stage in STAGES:
             rest += remove_entries(self.path / stage, IN_STAGES)
-        return [*rest, *remove_entries(self.path, names)]
+        return [*rest, *remove_entries(self.path, ENTRIES, FACTS)]
 
     # the end
 
@@ -113,10 +115,6 @@ class RunFolder:
         if not self.is_unfinished or not (output / FILE_NAME).is_file():
             return False
         return self._read_facts().published == folder_fingerprint(output)
-
-    def close(self) -> list[Path]:
-        """As `remove`, for the run of a published output: its facts go last, by which a kill in between is known."""
-        return self._remove(*ENTRIES, FACTS)
 
     def resumed_recipe(self, asked: Mapping[str, object]) -> Recipe:
         """The recipe of the unfinished run. Raises RecipeError for a setting that was another when it was begun."""

@@ -1,6 +1,6 @@
 """Jobs that are killed at random moments of each stage: resumed once, they end with the bytes of one never killed.
 
-Ten kills in every run; LRSURGERY_KILLS=200 does that many, at least ten in each stage.
+One kill in each stage in every run; LRSURGERY_KILLS=200 does that many, at least ten in each stage.
 The moments are calls of functions, drawn by a fixed seed from those of an undisturbed job, and some milliseconds later.
 """
 
@@ -20,8 +20,6 @@ from pathlib import Path
 import pytest
 from support import tiny
 from support.warm import program
-
-KILLS = int(os.environ.get("LRSURGERY_KILLS", "10"))
 
 # A job whose places are counted, and which is killed by SIGKILL some time after the nth call of one of them. A study's
 # runs are forked, and what kills one of them kills the study too.
@@ -85,10 +83,8 @@ def forked(self, folder, arguments):
     ours.sendall(json.dumps([str(folder), arguments]).encode() + b"\\n")
     pid = int(answers.readline())
     others.add(pid)
-    (folder / study.PROCESS).write_text(f"{socket.gethostname()} {pid}")
     code = int(answers.readline())
     others.discard(pid)
-    (folder / study.PROCESS).unlink(missing_ok=True)
     told = (folder / "told").read_text()
     (folder / "told").unlink()
     return code, told, ""
@@ -96,12 +92,12 @@ def write(file):
     Path(file).write_text(json.dumps(called))
 if sys.argv[1] == "study":  # a process that has no threads yet forks the runs
     ours, theirs = socket.socketpair()
-    answers = ours.makefile()
     pid = os.fork()
     if not pid:
         ours.close()
         serve(theirs)
     theirs.close()
+    answers = ours.makefile()
     others.add(pid)
     study._Worker._finetune = forked
 if counts:
@@ -201,7 +197,7 @@ STAGES = {
             ("lrsurgery.measure.study:replace_file", 0, 1),
             ("lrsurgery.measure.study:_Worker.do", 0, 1),
             ("lrsurgery.measure.study:_result_of", 0, 1),
-            ("lrsurgery.measure.findings:replace_file", 0, 1),
+            ("lrsurgery.measure.findings:replace_files", 0, 1),
             (f"{FOLDER}:RunFolder.close", 0, 1),
             (f"{WRITING}:_publish", 0, 1),
         ),
@@ -321,11 +317,10 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 
 def chosen() -> list[tuple[str, int]]:
-    """Stages in turn, so that each has its share: of ten kills, the ten stages without a study's or evaluation's."""
+    """Stages in turn, so that each has its share."""
     names = list(STAGES)
-    if len(names) > KILLS:
-        names = [name for name in names if name not in ("study", "finetune: evaluation")][:KILLS]
-    return [(names[i % len(names)], i) for i in range(KILLS)]
+    kills = int(os.environ.get("LRSURGERY_KILLS", str(len(names))))
+    return [(names[i % len(names)], i) for i in range(kills)]
 
 
 @pytest.mark.process

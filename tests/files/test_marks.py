@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -82,6 +84,37 @@ def test_links_are_removed_and_not_followed(tmp_path: Path) -> None:
     assert remove_entries(ours, ["checkpoint-*"]) == []
     assert not ours.exists()
     assert (tmp_path / "theirs" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("calls", range(8))
+def test_a_folder_says_what_it_is_for_until_it_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, calls: int
+) -> None:
+    """Wherever its removal is cut short; and the next removal leaves nothing."""
+    folder = tmp_path / "work"
+    for name in ("a", "b", "published"):
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    write_mark(folder, "work")
+    left = calls
+
+    def cut_short(real: Callable[..., None]) -> Callable[..., None]:
+        def rigged(*args: Any, **options: Any) -> None:
+            nonlocal left
+            if not left:
+                raise KeyboardInterrupt
+            left -= 1
+            return real(*args, **options)
+
+        return rigged
+
+    with monkeypatch.context() as patched, suppress(KeyboardInterrupt):
+        for name in ("unlink", "rmdir", "rename"):
+            patched.setattr(os, name, cut_short(getattr(os, name)))
+        remove_entries(folder, ["a", "b"], "published")
+    assert not folder.exists() or (folder / "published").exists()
+    remove_entries(folder, ["a", "b"], "published")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_that_belong_together_come_together(tmp_path: Path) -> None:

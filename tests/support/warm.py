@@ -2,13 +2,13 @@
 
 A fresh process spends most of its time on imports of torch and transformers, the same ones in each test. The server
 imports them once; each process is forked from it before anything has run, with its own arguments, environment, folder
-and streams, and can be killed as any other. What is about starting up itself uses `subprocess`.
+and streams, and can be killed as any other; what it starts as `python -m MODULE` is forked from the server, too. What
+is about starting up itself uses `subprocess`.
 """
 
 from __future__ import annotations
 
 import atexit
-import json
 import os
 import select
 import signal
@@ -18,11 +18,11 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from support import tiny
+from support.warm_client import Process, number, start
 from torch.distributed import TCPStore
 
 
@@ -47,7 +47,8 @@ def program(
         else:
             assert words[0] == sys.executable, command
             rest, ranks = words[1:], [env]
-        codes = _wait([_start(rest, cwd or Path.cwd(), one, out.fileno(), err.fileno()) for one in ranks], timeout)
+        here = str(cwd or Path.cwd())
+        codes = _wait([start(_server(), rest, here, one, out.fileno(), err.fileno()) for one in ranks], timeout)
         if codes is None:
             raise subprocess.TimeoutExpired(words, timeout)
         out.seek(0)
@@ -56,53 +57,27 @@ def program(
     return subprocess.CompletedProcess(words, next(filter(None, codes), 0), *texts)
 
 
-@dataclass
-class _Process:
-    pid: int
-    told: int  # file descriptor on which its exit code comes
-
-
-def _start(words: list[str], cwd: Path, env: dict[str, str], out: int, err: int) -> _Process:
-    ours, theirs = os.pipe()
-    with tempfile.TemporaryFile() as asked:
-        asked.write(json.dumps({"words": words, "cwd": str(cwd), "env": env}).encode())
-        asked.flush()
-        socket.send_fds(_server(), [b"r"], [asked.fileno(), out, err, theirs])
-    os.close(theirs)
-    return _Process(_number(ours), ours)
-
-
-def _wait(processes: list[_Process], timeout: float) -> list[int] | None:
+def _wait(processes: list[Process], timeout: float) -> list[int] | None:
     """Exit codes; None when the time was over. The first that fails ends the others, at most 20 seconds later."""
     codes: dict[int, int] = {}
-    end, late, number = time.monotonic() + timeout, False, None
+    end, late, sent = time.monotonic() + timeout, False, None
     while left := [process for process in processes if process.told not in codes]:
         ready, _, _ = select.select([process.told for process in left], [], [], max(0, end - time.monotonic()))
-        codes |= {told: _number(told) for told in ready}
+        codes |= {told: number(told) for told in ready}
         if not ready:
-            late, number = late or number is None, signal.SIGKILL
-        elif any(codes.values()) and number is None:
-            number = signal.SIGTERM
+            late, sent = late or sent is None, signal.SIGKILL
+        elif any(codes.values()) and sent is None:
+            sent = signal.SIGTERM
         else:
             continue
         end = time.monotonic() + 20
         for process in left:
             if process.told not in codes:
                 with suppress(ProcessLookupError):
-                    os.kill(process.pid, number)
+                    os.kill(process.pid, sent)
     for process in processes:
         os.close(process.told)
     return None if late else [codes[process.told] for process in processes]
-
-
-def _number(pipe: int) -> int:
-    """A number and a line break, which is all that is said of a process."""
-    text = b""
-    while not text.endswith(b"\n"):
-        piece = os.read(pipe, 1)
-        assert piece, "the server went away"
-        text += piece
-    return int(text)
 
 
 @cache
@@ -117,7 +92,7 @@ def _server() -> socket.socket:
     theirs.close()
 
     def stop() -> None:
-        ours.close()
+        ours.sendall(b"q")  # a process that is left may still hold the socket
         process.wait(30)
 
     atexit.register(stop)

@@ -10,11 +10,13 @@ import random
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import traceback
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 PRELOADED = (
     "datasets",
@@ -37,10 +39,10 @@ def _serve(own: socket.socket) -> dict[str, object] | None:
     """Start processes as they are asked for. Returns in each of them what to run; in the server, None at the end."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # those that wait are buried by nobody
     while True:
-        message, fds, *_ = socket.recv_fds(own, 1, 4)
-        if not message:
+        message, fds, *_ = socket.recv_fds(own, 1, 5)
+        if message != b"r":
             return None
-        asked, out, err, tell = fds
+        asked, out, err, tell, server = fds
         if not os.fork():  # waits for the process, and tells how it ended
             own.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -48,13 +50,18 @@ def _serve(own: socket.socket) -> dict[str, object] | None:
             if not pid:
                 os.dup2(out, 1)
                 os.dup2(err, 2)
+                # those of the server may be of another kind than these, which can be pipes
+                sys.stdout = sys.__stdout__ = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+                sys.stderr = os.fdopen(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+                sys.__stderr__ = sys.stderr
                 with open(asked, encoding="utf-8") as file:
                     file.seek(0)
                     found: dict[str, object] = json.load(file)
                 for fd in (out, err, tell):
                     os.close(fd)
+                _start_children_warm(server)
                 return found
-            for fd in (asked, out, err):
+            for fd in (asked, out, err, server):
                 os.close(fd)
             os.write(tell, f"{pid}\n".encode())
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -62,6 +69,20 @@ def _serve(own: socket.socket) -> dict[str, object] | None:
             os._exit(0)
         for fd in fds:
             os.close(fd)
+
+
+def _start_children_warm(server: int) -> None:
+    """Let `python -m MODULE`, where this process starts it, be forked from the server."""
+    client = str(Path(__file__).with_name("warm_client.py"))
+
+    class Popen(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, args: Any, *rest: Any, pass_fds: tuple[int, ...] = (), **options: Any) -> None:
+            if isinstance(args, list) and args[:2] == [sys.executable, "-m"]:
+                args = [sys.executable, "-I", "-S", client, str(server), *args[1:]]
+                pass_fds = (*pass_fds, server)
+            super().__init__(args, *rest, pass_fds=pass_fds, **options)
+
+    subprocess.Popen = Popen  # type: ignore[misc]
 
 
 if __name__ == "__main__":

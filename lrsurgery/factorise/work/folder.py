@@ -21,11 +21,8 @@ from lrsurgery.files.writing import replace_file
 
 WORK = "work"  # what a work folder's mark says
 PUBLISHED = "published"  # fingerprint of the whole output
-# what a job writes; the last two say what the others are, so they go last
-ENTRIES = (
-    *("to_do.json", "ranks.json", "failed", "statistics", "sequential", "*.safetensors", "*.half"),
-    *("job.json", PUBLISHED),
-)
+# what a job writes beside PUBLISHED; the last says what the others are
+ENTRIES = ("to_do.json", "ranks.json", "failed", "statistics", "sequential", "*.safetensors", "*.half", "job.json")
 
 
 class WorkFolder:
@@ -67,7 +64,7 @@ class WorkFolder:
         try:
             self._made += [p for p in (self._output.parent, *self._output.parent.parents) if not p.exists()]
             if not resume or not left:
-                remove_entries(self.path, ENTRIES)
+                remove_entries(self.path, ENTRIES, PUBLISHED)
             self.path.mkdir(parents=True, exist_ok=True)
             self.owned = True
             write_mark(self.path, WORK)
@@ -136,7 +133,7 @@ class WorkFolder:
         """Remove the folder if this process opened it, and the parent folders made for it if there is no output."""
         if not self.owned:
             return
-        remove_entries(self.path, ENTRIES)
+        remove_entries(self.path, ENTRIES, PUBLISHED)
         if not self._output.exists():
             remove_empty(self._made)
 
