@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 class SurgeryError(Exception):
-    """Base class of errors that the user can correct. The CLI prints one line and exits with code 2."""
+    """Base class of errors that the user can correct. The CLI prints one line and exits with `exit_code`."""
+
+    exit_code = 2
 
 
 class RankError(SurgeryError, ValueError):

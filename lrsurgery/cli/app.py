@@ -123,7 +123,7 @@ def main() -> None:
     except SurgeryError as e:
         if debug:
             raise
-        _fail(str(e), 2, as_json)
+        _fail(str(e), e.exit_code, as_json)
     except Exception as e:
         if debug:
             raise

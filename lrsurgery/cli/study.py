@@ -70,9 +70,11 @@ def study(
       lrsurgery study decay.yaml --output /shared/decay --shard 3/8 --resume
     """
     screen = make_screen(quiet, as_json)
+    from lrsurgery.errors import StudyError
     from lrsurgery.measure.findings import cells, findings_of, write_findings
     from lrsurgery.measure.study import parse_shard, run_study
     from lrsurgery.measure.study_recipe import read_study
+    from lrsurgery.text import one_line
 
     asked = read_study(recipe)
     target = output or Path(asked.name)
@@ -104,5 +106,12 @@ def study(
         screen.say(f"Failed: {run['name']}: {run['error']}")
     screen.say(f"{found['finished']} of {found['asked']} runs are finished. Written to {target / 'index.html'}")
     if found["failed"]:
-        screen.say(f"Next: lrsurgery study {shlex.quote(str(recipe))} --output {shlex.quote(str(target))} --resume")
-        raise typer.Exit(1)
+        again = f"lrsurgery study {shlex.quote(str(recipe))} --output {shlex.quote(str(target))} --resume"
+        if any(run["exit_code"] != StudyError.exit_code for run in found["failed"]):
+            screen.say(f"Next: {again}")
+            raise typer.Exit(1)
+        count = len(found["failed"])
+        who = "1 run refused what it was given" if count == 1 else f"{count} runs refused what they were given"
+        # not raised: with --json the findings are the one document
+        typer.echo(f"lrsurgery: {one_line(f'{recipe}: {who}; mend it, then {again}')}", err=True)
+        raise typer.Exit(StudyError.exit_code)

@@ -47,6 +47,7 @@ class Failure(TypedDict):
 
     name: str
     error: str | None
+    exit_code: int | None
 
 
 class Findings(TypedDict):
@@ -74,7 +75,11 @@ def findings_of(study: Study, results: Sequence[RunResult], output: Path) -> Fin
         about=study.about,
         asked=len(study.runs),
         finished=sum(result.is_finished for result in results),
-        failed=[Failure(name=each.name, error=each.error) for each in results if not each.is_finished],
+        failed=[
+            Failure(name=each.name, error=each.error, exit_code=each.exit_code)
+            for each in results
+            if not each.is_finished
+        ],
         table=[
             Group(axes=dict(place), runs=len(members), measures=_spreads(members)) for place, members in groups.items()
         ],

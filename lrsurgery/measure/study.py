@@ -74,6 +74,7 @@ class RunResult:
     settings: Json
     status: Literal["finished", "failed"]
     error: str | None = None  # the last line of a failed run
+    exit_code: int | None = None  # of a failed run: 2 is for what it was given
     # of a finished run
     steps: int | None = None
     stages: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # stage -> figures
@@ -87,7 +88,7 @@ class RunResult:
     def to_dict(self) -> Json:
         """The JSON object, with the fields that a run of this status has."""
         common = ("name", "axes", "fingerprint", "settings", "status")
-        own = ("steps", "stages", "seconds", "parameters") if self.is_finished else ("error",)
+        own = ("steps", "stages", "seconds", "parameters") if self.is_finished else ("error", "exit_code")
         return {name: getattr(self, name) for name in (*common, *own)}
 
 
@@ -267,7 +268,8 @@ class _Worker:
             return  # it is saved, and --resume goes on with it
         if code:
             last = (said.strip().splitlines() or [f"exit code {code}"])[-1]
-            result = _result_of(run, {"status": "failed", "error": last.removeprefix("lrsurgery: ")})
+            facts = {"status": "failed", "error": last.removeprefix("lrsurgery: "), "exit_code": code}
+            result = _result_of(run, facts)
         else:
             outcome = json.loads(told)
             facts = {

@@ -173,7 +173,8 @@ def taken(root: Path) -> tuple[Study, Path, Findings]:
     plot = {"x": "decay", "y": "loss"}
     file = write(root, grid=grid, about="A <b>small</b> study", table={"measures": ["loss", "entropy_rank"]}, plot=plot)
     done = program(file, "--output", root / "out", "--json", "--jobs", 2)
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "1 run refused what it was given" in done.stderr.splitlines()[-1]
     return read_study(file), root / "out", json.loads(done.stdout)
 
 
