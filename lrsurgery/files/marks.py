@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import os
+import re
 import shutil
+import socket
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -16,6 +19,7 @@ from lrsurgery.files.json import json_text, read_as
 
 MARK = ".lrsurgery.json"
 HALF_MARK = f"{MARK}.half"  # a mark that is being written
+HALF_FILE = re.compile(r"\..+\.\d+\.\d+\.half")  # another file that is, see `half_of`
 FORMAT_VERSION = 1
 MODEL = "model"
 
@@ -28,6 +32,11 @@ class Mark:
     made_by: str  # "lrsurgery 0.1.0"
     what: str  # "model", "run", "work", ...
     files: list[str] = field(default_factory=list)  # of a model: every file that was written, relative to the folder
+
+
+def half_of(file: Path) -> Path:
+    """What a file is called until it is whole; a kill leaves it, and then it is ours to remove."""
+    return file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}.half")
 
 
 def write_mark(folder: Path, what: str, files: Iterable[str] = ()) -> None:
@@ -79,7 +88,11 @@ def stranger_in(folder: Path) -> str | None:
     for name in mark.files if mark is not None else ():
         known |= {name, *map(str, PurePosixPath(name).parents)}
     found = (place.relative_to(folder).as_posix() for place in sorted(folder.rglob("*")))
-    return next((name for name in found if name not in known), None)
+    return next((name for name in found if name not in known and not _is_half(name)), None)
+
+
+def _is_half(name: str) -> bool:
+    return HALF_FILE.fullmatch(PurePosixPath(name).name) is not None
 
 
 def is_blank(folder: Path) -> bool:
@@ -106,8 +119,9 @@ def check_ours(folder: Path, what: str) -> None:
 def remove_entries(folder: Path, patterns: Iterable[str], last: str | None = None) -> list[Path]:
     """Remove what matches from a folder of ours, in the order of the patterns, then its mark and the empty folder.
 
-    The file `last` says what the folder is for, and is there until the whole folder is gone: this is moved aside first,
-    so that no kill leaves a folder that says nothing. What a kill leaves aside is removed by the next call.
+    Files that a kill left half-written are removed too. The file `last` says what the folder is for, and is there until
+    the whole folder is gone: this is moved aside first, so that no kill leaves a folder that says nothing. What a kill
+    leaves aside is removed by the next call.
 
     Returns the rest, which keeps the folder and its mark. What cannot be removed counts as the rest.
     """
@@ -118,7 +132,7 @@ def remove_entries(folder: Path, patterns: Iterable[str], last: str | None = Non
         return []
     for pattern in patterns:
         for place in sorted(folder.iterdir()):
-            if fnmatch.fnmatchcase(place.name, pattern):
+            if fnmatch.fnmatchcase(place.name, pattern) or _is_half(place.name):
                 remove(place)
     rest = sorted(place for place in folder.iterdir() if place.name not in (MARK, HALF_MARK, last))
     if rest:

@@ -7,14 +7,23 @@ import glob
 import os
 import shutil
 import socket
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from lrsurgery.errors import OutputError
 from lrsurgery.files.locks import alive, remove_empty
-from lrsurgery.files.marks import MARK, MODEL, is_blank, mark_contents, read_mark, remove, stranger_in, write_mark
+from lrsurgery.files.marks import (
+    MARK,
+    MODEL,
+    half_of,
+    is_blank,
+    mark_contents,
+    read_mark,
+    remove,
+    stranger_in,
+    write_mark,
+)
 
 HALF = "partial"  # what a folder is until it is published
 
@@ -34,8 +43,7 @@ def replace_file(file: Path, content: str | bytes) -> None:
 
 def replace_files(contents: Mapping[Path, str | bytes]) -> None:
     """Write files that belong together: all of them, or none if one cannot be written. Raises OutputError."""
-    own = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-    partials = {file: file.with_name(f".{file.name}.{own}") for file in contents}
+    partials = {file: half_of(file) for file in contents}
     file = next(iter(contents))
     try:
         for file, content in contents.items():

@@ -22,7 +22,7 @@ from lrsurgery.errors import OutputError
 from lrsurgery.files.faults import disk_fault, disk_faults
 from lrsurgery.files.locks import lock_of, locked
 from lrsurgery.files.marks import MARK, check_ours, remove_entries, stranger_in, write_mark
-from lrsurgery.files.writing import check_free, replace_files, staged
+from lrsurgery.files.writing import check_free, replace_file, replace_files, staged
 
 
 @settings(deadline=None)
@@ -72,6 +72,24 @@ def test_a_folder_of_another_kind_is_not_ours_to_use(tmp_path: Path) -> None:
         check_ours(tmp_path, "work")
     with pytest.raises(OutputError, match="is no model"):
         check_free(tmp_path, overwrite=True)
+
+
+def test_a_file_that_a_kill_left_half_written_is_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with staged(tmp_path / "model") as stage:
+        (stage / "weights").write_text("ours")
+    run = tmp_path / "run"
+    run.mkdir()
+    write_mark(run, "run")
+    with monkeypatch.context() as killed:
+        killed.setattr(Path, "replace", lambda *_: os._exit(9))
+        for folder in (tmp_path / "model", run):
+            if not (child := os.fork()):
+                replace_file(folder / "facts.json", "{}")
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+            assert len([place for place in folder.iterdir() if place.name.startswith(".facts.json")]) == 1
+    check_free(tmp_path / "model", overwrite=True)
+    assert remove_entries(run, ["facts.json"]) == []
+    assert not run.exists()
 
 
 def test_links_are_removed_and_not_followed(tmp_path: Path) -> None:
