@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from lrsurgery.checkpoints.tensors import (
     open_tensors,
 )
 from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.plan import Replacement
 
@@ -156,6 +157,16 @@ def key_map(source: Source, model: nn.Module) -> KeyTargets:
     from lrsurgery.checkpoints.upstream.transformers import KeyMap
 
     return KeyMap(model)
+
+
+def source_digest(source: Source, options: SourceOptions, layers: Iterable[str]) -> str:
+    """The digest of a dense model's tensors, of which these layers are factorised. Raises as `list_entries` does."""
+    return digest_of_entries(list_entries(open_checkpoint(source, options), set(layers)))
+
+
+def digest_of_entries(entries: Iterable[Entry]) -> str:
+    """One digest of all tensors."""
+    return digest_of_all({e.key: tensor_digest(e.dtype, e.shape, e.slices()) for e in entries})
 
 
 def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:

@@ -9,10 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lrsurgery.checkpoints.load import FactorisedCheckpoint, open_factorised
-from lrsurgery.checkpoints.mapping import list_entries, open_checkpoint
+from lrsurgery.checkpoints.mapping import digest_of_entries, list_entries, open_checkpoint
 from lrsurgery.checkpoints.source import Source, SourceOptions, resolve
 from lrsurgery.errors import PlanError, SurgeryError, WeightError
-from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.bench import read_bench
 from lrsurgery.report.profile import WIDEST, ProfileOptions, profile
@@ -126,12 +125,7 @@ def _dense_weights(
             raise PlanError(f"{name}: {reference}, the model to compare with, has no such layer of shape {shape}")
         found[name] = entry.read
     note = f"errors, energy and directions are against {reference}"
-    was = report.source.get("digest")
-    # a report without digests of files is of a version whose digest of the source was made in another way
-    if (
-        was
-        and report.files
-        and was != digest_of_all({e.key: tensor_digest(e.dtype, e.shape, e.slices()) for e in listed})
-    ):
-        note += f", which is not the model that this one came from ({report.source.get('reference')})"
+    was = report.dense_source
+    if was and was["digest"] != digest_of_entries(listed):
+        note += f", which is not the model that this one came from ({was['reference']})"
     return found, note

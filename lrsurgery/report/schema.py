@@ -170,6 +170,17 @@ class Report:
         known = [row.predicted_loss for row in self.factorised if row.predicted_loss is not None]
         return sum(known) if known else None
 
+    @property
+    def dense_source(self) -> Json | None:
+        """`reference` and `digest` of the dense model that the layers were factorised from, where they are known.
+
+        None of a report without digests of files: its version made the digest of the source in another way.
+        """
+        found: Json | None = self.source.get("dense")
+        if found is None and "digest" in self.source:
+            found = {key: self.source.get(key) for key in ("reference", "digest")}
+        return found if self.files else None
+
     @staticmethod
     def read(folder: Path) -> Report:
         """The report in a folder. Raises SourceError where it is missing, damaged or newer than this version reads."""
@@ -296,13 +307,26 @@ class _Calibration(_Open):
     scored_in: NotRequired[str]
 
 
+class _DenseSource(TypedDict):
+    reference: str
+    digest: str
+
+
+class _Source(TypedDict):
+    reference: NotRequired[str | None]
+    hub_id: NotRequired[str | None]
+    revision: NotRequired[str | None]
+    digest: NotRequired[str]
+    dense: NotRequired[_DenseSource]  # of a model that was trained further
+
+
 class _File(TypedDict):
     """rank_report.json, of this version or an older."""
 
     layers: list[Row]
     totals: _Totals | None
     ladder: NotRequired[list[_ModelRung] | None]
-    source: NotRequired[Json]
+    source: NotRequired[_Source]
     command: NotRequired[str | None]
     options: NotRequired[Json]
     versions: NotRequired[dict[str, str]]

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from lrsurgery.checkpoints.load import load_problem
+from lrsurgery.checkpoints.mapping import source_digest
 from lrsurgery.checkpoints.output import copy_companions, output_config, write_timm, write_transformers
+from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import SourceError, TrainingError
 from lrsurgery.files.digests import file_digests
@@ -132,7 +134,7 @@ def save_subject(subject: Subject, stage: Path, name: str, run: FinishedRun) -> 
     report = replace(
         _with_former(rank_report(body), source.folder),
         bytes_after=sum(file.stat().st_size for file in files),
-        source={"reference": source.reference, "revision": source.revision},
+        source=_origin(subject, run.recipe),
         command=run.command,
         options=run.recipe.to_dict(),
         versions=versions(),
@@ -181,12 +183,29 @@ def training_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str,
     ]
 
 
+def _origin(subject: Subject, recipe: Recipe) -> Json:
+    """Where the model comes from, and the digest of the dense model that it was factorised from, however long ago."""
+    source, layers = subject.source, factorised_layers(subject.body)
+    facts: Json = {"reference": source.reference, "hub_id": source.hub_id, "revision": source.revision}
+    if source.is_factorised:
+        former = _former(source.folder)
+        return {**facts, "dense": former.dense_source} if former is not None and former.dense_source else facts
+    if not layers or recipe.from_scratch:
+        return facts
+    options = SourceOptions(architecture=recipe.architecture, trust_remote_code=recipe.trust_remote_code)
+    return {**facts, "digest": source_digest(source, options, layers)}
+
+
+def _former(folder: Path | None) -> Report | None:
+    try:
+        return Report.read(folder) if folder is not None else None
+    except SourceError:
+        return None
+
+
 def _with_former(report: Report, folder: Path | None) -> Report:
     """The report with what the source's own knows of its dense weights: their spectra, and why layers stayed dense."""
-    try:
-        former = Report.read(folder) if folder is not None else None
-    except SourceError:
-        former = None
+    former = _former(folder)
     if former is None:
         return report
     known = {row.name: row for row in former.rows}

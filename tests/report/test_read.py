@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support import tiny
 from support.warm import program
 from torch import nn
@@ -172,6 +173,22 @@ def test_a_head_that_the_rank_spells_out_is_looked_at(tmp_path: Path) -> None:
 
 
 # healed models
+
+
+@pytest.mark.process
+def test_another_dense_model_than_the_one_it_came_from_is_named(folders: Path, tmp_path: Path) -> None:
+    """Of a model that was only factorised, of one healed from it, and of one that was factorised while it trained."""
+    switched = {"model": str(DENSE), "rank": 0.5, "data": str(DENSE / "valid.txt"), "steps": 1, "block_size": 16}
+    finetune({**switched, "batch_size": 1}, tmp_path / "switched")
+    shutil.copytree(DENSE, tmp_path / "other")
+    tensors = load_file(tmp_path / "other" / "model.safetensors")
+    tensors["transformer.ln_f.bias"] += 1
+    save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
+    for model in (folders / "half", folders / "frobenius", tmp_path / "switched"):
+        for against, is_another in ((DENSE, False), (tmp_path / "other", True)):
+            note = report(model, against=against).notes[-1]
+            assert f"errors, energy and directions are against {against}" in note
+            assert (f"is not the model that this one came from ({DENSE})" in note) == is_another, (model, note)
 
 
 @pytest.mark.process
