@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -12,9 +14,10 @@ from hypothesis import strategies as st
 from support import tiny
 from tokenizers import processors
 
+from lrsurgery.checkpoints.source import resolve
 from lrsurgery.data.batches import IGNORED
 from lrsurgery.data.text.sequences import Cut, Masking, Sequences, StreamedSequences, TokenStream, Windows
-from lrsurgery.data.text.tokens import Frame, check_tokens, encode
+from lrsurgery.data.text.tokens import Frame, check_tokens, encode, load_tokenizer
 from lrsurgery.errors import DataError
 
 
@@ -215,3 +218,21 @@ def test_an_odd_row_of_tokens_is_named(row: dict[str, Any], words: str) -> None:
     with pytest.raises(DataError) as found:
         check_tokens(datasets.Dataset.from_list([row, row]), Frame(), "a.jsonl", False)
     assert str(found.value).startswith(f"a.jsonl: {words}")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("model_max_length", {}, "model_max_length {}: write a number above 0"),
+        ("model_max_length", -1, "model_max_length -1: write a number above 0"),
+        ("model_max_length", True, "model_max_length True: write a number above 0"),
+        ("padding_side", "x", "no tokenizer that loads .ValueError: Padding side .*; a text task needs"),
+        ("tokenizer_class", [1], "no tokenizer that loads .AttributeError: .*; a text task needs"),
+    ],
+)
+def test_a_tokenizer_of_odd_settings_is_refused(tmp_path: Path, setting: str, value: object, words: str) -> None:
+    model = tiny.save_gpt2(tmp_path / "model", blocks=1)
+    file = model / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), setting: value}))
+    with pytest.raises(DataError, match=words):
+        load_tokenizer(resolve(str(model)))

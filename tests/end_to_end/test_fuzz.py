@@ -56,7 +56,7 @@ def test_works_or_says_one_line(rng: random.Random, artefacts: Path, tmp_path_fa
 def test_many(artefacts: Path, tmp_path: Path) -> None:
     count, seed = int(os.environ.get("LRSURGERY_FUZZ", "500")), int(os.environ.get("LRSURGERY_FUZZ_SEED", "0"))
 
-    def one(number: int) -> tuple[str, int | str]:
+    def one(number: int) -> tuple[str, int | str | None]:
         case = fuzz.draw(random.Random(f"{seed} {number}"), artefacts, tmp_path / str(number) / "w")
         try:
             return fuzz.check(case)

@@ -14,6 +14,7 @@ import random
 import re
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ MEMORY = 16 << 30  # bytes of address space that a command may take
 SECONDS = 90  # after which it hangs
 PWNED = "PWNED"  # a file that code in a checkpoint would make
 EXIT_CODES = (0, 2, 130, 143)
+LONG = re.compile(r"(steps|epochs) = '\d{7,}")  # a change by which a job is asked to run for longer than that
 
 NUMBERS: tuple[Any, ...] = (0, 1, -1, 2, 7, 2**31, 2**63, 10**9, 10**30, -(10**30), 0.5, -0.0, 1e308, 1e-320)
 NASTY: tuple[Any, ...] = (
@@ -423,10 +425,18 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def check(case: Case) -> tuple[str, int]:
-    """Run a case. Returns its command and exit code; raises AssertionError where it breaks the property."""
+def check(case: Case) -> tuple[str, int | None]:
+    """Run a case. Returns its command and exit code; raises AssertionError where it breaks the property.
+
+    The code is None for a job that is at work on as many steps as it was asked for, and is stopped here.
+    """
     before = contents(case.folder)
-    done = warm.program(sys.executable, "-c", PROGRAM, *case.words, cwd=case.folder, timeout=SECONDS)
+    try:
+        done = warm.program(sys.executable, "-c", PROGRAM, *case.words, cwd=case.folder, timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        if any(map(LONG.search, case.changes)):
+            return case.command.name, None
+        raise
     said = f"{case.describe()}\n  exit {done.returncode}: {done.stderr[-1500:]}"
     assert done.returncode in EXIT_CODES, said
     assert "Traceback" not in done.stderr, said

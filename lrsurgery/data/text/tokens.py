@@ -23,21 +23,37 @@ LEAST = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load the checkpoint's tokenizer, with a padding token. Raises DataError if it has none."""
+    """Load the checkpoint's tokenizer, with a padding token. Raises DataError if it has none, or one that fails."""
     from transformers import AutoTokenizer
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
     except Exception as e:
+        has_files = source.folder is not None and any(source.folder.glob("tokenizer*"))
+        cause = f" ({_cause(e)})" if has_files else ""  # without any, transformers tells of all that it looked for
         raise DataError(
-            f"{source.reference}: no tokenizer that loads; a text task needs tokenizer.json or the like in the folder"
+            f"{source.reference}: no tokenizer that loads{cause}; a text task needs tokenizer.json or the like in the"
+            " folder"
         ) from e
     # without its files some classes make an empty one that turns every text into nothing
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise DataError(f"{source.reference}: no tokenizer in the folder; a text task needs one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
+        raise DataError(
+            f"{source.reference}: tokenizer_config.json: model_max_length {str(longest)[:40]}: write a number above 0"
+        )
+    try:
+        tokenizer(["a", "a b"], padding=tokenizer.pad_token_id is not None)
+    except Exception as e:  # settings of odd types show at the first use alone
+        raise DataError(f"{source.reference}: its tokenizer does not work ({_cause(e)}); mend its files") from e
     return tokenizer
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 @dataclass(frozen=True, kw_only=True)
