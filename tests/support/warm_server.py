@@ -18,11 +18,18 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+# not lrsurgery.hf, which has an effect: a program that needs it has to import it
 PRELOADED = (
     "datasets",
+    "pydantic.dataclasses",
+    "pydantic.type_adapter",
+    *(f"rich.{module}" for module in ("console", "live", "progress", "table")),
     "timm",
     "torch",
+    "torch.utils.flop_counter",
+    "transformers.models.auto.tokenization_auto",
     "transformers.models.gpt2.modeling_gpt2",
+    "transformers.tokenization_utils_tokenizers",
     "transformers.trainer",
     "lrsurgery.cli.app",
     "lrsurgery.factorise.checkpoint",
