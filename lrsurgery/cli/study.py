@@ -72,8 +72,8 @@ def study(
     screen = make_screen(quiet, as_json)
     from lrsurgery.errors import StudyError
     from lrsurgery.measure.findings import cells, findings_of, write_findings
-    from lrsurgery.measure.study import parse_shard, run_study
-    from lrsurgery.measure.study_recipe import read_study
+    from lrsurgery.measure.study import run_study
+    from lrsurgery.measure.study_recipe import parse_shard, read_study
     from lrsurgery.text import one_line
 
     asked = read_study(recipe)

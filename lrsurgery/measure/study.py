@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
@@ -13,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from lrsurgery.checkpoints.output import copy_companions
 from lrsurgery.checkpoints.source import resolve
@@ -23,7 +22,7 @@ from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.locks import alive, lock_of, locked
 from lrsurgery.files.marks import MODEL, check_ours, read_mark, remove, remove_entries, write_mark
 from lrsurgery.files.writing import check_free, replace_file, with_name
-from lrsurgery.measure.study_recipe import CONFIG, Preparation, Run, Study
+from lrsurgery.measure.study_recipe import CONFIG, WHOLE, Preparation, Run, Shard, Study
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME
@@ -37,31 +36,6 @@ STUDY, STUDY_RUN = "study", "study's run"  # what the marks of the folders say
 ENTRIES = ("asked.yaml", "config", RESULT, METRICS, RECIPE, FILE_NAME, "fingerprint")
 PATHS = ("model", "data", "eval_data", "teacher", "against")  # settings that may be files beside the recipe
 INTERRUPTED = 130  # exit code of a run that was asked to stop, and has saved itself
-
-
-class Shard(NamedTuple):
-    """One of several parts of a study: every `parts`-th run from the `which`-th on, counted from 1."""
-
-    which: int
-    parts: int
-
-    def of(self, runs: Sequence[Run]) -> Sequence[Run]:
-        """Its runs."""
-        return runs[self.which - 1 :: self.parts]
-
-
-WHOLE = Shard(1, 1)
-
-
-def parse_shard(text: str | None) -> Shard:
-    """The shard of `I/N`. Raises RecipeError."""
-    if text is None:
-        return WHOLE
-    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
-    shard = Shard(int(found[1]), int(found[2])) if found else None
-    if shard is None or not 1 <= shard.which <= shard.parts:
-        raise RecipeError(f"shard '{text}': write I/N with I from 1 to N, such as 1/4")
-    return shard
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from lrsurgery.errors import RecipeError
 from lrsurgery.files.json import Json
@@ -89,6 +90,31 @@ class Study:
     def axes(self) -> list[str]:
         """Every axis, in the order of the grids."""
         return list(dict.fromkeys(axis for run in self.runs for axis in run.axes))
+
+
+class Shard(NamedTuple):
+    """One of several parts of a study: every `parts`-th run from the `which`-th on, counted from 1."""
+
+    which: int
+    parts: int
+
+    def of(self, runs: Sequence[Run]) -> Sequence[Run]:
+        """Its runs."""
+        return runs[self.which - 1 :: self.parts]
+
+
+WHOLE = Shard(1, 1)
+
+
+def parse_shard(text: str | None) -> Shard:
+    """The shard of `I/N`. Raises RecipeError."""
+    if text is None:
+        return WHOLE
+    found = re.fullmatch("([0-9]{1,9})/([0-9]{1,9})", text)
+    shard = Shard(int(found[1]), int(found[2])) if found else None
+    if shard is None or not 1 <= shard.which <= shard.parts:
+        raise RecipeError(f"shard '{text}': write I/N with I from 1 to N, such as 1/4")
+    return shard
 
 
 def read_study(file: Path) -> Study:

@@ -21,8 +21,8 @@ from support import tiny, warm
 from lrsurgery.errors import RecipeError, StudyError
 from lrsurgery.files.locks import alive
 from lrsurgery.measure.findings import Findings, Spread, cells, findings_of, spread_text
-from lrsurgery.measure.study import _prepare, parse_shard, run_study
-from lrsurgery.measure.study_recipe import Study, read_study
+from lrsurgery.measure.study import _prepare, run_study
+from lrsurgery.measure.study_recipe import Study, parse_shard, read_study
 from lrsurgery.progress import Listener
 
 SETTINGS = {
