@@ -1,5 +1,5 @@
-"""Where a model holds its modules (registered children, and lists, dicts or attributes), which give its output, and
-modules without values.
+"""Where a model holds its modules (registered children, and lists, dicts or attributes), what it takes, which modules
+give its output, and modules without values.
 
 `nn.Module` registers a child in `_modules`. Some models call a child through a plain list that they keep beside it
 (MaskFormer's prediction heads), so a layer that is replaced among the registered children alone goes on being called.
@@ -8,10 +8,11 @@ modules without values.
 from __future__ import annotations
 
 import functools
+import inspect
 import types
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -136,6 +137,19 @@ def _into_tuple(old: tuple[Any, ...], items: list[Any], index: int, put: Put) ->
         put(type(old)(*items) if hasattr(old, "_fields") else type(old)(items))
 
     return change
+
+
+# inputs
+
+
+def for_model(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The inputs without a mask that the model does not take, as FNet's kin; collators always make one."""
+    if "attention_mask" not in inputs:
+        return dict(inputs)
+    taken = inspect.signature(inspect.unwrap(type(model).forward)).parameters
+    if "attention_mask" in taken or any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+        return dict(inputs)
+    return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
 # outputs

@@ -27,6 +27,7 @@ from lrsurgery.calibration.loss import (
 from lrsurgery.calibration.statistics import LayerUse, Moments, Statistics, StatisticsWriter, merge
 from lrsurgery.errors import CalibrationError
 from lrsurgery.files.json import Json
+from lrsurgery.modules import for_model
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.surgery.apply import apply_plan_
 from lrsurgery.surgery.plan import Plan, Replacement, SurgeryOptions, find_heads, plan_rows
@@ -182,7 +183,8 @@ def call(model: nn.Module, batch: Batch) -> Outputs:
     """Run the model on a batch, on the device of its parameters; labels are not passed, and the KV cache is off."""
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     if isinstance(batch, Mapping):
-        arguments = {name: value.to(device) for name, value in batch.items() if name != "labels"}
+        taken = for_model(model, batch)
+        arguments = {name: value.to(device) for name, value in taken.items() if name != "labels"}
         if getattr(getattr(model, "config", None), "use_cache", False):
             arguments["use_cache"] = False
         return model(**arguments)

@@ -145,8 +145,10 @@ def report(
     screen = make_screen(quiet, view == "json" and output is None)
     if output is None and view == "html" and screen.out.is_terminal:
         raise SurgeryError("html goes to a file: name it with --output report.html")
-    if output is not None and output.exists() and not overwrite:
-        raise SurgeryError(f"{output}: exists already; replace it with --overwrite")
+    if output is not None and output.exists():
+        if not overwrite:
+            raise SurgeryError(f"{output}: exists already; replace it with --overwrite")
+        _check_own(output, [*models, *([against] if against else [])])
     from lrsurgery.checkpoints.source import SourceOptions
     from lrsurgery.report.profile import ProfileOptions
     from lrsurgery.report.read import read_report
@@ -180,6 +182,15 @@ def report(
 
         files = draw(found, plots, overwrite=overwrite)
         screen.say(f"Drawn: {', '.join(file.name for file in files)} in {plots}")
+
+
+def _check_own(output: Path, models: list[str]) -> None:
+    """Raise OutputError if a file to overwrite is one of a model or a run that is read, other than a view of it."""
+    from lrsurgery.checkpoints.output import check_apart
+
+    for model in map(Path, models):
+        files = [file for file in model.rglob("*") if file.is_file()] if model.is_dir() else [model]
+        check_apart(output, [f for f in files if f.suffix not in (".html", ".md", ".csv") or f.name == "README.md"])
 
 
 def _verify(models: list[str], screen: Screen) -> None:

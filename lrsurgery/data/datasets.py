@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import glob
-import hashlib
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from lrsurgery.data.text.files import COMPRESSED, plain_path, stream_text, table_options, without_mark
 from lrsurgery.errors import DataError
 from lrsurgery.files.digests import fingerprint
-from lrsurgery.runtime import cache_folder
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -30,7 +30,6 @@ FORMATS = {
     ".tsv": "tsv",
     ".parquet": "parquet",
 }
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # endings that may follow those of FORMATS
 TEXT_COLUMNS = ("text", "content", "sentence", "document", "page")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class")
 IMAGE_COLUMNS = ("image", "img", "pixel_values")
@@ -41,7 +40,6 @@ ALL = "all"  # --split of every split together
 WHOLE = "whole"  # what `datasets` calls the only split of files that have none
 # what folders of data hold besides data
 ABOUT_DATA = re.compile(r"readme\.md|licen[cs]e(\.\w+)?|dataset_?infos?\.json", re.IGNORECASE)
-PIECE = 1 << 16  # characters of a piece of streamed text, which ends with a line
 HASHED = 1024  # megabytes of a file up to which all of it is hashed
 
 
@@ -94,15 +92,15 @@ def _is_written(text: str) -> bool:
 
 def _choose(names: Sequence[str], asked: str | None, prefer: Sequence[str], reference: str) -> str:
     """Choose a split: the one asked for, under any of its names, else the first preferred one or the only one."""
-    chosen: str | None
     if asked is not None:
-        same = next((known for known in SAME_SPLITS if asked in known), (asked,))
-        chosen = next((name for name in (asked, *same) if name in names), None)
+        wanted, only = [asked, *next((known for known in SAME_SPLITS if asked in known), ())], None
     else:
-        chosen = next((name for name in prefer if name in names), names[0] if len(names) == 1 else None)
+        wanted, only = list(prefer), names[0] if len(names) == 1 else None
+    usual = {_usual(name): name for name in reversed(names)}
+    chosen = next((name if name in names else usual[name] for name in wanted if name in names or name in usual), only)
     if chosen is None:
-        wanted = f"no split '{asked}'" if asked else "several splits"
-        raise DataError(f"{reference}: {wanted} among {', '.join(names)}; name one with --split")
+        missing = f"no split '{asked}'" if asked else "several splits"
+        raise DataError(f"{reference}: {missing} among {', '.join(names)}; name one with --split")
     return chosen
 
 
@@ -121,7 +119,7 @@ def _open(
         if subset is None and not _declares(path):
             name, root, files = _files_of(path, split, prefer, reference)
             if files:
-                return _read(files, name, reference, streaming, lines, root)
+                return _read(files, name, reference, streaming, lines, root, every=split == ALL)
         cache = str(Path(datasets.config.HF_DATASETS_CACHE) / digest_of(reference, None, None))
         return datasets.load_dataset(str(path), subset, streaming=streaming, cache_dir=cache)
     files = [path] if path.is_file() else _match(reference)
@@ -167,7 +165,7 @@ def _hidden(name: str) -> bool:
 def _files_of(folder: Path, split: str | None, prefer: Sequence[str], reference: str) -> tuple[str, Path, list[Path]]:
     """The split of a folder to read, where it is, and its data files, sorted: none if none is of a known kind."""
     tops = sorted(f.name for f in folder.iterdir() if f.is_dir() and not _hidden(f.name))
-    named = [name for name in tops if any(name in known for known in SAME_SPLITS)]
+    named = [name for name in tops if _split_of(name) is not None]
     whole = split == ALL
     if named and not whole and (len(named) == len(tops) or _has(split, named)):
         name = _choose(named, split, prefer, reference)
@@ -198,7 +196,12 @@ def _has(split: str | None, names: Sequence[str]) -> bool:
 
 def _split_of(name: str) -> str | None:
     """The usual name of a split; None for what names no split."""
-    return next((known[0] for known in SAME_SPLITS if name in known), None)
+    return next((known[0] for known in SAME_SPLITS if _usual(name) in known), None)
+
+
+def _usual(name: str) -> str:
+    """A name without case and year: Train, val2017."""
+    return re.sub("(?:19|20)[0-9]{2}$", "", name.lower())
 
 
 def _stem(file: Path) -> str:
@@ -208,20 +211,43 @@ def _stem(file: Path) -> str:
 
 def _data_files(folder: Path) -> list[Path]:
     found = []
-    for file in sorted(folder.rglob("*")):
+    for file in files_in(folder):
         parts = file.relative_to(folder).parts
         known = format_of(file) is not None or _is_image(file)
-        if known and file.is_file() and not any(map(_hidden, parts)) and not ABOUT_DATA.fullmatch(file.name):
+        if known and not any(map(_hidden, parts)) and not ABOUT_DATA.fullmatch(file.name):
             found.append(file)
     return found
 
 
-def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lines: bool, root: Path | None) -> Table:
-    """Read data files of one kind as the split `name`; those of a folder `root` may be images."""
+def files_in(folder: Path) -> list[Path]:
+    """Every file in a folder, sorted; links to folders are followed, as subsets of image folders are made of them."""
+    found: list[Path] = []
+    above: dict[str, frozenset[str]] = {str(folder): frozenset()}  # folder -> the real folders that it lies in
+    for place, inner, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in above[place]:  # a link to a folder that it lies in
+            inner.clear()
+            continue
+        above |= {os.path.join(place, name): above[place] | {real} for name in inner}
+        found += [file for name in names if (file := Path(place, name)).is_file()]
+    return sorted(found)
+
+
+def _read(
+    files: Sequence[Path],
+    name: str,
+    reference: str,
+    streaming: bool,
+    lines: bool,
+    root: Path | None,
+    *,
+    every: bool = False,
+) -> Table:
+    """Read data files of one kind as the split `name`; those of a folder `root`, of `every` split, may be images."""
     import datasets
     from datasets.data_files import DataFilesList
 
-    options: dict[str, str | bool | None] = {}
+    options: dict[str, Any] = {}
     classes: list[str] = []
     kinds = {format_of(file) for file in files if not _is_image(file)}
     if root is not None and any(map(_is_image, files)):
@@ -231,7 +257,7 @@ def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lin
         # classes are the names of folders, where all images lie in one
         options["drop_labels"] = None if metadata else len(depths) > 1 or depths == {1}
         if options["drop_labels"] is False:
-            classes = _classes_above(files, root)
+            classes = _classes_above(files, root, every)
             options["drop_labels"] = bool(classes)
         digest = fingerprint(metadata, reference, pieces=HASHED)
     elif len(kinds) > 1:
@@ -243,16 +269,18 @@ def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lin
             raise DataError(f"{reference}: is empty")
         if kind == "text":
             if streaming and not lines:
-                return _stream_text(files)
+                return stream_text(files)
             # a whole file is one document, so that its tokens are those of its text
             options |= {"keep_linebreaks": not lines, "sample_by": "line" if lines else "document"}
-        if kind == "tsv":
-            kind, options["delimiter"] = "csv", "\t"
+        if kind in ("csv", "tsv"):
+            options |= table_options(files, "\t" if kind == "tsv" else ",", TEXT_COLUMNS)
+            kind = "csv"
         if kind != "parquet":
             options["encoding"] = "utf-8-sig"  # without the mark that some editors put first
+            files = [without_mark(file) for file in files]
         digest = "" if streaming else fingerprint(files, pieces=HASHED)
     # what is in the files decides whether a cache holds, and not their dates
-    listed = DataFilesList([_plain(file) for file in files], [(digest,)])
+    listed = DataFilesList([plain_path(file) for file in files], [(digest,)])
     split = name if re.fullmatch(r"\w+(\.\w+)*", name) and name != ALL else WHOLE
     rows = datasets.load_dataset(kind, data_files={split: listed}, split=split, streaming=streaming, **options)
     if classes:
@@ -261,49 +289,11 @@ def _read(files: Sequence[Path], name: str, reference: str, streaming: bool, lin
     return rows.filter(_is_written, input_columns="text") if kind == "text" and lines else rows
 
 
-def _classes_above(files: Sequence[Path], root: Path) -> list[str]:
+def _classes_above(files: Sequence[Path], root: Path, every: bool) -> list[str]:
     """Name each image's class by its top folder if the folders of several share a name (CLASS/images); else nothing."""
     parts = [file.relative_to(root).parts[:-1] for file in files]
-    parts = [p[1:] if len(p) > 1 and _split_of(p[0]) else p for p in parts]  # of --split all
+    parts = [p[1:] if every and len(p) > 1 and _split_of(p[0]) else p for p in parts]
     return [p[0] for p in parts] if len(set(parts)) > len({p[-1] for p in parts}) else []
-
-
-def _plain(file: Path) -> str:
-    """The absolute path of a file, through a link where `datasets` would read the path as one into an archive."""
-    path = file.absolute()
-    folder = next((p for p in reversed(path.parents) if "::" in p.name), path if "::" in path.name else None)
-    if folder is None:
-        return str(path)
-    link = cache_folder() / "links" / hashlib.blake2b(str(folder).encode(), digest_size=8).hexdigest()
-    if folder == path:
-        link = link.with_name(link.name + "".join(path.suffixes))
-    link.parent.mkdir(parents=True, exist_ok=True)
-    if not link.is_symlink():
-        link.symlink_to(folder)
-    return str(link / path.relative_to(folder) if folder != path else link)
-
-
-def _stream_text(files: Sequence[Path]) -> IterableDataset:
-    """Rows of text that are pieces of documents; `ends` marks the last piece of each."""
-    import datasets
-
-    features = datasets.Features({"text": datasets.Value("string"), "ends": datasets.Value("bool")})
-    return datasets.IterableDataset.from_generator(_pieces, features=features, gen_kwargs={"files": list(files)})
-
-
-def _pieces(files: Sequence[Path]) -> Iterator[Mapping[str, object]]:
-    import fsspec  # type: ignore[import-untyped]
-
-    for file in files:
-        with fsspec.open(str(file), "rt", compression="infer", encoding="utf-8-sig") as handle:
-            held = ""
-            while piece := handle.read(PIECE):
-                piece += handle.readline()
-                if held:
-                    yield {"text": held, "ends": False}
-                held = piece
-            if held:
-                yield {"text": held, "ends": True}
 
 
 def _match(pattern: str) -> list[Path]:
@@ -316,7 +306,7 @@ def digest_of(reference: str | None, split: str | None, subset: str | None) -> s
     if reference is None:
         return fingerprint([], f"none {split} {subset}")
     path = Path(reference).expanduser()
-    files = sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else [path] if path.is_file() else []
+    files = files_in(path) if path.is_dir() else [path] if path.is_file() else []
     files = files or _match(reference)
     return fingerprint(files, f"{'' if files else reference} {split} {subset}", pieces=HASHED)
 

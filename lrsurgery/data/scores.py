@@ -1,4 +1,4 @@
-"""What a model is measured by: the problem that its head solves, targets, figures, and how a teacher's classes match.
+"""What a model is measured by: the problem that its head solves, targets, figures, and distillation's divergence.
 
 A head solves one of three problems, which transformers calls `problem_type`: one class of several, any number of
 classes, or numbers.
@@ -6,22 +6,21 @@ classes, or numbers.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax, logsigmoid
 
 from lrsurgery.data.batches import IGNORED, Batch
-from lrsurgery.data.labels import HIDDEN, NUMBER, Labels, as_classes, is_nameless, match_names, occurring
+from lrsurgery.data.labels import HIDDEN, NUMBER, Labels, as_classes, match_names, occurring
 from lrsurgery.data.tasks import MULTI, REGRESSION, SINGLE, TASKS, Subject, class_names, count_logits
-from lrsurgery.data.text.padding import MOST_LOGITS, pad_token_of, without_padding
-from lrsurgery.data.text.tokens import load_tokenizer
-from lrsurgery.errors import DataError, SourceError
+from lrsurgery.data.text.padding import MOST_LOGITS, without_padding
+from lrsurgery.errors import DataError
+from lrsurgery.modules import for_model
 
 LEARNT_BY = {SINGLE: "one class of several", MULTI: "any number of classes", REGRESSION: "numbers (regression)"}
 
@@ -179,11 +178,14 @@ def measure_batch(
 
     With `whole`, in one piece, padding and all; otherwise in parts whose logits fit in memory.
     """
-    width = count_logits(subject) if TASKS[subject.task].is_language else 1
-    parts = [(torch.arange(len(inputs["labels"])), inputs)] if whole else without_padding(inputs, subject.body, width)
+    is_language = TASKS[subject.task].is_language
+    width = count_logits(subject) if is_language else 1
+    split = without_padding(inputs, subject.body, width, labels_of_tokens=is_language)
+    parts = [(torch.arange(len(inputs["labels"])), inputs)] if whole else split
     places, found = [], []
     for place, part in parts:
-        outputs = model(**{name: value for name, value in part.items() if name != "labels"})
+        taken = for_model(subject.body, part)
+        outputs = model(**{name: value for name, value in taken.items() if name != "labels"})
         places.append(place)
         found.append(measure(subject.task, outputs["logits"], part["labels"], subject.problem))
     return torch.cat(found)[torch.cat(places).argsort()]
@@ -208,17 +210,18 @@ def summarise(task: str, rows: Tensor, problem: str = SINGLE) -> dict[str, float
         return {
             "loss": loss,
             "scored": count,
-            "f1": 2 * sums[2] / positives if positives else 0.0,
-            "exact_match": sums[5] / count,
+            **({} if math.isnan(loss) else {"f1": 2 * sums[2] / positives if positives else 0.0}),
+            **({} if math.isnan(loss) else {"exact_match": sums[5] / count}),
         }
+    # top-k finds places among NaN, too
+    hits = {} if math.isnan(loss) else {"top1": sums[2] / count, "top5": sums[3] / count}
     values = {
         "loss": loss,
         "scored": count,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,  # exp overflows beyond about 709 nats a token
-        "top1": sums[2] / count,
-        "top5": sums[3] / count,
+        "perplexity": math.inf if loss > 700 else math.exp(loss),  # exp overflows beyond about 709 nats a token
+        **hits,
     }
-    return {name: values[name] for name in TASKS[task].figures}
+    return {name: values[name] for name in TASKS[task].figures if name in values}
 
 
 def _regression(answers: Tensor, labels: Tensor) -> dict[str, float]:
@@ -274,77 +277,3 @@ def distillation(
 
 
 # teachers
-
-
-class Reordered(nn.Module):
-    """A model whose outputs stand in another order."""
-
-    def __init__(self, model: nn.Module, order: Sequence[int]) -> None:
-        super().__init__()
-        self.model = model
-        self.main_input_name = getattr(model, "main_input_name", "input_ids")
-        self.register_buffer("order", torch.tensor(list(order)), persistent=False)
-
-    def forward(self, **inputs: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.model(**inputs)["logits"][..., self.order]}
-
-
-def match_teacher(subject: Subject, teacher: Subject, trust_remote_code: bool = False) -> Subject:
-    """The teacher with its classes in the model's order, matched by name, and notes about it.
-
-    Raises SourceError for another task or problem, other classes, or a tokenizer with other tokens.
-    """
-    who = f"teacher {teacher.source.reference}"
-    if teacher.task != subject.task:
-        raise SourceError(f"{who}: is for {teacher.task}, the model for {subject.task}")
-    if teacher.problem != subject.problem:
-        raise SourceError(f"{who}: predicts {LEARNT_BY[teacher.problem]}, the model {LEARNT_BY[subject.problem]}")
-    theirs, ours = count_logits(teacher), count_logits(subject)
-    if theirs != ours:
-        raise SourceError(f"{who}: has {theirs} outputs, the model {ours}; they must be the same")
-    notes = []
-    if not TASKS[subject.task].takes_images:
-        # it sees the padding of the model's own batches
-        teacher.config.get_text_config().pad_token_id = pad_token_of(subject.config)
-        notes += _compare_vocabularies(subject, teacher, who, trust_remote_code)
-    if TASKS[subject.task].is_language or ours == 1:
-        return dataclasses.replace(teacher, notes=tuple(notes))
-    order, more = _teacher_order(class_names(subject), class_names(teacher), who)
-    notes += more
-    if order == list(range(ours)):
-        return dataclasses.replace(teacher, notes=tuple(notes))
-    notes.append(f"{who}: its classes stand in another order than the model's, matched by name")
-    return dataclasses.replace(teacher, model=Reordered(teacher.model, order).eval(), notes=tuple(notes))
-
-
-def _teacher_order(ours: list[str], theirs: list[str], who: str) -> tuple[list[int], list[str]]:
-    remedy = "; name the classes in both folders' config.json (id2label or label_names), or take another teacher"
-    if is_nameless(ours) != is_nameless(theirs):
-        named = "the teacher" if is_nameless(ours) else "the model"
-        raise SourceError(f"{who}: only {named} has names for its classes, so that they cannot be matched{remedy}")
-    try:
-        places, notes = match_names(ours, range(len(ours)), theirs, who, numbered=False, what="model")
-    except DataError:
-        places, notes = {}, []
-    order = list(places.values())
-    if sorted(order) != list(range(len(theirs))):
-        pairs = f"{', '.join(theirs[:20])}; the model's are {', '.join(ours[:20])}"
-        raise SourceError(f"{who}: its classes are {pairs}{remedy}")
-    return order, notes
-
-
-def _compare_vocabularies(subject: Subject, teacher: Subject, who: str, trust_remote_code: bool) -> list[str]:
-    try:
-        ours, theirs = (
-            {number: token for token, number in load_tokenizer(s.source, trust_remote_code).get_vocab().items()}
-            for s in (subject, teacher)
-        )
-    except DataError:
-        return [f"{who}: no tokenizer to compare with the model's; its tokens are taken to be the same"]
-    for number in sorted(ours.keys() & theirs.keys()):
-        if ours[number] != theirs[number]:
-            raise SourceError(
-                f"{who}: token {number} is '{theirs[number]}' to it, '{ours[number]}' to the model; distil from a model"
-                " with the same vocabulary"
-            )
-    return []

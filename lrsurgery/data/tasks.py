@@ -296,6 +296,9 @@ def _no_head(source: Source, task: str, new: Sequence[str]) -> str:
     return f"{source.reference}: has no head for {task}: {parts}; `lrsurgery finetune --new-head` makes and trains one"
 
 
+OF_CLASSES = ("label_names", "label_descriptions")  # what a timm config says of the classes of its head
+
+
 def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None, new_head: bool) -> Subject:
     if seed is not None:
         torch.manual_seed(seed)
@@ -309,8 +312,11 @@ def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None, 
             name = type(body).__name__
             raise RecipeError(f"{source.reference}: {name} has no reset_classifier, by which timm makes a new head")
         body.reset_classifier(len(classes))  # type: ignore[operator]
-        pretrained = {**source.pretrained_cfg, "num_classes": len(classes), "label_names": list(classes)}
-        config = {**source.config, "num_classes": len(classes), "pretrained_cfg": pretrained}
+        pretrained = {k: v for k, v in source.pretrained_cfg.items() if k not in OF_CLASSES}
+        pretrained |= {"num_classes": len(classes), "label_names": list(classes)}
+        # timm's own writer puts names at the top, where they come before those of pretrained_cfg
+        config = {k: v for k, v in source.config.items() if k not in OF_CLASSES}
+        config |= {"num_classes": len(classes), "pretrained_cfg": pretrained}
         source = dataclasses.replace(source, config=config)
     return Subject(source, TIMM.name, ImageClassifier(body).eval(), _stored_dtype(source))
 
@@ -321,7 +327,7 @@ def class_names(subject: Subject) -> list[str]:
     if subject.source.library == "transformers":
         names = subject.config.id2label
         return [names.get(i, str(i)) for i in range(count)]
-    names = subject.source.pretrained_cfg.get("label_names") or subject.source.config.get("label_names")
+    names = subject.source.config.get("label_names") or subject.source.pretrained_cfg.get("label_names")
     return list(names) if names and len(names) == count else [str(i) for i in range(count)]
 
 

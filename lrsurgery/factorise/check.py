@@ -219,7 +219,8 @@ def _figures(subject: Subject, offloaded: bool, samples: _Samples) -> dict[str, 
     if not figures:
         raise _UnknownError(f"{samples.name}: no answer in the samples")
     loss = round(figures["loss"], 4) if math.isfinite(figures["loss"]) else None
-    return {"loss": loss} if samples.tokens is not None else {"loss": loss, "top1": round(figures["top1"], 4)}
+    # outputs that are NaN are hits of nothing
+    return {"loss": loss} if samples.tokens is not None else {"loss": loss, "top1": round(figures.get("top1", 0.0), 4)}
 
 
 def _text(found: Json, samples: _Samples) -> str:

@@ -13,7 +13,7 @@ from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subj
 from lrsurgery.data.options import DataOptions, check_choice
 from lrsurgery.data.tasks import MASKED_LM, task_of
 from lrsurgery.data.text.rolling import Extent, rolling_windows_of
-from lrsurgery.errors import RecipeError
+from lrsurgery.errors import DataError, RecipeError
 from lrsurgery.files.json import Json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.training.loop.trainer import quality
@@ -92,6 +92,11 @@ def evaluate(
     for note in notes:
         listener.note(note)
     values = quality(subject, recipe, examples, listener)
+    if not values:
+        raise DataError(f"{data}: nothing is left to score: every label is hidden, or too few tokens could be masked")
+    if values.get("loss") is not None and not math.isfinite(values["loss"]):
+        listener.note(note := f"{model}: its outputs are not all finite, so hits are not counted")
+        notes = (*notes, note)
     if extent is not None:
         values |= _by_extent(values["loss"] * values["scored"], extent)
     parameters = sum(parameter.numel() for parameter in subject.body.parameters())

@@ -25,7 +25,6 @@ from lrsurgery.data.datasets import EVAL_SPLITS
 from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subject, training_examples
 from lrsurgery.data.images import Preprocessing, other_pixels
 from lrsurgery.data.options import DataOptions
-from lrsurgery.data.scores import match_teacher
 from lrsurgery.data.tasks import TASKS, Subject, task_of
 from lrsurgery.errors import Interrupted, OutputError, RecipeError, SourceError, TrainingError
 from lrsurgery.files.faults import disk_faults
@@ -39,6 +38,7 @@ from lrsurgery.training.checkpoints import WEIGHTS, State, check_owner, step_of
 from lrsurgery.training.loop.arguments import total_steps, training_arguments
 from lrsurgery.training.loop.callbacks import RunCallback, interrupts
 from lrsurgery.training.loop.dynamics import overshoot
+from lrsurgery.training.loop.teacher import match_teacher
 from lrsurgery.training.loop.trainer import LowRankTrainer, quality, release_
 from lrsurgery.training.publish import FinishedRun, Outcome, gather, outcome_of, publish, round_to_stored_
 from lrsurgery.training.recipe import Recipe, check_recipe_for, read_recipe
@@ -267,7 +267,7 @@ class _Run:
         if recipe.teacher is not None:
             source, trust = recipe.resolve(recipe.teacher), recipe.trust_remote_code
             teacher = prepare_subject(source, DataOptions(task=task_of(source)), rows, trust_remote_code=trust)
-            teacher = match_teacher(subject, teacher, trust)
+            teacher = match_teacher(subject, teacher, train.size if TASKS[self.task].is_language else 1, trust)
             for note in teacher.notes:
                 self._note(note)
             if TASKS[self.task].takes_images:

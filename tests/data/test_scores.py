@@ -21,7 +21,6 @@ from lrsurgery.data.labels import Labels
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import (
     distillation,
-    match_teacher,
     measure,
     measure_batch,
     new_head_for,
@@ -31,6 +30,7 @@ from lrsurgery.data.scores import (
 )
 from lrsurgery.data.tasks import MULTI, REGRESSION, SINGLE, TASKS, Subject, load_subject
 from lrsurgery.errors import DataError, SourceError
+from lrsurgery.training.loop.teacher import match_teacher
 
 CLASSES = "sequence-classification"
 

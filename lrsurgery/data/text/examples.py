@@ -26,6 +26,7 @@ from lrsurgery.data.text.tokens import (
     check_known,
     check_texts,
     check_tokens,
+    check_written,
     encode,
     load_tokenizer,
 )
@@ -176,7 +177,9 @@ def sentences_of(
     size = (
         sequence_size(subject, options.block_size) if options.block_size else min(longest, tokenizer.model_max_length)
     )
-    sentences = Sentences(rows.rows, columns, targets.labels, tokenizer, size)
+    if not tokenizer("")["input_ids"]:
+        check_written(rows.rows, columns, rows.reference)
+    sentences = Sentences(rows.rows, columns, targets.labels, tokenizer, size, rows.reference)
     if max(tokenizer.get_vocab().values()) >= known:  # then the data decides
         check_known([sentences[i]["input_ids"] for i in range(len(sentences))], known, rows.reference)
     what = f"{len(sentences):,} {'pairs of sentences' if len(columns) > 1 else 'sentences'}"

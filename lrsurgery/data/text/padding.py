@@ -43,7 +43,9 @@ def position_limit(model: nn.Module) -> tuple[int | None, bool]:
     Longformer and ESM, positions begin after it.
     """
     config: PreTrainedConfig = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    # XLNet's kin write -1 where there is no limit; MPT has a name of its own
+    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    limit = next((found for found in limits if isinstance(found, int) and found > 0), None)
     for name, module in model.named_modules():
         padding, table = getattr(module, "padding_idx", None), getattr(module, "weight", None)
         if (
@@ -59,12 +61,15 @@ def position_limit(model: nn.Module) -> tuple[int | None, bool]:
     return limit, limit is None or bool(rotary)
 
 
-def without_padding(inputs: Batch, model: nn.Module, width: int = 1) -> Iterator[tuple[torch.Tensor, Batch]]:
+def without_padding(
+    inputs: Batch, model: nn.Module, width: int = 1, *, labels_of_tokens: bool = False
+) -> Iterator[tuple[torch.Tensor, Batch]]:
     """Split a batch that is padded on the right into parts of examples of one length: their places, and their inputs.
 
     So no figure depends on padding: not on its side, not on its token, not on layers that ignore the mask. Batches
     without padding stay whole, except for a head that finds the last token and has no padding token to go by, and for
-    more than `MOST_LOGITS` where the model gives `width` of them for each token.
+    more than `MOST_LOGITS` where the model gives `width` of them for each token. `labels_of_tokens`: there is a label
+    for each token, too.
     """
     mask = inputs.get("attention_mask")
     config = getattr(model, "config", None)
@@ -72,6 +77,9 @@ def without_padding(inputs: Batch, model: nn.Module, width: int = 1) -> Iterator
     if mask is None or mask.ndim != 2 or config is None:
         yield everything, inputs
         return
+    longest = mask.shape[1]
+    # labels of several outputs can be as many as the tokens
+    cut = {name for name in inputs if name != "labels" or labels_of_tokens}
     alone = pad_token_of(config) is None and finds_last_token(model)
     lengths = mask.sum(-1)
     prefix = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
@@ -82,7 +90,7 @@ def without_padding(inputs: Batch, model: nn.Module, width: int = 1) -> Iterator
         most = 1 if alone else max(1, MOST_LOGITS // max(1, length * width))
         for chosen in torch.split((lengths == length).nonzero()[:, 0], most):
             part = {
-                name: (v[chosen, :length] if v.ndim > 1 and v.shape[1] == mask.shape[1] else v[chosen])
+                name: v[chosen, :length] if name in cut and v.ndim > 1 and v.shape[1] == longest else v[chosen]
                 for name, v in inputs.items()
             }
             yield chosen.cpu(), part

@@ -221,6 +221,8 @@ class TokenRows(Dataset[Example]):
         check_known(rows["input_ids"], known, reference)
         if "labels" in rows.column_names:
             check_known(rows["labels"], known, reference)
+            if labels is None and all(label == IGNORED for row in rows["labels"] for label in row):
+                raise DataError(f"{reference}: every label is {IGNORED}, so that none is left to score or to learn")
 
     def set_epoch(self, epoch: int) -> None:
         """Draw other masks from now on."""
@@ -252,7 +254,9 @@ class Sentences(Dataset[Example]):
         labels: Sequence[Any],
         tokenizer: PreTrainedTokenizerBase,
         size: int,
+        reference: str,
     ) -> None:
+        self._reference = reference
         self._rows, self._columns, self._labels = rows.select_columns(list(columns)), columns, labels
         self._tokenizer, self._size = tokenizer, size
 
@@ -262,4 +266,6 @@ class Sentences(Dataset[Example]):
     def __getitem__(self, index: int) -> Example:
         row = self._rows[int(index)]
         encoded = self._tokenizer(*(row[c] for c in self._columns), truncation=True, max_length=self._size)
+        if not encoded["input_ids"]:
+            raise DataError(f"{self._reference}: row {index} has no token; leave it out")
         return {**encoded, "labels": self._labels[index]}

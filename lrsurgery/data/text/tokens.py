@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 CHAT = "messages"  # the column of conversations
 TOKENS = ("attention_mask", "token_type_ids", "labels")  # what rows may hold beside input_ids
-LEAST = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORED}
 
 
 def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -40,6 +39,8 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
         raise DataError(f"{source.reference}: no tokenizer in the folder; a text task needs one")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if "attention_mask" not in tokenizer.model_input_names:  # a batch is cut back by it; the model is not given it
+        tokenizer.model_input_names = [*tokenizer.model_input_names, "attention_mask"]
     longest = tokenizer.model_max_length
     if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0:
         raise DataError(
@@ -155,6 +156,15 @@ def check_texts(rows: datasets.Dataset, column: str, reference: str) -> None:
             raise DataError(f"{reference}: row {row} of column '{column}' holds {_kind(entry)}, not text")
 
 
+def check_written(rows: datasets.Dataset, columns: Sequence[str], reference: str) -> None:
+    """Raise DataError that names the first row without text, for a tokenizer that makes no token of it."""
+    for row, entries in enumerate(zip(*(rows[column] for column in columns), strict=True)):
+        if not any(entries):
+            raise DataError(
+                f"{reference}: row {row} is empty, and the tokenizer adds no token of its own; leave it out"
+            )
+
+
 def join_rows(rows: datasets.Dataset, column: str, reference: str) -> datasets.Dataset:
     """One row with the text of all, each on a line of its own. Raises DataError for a row that is not text."""
     import datasets
@@ -213,11 +223,14 @@ def check_tokens(rows: Table, frame: Frame, reference: str, join: bool) -> Table
                 found = batch[name][i]
                 if not isinstance(found, list) or len(found) != len(ids):
                     raise DataError(f"{reference}: row {row} has {len(ids)} input_ids and not as many {name}")
-                if not all(type(entry) is int and entry >= LEAST[name] for entry in found):
+                hidden = name == "labels"
+                if not all(type(entry) is int and (entry >= 0 or (hidden and entry == IGNORED)) for entry in found):
                     raise DataError(
                         f"{reference}: row {row} of column '{name}' holds {str(found)[:40]}; a row is a list of whole"
-                        f" numbers from {LEAST[name]}"
+                        f" numbers from 0{f', or {IGNORED} for none' if hidden else ''}"
                     )
+                if name == "attention_mask" and ids and not any(found):
+                    raise DataError(f"{reference}: row {row} has an attention_mask that hides all of it; leave it out")
             if whole and not ids:
                 raise DataError(f"{reference}: row {row} of column 'input_ids' is empty")
         if whole:

@@ -23,6 +23,7 @@ from lrsurgery.data.scores import distillation, measure_batch, summarise
 from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import RecipeError, TrainingError
 from lrsurgery.files.faults import disk_faults
+from lrsurgery.modules import for_model
 from lrsurgery.progress import Listener
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.decay import FrobeniusDecay
@@ -142,7 +143,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
-        labels = inputs.get("labels")
+        labels, inputs = inputs.get("labels"), dict(for_model(self.model, inputs))
         if self.teacher is None or not model.training:
             found: Tensor | tuple[Tensor, Mapping[str, Tensor]] = super().compute_loss(
                 model, inputs, return_outputs, num_items_in_batch
@@ -150,7 +151,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             return found
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad():
-            answers = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"})
+            answers = self.teacher(**{k: v for k, v in for_model(self.teacher, inputs).items() if k != "labels"})
         assert labels is not None
         task, problem, temperature = self.subject.task, self.subject.problem, self.recipe.temperature
         total, count = distillation(task, outputs["logits"], answers["logits"], labels, temperature, problem)
