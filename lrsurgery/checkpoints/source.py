@@ -89,6 +89,15 @@ class Source:
         """timm's metadata of its weights; empty if the config has none."""
         return dict(self.config.get("pretrained_cfg") or {})
 
+    def with_classes(self, names: Sequence[str]) -> Source:
+        """The source of a timm model with a new head for these classes."""
+        old = ("label_names", "label_descriptions")  # at the top, where timm's writer puts them, they come first
+        config, pretrained = (
+            {key: value for key, value in each.items() if key not in old} for each in (self.config, self.pretrained_cfg)
+        )
+        pretrained |= {"num_classes": len(names), "label_names": list(names)}
+        return replace(self, config={**config, "num_classes": len(names), "pretrained_cfg": pretrained})
+
     @property
     def architecture(self) -> str | None:
         """The model class in a transformers config, if any."""

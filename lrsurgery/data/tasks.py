@@ -296,9 +296,6 @@ def _no_head(source: Source, task: str, new: Sequence[str]) -> str:
     return f"{source.reference}: has no head for {task}: {parts}; `lrsurgery finetune --new-head` makes and trains one"
 
 
-OF_CLASSES = ("label_names", "label_descriptions")  # what a timm config says of the classes of its head
-
-
 def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None, new_head: bool) -> Subject:
     if seed is not None:
         torch.manual_seed(seed)
@@ -312,12 +309,7 @@ def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None, 
             name = type(body).__name__
             raise RecipeError(f"{source.reference}: {name} has no reset_classifier, by which timm makes a new head")
         body.reset_classifier(len(classes))  # type: ignore[operator]
-        pretrained = {k: v for k, v in source.pretrained_cfg.items() if k not in OF_CLASSES}
-        pretrained |= {"num_classes": len(classes), "label_names": list(classes)}
-        # timm's own writer puts names at the top, where they come before those of pretrained_cfg
-        config = {k: v for k, v in source.config.items() if k not in OF_CLASSES}
-        config |= {"num_classes": len(classes), "pretrained_cfg": pretrained}
-        source = dataclasses.replace(source, config=config)
+        source = source.with_classes(classes)
     return Subject(source, TIMM.name, ImageClassifier(body).eval(), _stored_dtype(source))
 
 
