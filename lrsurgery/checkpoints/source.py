@@ -165,7 +165,7 @@ def resolve(
 def _folder(
     folder: Path, reference: str, weights: bool, *, hub_id: str | None = None, revision: str | None = None
 ) -> Source:
-    check_files(folder, ["config.json"])
+    check_files(folder)
     config = read_config(folder)
     library = "timm" if isinstance(config.get("architecture"), str) else "transformers"
     return Source(reference, library, config, folder, tuple(weight_files(folder) if weights else ()), hub_id, revision)

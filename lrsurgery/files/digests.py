@@ -19,6 +19,7 @@ from lrsurgery.files.json import read_as
 MEGABYTE = 1 << 20  # bytes
 REPORT = "rank_report.json"  # the report of a folder, which has the digest of each other file
 # not in the report: itself, the card, which people edit, and what `bench --save` adds later
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin")  # endings of what is checked when it is read
 WITHOUT_DIGEST = (REPORT, "README.md", "bench.json")
 
 
@@ -98,15 +99,18 @@ def recorded_digests(folder: Path) -> dict[str, FileDigest]:
     return (read_as(_Recorded, file, "a rank report").get("files") or {}) if file.is_file() else {}
 
 
-def check_files(folder: Path, names: Collection[str]) -> None:
+def check_files(folder: Path, names: Collection[str] | None = None) -> None:
     """Raise SourceError that names the first of these files of a folder which is not as its report says.
 
-    Files of which the report says nothing pass. A process hashes a file once unless it changes; of the processes that
+    None stands for all that are there but the weights: config, tokenizer, processor and the like. Files of which the
+    report says nothing pass. A process hashes a file once unless it changes; of the processes that
     torchrun starts on a machine, one does.
     """
     if os.environ.get("LOCAL_RANK", "0") != "0":
         return
     recorded = recorded_digests(folder)
+    if names is None:
+        names = [name for name in recorded if not name.endswith(WEIGHTS) and (folder / name).is_file()]
     known = {name: recorded[name] for name in names if name in recorded}
     differs = _compare(folder, known)
     if differs:

@@ -21,7 +21,7 @@ import lrsurgery
 import lrsurgery.hf
 from lrsurgery.cli.app import app
 from lrsurgery.errors import SourceError
-from lrsurgery.files.digests import WITHOUT_DIGEST, verify_folder
+from lrsurgery.files.digests import WITHOUT_DIGEST, recorded_digests, verify_folder
 
 DAMAGED = "differs from what was written"
 
@@ -68,7 +68,10 @@ def test_every_command_that_reads_a_model_names_the_file_with_a_flipped_bit(
     chance = random.Random(f"{command} {kind}")
     weights = sorted(file.name for file in (models / kind).glob("*.safetensors"))
     assert len(weights) > 1 or kind == "whole"
-    damage = ((chance.choice(weights), chance.random()), (weights[-1], 1.0), ("config.json", chance.random()))
+    others = [name for name in recorded_digests(models / kind) if name not in (*weights, "config.json")]
+    assert "tokenizer.json" in others
+    small = [(name, chance.random()) for name in ("config.json", *others)]
+    damage = ((chance.choice(weights), chance.random()), (weights[-1], 1.0), *small)
     for number, (name, place) in enumerate(damage):
         folder = tmp_path / str(number)
         shutil.copytree(models / kind, folder)
