@@ -7,10 +7,13 @@ The file is long because it goes all the way from a column of a dataset to a bat
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.request import url2pathname
 
 import numpy as np
 import torch
@@ -29,6 +32,7 @@ Inputs: TypeAlias = dict[str, torch.Tensor]  # of one image, by name; most model
 Pixels: TypeAlias = np.ndarray[Any, Any]
 
 SMALL = 96  # pixels; below, cropping with padding as for CIFAR, above, random resized crops as for ImageNet
+SHOWN = 200  # characters of a path or a cause in a message
 DEEP_MODES = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")  # of PIL: more than 8 bits a channel
 CHANNELS = (1, 3, 4)  # of an array of pixels
 READINGS = "integers above 255 are 16-bit levels, floats go from 0 to 1 (an image with values above 1: to 255)"
@@ -315,7 +319,8 @@ class Images(Dataset[Example]):
     def _message(self, index: int, what: str, e: Exception) -> str:
         value = self._value(index)
         path = value.get("path") if isinstance(value, dict) else value if isinstance(value, str) else None
-        return f"{self._reference}: image {index} {what} ({f'{path}: ' if path else ''}{_cause(e)})"
+        shown = f"{path[:SHOWN]}...: " if path and len(path) > SHOWN else f"{path}: " if path else ""
+        return f"{self._reference}: image {index} {what} ({shown}{_cause(e)[:SHOWN]})"
 
 
 def decode(value: Any, folder: Path) -> Image:
@@ -334,13 +339,20 @@ def decode(value: Any, folder: Path) -> Image:
     if not isinstance(value, dict):
         raise ValueError("missing" if value is None else f"{type(value).__name__} in place of an image")
     path, data = value.get("path"), value.get("bytes")
+    if data == b"":
+        raise ValueError("no byte is in it")
     if data is None:
         if not path:
             raise ValueError("neither bytes nor a path")
-        if "://" not in path:
+        if path.startswith("data:"):  # a data URL, as web pages hold images
+            head, _, body = path.partition(",")
+            data, path = base64.b64decode(body) if head.endswith(";base64") else unquote_to_bytes(body), None
+        elif path.startswith("file://"):
+            path = url2pathname(urlsplit(path).path)
+        if path is not None and "://" not in path:
             places = (folder / path, Path(path).expanduser())  # an absolute path stays what it is
             path = next((str(place) for place in places if place.is_file()), None)
-        if path is None:
+        if path is None and data is None:
             raise FileNotFoundError(f"no such file in {folder} or the current folder")
     image: Image = datasets.Image().decode_example({"path": path, "bytes": data})
     return image

@@ -8,6 +8,7 @@ The file is long because each way to read labels and to match names is a functio
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections import Counter
@@ -329,8 +330,8 @@ def read_label_map(file: str) -> dict[str, str | None]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":
-            names = parse_as(dict[str, str | int | float | None], text, f"{file}: {NO_MAP}", DataError)
-            pairs: list[tuple[Any, Any]] = list(names.items())
+            parse_as(dict[str, str | int | float | None], text, f"{file}: {NO_MAP}", DataError)
+            pairs: list[tuple[Any, Any]] = json.loads(text, object_pairs_hook=list)  # with names that stand twice
         else:
             pairs = [(row[0].strip(), row[1].strip() or None) for row in csv.reader(text.splitlines()) if row]
     except FileNotFoundError as e:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from lrsurgery.errors import RecipeError
 from lrsurgery.files.json import Json, read_bytes
@@ -31,8 +32,17 @@ def parse_yaml(text: str | bytes, lead: str) -> object:
     """The value of a YAML text; `lead` begins the error's line. Raises RecipeError."""
     import yaml
 
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            # a later value would take an earlier one's place without a word; merged keys (<<) are meant to
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+            if len(set(keys)) < len(keys):
+                twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+                raise ValueError(f"{twice!r} stands twice in the mapping of line {node.start_mark.line + 1}")
+            return super().construct_mapping(node, deep)
+
     try:
-        body = yaml.safe_load(text)
+        body = yaml.load(text, Loader)
         _measure(body, {})
     except RecursionError as e:
         raise RecipeError(f"{lead} (it is nested too deeply)") from e

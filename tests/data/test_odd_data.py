@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
 import json
 import math
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -19,7 +21,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 import lrsurgery
 from lrsurgery.data.datasets import digest_of, open_data
-from lrsurgery.errors import DataError, SourceError
+from lrsurgery.data.images import decode
+from lrsurgery.data.labels import read_label_map
+from lrsurgery.errors import DataError, RecipeError, SourceError
+from lrsurgery.files.yaml import read_yaml
 from lrsurgery.training.finetune import finetune
 
 WORDS = ["[PAD]", "[UNK]", "good", "bad", "film", "the", "a"]
@@ -256,3 +261,45 @@ def test_a_report_overwrites_no_file_of_what_it_reads(tmp_path: Path, name: str)
     assert (model / name).read_bytes() == content
     assert tiny.run("report", model, "--output", model / "view.html", "--quiet") == 0
     assert tiny.run("report", model, "--output", model / "view.html", "--overwrite", "--quiet") == 0
+
+
+# images in columns, maps of labels, recipes
+
+
+def test_images_as_urls_of_files_and_of_data(tmp_path: Path) -> None:
+    image(tmp_path / "red.png", 200)
+    encoded = base64.b64encode((tmp_path / "red.png").read_bytes()).decode()
+    plain = np.asarray(decode(str(tmp_path / "red.png"), tmp_path))
+    for value in (f"file://{tmp_path}/red.png", f"data:image/png;base64,{encoded}"):
+        assert np.array_equal(np.asarray(decode(value, tmp_path)), plain)
+    with pytest.raises(ValueError, match="no byte is in it"):
+        decode(b"", tmp_path)
+
+
+def test_a_long_entry_is_not_shown_whole(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.jsonl", [{"image": "iVBOR" * 2000, "label": 0}, {"image": "x", "label": 1}])
+    model = tiny.save_timm(tmp_path / "model")
+    with pytest.raises(DataError, match="image 0 does not decode") as error:
+        lrsurgery.evaluate(model, rows)
+    assert len(str(error.value)) < 700
+
+
+@pytest.mark.parametrize("name", ["map.json", "map.csv"])
+def test_a_label_map_that_names_a_class_twice(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"a": "x", "a": "y"}' if name.endswith("json") else "a,x\na,y\n")
+    with pytest.raises(DataError, match=rf"{name}: names a class of the dataset twice"):
+        read_label_map(tmp_path / name)
+
+
+def test_a_key_that_stands_twice_in_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("lr: 0.1\nsteps: 3\nlr: 0.2\n")
+    with pytest.raises(RecipeError, match=r"recipe.yaml: not a recipe \('lr' stands twice in the mapping of line 1\)"):
+        read_yaml(tmp_path / "recipe.yaml")
+    (tmp_path / "merged.yaml").write_text("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\n")
+    assert read_yaml(tmp_path / "merged.yaml")["b"] == {"x": 3, "y": 2}
+
+
+def test_rows_of_packed_texts_are_refused(tmp_path: Path) -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}]
+    with pytest.raises(DataError, match="has position_ids, as rows of several packed texts do"):
+        lrsurgery.evaluate(tiny.save_gpt2(tmp_path / "m", blocks=1), write_rows(tmp_path / "rows.jsonl", rows))

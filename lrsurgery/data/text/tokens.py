@@ -206,6 +206,11 @@ def _apply_template(
 def check_tokens(rows: Table, frame: Frame, reference: str, join: bool) -> Table:
     """Rows of tokens; with their masks and labels where they have any, unless they are joined."""
     names = column_names(rows)
+    if "position_ids" in names:
+        raise DataError(
+            f"{reference}: has position_ids, as rows of several packed texts do, which are not read; unpack the rows,"
+            " or leave the column out"
+        )
     kept = ["input_ids", *(name for name in TOKENS if name in names)]
     if join and "labels" in kept:
         raise DataError(f"{reference}: rows with labels of their own are not joined; leave --join or the labels out")
