@@ -61,6 +61,9 @@ def open_data(
     import datasets
 
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # of an error it logs a line of its own, too
+    if not reference.strip():
+        raise DataError("the data has no name; write a file, a folder or a hub dataset")
     try:
         found = _open(reference, subset, split, streaming, prefer, lines)
         if isinstance(found, datasets.DatasetDict | datasets.IterableDatasetDict):
@@ -126,6 +129,8 @@ def _open(
     if not files:
         if reference.startswith((".", "/", "~")) or format_of(path) or reference.count("/") > 1:
             raise DataError(f"{reference}: no such file or folder")
+        if glob.has_magic(reference):
+            raise DataError(f"{reference}: no file has such a name")
         return datasets.load_dataset(reference, subset, streaming=streaming)
     for file in files:
         if format_of(file) is None:

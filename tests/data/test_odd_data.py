@@ -303,3 +303,9 @@ def test_rows_of_packed_texts_are_refused(tmp_path: Path) -> None:
     rows = [{"input_ids": [5, 6, 7, 8], "position_ids": [0, 1, 0, 1]}]
     with pytest.raises(DataError, match="has position_ids, as rows of several packed texts do"):
         lrsurgery.evaluate(tiny.save_gpt2(tmp_path / "m", blocks=1), write_rows(tmp_path / "rows.jsonl", rows))
+
+
+@pytest.mark.parametrize(("name", "message"), [("", "has no name"), (" ", "has no name"), ("*.nope", "no file has")])
+def test_data_that_names_nothing(name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        open_data(name)
