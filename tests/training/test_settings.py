@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,50 @@ def test_a_run_goes_on_with_the_label_map_that_it_was_begun_with(tmp_path: Path)
     (tmp_path / "map.json").write_text('{"a": "c"}')
     with pytest.raises(RecipeError, match=r"map\.json: has changed since the run in"):
         run.check_facts(Facts.of(recipe, source, 1), recipe)
+
+
+def test_facts_of_what_the_recipe_does_not_name_are_named_by_their_file(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path)
+    source = resolve(str(tiny.save_gpt2(tmp_path / "gpt2")))
+    recipe = Recipe(data=str(tmp_path / "train.txt"))
+    run = RunFolder(tmp_path / "out")
+    facts = Facts.of(recipe, source, 1)
+    for name in ("eval_data", "label_map"):
+        run.begin(recipe, replace(facts, **{name: "another"}), [])
+        with pytest.raises(RecipeError) as e:
+            run.check_facts(facts, recipe)
+        assert str(e.value).startswith(f"{run.path / 'run.json'}: its {name} is not that of recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (99, "run.json: format 99 is newer than this lrsurgery reads (1); update lrsurgery"),
+        (0, "run.json: format_version must be a whole number from 1, not 0"),
+        ("1", 'run.json: format_version must be a whole number from 1, not "1"'),
+        (None, ""),
+        (1, ""),
+    ],
+    ids=["of a newer program", "none that is", "text", "of an older program", "ours"],
+)
+def test_a_run_of_another_format_is_not_taken_up(tmp_path: Path, version: object, message: str) -> None:
+    tiny.write_text(tmp_path)
+    source = resolve(str(tiny.save_gpt2(tmp_path / "gpt2")))
+    recipe = Recipe(data=str(tmp_path / "train.txt"))
+    run = RunFolder(tmp_path / "out")
+    facts = Facts.of(recipe, source, 1)
+    run.begin(recipe, facts, [])
+    body = json.loads((run.path / "run.json").read_text())
+    assert body.pop("format_version") == 1
+    if version is not None:
+        body["format_version"] = version
+    (run.path / "run.json").write_text(json.dumps(body))
+    if not message:
+        assert run.check_facts(facts, recipe) is None
+        return
+    with pytest.raises(RecipeError) as e:
+        run.check_facts(facts, recipe)
+    assert str(e.value).endswith(message)
 
 
 def test_a_number_that_yaml_takes_for_text_is_one(tmp_path: Path) -> None:
