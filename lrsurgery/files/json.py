@@ -80,9 +80,14 @@ def parse_as(form: type[Form], text: bytes | str, lead: str, error: type[Surgery
     return found
 
 
-def checked(form: type[Form], body: object, lead: str, error: type[SurgeryError] = SourceError) -> Form:
-    """A value that JSON gave, as a value of `form`; `lead` begins the error's line."""
-    return parse_as(form, json.dumps(_finite(body)), lead, error)
+def checked(
+    form: type[Form], body: object, lead: str, error: type[SurgeryError] = SourceError, *, finite: bool = True
+) -> Form:
+    """A value that JSON gave, as a value of `form`; `lead` begins the error's line.
+
+    NaN and infinities count as null; without `finite` they are left to the form.
+    """
+    return parse_as(form, json.dumps(_finite(body) if finite else body), lead, error)
 
 
 def _shown(value: object) -> str:
