@@ -1,5 +1,5 @@
 """Where a model holds its modules (registered children, and lists, dicts or attributes), what it takes, which modules
-give its output, and modules without values.
+give its output, modules without values, and what the code of a model raises.
 
 `nn.Module` registers a child in `_modules`. Some models call a child through a plain list that they keep beside it
 (MaskFormer's prediction heads), so a layer that is replaced among the registered children alone goes on being called.
@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
-from lrsurgery.errors import PlanError
+from lrsurgery.errors import Interrupted, PlanError, SurgeryError
 
 Put: TypeAlias = "Callable[[Any], None] | None"  # stores another object in a place; None where nothing can be stored
 # types that hold no module; a subclass of a tensor holds none that is called as a layer
@@ -250,3 +253,41 @@ class Unfilled(TorchFunctionMode):
             if isinstance(tensor, Tensor) and tensor.is_meta:
                 return tensor
         return func(*args, **kwargs)
+
+
+PACKAGE = Path(__file__).parent
+
+
+def frames_after_ours(error: BaseException) -> tuple[str, list[str]]:
+    """The innermost file of this package that an error came through, and the functions called from there on.
+
+    The file is relative to the package; empty if it came through none.
+    """
+    frames = [
+        (Path(frame.f_code.co_filename), frame.f_code.co_name) for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
+    last = max((i for i, (file, _) in enumerate(frames) if file.is_relative_to(PACKAGE)), default=-1)
+    ours = frames[last][0].relative_to(PACKAGE).as_posix() if last >= 0 else ""
+    return ours, [name for _, name in frames[last + 1 :]]
+
+
+@contextmanager
+def model_faults(reference: str) -> Iterator[None]:
+    """Turn what the code of a model raises in a forward pass into one line that names the model.
+
+    What this package raises, or a library that it calls beside the model, goes on as it is; so does a lack of memory.
+
+    Raises SurgeryError.
+    """
+    try:
+        yield
+    except (SurgeryError, Interrupted, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # of any type: a config that no forward pass goes with, images of another size
+        if "_call_impl" not in frames_after_ours(e)[1]:  # of nn.Module
+            raise
+        reason = " ".join(str(e).split())[:300]
+        raise SurgeryError(
+            f"{reference}: the model cannot work on this data: {type(e).__name__}: {reason}; its config.json, its"
+            " tokenizer or image processor and the data have to go together (--debug shows where it fails)"
+        ) from e

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.text import expanded
 
 DTYPES = {"keep": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 POOL_BYTES = 1 << 30  # memory limit of concurrent decompositions; two run at once even where they exceed it
@@ -177,7 +178,7 @@ def cache_folder() -> Path:
     import platformdirs
 
     own = os.environ.get("LRSURGERY_CACHE")
-    return Path(own).expanduser() if own else platformdirs.user_cache_path("lrsurgery", appauthor=False)
+    return expanded(own) if own else platformdirs.user_cache_path("lrsurgery", appauthor=False)
 
 
 @contextmanager

@@ -1,13 +1,26 @@
-"""Text from elsewhere (names of files, layers and classes, notes about them) where it must not be more than text."""
+"""Text from elsewhere (names of files, layers and classes, notes about them) where it must not be more than text.
+
+A path that begins with `~` is the one that is read as more.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 import unicodedata
+from pathlib import Path
 
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # control and format characters, halves of pairs, private use, separators
 JOINERS = "\u200c\u200d"  # format characters that words of some languages and emoji are spelt with
 MARKDOWN = "\\`*_[]<>|&~$"  # characters that Markdown, or HTML in it, takes for its own
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder in the place of `~`, which a shell leaves as it is within quotes or behind `=`.
+
+    The home of an unknown user, as in `~nobody/x`, stays a name as in a shell.
+    """
+    return Path(os.path.expanduser(path))
 
 
 def visible(text: str) -> str:

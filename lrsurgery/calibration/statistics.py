@@ -146,7 +146,7 @@ class _Facts(TypedDict):
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
     metric: Literal["fisher", "activations"]
-    temperature: NotRequired[Annotated[float, Field(gt=0)]]
+    temperature: NotRequired[Annotated[float, Field(gt=0, allow_inf_nan=False)]]
     samples: NotRequired[Count]
     tokens: NotRequired[Count | None]
     scored_in: NotRequired[str]

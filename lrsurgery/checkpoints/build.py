@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from lrsurgery.checkpoints.source import Source
-from lrsurgery.checkpoints.tensors import DictSource, RenamedSource, TensorSource, open_tensors
+from lrsurgery.checkpoints.tensors import DictSource, TensorSource, open_tensors
 from lrsurgery.checkpoints.upstream.construction import Held, Look, bounded, check_numbers, check_size, held_by, meta_of
+from lrsurgery.checkpoints.upstream.layouts import check_not_packed, spellings, unwrap, without_inner
 from lrsurgery.checkpoints.upstream.own import lacks_for_loading
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.modules import Unfilled
@@ -141,63 +141,12 @@ def timm_tensors(source: Source, model: nn.Module, tensors: TensorSource) -> Ten
             return DictSource(converted, tensors.wrappers, tensors.beside)
     foreign = sorted(set(keys) - wanted)
     if foreign:
+        check_not_packed(source, keys)
         raise SourceError(
             f"{source.reference}: {foreign[0]} has no place in timm's {source.config['architecture']};"
             " is it another architecture?"
         )
     return tensors  # the caller reports missing tensors
-
-
-# what is put in front of keys by torch.compile, DistributedDataParallel, Lightning, TimmWrapper and averaged copies
-PREFIXES = (
-    *("_orig_mod.", "module.", "model.", "timm_model.", "net.", "network."),
-    *("model_ema.", "ema_model.", "ema.", "averaged_model."),
-)
-
-
-def spellings(key: str) -> list[str]:
-    """The key, and what is left of it without its first, its first two, ... prefixes of wrappers."""
-    found = [key]
-    while (prefix := next((p for p in PREFIXES if found[-1].startswith(p)), None)) is not None:
-        found.append(found[-1].removeprefix(prefix))
-    return found
-
-
-def unwrap(tensors: TensorSource, knows: Callable[[str], bool]) -> TensorSource:
-    """Take the prefixes of wrappers off keys that `knows` does not know as they stand, in whatever order they come.
-
-    Of two tensors that become one, as in a file with averaged weights beside the trained ones, the averaged one stays.
-    If no key is known in any spelling, as in an older layout, prefixes that all keys share are taken off. Tensors
-    outside of the wrapper, such as a loss's, are left out.
-    """
-    keys = tensors.keys()
-    known = {key: name for key in keys for name in [next(filter(knows, spellings(key)), None)] if name is not None}
-    if not known:
-        depth = min((len(spellings(key)) for key in keys), default=1) - 1
-        plain = {key: spellings(key)[depth] for key in keys}
-        known = plain if len({key.removesuffix(name) for key, name in plain.items()}) == 1 else {}
-    prefixes = {key.removesuffix(name): None for key, name in known.items()}
-    if not any(prefixes):
-        return tensors
-    names: dict[str, str] = {}  # name -> key
-    beside: list[str] = []
-    for key in keys:
-        prefix = next((p for p in sorted(prefixes, key=len, reverse=True) if key.startswith(p)), None)
-        name = known.get(key) or (None if prefix is None else key.removeprefix(prefix))
-        if name is None:
-            beside.append(key)
-        elif name not in names or "ema" in key.removesuffix(name) or "averaged" in key.removesuffix(name):
-            names[name] = key
-    used = dict.fromkeys(f"'{key.removesuffix(name)}'" for name, key in names.items() if key != name)
-    return RenamedSource(tensors, names, (*tensors.wrappers, *used), tuple(beside))
-
-
-def wrapper_note(tensors: TensorSource) -> str | None:
-    """The note that names the wrappers around the weights of a file; None without any."""
-    if not tensors.wrappers:
-        return None
-    beside = f"; left out beside them: {', '.join(tensors.beside[:3])}" if tensors.beside else ""
-    return f"weights are wrapped in {', '.join(tensors.wrappers)}, which was taken off{beside}"
 
 
 def read_num_classes(source: Source) -> Source:
@@ -209,7 +158,7 @@ def read_num_classes(source: Source) -> Source:
     names = {f"{name}.weight" for name in ([classifier] if isinstance(classifier, str) else classifier or ())}
     tensors = open_tensors(list(source.files))
     for key in tensors.keys():  # noqa: SIM118
-        if names.intersection(spellings(key)):
+        if names.intersection(spellings(without_inner(key))):
             return replace(source, config={**source.config, "num_classes": tensors.describe(key)[1][0]})
     return source
 

@@ -17,6 +17,7 @@ from lrsurgery.checkpoints.build import build_model, timm_tensors
 from lrsurgery.checkpoints.mapping import check_plain, is_wide, key_map, unwrap_keys
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.tensors import RenamedSource, TensorSource, check_weights, open_tensors
+from lrsurgery.checkpoints.upstream.layouts import check_not_packed, check_shape, missing
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.linalg.factors import Factors
@@ -47,9 +48,9 @@ def load_model(
     if info["missing_keys"] and not source.is_factorised:
         model, info = _unwrapped(type(skeleton), source, options, skeleton) or (model, info)
     for key, shape, wanted in sorted(info["mismatched_keys"]):
-        raise SourceError(f"{path}: {key} has shape {tuple(shape)}, the model wants {tuple(wanted)}")
+        check_shape(source, key, shape, wanted)
     if info["missing_keys"]:
-        raise SourceError(f"{path}: {min(info['missing_keys'])} is missing from the checkpoint")
+        raise missing(source, min(info["missing_keys"]), ())
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -84,10 +85,11 @@ def _unwrapped(
     found = unwrap_keys(source, skeleton, open_tensors(list(source.files)))
     if not found.wrappers:
         return None
-    if isinstance(found, RenamedSource) and all(file.suffix == ".safetensors" for file in source.files):
-        mapping = {f"^{re.escape(p)}": "" for p in found.prefixes}
+    prefixes = found.prefixes if isinstance(found, RenamedSource) else None
+    if prefixes is not None and all(file.suffix == ".safetensors" for file in source.files):
+        mapping = {f"^{re.escape(p)}": "" for p in prefixes}
         return _from_pretrained(cls, source, {**options, "key_mapping": mapping}, source.folder)
-    # transformers does not look into the entries of a pickle
+    # transformers neither looks into the entries of a pickle nor takes a part out of a name
     state = {key: found.read(key) for key in found.keys()}  # noqa: SIM118
     if hasattr(cls, "from_config"):  # an AutoModelFor...
         with torch.device("meta"):
@@ -120,6 +122,7 @@ def _check_files(source: Source, skeleton: nn.Module | None = None, *, trust_rem
         target = keys.target(key)[0]
         if target is not None:
             check_plain(source, key, tensors.describe(key)[0], keys.state[target])
+    check_not_packed(source, {key for key in narrow if keys.target(key)[0] is None})
 
 
 @dataclass(frozen=True)
@@ -148,11 +151,10 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
         for place, wanted in ((f"{name}.u.weight", layer.u.weight), (f"{name}.v.weight", layer.v.weight)):
             key = places.get(place)
             if key is None:
-                raise SourceError(f"{source.reference}: {place} is missing from the checkpoint")
+                raise missing(source, place, places.values())
             dtype, shape = tensors.describe(key)
             check_plain(source, key, dtype, wanted)
-            if shape != tuple(wanted.shape):
-                raise SourceError(f"{source.reference}: {key} has shape {shape}, the model wants {tuple(wanted.shape)}")
+            check_shape(source, key, shape, tuple(wanted.shape))
             parts.append(key)
         u, v = parts
         return lambda device: layer.layout.to_matrices(tensors.read(u).to(device), tensors.read(v).to(device))
@@ -229,16 +231,13 @@ def _match_timm(source: Source, model: nn.Module) -> tuple[TensorSource, dict[st
         if key is not None:
             places[name] = key
         elif not name.endswith("num_batches_tracked"):
-            raise SourceError(f"{source.reference}: {name} is missing from the checkpoint")
+            raise missing(source, name, stored)
     for key in sorted(stored):
         if key not in wanted:
             raise SourceError(f"{source.reference}: {key} has no place in {source.config['architecture']}")
         dtype, shape = tensors.describe(key)
         check_plain(source, key, dtype, wanted[key])
-        if shape != tuple(wanted[key].shape):
-            raise SourceError(
-                f"{source.reference}: {key} has shape {shape}, the model wants {tuple(wanted[key].shape)}"
-            )
+        check_shape(source, key, shape, tuple(wanted[key].shape))
     return tensors, places
 
 

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.checkpoints.build import build_model, read_num_classes, timm_tensors, unwrap, wrapper_note
+from lrsurgery.checkpoints.build import build_model, read_num_classes, timm_tensors
 from lrsurgery.checkpoints.source import Source, SourceOptions, check_index
 from lrsurgery.checkpoints.tensors import (
     DictSource,
@@ -21,6 +21,7 @@ from lrsurgery.checkpoints.tensors import (
     in_slices,
     open_tensors,
 )
+from lrsurgery.checkpoints.upstream.layouts import check_shape, holds_inner, missing, unwrap, wrapper_note
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.surgery.apply import factorised_layers, swap_
@@ -93,13 +94,14 @@ def notes_of(source: Source, *, trust_remote_code: bool = False) -> tuple[str, .
 
 
 def unwrap_keys(source: Source, model: nn.Module, tensors: TensorSource) -> TensorSource:
-    """Take the prefixes of wrappers off the keys of a transformers checkpoint, if its model knows none of the first."""
+    """Take wrappers off the keys of a transformers checkpoint: within names, and in front if no first key is known."""
     keys = key_map(source, model)
 
     def knows(key: str) -> bool:
         return keys.target(key)[0] is not None
 
-    return tensors if any(map(knows, tensors.keys()[:SAMPLE])) else unwrap(tensors, knows)
+    found = tensors.keys()
+    return unwrap(tensors, knows) if holds_inner(found) or not any(map(knows, found[:SAMPLE])) else tensors
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:
@@ -190,9 +192,7 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
         else:
             covered.add(target)
             check_plain(checkpoint.source, key, dtype, keys.state[target])
-            wanted = tuple(keys.state[target].shape)
-            if shape != wanted:
-                raise SourceError(f"{checkpoint.source.reference}: {key} has shape {shape}, the model wants {wanted}")
+            check_shape(checkpoint.source, key, shape, tuple(keys.state[target].shape))
         entries.append(Entry(key, target, dtype, shape, *_readers(tensors, key)))
     for target, members in groups.items():
         described = [tensors.describe(key) for key, _ in members]
@@ -259,7 +259,7 @@ def _check_complete(checkpoint: Checkpoint, state: Mapping[str, Tensor], covered
         partners = same[id(kept[name])] | {checkpoint.tied.get(name, name)}
         if partners & covered or name.endswith("num_batches_tracked") or any(p.search(name) for p in excused):
             continue
-        raise SourceError(f"{checkpoint.source.reference}: {name} is missing from the checkpoint")
+        raise missing(checkpoint.source, name, checkpoint.unused)
 
 
 def _missing_keys_excused(checkpoint: Checkpoint) -> tuple[str, ...]:

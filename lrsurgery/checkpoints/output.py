@@ -24,6 +24,7 @@ from lrsurgery.files.locks import locked
 from lrsurgery.files.marks import MARK
 from lrsurgery.files.writing import check_free, staged, with_name, write_text
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.text import expanded
 
 COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".py", ".spm", ".vocab", ".tiktoken")
 COMPANION_NAMES = ("vocab.txt", "merges.txt", "added_tokens.txt")
@@ -60,7 +61,7 @@ def check_output(output: Path, source: Source, overwrite: bool, others: Iterable
 def check_apart(output: Path, places: Iterable[Path]) -> None:
     """Raise OutputError if a file or folder of a model that is read is `output` or lies in it, by whatever name."""
     for place in places:
-        if _holds(output, place.expanduser()):
+        if _holds(output, expanded(place)):
             raise OutputError(f"{output}: is or holds the model that is being read; choose another --output")
 
 

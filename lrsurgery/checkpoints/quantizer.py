@@ -71,7 +71,10 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, shape in getattr(self, "_shapes", {}).items():
             # transformers 5.17 does not compare shapes if there is a quantizer
             if name in state and state[name].shape != shape:
-                raise SourceError(f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(shape)}")
+                raise SourceError(
+                    f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(shape)}; take the config.json"
+                    " and the weights of one model"
+                )
         keep_names_plain(model, [f"{name}.weight" for name in factorised_layers(model)])
         return model
 

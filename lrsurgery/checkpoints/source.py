@@ -13,6 +13,7 @@ from lrsurgery.checkpoints.upstream.forms import METHOD, Index, check_config, ch
 from lrsurgery.errors import SourceError
 from lrsurgery.files.digests import check_files
 from lrsurgery.files.json import Json, read_as, read_json
+from lrsurgery.text import expanded
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # of weights in a folder
 # of a weight file that is named itself; timm's training script writes .pth.tar, Lightning .ckpt
@@ -141,7 +142,7 @@ def resolve(
         raise SourceError("no model given; write a folder, a hub id, timm:NAME or a weight file")
     if reference.startswith("timm:"):
         return _timm_name(reference, revision, weights)
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
     except (OSError, ValueError) as e:  # a name that no file can have

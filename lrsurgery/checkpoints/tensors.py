@@ -194,8 +194,11 @@ class RenamedSource:
         self.wrappers, self.beside = wrappers, beside
 
     @property
-    def prefixes(self) -> list[str]:
-        """What was taken off the keys."""
+    def prefixes(self) -> list[str] | None:
+        """What was taken off in front of the keys; None where that alone does not make the names out of them."""
+        in_front = all(key.endswith(name) for name, key in self._names.items())
+        if self.beside or not in_front or isinstance(self._tensors, RenamedSource):
+            return None
         return list(dict.fromkeys(key.removesuffix(name) for name, key in self._names.items() if key != name))
 
     def keys(self) -> list[str]:

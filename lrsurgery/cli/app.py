@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +25,7 @@ from lrsurgery.cli.study import study
 from lrsurgery.cli.training import evaluate, finetune
 from lrsurgery.errors import Interrupted, SurgeryError
 from lrsurgery.files.faults import disk_fault
-from lrsurgery.text import one_line
+from lrsurgery.text import expanded, one_line
 
 app = typer.Typer(
     name="lrsurgery",
@@ -74,16 +74,24 @@ def root(
         from lrsurgery.runtime import import_file
 
         for file in imports:
-            import_file(file)
+            import_file(expanded(file))
 
 
-def _without_eof(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with SurgeryError in place of EOFError, which typer takes for Ctrl-D; no command asks anything."""
+def _at_home(options: Mapping[str, object]) -> dict[str, object]:
+    """The options of a command with the home folder in the place of `~`, be it in a path to read or to write."""
+    return {name: expanded(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def _prepared(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with paths of the home folder, and SurgeryError in place of EOFError.
+
+    Typer takes EOFError for Ctrl-D; no command asks anything.
+    """
 
     @functools.wraps(command)
     def run(*args: object, **options: object) -> None:
         try:
-            command(*args, **options)
+            command(*args, **_at_home(options))
         except EOFError as e:
             raise SurgeryError(f"a file ends before its content does ({e}); --debug shows where it is read") from e
 
@@ -92,7 +100,7 @@ def _without_eof(command: Callable[..., None]) -> Callable[..., None]:
 
 COMMANDS = (factorise, finetune, evaluate, report, bench, study, export, cache)
 for command in COMMANDS:
-    app.command()(_without_eof(command))
+    app.command()(_prepared(command))
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from lrsurgery.cli.arguments import (
     option,
 )
 from lrsurgery.report.views import VIEWS, render
+from lrsurgery.text import expanded
 
 if TYPE_CHECKING:
     from lrsurgery.cli.console import Screen
@@ -200,7 +201,7 @@ def _verify(models: list[str], screen: Screen) -> None:
     from lrsurgery.errors import SurgeryError
     from lrsurgery.files.digests import verify_folder
 
-    found = {name: verify_folder(Path(name).expanduser()) for name in models}
+    found = {name: verify_folder(expanded(name)) for name in models}
     screen.emit({"folders": {name: asdict(each) for name, each in found.items()}})
     for name, each in found.items():
         for file, what in each.remarks:

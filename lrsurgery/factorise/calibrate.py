@@ -45,6 +45,7 @@ from lrsurgery.errors import CalibrationError, RecipeError, SourceError
 from lrsurgery.factorise.options import Calibration
 from lrsurgery.files.json import Json, read_json
 from lrsurgery.files.writing import staged
+from lrsurgery.modules import model_faults
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
 from lrsurgery.surgery.plan import Plan, Replacement
@@ -139,17 +140,18 @@ def calibrate(
     if setup.offloaded:
         listener = _TimesFirstBlock(listener)
     loss = setup.loss(seed, calibration.temperature)
-    statistics = collect(
-        setup.subject.model,
-        setup.batches,
-        planned,
-        importance=calibration.importance,
-        loss=loss,
-        store=StatisticsWriter(folder, named, owner),
-        facts={**setup.facts, **({"temperature": calibration.temperature} if fisher and not setup.bare else {})},
-        limit=limit,
-        listener=listener,
-    )
+    with model_faults(source.reference):
+        statistics = collect(
+            setup.subject.model,
+            setup.batches,
+            planned,
+            importance=calibration.importance,
+            loss=loss,
+            store=StatisticsWriter(folder, named, owner),
+            facts={**setup.facts, **({"temperature": calibration.temperature} if fisher and not setup.bare else {})},
+            limit=limit,
+            listener=listener,
+        )
     if fisher and isinstance(loss, SampledLoss) and loss.uncertainty < LEAST_UNCERTAINTY:
         listener.note(
             f"the model is certain of its predictions on this data (mean chance of another class:"
@@ -220,7 +222,8 @@ def _announce(
         parts.append(f"the model has no head, {head}")
     parts += setup.subject.notes  # heads that had to be made up, how the data is read
     if not setup.offloaded:
-        seconds = passes * estimate_seconds(setup.subject.model, setup.batches, rows, gradients=fisher)
+        with model_faults(setup.subject.source.reference):
+            seconds = passes * estimate_seconds(setup.subject.model, setup.batches, rows, gradients=fisher)
         parts.append(f"about {duration_text(seconds)}")
     listener.note(f"calibration: {'; '.join(parts)}")
 
@@ -261,17 +264,18 @@ def recalibrate(
     def gradients_of(name: str) -> Tensor | None:
         return known.moments(original[name]).gradients
 
-    statistics = collect_sequentially(
-        setup.subject.model,
-        setup.batches,
-        renamed,
-        gradients_of,
-        init=init,
-        seed=seed,
-        store=StatisticsWriter(folder, named, owner),
-        facts={**known.facts, **setup.facts},
-        listener=listener,
-    )
+    with model_faults(source.reference):
+        statistics = collect_sequentially(
+            setup.subject.model,
+            setup.batches,
+            renamed,
+            gradients_of,
+            init=init,
+            seed=seed,
+            store=StatisticsWriter(folder, named, owner),
+            facts={**known.facts, **setup.facts},
+            listener=listener,
+        )
     shutil.rmtree(folder / "offload", ignore_errors=True)
     return statistics
 

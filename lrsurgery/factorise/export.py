@@ -14,6 +14,7 @@ from lrsurgery.checkpoints.mapping import check_plain, key_map
 from lrsurgery.checkpoints.output import OutputOptions, check_output, copy_companions, output_config
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, check_weights, in_write_order, open_tensors
+from lrsurgery.checkpoints.upstream.layouts import check_shape, missing
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import json_text
@@ -96,8 +97,7 @@ def to_dense(
             unused += [] if place else [key]
             continue
         places.add(place)
-        if tuple(keys.state[place].shape) != shape:
-            raise SourceError(f"{reference}: {key} has shape {shape}, the model wants {tuple(keys.state[place].shape)}")
+        check_shape(source, key, shape, tuple(keys.state[place].shape))
         stem = key.removesuffix(f".{part}")
         if part == "v.weight":
             name = next(
@@ -118,7 +118,7 @@ def to_dense(
     for layer, module in factorised_layers(model).items():
         for part in ("v.weight", "u.weight", *(["u.bias"] if module.bias is not None else [])):
             if not any(f"{name}.{part}" in places for name in names_of[id(module)]):
-                raise SourceError(f"{reference}: {layer}.{part} is missing from the checkpoint")
+                raise missing(source, f"{layer}.{part}", ())
     total, done = len(dtypes), 0
     with staged(output, overwrite=options.overwrite) as stage:
         writer = ShardWriter(stage, shard_size=options.shard_size)

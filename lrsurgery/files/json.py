@@ -36,12 +36,19 @@ def read_json(file: Path, what: str = "a JSON object", error: type[SurgeryError]
 
 
 def read_as(
-    form: type[Form], file: Path, what: str, error: type[SurgeryError] = SourceError, *, newest: int | None = None
+    form: type[Form],
+    file: Path,
+    what: str,
+    error: type[SurgeryError] = SourceError,
+    *,
+    newest: int | None = None,
+    unnamed: int | None = None,
 ) -> Form:
     """Read the JSON of a file as a value of `form`: a dataclass, a TypedDict or any annotation pydantic knows.
 
     Keys that the form does not have are left out, unless it allows them. `newest` is the newest `format_version` that
-    this program reads; None for a file without versions. NaN and infinities count as null.
+    this program reads; None for a file without versions. `unnamed` is the version of a file that names none, which
+    is refused by default. NaN and infinities count as null.
 
     Raises `error`, which names the key and what it should be, if the file is missing, is of a newer format or does not
     hold `what`.
@@ -50,7 +57,7 @@ def read_as(
     if newest is None:
         return parse_as(form, read_bytes(file, what, error), lead, error)
     body = read_json(file, what, error)
-    check_version(body.get("format_version"), newest, str(file), error)
+    check_version(body.get("format_version", unnamed), newest, str(file), error)
     return checked(form, body, lead, error)
 
 
@@ -73,9 +80,14 @@ def parse_as(form: type[Form], text: bytes | str, lead: str, error: type[Surgery
     return found
 
 
-def checked(form: type[Form], body: object, lead: str, error: type[SurgeryError] = SourceError) -> Form:
-    """A value that JSON gave, as a value of `form`; `lead` begins the error's line."""
-    return parse_as(form, json.dumps(_finite(body)), lead, error)
+def checked(
+    form: type[Form], body: object, lead: str, error: type[SurgeryError] = SourceError, *, finite: bool = True
+) -> Form:
+    """A value that JSON gave, as a value of `form`; `lead` begins the error's line.
+
+    NaN and infinities count as null; without `finite` they are left to the form.
+    """
+    return parse_as(form, json.dumps(_finite(body) if finite else body), lead, error)
 
 
 def _shown(value: object) -> str:

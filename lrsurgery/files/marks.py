@@ -66,12 +66,7 @@ def read_mark(folder: Path) -> Mark | None:
     file = folder / MARK
     if not file.is_file():
         return None
-    mark = read_as(Mark, file, "the mark of a folder that lrsurgery made", OutputError)
-    if mark.format_version > FORMAT_VERSION:
-        raise OutputError(
-            f"{file}: format {mark.format_version} is newer than this lrsurgery reads ({FORMAT_VERSION}); upgrade it"
-        )
-    return mark
+    return read_as(Mark, file, "the mark of a folder that lrsurgery made", OutputError, newest=FORMAT_VERSION)
 
 
 def add_to_mark(folder: Path, name: str) -> None:

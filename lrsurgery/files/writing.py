@@ -24,6 +24,7 @@ from lrsurgery.files.marks import (
     stranger_in,
     write_mark,
 )
+from lrsurgery.text import expanded
 
 HALF = "partial"  # what a folder is until it is published
 
@@ -59,7 +60,8 @@ def replace_files(contents: Mapping[Path, str | bytes]) -> None:
 
 
 def with_name(output: Path) -> Path:
-    """An output with a name of its own, for what stands beside it: `.` and `..` resolved. Raises OutputError."""
+    """An output with a name of its own, for what stands beside it: `~`, `.` and `..` resolved. Raises OutputError."""
+    output = expanded(output)
     if "\0" in str(output):
         raise OutputError(f"{str(output)!r}: holds a NUL, which no name may")
     found = output if output.name not in ("", "..") else output.resolve()

@@ -48,6 +48,7 @@ from lrsurgery.report.bench import (
 )
 from lrsurgery.runtime import MOST_JOBS, check_seed, imported, machine_of, pick_device, pick_dtype, versions
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.text import expanded
 from lrsurgery.timing import CONFIDENCE, Timings, Workload, compare, percentile
 
 LENGTHS = (128, 512)  # tokens, by default
@@ -130,7 +131,7 @@ def _measure(model: str, against: str | None, options: BenchOptions, command: st
 
 
 def _folder_to_save_in(model: str) -> Path:
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if not (folder / "config.json").is_file():
         raise OutputError(f"{model}: --save writes into a model's local folder, and this is none; leave --save out")
     return with_name(folder)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typing_extensions import TypedDict
 
 from lrsurgery.checkpoints.source import Source, check_inside
 from lrsurgery.files.json import Json
+from lrsurgery.text import expanded
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCardData
@@ -111,7 +111,7 @@ def source_metadata(source: Source) -> Json:
 
 def is_hub_id(reference: str) -> bool:
     """Whether a readable model or dataset came from the hub: it did where it is neither a file nor a folder."""
-    return not Path(reference).expanduser().exists() and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference))
+    return not expanded(reference).exists() and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", reference))
 
 
 def _licence(source: Source) -> Licence:

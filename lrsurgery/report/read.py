@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from lrsurgery.report.runs import is_run, read_run
 from lrsurgery.report.schema import FILE_NAME, Report, Row
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
+from lrsurgery.text import expanded
 
 
 def read_report(
@@ -41,7 +41,7 @@ def read_report(
     """
     source_options, profile_options = source_options or SourceOptions(), profile_options or ProfileOptions()
     planned = profile_options.target is not None
-    folders = [Path(reference).expanduser() for reference in references]
+    folders = [expanded(reference) for reference in references]
     if len(references) > 1 or (is_run(folders[0]) and not (folders[0] / "config.json").is_file()):
         if planned or against:
             raise SurgeryError(f"--{'rank' if planned else 'against'} takes one model, not {len(references)} runs")

@@ -24,6 +24,7 @@ from lrsurgery.training.recipe import PERMISSIONS, Recipe, read_recipe, without_
 
 NOTES = "notes.jsonl"  # what the user was told in the run, for its report
 FACTS = "run.json"
+FORMAT_VERSION = 1  # of FACTS, in which older versions named none
 LAYERS = "layers.json"  # kind and rank of each layer that was factorised within the run
 RUN = "run"  # what a run folder's mark says
 STAGES = ("dense", "factorised", DENSE_TRAINED.replace(" ", "-"))  # folders of checkpoints
@@ -43,6 +44,7 @@ class Facts:
     label_map: str = ""  # which runs of older versions did not keep
     trust_remote_code: bool = False  # whether it was begun with the flag, which it then needs again: no permission
     published: str = ""  # fingerprint of the output, once that is whole
+    format_version: int = FORMAT_VERSION
 
     @staticmethod
     def of(recipe: Recipe, source: Source, world_size: int) -> Facts:
@@ -90,7 +92,8 @@ class RunFolder:
         replace_file(self.path / FACTS, json_text(asdict(facts)))
 
     def _read_facts(self) -> Facts:
-        return read_as(Facts, self.path / FACTS, "a run's facts", RecipeError)
+        file = self.path / FACTS
+        return read_as(Facts, file, "a run's facts", RecipeError, newest=FORMAT_VERSION, unnamed=1)
 
     def remove(self) -> list[Path]:
         """Remove what runs write, and the folder once it is empty. Returns what stays, which is not ours."""
@@ -143,10 +146,12 @@ class RunFolder:
             )
         for name in ("model", "data", "eval_data", "label_map"):
             if getattr(former, name) != getattr(facts, name):
-                raise RecipeError(
-                    f"{getattr(recipe, name)}: has changed since the run in {self.path} was begun;"
-                    " start over with --overwrite, or put back what was there"
-                )
+                place, remedy = getattr(recipe, name), "start over with --overwrite, or put back what was there"
+                if place is None:  # the facts or the recipe were edited
+                    raise RecipeError(
+                        f"{self.path / FACTS}: its {name} is not that of {RECIPE} beside it, which names none; {remedy}"
+                    )
+                raise RecipeError(f"{place}: has changed since the run in {self.path} was begun; {remedy}")
         if former.world_size != facts.world_size:
             return f"the run was begun with {former.world_size} processes, so it does not go on exactly"
         return None

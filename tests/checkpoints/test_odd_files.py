@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -20,6 +20,7 @@ from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_model, open_factorised
 from lrsurgery.checkpoints.source import SourceOptions, resolve
 from lrsurgery.checkpoints.tensors import open_tensors
+from lrsurgery.checkpoints.upstream.forms import Interpolation
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.factorise.export import export_dense
 
@@ -126,7 +127,7 @@ def test_a_rank_above_full_rank_is_refused(copy: Callable[[str], Path]) -> None:
         ("gpt2", {"n_layer": 10**8}, "n_layer 100,000,000 is above"),
         ("gpt2", {"vocab_size": 10**12}, "parameters, and the weight files hold"),
         ("gpt2", {"n_inner": 10**9}, "parameters, and the weight files hold"),
-        ("gpt2", {"n_embd": -1}, "cannot build this model"),
+        ("gpt2", {"n_embd": -1}, "n_embd -1 is below 0"),
         ("timm", {"num_classes": 10**9}, "num_classes 1,000,000,000 is above"),
     ],
     ids=["classes", "blocks", "vocabulary", "width", "negative", "timm's classes"],
@@ -138,6 +139,54 @@ def test_what_no_file_backs_is_refused_at_once(
     for device in ("meta", "cpu"):
         assert words in refusal(lambda device=device: build_model(resolve(str(folder)), device=device))  # type: ignore[misc]
     assert words in refusal(lambda: load_model(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("gpt2", {"n_head": -1}, "config.json: n_head -1 is below 0; correct it"),
+        ("gpt2", {"n_layer": -2}, "config.json: n_layer -2 is below 0; correct it"),
+        ("gpt2", {"text_config": {"num_attention_heads": -1}}, "config.json: num_attention_heads -1 is below 0"),
+        ("gpt2", {"num_experts": 4, "num_experts_per_tok": -1}, "num_experts_per_tok -1 is below 0"),
+        ("gpt2", {"num_experts": 4, "num_experts_per_tok": 5}, "num_experts_per_tok 5 is above 4, the num_experts"),
+        ("timm", {"pretrained_cfg": {"crop_pct": float("nan")}}, "pretrained_cfg.crop_pct: input should be a finite"),
+        (
+            "timm",
+            {"pretrained_cfg": {"std": [0.5, float("inf"), 0.5]}},
+            "pretrained_cfg.std.1: input should be a finite",
+        ),
+        ("timm", {"pretrained_cfg": {"std": [0.5, 0, 0.5]}}, "pretrained_cfg.std.1: input should be greater than 0"),
+        (
+            "timm",
+            {"pretrained_cfg": {"interpolation": "random"}},
+            "pretrained_cfg.interpolation: input should be 'nearest'",
+        ),
+        ("timm", {"pretrained_cfg": {"interpolation": "zzz"}}, "'lanczos', not \"zzz\""),
+    ],
+    ids=str,
+)
+def test_numbers_of_no_model_are_named(
+    name: str, values: dict[str, Any], words: str, copy: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = change(copy(name), **values)
+    for use in (lambda: load_model(folder), lambda: build_model(resolve(str(folder)), device="meta")):
+        assert words in refusal(use)
+
+
+def test_ids_and_infinities_of_a_config_may_be_what_they_are(copy: Callable[[str], Path]) -> None:
+    """As Mamba's time_step_limit, and ids of tokens that a model has none of."""
+    folder = change(copy("gpt2"), pad_token_id=-1, time_step_limit=[0.0, float("inf")], num_experts_per_tok=2)
+    load_model(folder)
+
+
+def test_interpolations_are_those_of_timms_transforms() -> None:
+    """Each is made a transform of, which raises KeyError for any other."""
+    from timm.data import create_transform
+
+    for name in get_args(Interpolation):
+        create_transform((3, 8, 8), interpolation=name)
+    with pytest.raises(KeyError):
+        create_transform((3, 8, 8), interpolation="random")
 
 
 def test_without_files_the_machine_is_the_bound(copy: Callable[[str], Path]) -> None:

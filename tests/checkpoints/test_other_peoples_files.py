@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import lrsurgery
 from lrsurgery.checkpoints.source import resolve
+from lrsurgery.checkpoints.tensors import open_tensors
 from lrsurgery.data.tasks import task_of
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.surgery.apply import factorised_layers
@@ -63,6 +65,29 @@ WRAPPED: dict[str, tuple[Callable[[State], Any], str]] = {
     ),
     "entry in an entry": (lambda s: {"model": {"state_dict": prefixed("module.", s)}}, "model.state_dict, 'module.'"),
     "numbers of numpy": (lambda s: {"state_dict": s, "epoch": np.float64(3), "order": np.arange(3)}, "state_dict"),
+    "averages of BasicSR": (
+        lambda s: {"params": other(s), "params_ema": s},
+        "params_ema, which was taken off; left out beside them: params",
+    ),
+    "counters of an average": (
+        lambda s: {"model": s, "ema": {"decay": torch.tensor(0.9), "num_updates": torch.tensor(7)}},
+        "model, which was taken off",
+    ),
+    "parts compiled": (
+        lambda s: {key.replace(".0.", "._orig_mod.0.", 1): value for key, value in s.items()},
+        "'_orig_mod.' within names, which was taken off",
+    ),
+    "FSDP, of parts and all": (
+        lambda s: prefixed(
+            "_fsdp_wrapped_module.",
+            {re.sub(r"^(layer\d|fc)\.", r"\1._fsdp_wrapped_module.", key): value for key, value in s.items()},
+        ),
+        "'_fsdp_wrapped_module.' within names, '_fsdp_wrapped_module.'",
+    ),
+    "activation checkpointing under DDP": (
+        lambda s: {f"module.{re.sub(r'^layer1', 'layer1._checkpoint_wrapped_module', k)}": v for k, v in s.items()},
+        "'_checkpoint_wrapped_module.' within names, 'module.'",
+    ),
     "options of a script": (lambda s: {"state_dict": s, "args": argparse.Namespace(lr=0.1)}, "state_dict"),
 }
 
@@ -95,6 +120,48 @@ def test_plain_weights_get_no_note(tmp_path: Path) -> None:
     assert resolve(str(tmp_path / "best.pth.tar"), architecture=NETWORK).name == "best"
 
 
+@pytest.mark.parametrize("plain_first", [True, False])
+def test_a_second_set_of_weights_is_named(plain_first: bool, tmp_path: Path) -> None:
+    dense = network()
+    sets = [dense.state_dict(), prefixed("module.", other(dense.state_dict()))]
+    torch.save({**sets[not plain_first], **sets[plain_first]}, tmp_path / "two.pth")
+    made = run(
+        *("factorise", tmp_path / "two.pth", "--architecture", NETWORK, "--rank", "0.5"),
+        *("--output", tmp_path / "half"),
+    )
+    (note,) = [note for note in made["notes"] if "left out beside the weights: module." in note]
+    assert note.endswith(f" and {len(dense.state_dict()) - 3} more")
+    lrsurgery.factorise_(dense, rank=0.5)
+    with torch.no_grad():
+        assert torch.equal(lrsurgery.load_model(tmp_path / "half")(PIXELS), dense(PIXELS))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda s: {"student": s, "teacher": s, "epoch": 3},
+            "holds 2 state dicts in 'student', 'teacher', which are no entry that is known for the model's weights;"
+            " save the one that is wanted by itself: torch.save(torch.load(FILE)['student'], NEW)",
+        ),
+        (
+            lambda s: {"generator": {"state_dict": s}, "discriminator": s},
+            "2 state dicts in 'generator', 'discriminator'",
+        ),
+        (lambda s: {"encoder": s, "step": torch.tensor(3)}, "holds a state dict in 'encoder', which is no entry"),
+        (lambda s: {"epoch": 3, "loss": torch.tensor(0.1)}, "holds no state dict, but a dict of 'epoch', 'loss'; save"),
+        (lambda s: [1, 2], "holds no state dict, but a list; save the model's state_dict()"),
+    ],
+    ids=["student and teacher", "two networks", "one of an unknown name", "none", "a list"],
+)
+def test_entries_of_unknown_names_are_named(change: Callable[[State], Any], message: str, tmp_path: Path) -> None:
+    torch.save(change(network().state_dict()), tmp_path / "best.pth")
+    with pytest.raises(SourceError) as e:
+        open_tensors([tmp_path / "best.pth"])
+    assert str(e.value).startswith(f"{tmp_path / 'best.pth'}: ")
+    assert message in str(e.value)
+
+
 def rewrite(folder: Path, change: Callable[[State], State]) -> None:
     state = {key: value.contiguous().clone() for key, value in change(load_file(folder / "model.safetensors")).items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
@@ -111,6 +178,22 @@ def test_wrapped_transformers_folder(name: str, prefix: str, tmp_path: Path) -> 
     # of Llama's own prefix transformers takes another one off by itself
     named = prefix.removesuffix("model.") if name == "llama" else prefix
     assert any(f"wrapped in '{named}'" in note for note in made["notes"]) or not named
+    lrsurgery.factorise_(model, rank=0.5)
+    half = load(type(model), tmp_path / "half")
+    assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(model, inputs))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("around", ["_orig_mod", "_fsdp_wrapped_module"])
+def test_transformers_folder_with_wrapped_blocks(name: str, around: str, tmp_path: Path) -> None:
+    model = zoo.save_transformers(name, tmp_path / "dense")
+    block = re.compile(r"\b(h|layers)\.(\d)\.")
+    rewrite(tmp_path / "dense", lambda s: {block.sub(rf"\1.\2.{around}.", key): value for key, value in s.items()})
+    assert sum(around in key for key in load_file(tmp_path / "dense" / "model.safetensors")) > 10
+    inputs = zoo.TRANSFORMERS[name].inputs
+    assert torch.equal(zoo.outputs(lrsurgery.load_model(tmp_path / "dense"), inputs), zoo.outputs(model, inputs))
+    made = run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
+    assert any(f"wrapped in '{around}.' within names" in note for note in made["notes"])
     lrsurgery.factorise_(model, rank=0.5)
     half = load(type(model), tmp_path / "half")
     assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(model, inputs))
@@ -176,6 +259,64 @@ def test_quantised_weights_without_a_config_are_refused(dtype: torch.dtype, comm
     }
     with pytest.raises(SourceError, match=wanted):
         uses[command]()
+
+
+@pytest.mark.parametrize(
+    ("last", "more", "who"),
+    [("qweight", ("qzeros", "g_idx"), "GPTQ or AWQ"), ("weight_packed", ("weight_shape",), "compressed-tensors")],
+)
+@pytest.mark.parametrize("command", ["factorise", "report", "load", "finetune"])
+def test_packed_weights_without_a_config_are_refused(
+    last: str, more: tuple[str, ...], who: str, command: str, tmp_path: Path
+) -> None:
+    folder, which = tiny.save_gpt2(tmp_path / "dense"), "transformer.h.0.mlp.c_fc"
+    data, _ = tiny.write_text(tmp_path)
+
+    def pack(state: State) -> State:
+        weight = state.pop(f"{which}.weight")
+        state[f"{which}.{last}"] = torch.zeros(weight.shape[0] // 8, weight.shape[1], dtype=torch.int32)
+        state[f"{which}.scales"] = torch.ones(1, weight.shape[1], dtype=torch.float16)
+        return {**state, **{f"{which}.{each}": torch.zeros(1, 4, dtype=torch.int32) for each in more}}
+
+    rewrite(folder, pack)
+    uses: dict[str, Callable[[], object]] = {
+        "load": lambda: lrsurgery.load_model(folder),
+        "report": lambda: run("report", folder),
+        "factorise": lambda: run("factorise", folder, "--rank", "0.5", "--output", tmp_path / "half"),
+        "finetune": lambda: run(
+            *("finetune", folder, "--data", data, "--dense", "--steps", "1", "--task", "sequence-classification"),
+            *("--new-head", "--output", tmp_path / "half"),
+        ),
+    }
+    if command == "finetune":
+        tiny.write_sentences(data := tmp_path / "rows.jsonl")
+    wanted = rf"{which}\.{last} is quantised \({who} layout\), .*start from the checkpoint before quantisation"
+    with pytest.raises(SourceError, match=wanted):
+        uses[command]()
+    assert not (tmp_path / "half").exists()
+
+
+def test_a_tensor_that_does_not_fit_says_what_to_do(tmp_path: Path) -> None:
+    torch.save(network().state_dict(), tmp_path / "three.pth")
+    state = {**network().state_dict(), "fc.weight": torch.ones(3, 7)}
+    torch.save(state, tmp_path / "odd.pth")
+    with pytest.raises(
+        SourceError, match=r"fc\.weight has shape \(3, 7\), the model wants .*; name the --architecture"
+    ):
+        run("factorise", tmp_path / "odd.pth", "--architecture", NETWORK, "--rank", "0.5", "--output", tmp_path / "o")
+    folder, key = tiny.save_gpt2(tmp_path / "gpt2"), "transformer.h.0.mlp.c_fc.weight"
+    rewrite(folder, lambda s: {**s, key: torch.ones(3, 5)})
+    for use in (lrsurgery.load_model, lambda each: run("factorise", each, "--rank", "0.5", "--output", tmp_path / "o")):
+        with pytest.raises(
+            SourceError, match=r"has shape \(3, 5\), the model wants \(32, 128\); take the config\.json and"
+        ):
+            use(folder)
+    rewrite(folder, lambda s: {name: value for name, value in s.items() if name != key})
+    for use in (lrsurgery.load_model, lambda each: run("factorise", each, "--rank", "0.5", "--output", tmp_path / "o")):
+        with pytest.raises(
+            SourceError, match=r"c_fc\.weight is missing from the checkpoint; take the config\.json and"
+        ):
+            use(folder)
 
 
 def test_quantised_weights_of_a_timm_folder_are_refused(tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from lrsurgery import __version__
 from lrsurgery.cli.app import app
 from lrsurgery.cli.console import LiveListener, Screen
 from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.files.writing import with_name
 from lrsurgery.progress import TrainingStep
 from lrsurgery.runtime import Processes, import_file, numbers_of_processes
 
@@ -313,3 +314,39 @@ def test_an_import_that_ends_the_program_is_an_error(code: str, tmp_path: Path) 
     file.write_text(code)
     with pytest.raises(SourceError, match=r"own_models\.py: "):
         import_file(file)
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from --output=~/x, which no shell expands: nothing named ~ may stand here in the end."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    text, _ = tiny.write_text(here)
+    dense = tiny.save_gpt2(here / "gpt2")
+    calibration = ["--calibration", text, "--samples", "2", "--block-size", "16", "--save-statistics", "~/kept"]
+    assert tiny.run("factorise", dense, "--rank", "0.25", "--output", "~/x/low", *calibration, "--quiet") == 0
+    assert tiny.run("factorise", dense, "--rank", "0.25", "--statistics", "~/kept", "--output", "~/less", "-q") == 0
+    assert tiny.run("report", "~/x/low", "--output", "~/low.html", "--plots", "~/drawn", "--quiet") == 0
+    assert tiny.run("export", "~/x/low", "--to", "dense", "--output", "~/dense", "--quiet") == 0
+    training = ["--data", text, "--steps", "1", "--block-size", "16", "--device", "cpu", "--quiet"]
+    assert tiny.run("finetune", "~/x/low", *training, "--output", "~/healed") == 0
+    assert tiny.run("finetune", "--recipe", "~/healed/recipe.yaml", "--output", "~/again", "--quiet") == 0
+    written = {"x", "less", "kept", "drawn", "dense", "healed", "again", "low.html"}
+    assert {place.name for place in home.iterdir()} >= written
+    assert (home / "x" / "low" / "model.safetensors").is_file()
+    assert sorted(place.name for place in here.iterdir()) == ["gpt2", "train.txt", "valid.txt"]
+
+
+def test_the_home_of_an_unknown_user_is_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tiny.run("report", "~nobody-of-this-name/x") == 2
+    assert capsys.readouterr().err == "lrsurgery: ~nobody-of-this-name/x: no such file or folder\n"
+
+
+def test_an_output_of_the_library_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert with_name(Path("~/x")) == tmp_path / "x"
+    assert with_name(Path("a/~")) == Path("a/~")

@@ -172,7 +172,7 @@ DAMAGED: dict[str, tuple[Callable[[Path], object], str]] = {
     "config that is a list": (lambda f: (f / "config.json").write_text("[1]"), r"config\.json: not a JSON object"),
     "unknown model type": (set_config(model_type="nosuch"), "model type 'nosuch' is not in transformers"),
     "unknown class": (set_config(architectures=["NoSuchModel"]), "NoSuchModel is not a model class"),
-    "config of no possible model": (set_config(num_attention_heads=-1), "cannot build this model"),
+    "config of no possible model": (set_config(num_attention_heads=0), "cannot build this model"),
     "unknown timm name": (set_config(architecture="nosuch_50"), "nosuch_50"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "no weights"),
     "already quantised": (set_config(quantization_config={"quant_method": "gptq"}), "quantised with gptq"),

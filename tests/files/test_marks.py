@@ -55,6 +55,9 @@ def test_only_what_was_written_gives_way(
         ("[]", "not the mark"),
         ('{"format_version": 1, "made_by": "x", "what": 3}', "what: input should be a valid string"),
         ('{"format_version": 99, "made_by": "x", "what": "model"}', "format 99 is newer"),
+        ('{"format_version": 0, "made_by": "x", "what": "model"}', "must be a whole number from 1, not 0"),
+        ('{"format_version": -3, "made_by": "x", "what": "model"}', "must be a whole number from 1, not -3"),
+        ('{"made_by": "x", "what": "model"}', "must be a whole number from 1, not null"),
     ],
 )
 def test_a_damaged_mark_is_none(text: str, words: str, tmp_path: Path) -> None:

@@ -229,3 +229,30 @@ def test_what_lm_evals_protocol_cannot_be_asked_for(
 ) -> None:
     with pytest.raises(SurgeryError, match=re.escape(message)):
         lrsurgery.evaluate(bench / model, bench / data, **{"protocol": "lm-eval", **changes})
+
+
+@pytest.mark.parametrize("command", ["evaluate", "finetune", "fisher", "activations", "bench"])
+def test_what_a_model_raises_of_its_input_is_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A processor whose images are smaller than the model's, and what the model itself says of such images."""
+    folder, images = tiny.save_vit(tmp_path / "vit"), tiny.write_images(tmp_path / "images", count=5)
+    file = folder / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "size": {"height": 8, "width": 8}}))
+    with pytest.raises(ValueError, match="Input image size") as told:
+        tf.ViTForImageClassification.from_pretrained(folder)(torch.zeros(1, 3, 8, 8))
+    factorise = ["factorise", folder, "--rank", "0.25", "--calibration", images, "--samples", "4"]
+    commands: dict[str, list[Any]] = {
+        "evaluate": ["evaluate", folder, "--data", images],
+        "finetune": ["finetune", folder, "--dense", "--data", images, "--steps", "2", "--output", tmp_path / "out"],
+        "fisher": [*factorise, "--output", tmp_path / "out"],
+        "activations": [*factorise, "--importance", "activations", "--output", tmp_path / "out"],
+        "bench": ["bench", folder, "--seconds", "0.01", "--batch", "1"],
+    }
+    before = sorted(tmp_path.iterdir())
+    capsys.readouterr()
+    assert tiny.run(*commands[command], "--device", "cpu", "--quiet") == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("lrsurgery: "))
+    assert line.startswith(f"lrsurgery: {folder}: ")
+    assert f"ValueError: {told.value}" in line
+    assert sorted(tmp_path.iterdir()) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from collections import namedtuple
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from support.checks import assert_close, load
 from torch import Tensor, nn
 
 import lrsurgery
-from lrsurgery.errors import PlanError
+from lrsurgery.errors import PlanError, RankError, SurgeryError
+from lrsurgery.modules import model_faults
 from lrsurgery.surgery.apply import replace_module_
 
 Pair = namedtuple("Pair", "layer name")
@@ -175,3 +177,46 @@ def test_maskformer_in_memory_and_from_files(tmp_path: Path, monkeypatch: pytest
     back = load(type(model), tmp_path / "low")
     lrsurgery.densify_(back)
     assert_close(masks(back), wanted, 1e-4)
+
+
+# what the code of a model raises
+
+
+class Failing(nn.Module):
+    def __init__(self, error: Exception) -> None:
+        super().__init__()
+        self.error = error
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [ValueError("odd\nsize"), IndexError("out of range"), KeyError("x")], ids=repr)
+def test_what_a_forward_pass_raises_names_the_model(error: Exception) -> None:
+    with pytest.raises(SurgeryError) as e, model_faults("models/mine"):
+        nn.Sequential(nn.Identity(), Failing(error))(torch.ones(1))
+    said = " ".join(str(error).split())
+    assert str(e.value).startswith(f"models/mine: the model cannot work on this data: {type(error).__name__}: {said}; ")
+
+
+def test_other_faults_stay_what_they_are() -> None:
+    """Those beside a forward pass, those of this package within one, as in a hook, and a lack of memory."""
+    with pytest.raises(ValueError, match=r"^beside$"), model_faults("mine"):
+        raise ValueError("beside")
+    for error in (RankError("ours"), torch.OutOfMemoryError("full"), OSError(28, "No space left")):
+        with pytest.raises(type(error)) as e, model_faults("mine"):
+            Failing(error)(torch.ones(1))
+        assert e.value is error
+    layer = nn.Linear(2, 2)
+    layer.register_forward_hook(lambda *_: replace_module_(None, "x", layer))  # type: ignore[arg-type]
+    with pytest.raises(AttributeError), model_faults("mine"):
+        nn.Sequential(layer)(torch.ones(2))
+
+
+def test_a_factorised_layer_is_of_its_model() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    lrsurgery.factorise_(model, rank=4)
+    with pytest.raises(RuntimeError) as told:
+        nn.Linear(64, 4, bias=False)(torch.ones(1, 3))
+    with pytest.raises(SurgeryError, match=re.escape(str(told.value))), model_faults("mine"):
+        model(torch.ones(1, 3))

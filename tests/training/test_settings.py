@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.checkpoints.upstream import transformers as upstream
 from lrsurgery.cli.app import app
+from lrsurgery.data import scores
 from lrsurgery.data.options import DataOptions, settings_of
 from lrsurgery.errors import RecipeError, SurgeryError
 from lrsurgery.linalg.inits import INITS
@@ -259,6 +261,25 @@ def test_a_value_of_another_type_is_refused(key: str, value: object, message: st
         ("learning_rate", -1, "the settings do not go together (set: learning_rate): Invalid learning rate"),
         ("fsdp", "full_shard", "the settings do not go together (set: fsdp): Using fsdp only works in distributed"),
         ("full_determinism", "perhaps", "set full_determinism=perhaps: write true or false"),
+        ("gradient_accumulation_steps", 0, "set gradient_accumulation_steps=0: must be at least 1"),
+        ("per_device_train_batch_size", 0, "set per_device_train_batch_size=0: must be at least 1"),
+        ("eval_accumulation_steps", 0, "set eval_accumulation_steps=0: must be at least 1"),
+        ("dataloader_num_workers", -1, "set dataloader_num_workers=-1: must be at least 0"),
+        ("data_seed", "x", "set data_seed=x: input should be a valid integer"),
+        ("parallelism_config", "x", "set parallelism_config=x: input should be a dictionary"),
+        ("lr_scheduler_kwargs", [1], "set lr_scheduler_kwargs=[1]: input should be a valid dictionary"),
+        ("log_level", "zzz", "set log_level=zzz: choose one of detail, debug, info"),
+        # told apart from our own faults by where they are raised: in the first step, and in the first evaluation
+        (
+            "lr_scheduler_kwargs",
+            {"zz": 1},
+            "the settings do not go together (set: lr_scheduler_kwargs): TypeError: get_",
+        ),
+        (
+            "metric_for_best_model",
+            "zzz",
+            "the settings do not go together (set: metric_for_best_model): The `metric_for",
+        ),
     ],
 )
 def test_what_transformers_refuses_of_set_is_one_line(
@@ -268,10 +289,33 @@ def test_what_transformers_refuses_of_set_is_one_line(
     tiny.write_text(tmp_path)
     tiny.save_gpt2(tmp_path / "gpt2")
     asked = {"model": str(tmp_path / "gpt2"), "data": str(tmp_path / "train.txt"), "dense": True, "steps": 1}
+    asked["eval_data"] = str(tmp_path / "valid.txt")
     with pytest.raises(RecipeError) as e:
         training.finetune({**asked, "device": "cpu", "set": {name: value}}, tmp_path / "out")
     assert str(e.value).startswith(message)
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_fault_of_our_own_is_no_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever --set says, what another room of the package raises beside a model's forward stays what it is."""
+
+    def fail(*_: object) -> None:
+        raise ValueError("ours")
+
+    monkeypatch.setattr(scores, "measure", fail)
+    tiny.write_text(tmp_path)
+    asked = {"model": str(tiny.save_gpt2(tmp_path / "gpt2")), "data": str(tmp_path / "train.txt"), "dense": True}
+    asked |= {"steps": 1, "eval_data": str(tmp_path / "valid.txt"), "device": "cpu", "set": {"data_seed": 1}}
+    with pytest.raises(ValueError, match=r"^ours$") as e:
+        training.finetune(asked, tmp_path / "out")
+    assert not isinstance(e.value, SurgeryError)
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_values_that_transformers_takes_are_given_to_it(tmp_path: Path) -> None:
+    given = {"data_seed": 3, "lr_scheduler_kwargs": {"num_cycles": 2}, "log_level": "error", "adam_beta1": 0.8}
+    found = training_arguments(Recipe(device="cpu", set=given), tmp_path, evaluates=False)
+    assert {name: getattr(found, name) for name in given} == given
 
 
 def test_a_run_goes_on_with_the_label_map_that_it_was_begun_with(tmp_path: Path) -> None:
@@ -285,6 +329,50 @@ def test_a_run_goes_on_with_the_label_map_that_it_was_begun_with(tmp_path: Path)
     (tmp_path / "map.json").write_text('{"a": "c"}')
     with pytest.raises(RecipeError, match=r"map\.json: has changed since the run in"):
         run.check_facts(Facts.of(recipe, source, 1), recipe)
+
+
+def test_facts_of_what_the_recipe_does_not_name_are_named_by_their_file(tmp_path: Path) -> None:
+    tiny.write_text(tmp_path)
+    source = resolve(str(tiny.save_gpt2(tmp_path / "gpt2")))
+    recipe = Recipe(data=str(tmp_path / "train.txt"))
+    run = RunFolder(tmp_path / "out")
+    facts = Facts.of(recipe, source, 1)
+    for name in ("eval_data", "label_map"):
+        run.begin(recipe, replace(facts, **{name: "another"}), [])
+        with pytest.raises(RecipeError) as e:
+            run.check_facts(facts, recipe)
+        assert str(e.value).startswith(f"{run.path / 'run.json'}: its {name} is not that of recipe.yaml")
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (99, "run.json: format 99 is newer than this lrsurgery reads (1); update lrsurgery"),
+        (0, "run.json: format_version must be a whole number from 1, not 0"),
+        ("1", 'run.json: format_version must be a whole number from 1, not "1"'),
+        (None, ""),
+        (1, ""),
+    ],
+    ids=["of a newer program", "none that is", "text", "of an older program", "ours"],
+)
+def test_a_run_of_another_format_is_not_taken_up(tmp_path: Path, version: object, message: str) -> None:
+    tiny.write_text(tmp_path)
+    source = resolve(str(tiny.save_gpt2(tmp_path / "gpt2")))
+    recipe = Recipe(data=str(tmp_path / "train.txt"))
+    run = RunFolder(tmp_path / "out")
+    facts = Facts.of(recipe, source, 1)
+    run.begin(recipe, facts, [])
+    body = json.loads((run.path / "run.json").read_text())
+    assert body.pop("format_version") == 1
+    if version is not None:
+        body["format_version"] = version
+    (run.path / "run.json").write_text(json.dumps(body))
+    if not message:
+        assert run.check_facts(facts, recipe) is None
+        return
+    with pytest.raises(RecipeError) as e:
+        run.check_facts(facts, recipe)
+    assert str(e.value).endswith(message)
 
 
 def test_a_number_that_yaml_takes_for_text_is_one(tmp_path: Path) -> None:

@@ -31,6 +31,15 @@ MOST_PARTS = 10**6  # modules and parameters of a model without files
 SMALL = 10**8  # parameters of a model that is never looked at
 SLACK = 20  # parts or parameters of a model for each in the files: fused and quantised tensors stand for several
 CLASSES = re.compile(r"(num_)?(labels|classes)")
+COUNTS = (
+    re.compile(  # what a model has a number of, or is wide; other numbers may be negative, such as ids and -1 for "all"
+        r"n_(heads?|layers?|embd|inner|routed_experts|shared_experts)|d_(model|ff|kv)|head_dim"
+        r"|num_(.*_)?(heads|layers|blocks|channels|experts|experts_per_tok|labels|classes)"
+        r"|(.*_)?(hidden|intermediate|embedding|vocab|patch)_size"
+    )
+)
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+CHOSEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k_experts")  # of them, for each token
 BLOCKS = re.compile(r"n_layers?|(.*_)?(layers|depth|blocks)")
 
 
@@ -50,8 +59,16 @@ Look = Callable[[], "Held | None"]  # what the files hold; None without files
 
 
 def check_numbers(config: Json, where: str, look: Look) -> None:
-    """Raise SourceError for more classes or blocks than the files can back; `where` names the config."""
+    """Raise SourceError for more classes or blocks than the files can back, or for less than none of anything.
+
+    `where` names the config.
+    """
+    _check_experts(config, where)
     for key, value in _numbers(config):
+        if value < 0 and COUNTS.fullmatch(key):
+            raise SourceError(
+                f"{where}: {key} {value:,} is below 0; correct it, or take the config.json of the weights"
+            )
         if value <= FEW:
             continue
         if CLASSES.fullmatch(key):
@@ -64,6 +81,21 @@ def check_numbers(config: Json, where: str, look: Look) -> None:
             held = look()
             if value > _most_parts(held):
                 raise SourceError(f"{where}: {key} {value:,} is above {_most_parts(held):,}{_but(held)}")
+
+
+def _check_experts(config: Mapping[str, Any], where: str) -> None:
+    """Raise SourceError for a config, or one in it, that chooses more experts for a token than there are."""
+    counts = {key: value for key, value in config.items() if isinstance(value, int)}
+    there = next((name for name in EXPERTS if counts.get(name)), None)
+    for name in CHOSEN:
+        if there is not None and counts.get(name, 0) > counts[there]:
+            raise SourceError(
+                f"{where}: {name} {counts[name]:,} is above {counts[there]:,}, the {there}; correct it, or take the"
+                " config.json of the weights"
+            )
+    for inner in config.values():
+        if isinstance(inner, dict):
+            _check_experts(inner, where)
 
 
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
@@ -20,6 +20,12 @@ LARGEST_RANK = 1 << 31
 
 Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 31)]  # of an image or a tensor
 ImageSize: TypeAlias = Annotated[list[Size], Field(min_length=3, max_length=3)]
+Finite: TypeAlias = Annotated[float, Field(allow_inf_nan=False)]
+Positive: TypeAlias = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share: TypeAlias = Annotated[float, Field(gt=0, le=10, allow_inf_nan=False)]  # of an image that a crop keeps
+Interpolation: TypeAlias = Literal[
+    "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos"
+]  # of timm's transforms
 Names: TypeAlias = "str | list[str] | None"
 
 
@@ -66,12 +72,12 @@ class _Pretrained(_Open, total=False):
     test_input_size: ImageSize | None
     min_input_size: ImageSize | None
     fixed_input_size: bool | None
-    interpolation: str | None
-    crop_pct: Annotated[float, Field(gt=0, le=10)] | None
-    test_crop_pct: Annotated[float, Field(gt=0, le=10)] | None
+    interpolation: Interpolation | None
+    crop_pct: Share | None
+    test_crop_pct: Share | None
     crop_mode: str | None
-    mean: Annotated[list[float], Field(min_length=1)] | None
-    std: Annotated[list[float], Field(min_length=1)] | None
+    mean: Annotated[list[Finite], Field(min_length=1)] | None
+    std: Annotated[list[Positive], Field(min_length=1)] | None
     classifier: Names
     first_conv: Names
     label_names: list[str] | None
@@ -99,7 +105,7 @@ def check_config(file: Path, config: Json) -> None:
     lead = f"{file}: not a model's config"
     checked(_Config, config, lead)
     if isinstance(config.get("architecture"), str):
-        checked(_TimmConfig, config, lead)
+        checked(_TimmConfig, config, lead, finite=False)  # timm would compute with a NaN
     for path, inner in _objects(config):
         found = inner.get("quantization_config")
         if found is not None and not isinstance(found, dict):

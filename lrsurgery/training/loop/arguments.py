@@ -7,13 +7,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 from transformers import TrainingArguments as Arguments
 
 from lrsurgery.checkpoints.upstream.transformers import train_on_one_gpu_
 from lrsurgery.data.batches import Examples
-from lrsurgery.errors import RecipeError
+from lrsurgery.errors import Interrupted, RecipeError, SurgeryError
+from lrsurgery.modules import frames_after_ours
 from lrsurgery.runtime import pick_device
 from lrsurgery.training.recipe import OPTIMIZERS, Recipe
 
@@ -36,6 +38,17 @@ OWN_ARGUMENTS = {
     "load_best_model_at_end": "; use --best",
     "eval_strategy": "; use --eval-steps",
     "save_strategy": "; use --save-steps",
+}
+# numbers that --set can have -> the least that a library takes, which it may only find out in the middle of a run
+LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_prefetch_factor": 1,
+    "dataloader_num_workers": 0,
+    "seed": 0,
+    "data_seed": 0,
 }
 
 
@@ -102,32 +115,65 @@ def training_arguments(
 
 
 def _typed(name: str, value: object) -> object:
-    """The value of a field, as a number where its default is one. Raises RecipeError for another kind of value."""
+    """The value of a field, as a number where its default is one.
+
+    Raises RecipeError for a value of another type than the field's, of none of its choices or below its bound.
+    """
     default = Arguments.__dataclass_fields__[name].default
     if isinstance(default, bool):
         if not isinstance(value, bool):
             raise RecipeError(f"set {name}={value}: write true or false")
     elif isinstance(default, int | float) and not isinstance(value, int | float):
         try:
-            return float(str(value))  # YAML takes 1e-3 for text
+            value = float(str(value))  # YAML takes 1e-3 for text
         except ValueError as e:
             raise RecipeError(f"set {name}={value}: write a number") from e
+    _check_type(name, value)
+    choices = Arguments.__dataclass_fields__[name].metadata.get("choices")
+    if choices and value is not None and value not in choices:
+        raise RecipeError(f"set {name}={value}: choose one of {', '.join(map(str, choices))}")
+    if isinstance(value, int | float) and value < LEAST.get(name, value):
+        raise RecipeError(f"set {name}={value}: must be at least {LEAST[name]}")
     return value
+
+
+def _check_type(name: str, value: object) -> None:
+    """Raise RecipeError for a value that the annotation of a field of TrainingArguments does not allow."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic.errors import PydanticUserError
+
+    try:
+        hint = get_type_hints(Arguments)[name]
+        adapter: TypeAdapter[object] = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:  # a type that takes no further config
+        adapter = TypeAdapter(hint)
+    except NameError:  # an annotation that only a type checker can read
+        return
+    try:
+        adapter.validate_python(value)
+    except ValidationError as e:
+        said = [fault["msg"][:1].lower() + fault["msg"][1:] for fault in e.errors() if fault["type"] != "none_required"]
+        raise RecipeError(f"set {name}={str(value)[:60]}: {', or '.join(dict.fromkeys(said))}") from e
 
 
 @contextmanager
 def fitting(recipe: Recipe, *, only_set: bool = False) -> Iterator[None]:
     """Turn transformers' own refusal of settings into RecipeError, which names what was given with --set.
 
-    With `only_set` nothing else is at fault: without --set an error is no setting's and goes on as it is.
+    With `only_set` nothing else is at fault: without --set an error is no setting's and goes on as it is, and so does
+    one that comes out of other rooms of this package.
     """
     try:
         yield
-    except (ValueError, TypeError, ImportError, RuntimeError) as e:
-        if only_set and (not recipe.set or isinstance(e, torch.OutOfMemoryError)):
+    except (SurgeryError, Interrupted, OSError, torch.OutOfMemoryError):
+        raise
+    except Exception as e:  # of a dozen libraries, some of which find an odd value only in the first step
+        if only_set and (not recipe.set or not frames_after_ours(e)[0].startswith("training/loop/")):
             raise
         given = f" (set: {', '.join(recipe.set)})" if recipe.set else ""
-        raise RecipeError(f"the settings do not go together{given}: {' '.join(str(e).split())[:300]}") from e
+        said = str(e.args[0]) if isinstance(e, KeyError) and e.args else str(e)
+        kind = "" if isinstance(e, ValueError | ImportError | RuntimeError | KeyError) else f"{type(e).__name__}: "
+        raise RecipeError(f"the settings do not go together{given}: {kind}{' '.join(said.split())[:300]}") from e
 
 
 def _step_arguments(recipe: Recipe, total: int, judged: bool) -> dict[str, object]:

@@ -23,7 +23,7 @@ from lrsurgery.data.scores import distillation, measure_batch, summarise
 from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import RecipeError, TrainingError
 from lrsurgery.files.faults import disk_faults
-from lrsurgery.modules import for_model
+from lrsurgery.modules import for_model, model_faults
 from lrsurgery.progress import Listener
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.decay import FrobeniusDecay
@@ -98,12 +98,23 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
     # optimisation
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:
-        """As the Trainer's own. Raises RecipeError for a setting that needs a package which is not installed."""
+        """As the Trainer's own.
+
+        Raises RecipeError for a setting that needs a package which is not installed, or that --set gave and a library
+        refuses; SurgeryError for a model that cannot work on the data.
+        """
         self._resumed = Path(resume_from_checkpoint) if resume_from_checkpoint is not None else None
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except ImportError as e:
-            raise RecipeError(f"a setting needs a package: {' '.join(str(e).split())[:300]}") from e
+        with fitting(self.recipe, only_set=True), model_faults(self.subject.source.reference):
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except ImportError as e:
+                raise RecipeError(f"a setting needs a package: {' '.join(str(e).split())[:300]}") from e
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the Trainer's own. Raises as `train` does."""
+        with fitting(self.recipe, only_set=True), model_faults(self.subject.source.reference):
+            found: dict[str, float] = super().evaluate(*args, **kwargs)
+            return found
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         built: torch.optim.Optimizer | None = vars(self)["optimizer"]  # the Trainer's own attribute, set in its init
@@ -150,7 +161,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             )
             return found
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        with torch.no_grad():
+        with torch.no_grad(), model_faults(f"teacher {self.recipe.teacher}"):
             answers = self.teacher(**{k: v for k, v in for_model(self.teacher, inputs).items() if k != "labels"})
         assert labels is not None
         task, problem, temperature = self.subject.task, self.subject.problem, self.recipe.temperature
