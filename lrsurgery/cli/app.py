@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import unicodedata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -77,21 +77,23 @@ def root(
             import_file(expanded(file))
 
 
-def _at_home(options: Mapping[str, object]) -> dict[str, object]:
-    """The options of a command with the home folder in the place of `~`, be it in a path to read or to write."""
-    return {name: expanded(value) if isinstance(value, Path) else value for name, value in options.items()}
+def _at_home(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the home folder in the place of `~` in its paths, be they read or written."""
+
+    @functools.wraps(command)
+    def run(*args: object, **options: object) -> None:
+        command(*args, **{name: expanded(each) if isinstance(each, Path) else each for name, each in options.items()})
+
+    return run
 
 
-def _prepared(command: Callable[..., None]) -> Callable[..., None]:
-    """The command with paths of the home folder, and SurgeryError in place of EOFError.
-
-    Typer takes EOFError for Ctrl-D; no command asks anything.
-    """
+def _without_eof(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with SurgeryError in place of EOFError, which typer takes for Ctrl-D; no command asks anything."""
 
     @functools.wraps(command)
     def run(*args: object, **options: object) -> None:
         try:
-            command(*args, **_at_home(options))
+            command(*args, **options)
         except EOFError as e:
             raise SurgeryError(f"a file ends before its content does ({e}); --debug shows where it is read") from e
 
@@ -100,7 +102,7 @@ def _prepared(command: Callable[..., None]) -> Callable[..., None]:
 
 COMMANDS = (factorise, finetune, evaluate, report, bench, study, export, cache)
 for command in COMMANDS:
-    app.command()(_prepared(command))
+    app.command()(_without_eof(_at_home(command)))
 
 
 def main() -> None:
