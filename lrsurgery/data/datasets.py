@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from lrsurgery.data.text.files import COMPRESSED, plain_path, stream_text, table_options, without_mark
 from lrsurgery.errors import DataError
 from lrsurgery.files.digests import fingerprint
+from lrsurgery.text import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
@@ -112,7 +113,7 @@ def _open(
 ) -> Table | Splits:
     import datasets
 
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             loaded = datasets.load_from_disk(str(path))
@@ -302,7 +303,7 @@ def _classes_above(files: Sequence[Path], root: Path, every: bool) -> list[str]:
 
 
 def _match(pattern: str) -> list[Path]:
-    names = glob.glob(str(Path(pattern).expanduser()), recursive=True)
+    names = glob.glob(str(expanded(pattern)), recursive=True)
     return sorted(Path(name) for name in names if Path(name).is_file())
 
 
@@ -310,7 +311,7 @@ def digest_of(reference: str | None, split: str | None, subset: str | None) -> s
     """Fingerprint the data's files and the split, so that a resumed job notices a change; None stands for no data."""
     if reference is None:
         return fingerprint([], f"none {split} {subset}")
-    path = Path(reference).expanduser()
+    path = expanded(reference)
     files = files_in(path) if path.is_dir() else [path] if path.is_file() else []
     files = files or _match(reference)
     return fingerprint(files, f"{'' if files else reference} {split} {subset}", pieces=HASHED)

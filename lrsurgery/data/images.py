@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.batches import Batch, Example, seed_of
 from lrsurgery.errors import DataError, RecipeError
+from lrsurgery.text import expanded
 
 if TYPE_CHECKING:
     import datasets
@@ -275,7 +276,7 @@ class Images(Dataset[Example]):
         self._rows, self._column, self._labels, self._mode = rows, column, labels, how.mode
         self._transform = how.for_evaluation() if seed is None else how.for_training()
         self._reference, self._seed, self._epoch = reference, seed, 0
-        place = Path(reference).expanduser()
+        place = expanded(reference)
         self._folder = place if place.is_dir() else place.parent
 
     @property
@@ -350,7 +351,7 @@ def decode(value: Any, folder: Path) -> Image:
         elif path.startswith("file://"):
             path = url2pathname(urlsplit(path).path)
         if path is not None and "://" not in path:
-            places = (folder / path, Path(path).expanduser())  # an absolute path stays what it is
+            places = (folder / path, expanded(path))  # an absolute path stays what it is
             path = next((str(place) for place in places if place.is_file()), None)
         if path is None and data is None:
             raise FileNotFoundError(f"no such file in {folder} or the current folder")

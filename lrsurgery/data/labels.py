@@ -14,11 +14,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lrsurgery.errors import DataError
 from lrsurgery.files.json import parse_as
+from lrsurgery.text import expanded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -326,7 +326,7 @@ def read_label_map(file: str) -> dict[str, str | None]:
     """
     import csv
 
-    path = Path(file).expanduser()
+    path = expanded(file)
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".json":

@@ -309,3 +309,8 @@ def test_rows_of_packed_texts_are_refused(tmp_path: Path) -> None:
 def test_data_that_names_nothing(name: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_data(name)
+
+
+def test_the_home_of_nobody_is_a_name() -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        open_data("~no-such-user/rows.jsonl")
