@@ -144,7 +144,7 @@ def main() -> None:
             if not message:  # no arguments at all, for which help was printed
                 sys.exit(0)
             _fail(f"{message}. See {command} --help", 2, as_json)
-        if (fault := disk_fault(e)) is not None:
+        if (fault := disk_fault(e) or _memory_fault(e)) is not None:
             _fail(fault, 2, as_json)
         _fail(f"unexpected {type(e).__name__}: {e} (a bug; --debug shows where)", 1, as_json)
     if code == 130:  # typer's exit code for Ctrl-C, of which it says nothing
@@ -174,6 +174,16 @@ def _write_plainly() -> None:
 
 def _without_accent(character: str) -> str:
     return unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode() or "?"
+
+
+def _memory_fault(error: Exception) -> str | None:
+    """What to do about memory that is used up, of a GPU or of the machine; None for any other error."""
+    remedy = "lower --batch-size, --block-size or --samples"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be imported here
+        return f"the GPU's memory is used up; {remedy}, or add --device cpu ({' '.join(str(error).split())[:150]})"
+    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+        return f"the machine's memory is used up; {remedy} ({' '.join(str(error).split())[:150] or 'MemoryError'})"
+    return None
 
 
 def _fail(message: str, code: int, as_json: bool) -> None:

@@ -350,3 +350,27 @@ def test_an_output_of_the_library_may_begin_with_a_tilde(tmp_path: Path, monkeyp
     monkeypatch.setenv("HOME", str(tmp_path))
     assert with_name(Path("~/x")) == tmp_path / "x"
     assert with_name(Path("a/~")) == Path("a/~")
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the GPU's memory is used up; lower"),
+        (MemoryError(), "the machine's memory is used up; lower --batch-size"),
+        (
+            RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            "the machine's mem",
+        ),
+    ],
+)
+def test_memory_that_is_used_up_is_no_bug(
+    error: Exception, says: str, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr("lrsurgery.report.read.read_report", fail)
+    assert tiny.run("report", model) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"lrsurgery: {says}")
+    assert said.count("\n") == 1
