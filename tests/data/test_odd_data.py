@@ -314,3 +314,12 @@ def test_data_that_names_nothing(name: str, message: str) -> None:
 def test_the_home_of_nobody_is_a_name() -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         open_data("~no-such-user/rows.jsonl")
+
+
+def test_a_tokenizer_need_not_know_words_that_no_text_has(tmp_path: Path) -> None:
+    model = save_bert(tmp_path / "model")
+    tokenizer = Tokenizer(models.WordLevel({"[PAD]": 0, "good": 1, "film": 2}, "[NONE]"))  # type: ignore[call-arg]
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # type: ignore[assignment]
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]").save_pretrained(model)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": "good film", "label": 0}, {"text": "film", "label": 1}])
+    assert lrsurgery.evaluate(model, rows).values["scored"] == 2

@@ -47,7 +47,7 @@ def load_tokenizer(source: Source, trust_remote_code: bool = False) -> PreTraine
             f"{source.reference}: tokenizer_config.json: model_max_length {str(longest)[:40]}: write a number above 0"
         )
     try:
-        tokenizer(["a", "a b"], padding=tokenizer.pad_token_id is not None)
+        tokenizer([""], padding=tokenizer.pad_token_id is not None)  # it need not know any one word
     except Exception as e:  # settings of odd types show at the first use alone
         raise DataError(f"{source.reference}: its tokenizer does not work ({_cause(e)}); mend its files") from e
     return tokenizer
