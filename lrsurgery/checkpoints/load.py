@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -11,19 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrsurgery.checkpoints.build import build_model, timm_tensors
 from lrsurgery.checkpoints.mapping import check_plain, is_wide, key_map, unwrap_keys
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.tensors import RenamedSource, TensorSource, check_weights, open_tensors
 from lrsurgery.checkpoints.upstream.layouts import check_not_packed, check_shape, missing
-from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.linalg.factors import Factors
+from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.modules import Unfilled
-from lrsurgery.surgery.apply import factorised_layers, swap_
-from lrsurgery.surgery.layers import FactorisedLayer
+from lrsurgery.surgery.apply import check_orders, factorised_layers, swap_
+from lrsurgery.surgery.layers import FactorisedLayer, Stored, product_factors
 
 
 def load_model(
@@ -148,7 +147,11 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
 
     def reader(name: str, layer: FactorisedLayer) -> Callable[[torch.device], Factors]:
         parts = []
-        for place, wanted in ((f"{name}.u.weight", layer.u.weight), (f"{name}.v.weight", layer.v.weight)):
+        for place, wanted in (
+            (f"{name}.u.weight", layer.u.weight),
+            (f"{name}.v.weight", layer.v.weight),
+            *([] if layer.order is None else [(f"{name}.order", layer.order)]),
+        ):
             key = places.get(place)
             if key is None:
                 raise missing(source, place, places.values())
@@ -156,8 +159,14 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
             check_plain(source, key, dtype, wanted)
             check_shape(source, key, shape, tuple(wanted.shape))
             parts.append(key)
-        u, v = parts
-        return lambda device: layer.layout.to_matrices(tensors.read(u).to(device), tensors.read(v).to(device))
+
+        def read(device: torch.device) -> Factors:
+            u, v, *order = (tensors.read(key).to(device) for key in parts)
+            if order and not is_permutation(order[0]):
+                raise SourceError(f"{source.reference}: {parts[-1]} is no permutation, so the file is damaged")
+            return product_factors(layer.layout, Stored(u, v, *order), layer.side)
+
+        return read
 
     return FactorisedCheckpoint(model, modules, {name: reader(name, layer) for name, layer in modules.items()})
 
@@ -203,6 +212,7 @@ def load_timm(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
     for name in model.state_dict().keys() - state.keys():
         state[name] = torch.zeros((), dtype=torch.long)
     model.load_state_dict(state, assign=True)
+    check_orders(model)
     return (model.to(dtype) if dtype is not None else model).eval()
 
 
@@ -287,63 +297,3 @@ def _load_on_meta(folder: Path, unused: Collection[str], trust_remote_code: bool
     for what, keys in wrong.items():
         if keys:
             raise SourceError(f"{min(keys)} {what} the folder as {type(model).__name__} loads it")
-
-
-def check_outputs(
-    source: Source,
-    folder: Path,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    dtype: torch.dtype | None = None,
-    *,
-    trust_remote_code: bool = False,
-) -> str:
-    """Run a written folder and its dense source with the plan's own factors on the same random input; describe it.
-
-    `factors` maps layers to (u.weight, v.weight); `dtype` is the one that weights were converted to, if any.
-
-    Raises SurgeryError if the outputs differ by more than rounding.
-    """
-    found, wanted = (_load_wide(each, trust_remote_code) for each in (resolve(str(folder)), source))
-    modules = dict(wanted.named_modules())
-    layers = {name: layer for name, layer in factorised_layers(found).items() if name in factors}
-    biases = {name: modules[name].bias for name in layers}
-    swap_(wanted, {name: (layer.kind, layer.rank) for name, layer in layers.items()})
-    for name, layer in factorised_layers(wanted).items():
-        u, v = factors[name]
-        layer.u.weight, layer.v.weight = nn.Parameter(u.float()), nn.Parameter(v.float())
-        layer.u.bias = biases[name]  # type: ignore[assignment]
-    reason = ""
-    for inputs in sample_inputs(wanted):
-        try:
-            expected = outputs_of(wanted, inputs)
-        except Exception as e:  # of the model's own code, for inputs that it does not take
-            reason = " ".join(str(e).split())[:200]
-            continue
-        pairs = zip(outputs_of(found, inputs), expected, strict=True)
-        worst = max((_difference(a, b) for a, b in pairs), default=0.0)
-        limit = 1e-3 if dtype is None else 50 * torch.finfo(dtype).eps
-        if worst > limit:
-            raise SurgeryError(
-                f"{source.reference}: the output computes something else than the plan's own factors: they differ by"
-                f" {worst:.2g} of the largest value, where rounding explains {limit:.2g}; please report this model"
-            )
-        return f"--check: the output and the plan's own factors differ by {worst:.1g} of the largest value"
-    return f"--check: not done, since random inputs do not suit this model ({reason})"
-
-
-def _difference(found: Tensor, wanted: Tensor) -> float:
-    """Largest difference, relative to the largest value; infinite if other entries are finite."""
-    finite = wanted.isfinite()
-    if found.shape != wanted.shape or not torch.equal(found.isfinite(), finite):
-        return math.inf
-    if not finite.any():
-        return 0.0
-    wanted = wanted[finite]
-    return float((found[finite] - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
-
-
-def _load_wide(source: Source, trust_remote_code: bool) -> nn.Module:
-    """The model in fp32, in which rounding is small."""
-    if source.library == "timm":
-        return load_timm(source, torch.float32)
-    return load_model(source.folder or source.reference, dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -25,6 +25,7 @@ from lrsurgery.checkpoints.upstream.layouts import check_shape, holds_inner, mis
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.plan import Replacement
 
 SAMPLE = 64  # keys that tell whether a file is wrapped; a file has up to some 100,000
@@ -272,12 +273,22 @@ def _missing_keys_excused(checkpoint: Checkpoint) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Names:
-    """The keys under which one planned layer is written."""
+    """The keys under which one planned layer is written: those of its parts, which begin alike."""
 
-    u: str
-    v: str
-    bias: str
-    dense: str  # key of the tripwire
+    stem: str
+
+    def of(self, part: str) -> str:
+        """The key of one of `PARTS`, or of the dense "weight", which is that of the tripwire."""
+        return f"{self.stem}.{part}"
+
+
+PARTS = ("u.weight", "v.weight", "u.bias", "v.bias", "order")  # of a factorised layer, as in `Names`
+
+
+def _any_spec(row: Replacement) -> Spec:
+    """The layer at its rank, or at one that stands for a rank which its spectrum decides."""
+    rank = row.rank or 1
+    return Spec(row.kind, rank, row.side if rank < row.full_rank else None)
 
 
 def choose_names(
@@ -289,20 +300,17 @@ def choose_names(
 
     Factorises the skeleton, so call it last. Raises SurgeryError if transformers would rename both.
     """
-    swap_(checkpoint.model, {name: (row.kind, row.rank or 1) for name, row in rows.items()})
+    swap_(checkpoint.model, {name: _any_spec(row) for name, row in rows.items()})
     keys = key_map(checkpoint.source, checkpoint.model)
     chosen: dict[str, Names] = {}
     for entry in entries:
         layer = (entry.target or "").removesuffix(".weight")
         if layer == entry.target or layer not in aliases:
             continue
-        bias = f"{layer}.u.bias" in keys.state
+        parts = [part for part in PARTS if f"{layer}.{part}" in keys.state]
         for stem in (entry.key.removesuffix(".weight"), layer):
-            names = Names(f"{stem}.u.weight", f"{stem}.v.weight", f"{stem}.u.bias", f"{stem}.weight")
-            wanted = {names.u: f"{layer}.u.weight", names.v: f"{layer}.v.weight"}
-            wanted |= {names.bias: f"{layer}.u.bias"} if bias else {}
-            if all(keys.target(key) == (place, None) for key, place in wanted.items()):
-                chosen[layer] = names
+            if all(keys.target(Names(stem).of(part)) == (f"{layer}.{part}", None) for part in parts):
+                chosen[layer] = Names(stem)
                 break
         else:
             raise SurgeryError(f"{layer}: transformers would rename its factors on loading; add --exclude '{layer}'")

@@ -1,29 +1,33 @@
-"""Output folders of models: companion files, config.json, weights."""
+"""Output folders of models: companion files, config.json, weights in shards that are written tensor by tensor."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lrsurgery.checkpoints.mapping import is_transformers_model, with_tripwire
 from lrsurgery.checkpoints.source import ADAPTER_FILES, Source, check_inside
-from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
-from lrsurgery.checkpoints.upstream.forms import FORMAT_VERSION, METHOD, Modules
+from lrsurgery.checkpoints.tensors import SAFETENSORS_NAMES, HeaderEntry
+from lrsurgery.checkpoints.upstream.forms import METHOD, Modules, layers_entry
 from lrsurgery.errors import OutputError, SourceError
+from lrsurgery.files.digests import as_bytes
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.locks import locked
 from lrsurgery.files.marks import MARK
 from lrsurgery.files.writing import check_free, staged, with_name, write_text
-from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.apply import factorised_layers, specs_of
+from lrsurgery.surgery.layers import Spec
 from lrsurgery.text import expanded
 
 COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".py", ".spm", ".vocab", ".tiktoken")
@@ -117,19 +121,15 @@ def _module_folders(folder: Path) -> list[Path]:
 
 
 def output_config(
-    source: Source, model: nn.Module, layers: Mapping[str, tuple[str, int]], dtype: torch.dtype | None = None
+    source: Source, model: nn.Module, layers: Mapping[str, Spec], dtype: torch.dtype | None = None
 ) -> Json:
-    """Make the output's config.json from the source's; `layers` maps factorised layers to (kind, rank)."""
+    """Make the output's config.json from the source's; `layers` are the factorised ones."""
     config: Json = json.loads(json.dumps(source.config))
     if source.library == "timm":
         config = _timm_output_config(source, model, config)
     config.pop("quantization_config", None)
     if layers:
-        config["quantization_config"] = {
-            "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
-            "layers": {name: {"kind": kind, "rank": rank} for name, (kind, rank) in layers.items()},
-        }
+        config["quantization_config"] = {"quant_method": METHOD, **layers_entry(layers)}
     if dtype is not None and source.library == "transformers":
         config.pop("torch_dtype", None)
         config["dtype"] = str(dtype).removeprefix("torch.")
@@ -195,5 +195,144 @@ def save_model(module: nn.Module, folder: str | Path, *, overwrite: bool = False
                 " safetensors, or call densify_ and save it as a dense model"
             )
         source = Source(known["architecture"], "timm", {"architecture": known["architecture"]}, None, ())
-        layers = {name: (layer.kind, layer.rank) for name, layer in factorised_layers(module).items()}
-        write_timm(module, output_config(source, module, layers), stage)
+        write_timm(module, output_config(source, module, specs_of(module)), stage)
+
+
+class ShardWriter:
+    """Writer of safetensors shards, tensor by tensor, with at most one tensor in memory.
+
+    The safetensors library needs all tensors of a file in memory. This class writes the same format one tensor at a
+    time, with a header padded with spaces, which the format allows. Tensors must come in descending order of item size,
+    so that each is aligned without gaps; small ones that come too late for that go in front, into the header's padding.
+    """
+
+    def __init__(self, folder: Path, *, shard_size: int, stem: str = "model", in_front: int = 0) -> None:
+        """`in_front` is about how many bytes will be added in front: with room for them, no shard is moved."""
+        self._reserved = self.HEADER_BYTES + -(-in_front // 4096) * 4096
+        self._front: dict[str, Tensor] = {}  # of the open shard
+        self._folder = folder
+        self._limit = shard_size
+        self._stem = stem
+        self._file: IO[bytes] | None = None
+        self._shards: list[tuple[Path, dict[str, HeaderEntry], int]] = []
+        self._item_size = 16
+        self._names: set[str] = set()
+
+    HEADER_BYTES = 1 << 16  # a shard with a longer header is rewritten
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor under a new name."""
+        self.add_slices(name, tensor.dtype, tuple(tensor.shape), [tensor])
+
+    def add_slices(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], slices: Iterable[Tensor]) -> None:
+        """Append a tensor from slices: its elements in order, of this dtype, that fill this shape."""
+        assert name not in self._names, name
+        assert dtype.itemsize <= self._item_size, f"{name}: tensors must come in descending item size"
+        self._names.add(name)
+        self._item_size = dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
+        if self._file is None or (self._shards[-1][2] and self._shards[-1][2] + size > self._limit):
+            self._close_shard()
+            path = self._folder / f"{self._stem}-{len(self._shards) + 1:05d}.partial"
+            self._file = path.open("wb")
+            self._file.seek(self._reserved)
+            self._shards.append((path, {}, 0))
+        path, entries, offset = self._shards[-1]
+        written = 0
+        for part in slices:
+            if part.numel():
+                assert part.dtype == dtype, name
+                written += self._file.write(as_bytes(part.detach().cpu()))
+        assert written == size, name
+        entries[name] = HeaderEntry(
+            dtype=SAFETENSORS_NAMES[dtype], shape=list(shape), data_offsets=[offset, offset + size]
+        )
+        self._shards[-1] = (path, entries, offset + size)
+
+    def add_in_front(self, name: str, tensor: Tensor) -> None:
+        """Add a small tensor, whatever its item size, in front of the shard that the last `add` went to."""
+        assert name not in self._names, name
+        assert tensor.dtype.itemsize <= 4, name  # so that any number of them is aligned
+        assert self._file is not None, "the first tensor of a shard cannot be in front of another"
+        self._names.add(name)
+        self._front[name] = tensor.detach().cpu()
+
+    def _take_front(self) -> bytes:
+        """The bytes in front of the open shard, whose entries now count from their beginning."""
+        path, entries, size = self._shards[-1]
+        front: dict[str, HeaderEntry] = {}
+        content = b""
+        for name, tensor in sorted(self._front.items(), key=lambda item: -item[1].dtype.itemsize):
+            begin = len(content)
+            content += bytes(as_bytes(tensor))
+            offsets = [begin, len(content)]
+            front[name] = HeaderEntry(
+                dtype=SAFETENSORS_NAMES[tensor.dtype], shape=list(tensor.shape), data_offsets=offsets
+            )
+        for entry in entries.values():
+            entry["data_offsets"] = [at + len(content) for at in entry["data_offsets"]]
+        self._shards[-1] = (path, {**front, **entries}, size + len(content))
+        self._front = {}
+        return content
+
+    def _close_shard(self) -> None:
+        if self._file is None:
+            return
+        front = self._take_front()
+        path, entries, _ = self._shards[-1]
+        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+        room = self._reserved - 8 - len(front)
+        if len(header) > room:  # thousands of tensors: copy the shard behind a larger header
+            room = -(-(len(header) + 8 + len(front)) // 4096) * 4096 - 8 - len(front)
+            self._file.close()
+            moved = path.with_suffix(".moved")
+            with path.open("rb") as old, moved.open("wb") as new:
+                old.seek(self._reserved)
+                new.seek(room + 8 + len(front))
+                while chunk := old.read(1 << 24):
+                    new.write(chunk)
+            moved.replace(path)
+            self._file = path.open("r+b")
+        self._file.seek(0)
+        self._file.write(struct.pack("<Q", room) + header.ljust(room) + front)
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._file = None
+
+    def finish(self) -> int:
+        """Rename the shards, write the index if there are several, and return the bytes of all tensors."""
+        self._close_shard()
+        total = sum(size for _, _, size in self._shards)
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, (path, entries, _) in enumerate(self._shards, 1):
+            name = (
+                f"{self._stem}.safetensors" if count == 1 else f"{self._stem}-{number:05d}-of-{count:05d}.safetensors"
+            )
+            path.rename(self._folder / name)
+            weight_map.update(dict.fromkeys(entries, name))
+        if count > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_text(self._folder / f"{self._stem}.safetensors.index.json", json_text(index))
+        return total
+
+    def close(self) -> None:
+        """Close the open file without finishing it."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def in_write_order(items: list[tuple[torch.dtype, str]]) -> Iterator[str]:
+    """Yield names in the order that `ShardWriter` needs: wide dtypes first, then natural order of names."""
+
+    def place(part: str) -> tuple[int, int, str]:
+        is_number = part.isascii() and part.isdigit() and len(part) < 20
+        return (0, int(part), "") if is_number else (1, 0, part)
+
+    def natural(name: str) -> list[tuple[int, int, str]]:
+        return [place(part) for part in name.split(".")]
+
+    for _, name in sorted(items, key=lambda item: (-item[0].itemsize, natural(item[1]))):
+        yield name

@@ -23,11 +23,19 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrsurgery.checkpoints.mapping import with_tripwire
 from lrsurgery.checkpoints.tensors import check_weights
-from lrsurgery.checkpoints.upstream.forms import FORMAT_VERSION, METHOD, LayerSpec, check_layers
+from lrsurgery.checkpoints.upstream.forms import (
+    FORMAT_VERSION,
+    METHOD,
+    LayerSpec,
+    check_layers,
+    layers_entry,
+    specs_from,
+)
 from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.files.json import check_version
-from lrsurgery.surgery.apply import densify_layers_, factorised_layers, swap_
+from lrsurgery.surgery.apply import check_orders, densify_layers_, factorised_layers, specs_of, swap_
+from lrsurgery.surgery.layers import Spec
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -44,6 +52,15 @@ class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format_version = format_version
         self.layers = check_layers(layers)
 
+    @classmethod
+    def of(cls, specs: Mapping[str, Spec]) -> LowRankConfig:
+        return cls(**layers_entry(specs))
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """The factorised layers."""
+        return specs_from(self.layers)
+
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swap layers on the meta device before weights are loaded, and add the tripwire on saving."""
@@ -57,11 +74,11 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if checkpoint_files:  # none, if weights are given in memory
             files = [Path(file) for file in checkpoint_files]
             check_weights(files[0].parent, [*files, Path("config.json")])
-        layers = match_names(model, self.quantization_config.layers)
+        layers = match_names(model, self.quantization_config.specs)
         tripwires = {f"{name}.weight" for name in self.quantization_config.layers}
-        swap_(model, {name: (spec["kind"], spec["rank"]) for name, spec in layers.items()})
+        swap_(model, layers)
         # an AutoModel loaded from a checkpoint with a head, or the reverse, has other names than the config
-        self.quantization_config = LowRankConfig(config_names(model, layers))
+        self.quantization_config = LowRankConfig.of(config_names(model, layers))
         ignore_tripwires(model, tripwires)
         self._shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         return model
@@ -75,6 +92,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(shape)}; take the config.json"
                     " and the weights of one model"
                 )
+        check_orders(model)
         keep_names_plain(model, [f"{name}.weight" for name in factorised_layers(model)])
         return model
 
@@ -106,7 +124,7 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(LowRankQuantizer)
 
 
-def match_names(model: PreTrainedModel, layers: Mapping[str, LayerSpec]) -> dict[str, LayerSpec]:
+def match_names(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Spec]:
     """Rename layers to their names in `model`, which may be the base model of the checkpoint's class or the reverse.
 
     Transformers' loader decides where a layer's tensors go. Where it drops them, as it drops the heads of a checkpoint
@@ -116,7 +134,7 @@ def match_names(model: PreTrainedModel, layers: Mapping[str, LayerSpec]) -> dict
     """
     modules, keys = dict(model.named_modules()), KeyMap(model)
     prefix = model.base_model_prefix + "."
-    matched: dict[str, LayerSpec] = {}
+    matched: dict[str, Spec] = {}
     left_out: list[str] = []
     for name, spec in layers.items():
         loaded = (keys.target(f"{name}.weight")[0] or "").removesuffix(".weight")
@@ -134,7 +152,7 @@ def match_names(model: PreTrainedModel, layers: Mapping[str, LayerSpec]) -> dict
     return matched
 
 
-def config_names(model: PreTrainedModel, layers: dict[str, LayerSpec]) -> dict[str, LayerSpec]:
+def config_names(model: PreTrainedModel, layers: dict[str, Spec]) -> dict[str, Spec]:
     """Rename layers to their names in config.json: those of the model class, or timm's for a wrapped timm model."""
     if model.config.model_type != "timm_wrapper":
         return layers
@@ -153,8 +171,7 @@ def ignore_tripwires(model: PreTrainedModel, names: set[str]) -> None:
 
 def attach_(model: nn.Module) -> None:
     """Make `save_pretrained` of a model factorised in memory write a factorised checkpoint."""
-    layers = {name: LayerSpec(kind=layer.kind, rank=layer.rank) for name, layer in factorised_layers(model).items()}
-    quantizer = LowRankQuantizer(LowRankConfig(config_names(model, layers)))
+    quantizer = LowRankQuantizer(LowRankConfig.of(config_names(model, specs_of(model))))
     quantizer_owner: Any = model
     quantizer_owner.hf_quantizer = quantizer
     quantizer_owner.is_quantized = True

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
-from lrsurgery.checkpoints.upstream.forms import METHOD, Index, check_config, check_layers, quantisations
+from lrsurgery.checkpoints.upstream.forms import METHOD, Index, check_config, check_layers, quantisations, specs_from
 from lrsurgery.errors import SourceError
 from lrsurgery.files.digests import check_files
 from lrsurgery.files.json import Json, read_as, read_json
+from lrsurgery.surgery.layers import Spec
 from lrsurgery.text import expanded
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # of weights in a folder
@@ -77,10 +78,9 @@ class Source:
         return self.quant_method == METHOD
 
     @property
-    def layers(self) -> dict[str, tuple[str, int]]:
-        """Factorised layer -> (kind, rank). Raises SourceError for a malformed config."""
-        specs = check_layers((self.config.get("quantization_config") or {}).get("layers"))
-        return {name: (spec["kind"], spec["rank"]) for name, spec in specs.items()}
+    def layers(self) -> dict[str, Spec]:
+        """The factorised layers. Raises SourceError for a malformed config."""
+        return specs_from(check_layers((self.config.get("quantization_config") or {}).get("layers")))
 
     @property
     def has_code(self) -> bool:

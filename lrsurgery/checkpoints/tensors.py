@@ -1,23 +1,18 @@
-"""Lazy reading of sharded checkpoints, and writing of safetensors shards one tensor at a time."""
+"""Lazy reading of sharded checkpoints."""
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from typing_extensions import TypedDict
 
 from lrsurgery.errors import SourceError
-from lrsurgery.files.digests import as_bytes, check_files
-from lrsurgery.files.json import json_text
-from lrsurgery.files.writing import write_text
+from lrsurgery.files.digests import check_files
 
 SAFETENSORS_NAMES = {
     torch.float64: "F64",
@@ -50,7 +45,7 @@ def in_slices(tensor: Tensor) -> Iterator[Tensor]:
     return iter(tensor.contiguous().reshape(-1).split(SLICE_BYTES // tensor.element_size()))  # type: ignore[no-untyped-call]
 
 
-class _Entry(TypedDict):
+class HeaderEntry(TypedDict):
     """A tensor in the header of a safetensors file."""
 
     dtype: str
@@ -99,7 +94,7 @@ class SafetensorsSource:
     def __init__(self, files: list[Path]) -> None:
         from safetensors import SafetensorError, safe_open
 
-        self._where: dict[str, tuple[Path, int, _Entry]] = {}  # key -> file, offset of its data, header entry
+        self._where: dict[str, tuple[Path, int, HeaderEntry]] = {}  # key -> file, offset of its data, header entry
         for file in files:
             try:
                 with safe_open(file, framework="pt"):
@@ -228,111 +223,3 @@ def open_tensors(files: list[Path]) -> TensorSource:
     from lrsurgery.checkpoints.upstream.pickles import read_pickles
 
     return DictSource(*read_pickles(files))
-
-
-class ShardWriter:
-    """Writer of safetensors shards, tensor by tensor, with at most one tensor in memory.
-
-    The safetensors library needs all tensors of a file in memory. This class writes the same format one tensor at a
-    time, with a header padded with spaces, which the format allows. Tensors must come in descending order of item size,
-    so that each is aligned without gaps.
-    """
-
-    def __init__(self, folder: Path, *, shard_size: int, stem: str = "model") -> None:
-        self._folder = folder
-        self._limit = shard_size
-        self._stem = stem
-        self._file: IO[bytes] | None = None
-        self._shards: list[tuple[Path, dict[str, _Entry], int]] = []
-        self._item_size = 16
-        self._names: set[str] = set()
-
-    HEADER_BYTES = 1 << 16  # a shard with a longer header is rewritten
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor under a new name."""
-        self.add_slices(name, tensor.dtype, tuple(tensor.shape), [tensor])
-
-    def add_slices(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], slices: Iterable[Tensor]) -> None:
-        """Append a tensor from slices: its elements in order, of this dtype, that fill this shape."""
-        assert name not in self._names, name
-        assert dtype.itemsize <= self._item_size, f"{name}: tensors must come in descending item size"
-        self._names.add(name)
-        self._item_size = dtype.itemsize
-        size = math.prod(shape) * dtype.itemsize
-        if self._file is None or (self._shards[-1][2] and self._shards[-1][2] + size > self._limit):
-            self._close_shard()
-            path = self._folder / f"{self._stem}-{len(self._shards) + 1:05d}.partial"
-            self._file = path.open("wb")
-            self._file.seek(self.HEADER_BYTES)
-            self._shards.append((path, {}, 0))
-        path, entries, offset = self._shards[-1]
-        written = 0
-        for part in slices:
-            if part.numel():
-                assert part.dtype == dtype, name
-                written += self._file.write(as_bytes(part.detach().cpu()))
-        assert written == size, name
-        entries[name] = _Entry(dtype=SAFETENSORS_NAMES[dtype], shape=list(shape), data_offsets=[offset, offset + size])
-        self._shards[-1] = (path, entries, offset + size)
-
-    def _close_shard(self) -> None:
-        if self._file is None:
-            return
-        path, entries, _ = self._shards[-1]
-        header = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
-        room = self.HEADER_BYTES - 8
-        if len(header) > room:  # thousands of tensors: copy the shard behind a larger header
-            room = -(-(len(header) + 8) // 4096) * 4096 - 8
-            self._file.close()
-            moved = path.with_suffix(".moved")
-            with path.open("rb") as old, moved.open("wb") as new:
-                old.seek(self.HEADER_BYTES)
-                new.seek(room + 8)
-                while chunk := old.read(1 << 24):
-                    new.write(chunk)
-            moved.replace(path)
-            self._file = path.open("r+b")
-        self._file.seek(0)
-        self._file.write(struct.pack("<Q", room) + header.ljust(room))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        self._file = None
-
-    def finish(self) -> int:
-        """Rename the shards, write the index if there are several, and return the bytes of all tensors."""
-        self._close_shard()
-        total = sum(size for _, _, size in self._shards)
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, (path, entries, _) in enumerate(self._shards, 1):
-            name = (
-                f"{self._stem}.safetensors" if count == 1 else f"{self._stem}-{number:05d}-of-{count:05d}.safetensors"
-            )
-            path.rename(self._folder / name)
-            weight_map.update(dict.fromkeys(entries, name))
-        if count > 1:
-            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-            write_text(self._folder / f"{self._stem}.safetensors.index.json", json_text(index))
-        return total
-
-    def close(self) -> None:
-        """Close the open file without finishing it."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-
-def in_write_order(items: list[tuple[torch.dtype, str]]) -> Iterator[str]:
-    """Yield names in the order that `ShardWriter` needs: wide dtypes first, then natural order of names."""
-
-    def place(part: str) -> tuple[int, int, str]:
-        is_number = part.isascii() and part.isdigit() and len(part) < 20
-        return (0, int(part), "") if is_number else (1, 0, part)
-
-    def natural(name: str) -> list[tuple[int, int, str]]:
-        return [place(part) for part in name.split(".")]
-
-    for _, name in sorted(items, key=lambda item: (-item[0].itemsize, natural(item[1]))):
-        yield name

@@ -8,13 +8,24 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.errors import PlanError, SurgeryError
+from lrsurgery.linalg.factors import Factors, balance
 from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
+from lrsurgery.linalg.pivot import Side, is_permutation
 from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.kinds import KINDS
-from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight, factor_weights
+from lrsurgery.surgery.layers import (
+    FactorisedLayer,
+    Spec,
+    Stored,
+    build_dense,
+    dense_weight,
+    factor_weights,
+    side_for,
+    split_bias,
+)
 from lrsurgery.surgery.plan import Plan, Replacement
 
 
@@ -31,13 +42,18 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     References(model).replace_(old, new)
 
 
-def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
-    """Replace dense layers, name -> (kind, rank), by factorised ones with weights on the meta device.
+def specs_of(model: nn.Module) -> dict[str, Spec]:
+    """What each factorised layer of a model is, by name."""
+    return {name: layer.spec for name, layer in factorised_layers(model).items()}
 
-    Raises PlanError for an unknown name or kind, or for a layer of another kind.
+
+def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
+    """Replace dense layers by factorised ones with weights on the meta device.
+
+    Raises PlanError for an unknown name or kind, or for a layer of another kind or without such a form.
     """
     modules, references = dict(model.named_modules()), References(model)
-    for name, (kind_name, rank) in layers.items():
+    for name, (kind_name, rank, side) in layers.items():
         kind = KINDS.get(kind_name)
         if kind is None:
             raise PlanError(f"{name}: unknown kind '{kind_name}'; known: {', '.join(KINDS)}")
@@ -49,8 +65,10 @@ def swap_(model: nn.Module, layers: Mapping[str, tuple[str, int]]) -> None:
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind_name} layer")
         if rank > (full := min(kind.matrix_shape(weight.shape))):
             raise PlanError(f"{name}: rank {rank} exceeds {full}, the full rank of {tuple(weight.shape)}")
+        if side is not None and (side not in kind.sides(dense) or rank == full):
+            raise PlanError(f"{name}: a {type(dense).__name__} of rank {rank} has no pivots among its {side}")
         with Unfilled():
-            new = kind.build(dense, rank)
+            new = kind.make(dense, rank, side)
         if not weight.requires_grad:
             new.requires_grad_(False)
         references.replace_(dense, new)
@@ -130,14 +148,14 @@ def apply_plan_(
     """
     modules, references = dict(model.named_modules()), References(model)
 
-    def factors_of(row: Replacement) -> tuple[Tensor, Tensor]:
+    def factors_of(row: Replacement) -> Stored:
         weight: Tensor = modules[row.name].weight.detach()
         if weight.is_meta:
             raise PlanError(f"{row.name}: its weight is on the meta device; load the model first")
         decomposition = decompose(
             row, weight.to(device or weight.device), init=init, seed=seed, metric=metric_of(row.name), svd=svd
         )
-        return factor_weights(row.layout, weight, decomposition.factors)
+        return factor_weights(row.layout, weight, decomposition.factors, row.pivots)
 
     weights: list[Tensor] = [modules[row.name].weight for row in plan.replacements]
     on_cpu = all((device or weight.device).type == "cpu" for weight in weights)
@@ -146,15 +164,12 @@ def apply_plan_(
         decomposition_bytes(row, weight.element_size()) for row, weight in zip(plan.replacements, weights, strict=True)
     ]
     factors = compute.in_order(factors_of, plan.replacements, needs)
-    for row, (u, v) in zip(plan.replacements, factors, strict=True):
+    for row, stored in zip(plan.replacements, factors, strict=True):
         dense = modules[row.name]
         assert row.rank is not None
         with Unfilled():
-            new = row.layout.build(dense, row.rank)
-        new.u.weight = nn.Parameter(u, requires_grad=dense.weight.requires_grad)
-        new.v.weight = nn.Parameter(v, requires_grad=dense.weight.requires_grad)
-        if dense.bias is not None:
-            new.u.bias = dense.bias
+            new = row.layout.make(dense, row.rank, row.pivots)
+        fill_(new, stored, dense.bias, dense.weight.requires_grad)
         references.replace_(dense, new)
 
 
@@ -165,5 +180,64 @@ def densify_layers_(model: nn.Module) -> None:
         with Unfilled():
             dense = build_dense(layer)
         dense.weight = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)
-        dense.bias = layer.u.bias  # type: ignore[assignment]
+        if layer.bias is not None:
+            dense.bias = layer.bias if layer.side is None else nn.Parameter(layer.bias.detach())
         references.replace_(layer, dense)
+
+
+def check_orders(model: nn.Module) -> None:
+    """Raise PlanError that names a pivoted layer whose order, read from a file, is no permutation."""
+    for name, layer in factorised_layers(model).items():
+        order = layer.order
+        if order is not None and not order.is_meta and not is_permutation(order):
+            raise PlanError(f"{name}.order: is no permutation of {len(order):,} places, so the file is damaged")
+
+
+def pivot_layers_(model: nn.Module) -> None:
+    """Put every factorised layer below full rank into the pivoted form, which stores rank^2 numbers less.
+
+    The layers stay the same modules, with new `u` and `v`; the outputs are the same up to rounding. Layers of kinds
+    without that form, and layers that have it, stay as they are. Create optimizers afterwards.
+    """
+    for layer in factorised_layers(model).values():
+        if layer.side is not None or layer.rank == min(layer.matrix_shape):
+            continue
+        with Unfilled():
+            side = side_for(layer.layout, build_dense(layer), layer.matrix_shape)
+        if side is not None:
+            reform_(layer, side)
+
+
+def balance_layers_(model: nn.Module) -> None:
+    """Put every factorised layer into the balanced form, u^T u = v v^T; see `pivot_layers_`."""
+    for layer in factorised_layers(model).values():
+        if layer.side is not None:
+            reform_(layer, None)
+
+
+@torch.no_grad()
+def reform_(layer: FactorisedLayer, side: Side | None) -> None:
+    """Give a layer another form in place: pivots on a side, or balanced (None). Works in fp64 and rounds once."""
+    held, bias = layer.u.weight, layer.bias
+    wide = Factors(*(factor.double() for factor in layer.factors))
+    with Unfilled():
+        dense = build_dense(layer)
+        new = layer.layout.make(dense, layer.rank, side)
+    stored = factor_weights(layer.layout, dense.weight, balance(wide) if side is None else wide, side)  # type: ignore[arg-type]
+    fill_(new, stored, bias, held.requires_grad)
+    layer.u, layer.v, layer.order, layer.side = new.u, new.v, stored.order, side
+    layer.train(layer.training)
+
+
+def fill_(layer: FactorisedLayer, stored: Stored, bias: Tensor | None, trained: bool) -> None:
+    """Give a layer on the meta device its tensors; `bias` is the dense one, which a balanced layer takes as it is."""
+    layer.u.weight = nn.Parameter(stored.u, requires_grad=trained)
+    layer.v.weight = nn.Parameter(stored.v, requires_grad=trained)
+    layer.order = stored.order
+    if bias is None:
+        return
+    parts = split_bias(layer.layout, bias.detach(), stored, layer.side)
+    for module, part in zip((layer.v, layer.u), parts, strict=True):
+        if part is not None:
+            is_itself = isinstance(bias, nn.Parameter) and part.data_ptr() == bias.data_ptr()
+            module.bias = bias if is_itself else nn.Parameter(part, requires_grad=trained)

@@ -96,7 +96,8 @@ class Layer:
     """The options of one layer: to stay dense without loss, or one of `ranks`, ascending and possibly empty.
 
     `tails` (full rank + 1,) is float64 and non-increasing: entry r is the loss at rank r, in any unit that is additive
-    over layers. `dense_cost` and `rank_cost` (per unit of rank) are in the unit of the budget.
+    over layers. `dense_cost`, `rank_cost` (per unit of rank) and `saving` (of the pivoted form, per unit of rank
+    squared) are in the unit of the budget.
     """
 
     name: str
@@ -104,11 +105,16 @@ class Layer:
     rank_cost: int
     ranks: Sequence[int]
     tails: Tensor
+    saving: int = 0
+
+    def cost(self, rank: int) -> int:
+        """The cost of a rank."""
+        return rank * self.rank_cost - rank * rank * self.saving
 
 
 def cheapest(layers: Sequence[Layer]) -> int:
     """The smallest feasible budget: every layer at its lowest rank, or dense if that costs less."""
-    return sum(min([layer.dense_cost, *(rank * layer.rank_cost for rank in layer.ranks[:1])]) for layer in layers)
+    return sum(min([layer.dense_cost, *(layer.cost(rank) for rank in layer.ranks[:1])]) for layer in layers)
 
 
 def allocate(layers: Sequence[Layer], budget: float) -> dict[str, int | None]:
@@ -152,7 +158,7 @@ class _Menu(NamedTuple):
 def _menu(layer: Layer) -> _Menu:
     ranks = np.array(layer.ranks, dtype=np.int64)
     tails = layer.tails.detach().cpu().double().numpy()
-    costs = np.concatenate([[layer.dense_cost], ranks * layer.rank_cost])
+    costs = np.concatenate([[layer.dense_cost], ranks * layer.rank_cost - ranks * ranks * layer.saving])
     losses = np.concatenate([[0.0], tails[ranks].clip(min=0)])
     kept = _drop_dominated(costs, losses)
     names = [None, *layer.ranks]

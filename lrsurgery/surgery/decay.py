@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lrsurgery.errors import SurgeryError
 from lrsurgery.linalg.factors import working_dtype
+from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.apply import factorised_layers
 
 # Layers of equal shape with at most this many parameters in both factors are batched into one product.
@@ -22,28 +23,35 @@ GROUPED = 16384
 Pair: TypeAlias = "tuple[Tensor, Tensor]"
 
 
-def frobenius_gradients(u: Tensor, v: Tensor) -> Pair:
+def frobenius_gradients(u: Tensor, v: Tensor, side: Side | None = None) -> Pair:
     """Gradients of (1/2) ||U V||_F^2: U (V V^T) and (U^T U) V, in O((m + n) r^2) without forming the product.
 
     `u` (out, rank, ...) and `v` (rank, ...) are the weights of a factorised layer of any kind. Computes and returns
     fp32 or wider, in the weights' shapes.
 
+    Of a pivoted layer the product holds the kept part beside U V. On the side of the rows that is V, so its square is
+    ||V||_F^2 + ||U V||_F^2 and U^T U + 1 takes the place of U^T U; of the columns it is U, and V V^T + 1.
+
     Source: Khodak et al. 2021 (arXiv 2105.01029); Kamalakara et al. 2022 (arXiv 2209.13569).
     """
-    return _gradients(u, v, 0)
+    return _gradients(u, v, 0, side)
 
 
-def _gradients(u: Tensor, v: Tensor, stacked: int) -> Pair:
+def _gradients(u: Tensor, v: Tensor, stacked: int, side: Side | None = None) -> Pair:
     """As `frobenius_gradients`, for weights with `stacked` leading batch axes (0 or 1)."""
     columns = v.detach().to(working_dtype(v.dtype)).flatten(stacked + 1)
     rows = u.detach().to(working_dtype(u.dtype))
     # (positions, ..., out, rank) of a spatial conv: FSDP2 shards `out` unevenly, so `out` stays an axis of its own
     spatial = u.shape[stacked + 2 :].numel() > 1
     rows = rows.flatten(stacked + 2).movedim(-1, 0) if spatial else rows.flatten(stacked + 1)
-    of_u = rows @ (columns @ columns.mT)
+    of_u = rows @ _plus_one(columns @ columns.mT, side == "columns")
     inner = rows.mT @ rows
-    of_v = (inner.sum(0) if spatial else inner) @ columns
+    of_v = _plus_one(inner.sum(0) if spatial else inner, side == "rows") @ columns
     return (of_u.movedim(0, -1) if spatial else of_u).view_as(u), of_v.view_as(v)
+
+
+def _plus_one(square: Tensor, wanted: bool) -> Tensor:
+    return square + torch.eye(square.shape[-1], dtype=square.dtype, device=square.device) if wanted else square
 
 
 class FrobeniusDecay:
@@ -95,12 +103,12 @@ class FrobeniusDecay:
         if found_inf is not None and bool(found_inf):
             return
         groups = {id(p): g for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
-        for us, vs in self._group_alike(groups):
+        for us, vs, side in self._group_alike(groups):
             if len(us) == 1:
-                of_u, of_v = frobenius_gradients(us[0], vs[0])
+                of_u, of_v = frobenius_gradients(us[0], vs[0], side)
                 gradients = [[of_u], [of_v]]
             else:
-                gradients = [list(g.unbind()) for g in _gradients(torch.stack(us), torch.stack(vs), 1)]
+                gradients = [list(g.unbind()) for g in _gradients(torch.stack(us), torch.stack(vs), 1, side)]
             for factors, of_factors in zip((us, vs), gradients, strict=True):
                 group = groups.get(id(factors[0]))
                 if group is None:
@@ -110,9 +118,9 @@ class FrobeniusDecay:
                 else:
                     _add_([f.grad for f in factors], of_factors, self.strength * (1 if scale is None else scale))
 
-    def _group_alike(self, groups: dict[int, dict[str, Any]]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    def _group_alike(self, groups: dict[int, dict[str, Any]]) -> list[tuple[list[Tensor], list[Tensor], Side | None]]:
         """Group the factors u and v of layers with a gradient in either, so that each group is one batched product."""
-        alike: dict[Hashable, tuple[list[Tensor], list[Tensor]]] = {}
+        alike: dict[Hashable, tuple[list[Tensor], list[Tensor], Side | None]] = {}
         for number, layer in enumerate(self._layers):
             u, v = layer.u.weight, layer.v.weight
             of_u, of_v = groups.get(id(u)), groups.get(id(v))
@@ -120,8 +128,8 @@ class FrobeniusDecay:
                 continue
             # sharded factors (DTensor) are not batched
             batched = type(u) is type(v) is nn.Parameter and u.numel() + v.numel() <= GROUPED
-            shapes = (u.shape, v.shape, u.dtype, v.dtype, u.device, v.device, id(of_u), id(of_v))
-            us, vs = alike.setdefault(shapes if batched else number, ([], []))
+            shapes = (u.shape, v.shape, u.dtype, v.dtype, u.device, v.device, id(of_u), id(of_v), layer.side)
+            us, vs, _ = alike.setdefault(shapes if batched else number, ([], [], layer.side))
             us.append(u)
             vs.append(v)
         return list(alike.values())

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lrsurgery.errors import PlanError
 from lrsurgery.linalg.factors import Factors
+from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.layers import Dense, FactorisedConv2d, FactorisedLayer, FactorisedLinear, Kind
 
 PATCHES = 1 << 24  # entries of unfolded patches at a time: 64 MB
@@ -77,18 +79,25 @@ def _linear_factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tensor
     return factors.u.contiguous(), factors.v.contiguous()
 
 
-def _two_linears(kind: Kind, layer: Dense, rank: int) -> FactorisedLayer:
+def _two_linears(kind: Kind, layer: Dense, rank: int, side: Side | None) -> FactorisedLayer:
     out_features, in_features = kind.matrix_shape(layer.weight.shape)
-    v = nn.Linear(in_features, rank, bias=False, **_on_meta(layer))
-    return FactorisedLinear(kind, v, nn.Linear(rank, out_features, bias=layer.bias is not None, **_on_meta(layer)))
+    bias, meta = layer.bias is not None, _on_meta(layer)
+    more = in_features - (rank if side == "columns" else 0)
+    v = nn.Linear(more, rank, bias=bias and side == "rows", **meta)
+    u = nn.Linear(rank, out_features - (rank if side == "rows" else 0), bias=bias, **meta)
+    return FactorisedLinear(kind, v, u, side)
 
 
-def _build_linear(layer: Dense, rank: int) -> FactorisedLayer:
-    return _two_linears(LINEAR, layer, rank)
+def _build_linear(layer: Dense, rank: int, side: Side | None = None) -> FactorisedLayer:
+    return _two_linears(LINEAR, layer, rank, side)
 
 
-def _build_conv1d(layer: Dense, rank: int) -> FactorisedLayer:
-    return _two_linears(CONV1D, layer, rank)
+def _build_conv1d(layer: Dense, rank: int, side: Side | None = None) -> FactorisedLayer:
+    return _two_linears(CONV1D, layer, rank, side)
+
+
+def _both_sides(layer: Dense) -> tuple[Side, ...]:
+    return ("rows", "columns")
 
 
 def _dense_linear(layer: FactorisedLayer) -> nn.Module:
@@ -158,7 +167,8 @@ def _channel_matrix(weight: Tensor) -> Tensor:
 
 
 def _channel_weight(matrix: Tensor, layer: FactorisedLayer) -> Tensor:
-    return matrix.reshape(-1, *layer.v.weight.shape[1:])
+    assert isinstance(layer, FactorisedConv2d)
+    return matrix.reshape(-1, layer.in_channels, *layer.kernel_size)
 
 
 def _channel_matrices(u: Tensor, v: Tensor) -> Factors:
@@ -166,24 +176,31 @@ def _channel_matrices(u: Tensor, v: Tensor) -> Factors:
 
 
 def _channel_factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tensor]:
-    return factors.u[:, :, None, None].contiguous(), factors.v.reshape(-1, *dense[1:]).contiguous()
+    v = factors.v.reshape(len(factors.v), -1, *dense[2:])  # of fewer inputs where some are pivots
+    return factors.u[:, :, None, None].contiguous(), v.contiguous()
 
 
-def _build_channel(layer: Dense, rank: int) -> FactorisedLayer:
-    meta = _on_meta(layer)
+def _build_channel(layer: Dense, rank: int, side: Side | None = None) -> FactorisedLayer:
+    bias, meta = layer.bias is not None, _on_meta(layer)
     v = nn.Conv2d(
-        layer.in_channels,
+        layer.in_channels - (rank if side == "columns" else 0),
         rank,
         layer.kernel_size,
         layer.stride,
         layer.padding,
         layer.dilation,
-        bias=False,
+        bias=bias and side == "rows",
         padding_mode=layer.padding_mode,
         **meta,
     )
-    u = nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None, **meta)
-    return FactorisedConv2d(CONV2D_CHANNEL, v, u)
+    u = nn.Conv2d(rank, layer.out_channels - (rank if side == "rows" else 0), 1, bias=bias, **meta)
+    return FactorisedConv2d(CONV2D_CHANNEL, v, u, side)
+
+
+def _channel_sides(layer: Dense) -> tuple[Side, ...]:
+    # pivots among the inputs skip v, so it must not move positions
+    padded = layer.padding not in ((0, 0), "valid", "same") if layer.kernel_size == (1, 1) else True
+    return ("rows",) if padded or layer.stride != (1, 1) else ("rows", "columns")
 
 
 def _dense_conv2d(
@@ -332,12 +349,14 @@ LINEAR = Kind(
     to_matrices=Factors,
     to_weights=_linear_factors,
     build=_build_linear,
+    build_pivoted=_build_linear,
     build_dense=_dense_linear,
     fan_in=_linear_fan_in,
     inputs=_token_inputs,
     gradients=_token_gradients,
     outputs=_token_outputs,
     sample_input=_linear_sample,
+    sides=_both_sides,
     plain_product=True,
 )
 CONV1D = Kind(
@@ -350,12 +369,14 @@ CONV1D = Kind(
     to_matrices=Factors,
     to_weights=_linear_factors,
     build=_build_conv1d,
+    build_pivoted=_build_conv1d,
     build_dense=_dense_conv1d,
     fan_in=_conv1d_fan_in,
     inputs=_token_inputs,
     gradients=_token_gradients,
     outputs=_token_outputs,
     sample_input=_conv1d_sample,
+    sides=_both_sides,
 )
 CONV2D_CHANNEL = Kind(
     name="conv2d-channel",
@@ -367,12 +388,14 @@ CONV2D_CHANNEL = Kind(
     to_matrices=_channel_matrices,
     to_weights=_channel_factors,
     build=_build_channel,
+    build_pivoted=_build_channel,
     build_dense=_dense_channel,
     fan_in=_linear_fan_in,
     inputs=_channel_inputs,
     gradients=_image_gradients,
     outputs=_image_outputs,
     sample_input=_image_sample,
+    sides=_channel_sides,
     takes_tokens=False,
     no_form=_explain_groups,
 )
@@ -403,3 +426,18 @@ KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, CONV2D_CH
 def kind_of(module: nn.Module, conv: str) -> Kind | None:
     """The kind of a dense module, with convolution scheme `conv`; None if it has no factorised form."""
     return next((kind for kind in KINDS.values() if kind.matches(module, conv)), None)
+
+
+def check_conv(conv: str) -> None:
+    """Raise PlanError that lists the schemes, unless `conv` is one."""
+    if conv not in CONV_SCHEMES:
+        raise PlanError(f"unknown conv scheme '{conv}'; known: {', '.join(CONV_SCHEMES)}")
+
+
+def explain_no_kind(module: nn.Module) -> str:
+    """Why a module with a weight is of no kind."""
+    name = type(module).__name__
+    for base in (nn.Linear, nn.Conv2d):
+        if isinstance(module, base):
+            return f"unknown subclass {name} of {base.__name__}"
+    return f"no factorised form for {name}"

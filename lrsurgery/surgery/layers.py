@@ -1,27 +1,41 @@
 """Factorised layers: two ordinary modules, `v` then `u`, in place of one.
 
 `u` and `v` are plain nn.Linear or nn.Conv2d modules, so quantisers, LoRA, pruning, tensor parallelism, compilers and
-exporters support them.
+exporters support them. A layer has one of two forms: balanced, y = u(v(x)), and pivoted (`linalg.pivot`), which stores
+r^2 numbers less and has an `order`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lrsurgery.linalg.factors import Factors, working_dtype
+from lrsurgery.linalg.pivot import Pivoted, Side, pivot, product, side_of, unpivot
 
 # a dense module of some kind; only the functions of its kind know its attributes
 Dense: TypeAlias = Any
 
 
+class Spec(NamedTuple):
+    """What a dense layer became: all that a config says of a factorised layer."""
+
+    kind: str
+    rank: int
+    side: Side | None = None  # of the pivots; None for the balanced form
+
+
 def _one_to_one(module: Dense) -> int:
     return 1
+
+
+def _no_sides(module: Dense) -> tuple[Side, ...]:
+    return ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,42 +64,102 @@ class Kind:
     outputs: Callable[[Tensor, int], int]  # output, counted inputs -> positions of the output
     sample_input: Callable[[Dense, int], tuple[int, ...]]  # dense layer, positions -> shape of an input to time
     v_per_u: Callable[[Dense], int] = _one_to_one  # output positions of v per output position of u
+    sides: Callable[[Dense], tuple[Side, ...]] = _no_sides  # of which a layer can have pivots
+    build_pivoted: Callable[[Dense, int, Side], FactorisedLayer] | None = None  # as `build`, for kinds with sides
     takes_tokens: bool = True  # applied once per token: padding can be masked, and FLOPs per token are known
     no_form: Callable[[Dense], str | None] | None = None  # why a module of this kind cannot be factorised, or None
     plain_product: bool = False  # weight @ x may be computed as u @ (v @ x)
+
+    def make(self, dense: Dense, rank: int, side: Side | None) -> FactorisedLayer:
+        """Build a factorised layer in a form, on the meta device; `side` is that of the pivots, None for balanced."""
+        if side is None:
+            return self.build(dense, rank)
+        assert self.build_pivoted is not None, self.name
+        return self.build_pivoted(dense, rank, side)
 
 
 class FactorisedLayer(nn.Module):
     """A layer whose dense weight is the product of `u` and `v`.
 
-    Attributes: `u`, `v` (modules; `u` has the bias), `rank`, `kind` (a key of `KINDS`), `weight` (read-only: the
-    product in the orientation and dtype of the dense layer) and `bias`.
+    Attributes: `u`, `v` (modules; `u` has the bias), `rank`, `kind` (a key of `KINDS`), `form` ("balanced" or
+    "pivoted"), `weight` (read-only: the product in the orientation and dtype of the dense layer) and `bias`.
+
+    A pivoted layer has a `side` and an `order`, an int32 permutation of its outputs (rows) or inputs (columns), the
+    `rank` pivots first. Rows: y[order] = cat(v(x), u(v(x))), with a bias in each. Columns: y = u(x_P + v(x_rest)),
+    where x_P, x_rest are the parts of x[order].
     """
 
     u: nn.Linear | nn.Conv2d
     v: nn.Linear | nn.Conv2d
+    order: Tensor | None
+    axis: int  # of the channels in inputs and outputs
 
-    def __init__(self, layout: Kind, v: nn.Module, u: nn.Module) -> None:
+    def __init__(self, layout: Kind, v: nn.Module, u: nn.Module, side: Side | None = None) -> None:
         super().__init__()
         self.layout = layout
         self.v = v  # type: ignore[assignment]
         self.u = u  # type: ignore[assignment]
+        self.side: Side | None = side
+        rows, columns = self.matrix_shape
+        length = {"rows": rows, "columns": columns}
+        order = torch.empty(length[side], dtype=torch.int32, device=self.u.weight.device) if side else None
+        self.register_buffer("order", order)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.u(self.v(x))  # type: ignore[no-any-return]
+        if self.order is None:
+            return self.u(self.v(x))  # type: ignore[no-any-return]
+        if self.side == "rows":
+            kept = self.v(x)
+            return torch.cat([kept, self.u(kept)], self.axis).index_select(self.axis, _inverse(self.order))
+        kept, others = x.index_select(self.axis, self.order).tensor_split([self.rank], self.axis)
+        return self.u(kept + self.v(others))  # type: ignore[no-any-return]
 
     @property
     def kind(self) -> str:
         return self.layout.name
 
     @property
+    def spec(self) -> Spec:
+        return Spec(self.kind, self.rank, self.side)
+
+    @property
+    def form(self) -> str:
+        return "balanced" if self.side is None else "pivoted"
+
+    @property
     def rank(self) -> int:
         return self.v.weight.shape[0]
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """(rows, columns) of the matrix of the weight."""
+        u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
+        more = {"rows": (self.rank, 0), "columns": (0, self.rank)}[self.side] if self.side else (0, 0)
+        return u.shape[0] + more[0], v.shape[1] + more[1]
+
+    @property
+    def pivoted(self) -> Pivoted:
+        """The parts of a pivoted layer as matrices."""
+        assert self.side is not None
+        assert self.order is not None
+        u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
+        return Pivoted(self.side, self.order, *((v, u) if self.side == "rows" else (u, v)))
+
+    @property
     def factors(self) -> Factors:
-        """The factors as matrices u (rows, rank), v (rank, columns); their product is the matrix of the weight."""
-        return self.layout.to_matrices(self.u.weight, self.v.weight)
+        """Matrices u (rows, rank), v (rank, columns) whose product is the matrix of the weight; balanced in that form.
+
+        In the other they are the kept part, and the mixing with an identity in the pivots' place.
+        """
+        return product_factors(self.layout, Stored(self.u.weight, self.v.weight, self.order), self.side)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The matrix of the weight (rows, columns)."""
+        if self.side is None:
+            u, v = self.factors
+            return u @ v
+        return product(self.pivoted)
 
     @property
     def weight(self) -> Tensor:
@@ -99,15 +173,27 @@ class FactorisedLayer(nn.Module):
 
     @property
     def bias(self) -> Tensor | None:
-        return self.u.bias
+        if self.side != "rows" or self.u.bias is None:
+            return self.u.bias
+        assert self.v.bias is not None
+        mixing = self.pivoted.mixing
+        assert self.order is not None
+        return torch.cat([self.v.bias, self.u.bias + mixing @ self.v.bias])[_inverse(self.order)]
 
     def extra_repr(self) -> str:
-        return f"{self.kind}, rank={self.rank}"
+        return f"{self.kind}, rank={self.rank}{self._form_repr()}"
+
+    def _form_repr(self) -> str:
+        return f", pivoted {self.side}" if self.side else ""
+
+
+def _inverse(order: Tensor) -> Tensor:
+    places = torch.arange(len(order), dtype=order.dtype, device=order.device)
+    return torch.empty_like(order).scatter_(0, order.long(), places)
 
 
 def _multiply(layer: FactorisedLayer) -> Tensor:
-    u, v = layer.factors
-    return layer.layout.to_weight(u @ v, layer)
+    return layer.layout.to_weight(layer.matrix, layer)
 
 
 class Product(Tensor):
@@ -117,8 +203,8 @@ class Product(Tensor):
 
     @staticmethod
     def __new__(cls, layer: FactorisedLayer) -> Product:
-        u, v = layer.factors
-        rows_columns = torch.empty(u.shape[0], v.shape[1], device="meta")
+        u, v = layer.u.weight, layer.v.weight
+        rows_columns = torch.empty(layer.matrix_shape, device="meta")
         product: Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             layer.layout.to_weight(rows_columns, layer).shape,
@@ -158,16 +244,18 @@ MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 class FactorisedLinear(FactorisedLayer):
     """A factorised `nn.Linear` or transformers `Conv1D`: `v` (in -> rank, no bias), then `u` (rank -> out)."""
 
+    axis = -1
+
     @property
     def in_features(self) -> int:
-        return self.v.in_features  # type: ignore[return-value]
+        return self.matrix_shape[1]
 
     @property
     def out_features(self) -> int:
-        return self.u.out_features  # type: ignore[return-value]
+        return self.matrix_shape[0]
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, rank={self.rank}"
+        return f"{self.in_features}, {self.out_features}, rank={self.rank}{self._form_repr()}"
 
 
 class FactorisedConv2d(FactorisedLayer):
@@ -175,38 +263,83 @@ class FactorisedConv2d(FactorisedLayer):
 
     u: nn.Conv2d
     v: nn.Conv2d
+    axis = -3
 
     @property
     def in_channels(self) -> int:
-        return self.v.in_channels
+        return self.v.in_channels + (self.rank if self.side == "columns" else 0)
 
     @property
     def out_channels(self) -> int:
-        return self.u.out_channels
+        return self.u.out_channels + (self.rank if self.side == "rows" else 0)
 
     @property
     def kernel_size(self) -> tuple[int, int]:
         return (self.v.kernel_size[0], max(self.v.kernel_size[1], self.u.kernel_size[1]))
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, rank={self.rank}"
+        shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
+        return f"{shape}, rank={self.rank}{self._form_repr()}"
 
 
-def factor_weights(kind: Kind, weight: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-    """The tensors `u.weight`, `v.weight` that store `factors` for a dense `weight`, in its dtype and on its device.
+def side_for(kind: Kind, dense: Dense, matrix: tuple[int, int]) -> Side | None:
+    """The side on which pivots of a dense layer's matrix would be; None if its kind has no pivoted form."""
+    sides, wanted = kind.sides(dense), side_of(*matrix)
+    return wanted if wanted in sides else next(iter(sides), None)
 
-    For a `weight` on the meta device they stay on the device of the factors.
+
+class Stored(NamedTuple):
+    """The tensors of a factorised layer but its bias: `u.weight`, `v.weight` and, of a pivoted one, `order`."""
+
+    u: Tensor
+    v: Tensor
+    order: Tensor | None = None
+
+
+def factor_weights(kind: Kind, weight: Tensor, factors: Factors, side: Side | None = None) -> Stored:
+    """The tensors that store `factors` for a dense `weight` in a form, in its dtype and on its device.
+
+    For a `weight` on the meta device they stay on the device of the factors. Pivots are chosen and computed in fp64.
     """
+    order, device = None, factors.u.device if weight.is_meta else weight.device
+    if side is not None:
+        wide = Factors(factors.u.double(), factors.v.double())
+        _, order, kept, mixing = pivot(wide, side)
+        factors = Factors(mixing, kept) if side == "rows" else Factors(kept, mixing)
+        order = order.to(device, torch.int32)
     u, v = kind.to_weights(factors, weight.shape)
-    device = factors.u.device if weight.is_meta else weight.device
-    return u.to(device, weight.dtype), v.to(device, weight.dtype)
+    return Stored(u.to(device, weight.dtype), v.to(device, weight.dtype), order)
+
+
+def product_factors(kind: Kind, stored: Stored, side: Side | None) -> Factors:
+    """Matrices u (rows, rank), v (rank, columns) of the product that these tensors store."""
+    u, v = kind.to_matrices(stored.u, stored.v)
+    if side is None or stored.order is None:
+        return Factors(u, v)
+    return unpivot(Pivoted(side, stored.order, *((v, u) if side == "rows" else (u, v))))
+
+
+def split_bias(kind: Kind, bias: Tensor, stored: Stored, side: Side | None) -> tuple[Tensor | None, Tensor]:
+    """The biases that give a dense bias (rows,), in its dtype: v's goes through u, which is taken off of u's own."""
+    if side != "rows":
+        return None, bias
+    assert stored.order is not None
+    first, rest = bias[stored.order.to(bias.device)].tensor_split([len(stored.v)])
+    mixing = kind.to_matrices(stored.u, stored.v).u.to(bias.device)
+    return first, (rest.double() - mixing.double() @ first.double()).to(bias.dtype)
 
 
 def dense_weight(layer: FactorisedLayer) -> Tensor:
     """The dense weight: the product in fp32 or wider, rounded once to the layer's dtype."""
-    u, v = layer.factors
-    wide = working_dtype(u.dtype)
-    return layer.layout.to_weight(u.detach().to(wide) @ v.detach().to(wide), layer).to(u.dtype).contiguous()
+    dtype = layer.u.weight.dtype
+    wide = working_dtype(dtype)
+    if layer.side is None:
+        u, v = layer.factors
+        matrix = u.detach().to(wide) @ v.detach().to(wide)
+    else:
+        parts = layer.pivoted
+        matrix = product(parts._replace(kept=parts.kept.detach().to(wide), mixing=parts.mixing.detach().to(wide)))
+    return layer.layout.to_weight(matrix, layer).to(dtype).contiguous()
 
 
 def build_dense(layer: FactorisedLayer) -> nn.Module:

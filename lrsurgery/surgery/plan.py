@@ -12,12 +12,13 @@ from torch import Tensor, nn
 
 from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import get_init
+from lrsurgery.linalg.pivot import Side
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
 from lrsurgery.surgery.budget import Budget
-from lrsurgery.surgery.kinds import CONV_SCHEMES, KINDS, kind_of
-from lrsurgery.surgery.layers import FactorisedLayer, Kind
-from lrsurgery.surgery.ranks import RankSpec, break_even_rank
+from lrsurgery.surgery.kinds import KINDS, check_conv, explain_no_kind, kind_of
+from lrsurgery.surgery.layers import FactorisedLayer, Kind, side_for
+from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
 
 Target: TypeAlias = RankSpec | Budget  # a policy decides each layer alone, a budget all layers together
 ALREADY = "already factorised"
@@ -36,9 +37,11 @@ class SurgeryOptions:
     seed: int = 0
     min_speedup: float | None = None  # layers with a lower measured speedup stay dense
     svd: str = "auto"
+    form: str = BALANCED  # of the layers, where their kinds have it
 
     def __post_init__(self) -> None:
         get_init(self.init)
+        check_form(self.form)
         check_conv(self.conv)
         check_engine(self.svd)
         if isinstance(self.target, Budget):
@@ -58,12 +61,6 @@ class SurgeryOptions:
         return self.target if isinstance(self.target, Budget) else None
 
 
-def check_conv(conv: str) -> None:
-    """Raise PlanError that lists the schemes, unless `conv` is one."""
-    if conv not in CONV_SCHEMES:
-        raise PlanError(f"unknown conv scheme '{conv}'; known: {', '.join(CONV_SCHEMES)}")
-
-
 @dataclass(frozen=True)
 class Replacement:
     """A layer to factorise. `rank` is None until the policy has the singular values."""
@@ -77,6 +74,7 @@ class Replacement:
     bias: int  # parameters of the bias, which does not change
     v_per_u: int = 1  # output positions of v per output position of u: the horizontal stride of a conv2d-spatial layer
     predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
+    side: Side | None = None  # of the pivots, if it gets any below full rank
 
     reason = None
 
@@ -94,7 +92,16 @@ class Replacement:
 
     @property
     def factorised_parameters(self) -> int | None:
-        return None if self.rank is None else self.rank * (self.rows + self.columns) + self.bias
+        return None if self.rank is None else self.rank * (self.rows + self.columns - self._known) + self.bias
+
+    @property
+    def pivots(self) -> Side | None:
+        """The side of its pivots at its rank; None for the balanced form."""
+        return self.side if self.rank is not None and self.rank < self.full_rank else None
+
+    @property
+    def _known(self) -> int:  # rows or columns of the factors that the pivoted form does without
+        return self.rank or 0 if self.pivots else 0
 
     @property
     def flops(self) -> int:
@@ -103,7 +110,7 @@ class Replacement:
 
     @property
     def factorised_flops(self) -> int | None:
-        return None if self.rank is None else 2 * self.rank * (self.rows + self.v_per_u * self.columns)
+        return None if self.rank is None else 2 * self.rank * (self.rows + self.v_per_u * self.columns - self._known)
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Plan:
     def decide(self, row: Replacement, values: Tensor) -> Replacement | Kept:
         """Decide a row from its singular values (full rank,)."""
         assert isinstance(self.target, RankSpec), "a budget decides all ranks together"
-        rank = self.target.rank_of(row.name, row.rows, row.columns, values)
+        rank = self.target.rank_of(row.name, row.rows, row.columns, values, pivoted=row.side is not None)
         return _apply_refusal(replace(row, rank=rank), self.allow_larger, self.refuse)
 
     def with_rows(self, decided: Mapping[str, Replacement | Kept]) -> Plan:
@@ -152,10 +159,11 @@ def _apply_refusal(row: Replacement, allow_larger: bool, refuse: Refusal | None)
     """The row, or Kept if its rank saves no parameters or `refuse` gives a reason; rows without a rank pass."""
     if row.rank is None:
         return row
-    limit = break_even_rank(row.rows, row.columns)
+    limit = break_even_rank(row.rows, row.columns, pivoted=row.side is not None)
     reason = None
     if row.rank > limit and not allow_larger:
-        reason = f"rank {row.rank} is over break-even ({limit})" if limit else "no rank saves parameters"
+        why = f"rank {row.rank} is full rank" if row.side else f"rank {row.rank} is over break-even ({limit})"
+        reason = why if limit else "no rank saves parameters"
     elif refuse is not None:
         reason = refuse(row)
     return row if reason is None else Kept(row.name, row.kind, row.shape, row.parameters, reason)
@@ -203,10 +211,11 @@ def plan_rows(
         assert kind is not None
         matrix = kind.matrix_shape(weight.shape)
         policy = spec.policy_for(name) if spec else None
-        rank = spec.rank_of(name, *matrix) if spec and policy and not policy.needs_spectrum else None
-        row = Replacement(
-            name, kind.name, tuple(weight.shape), *matrix, rank, own - weight.numel(), kind.v_per_u(module)
-        )
+        side = side_for(kind, module, matrix) if options.form == PIVOTED else None
+        known = spec if policy and not policy.needs_spectrum else None
+        rank = known.rank_of(name, *matrix, pivoted=side is not None) if known else None
+        bias = own - weight.numel()
+        row = Replacement(name, kind.name, tuple(weight.shape), *matrix, rank, bias, kind.v_per_u(module), side=side)
         rows.append(_apply_refusal(row, options.allow_larger, refuse))
     return rows
 
@@ -289,7 +298,7 @@ def _reason_to_keep(
     if isinstance(module, nn.Embedding):
         return "embedding"
     if kind is None:
-        return _no_form(module)
+        return explain_no_kind(module)
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"quantised weight ({str(weight.dtype).removeprefix('torch.')})"
     if kind.no_form is not None and (reason := kind.no_form(module)) is not None:
@@ -303,14 +312,6 @@ def _reason_to_keep(
     if spec and spec.policy_for(name) is None:
         return "no rank given for it"
     return None
-
-
-def _no_form(module: nn.Module) -> str:
-    name = type(module).__name__
-    for base in (nn.Linear, nn.Conv2d):
-        if isinstance(module, base):
-            return f"unknown subclass {name} of {base.__name__}"
-    return f"no factorised form for {name}"
 
 
 def find_heads(model: nn.Module) -> dict[str, str]:

@@ -18,6 +18,8 @@ from lrsurgery.errors import RankError
 from lrsurgery.linalg.spectrum import stable_rank
 from lrsurgery.units import finite
 
+FORMS = ("balanced", "pivoted")  # of factorised layers; see `linalg.pivot`
+BALANCED, PIVOTED = FORMS
 READABLE = "a fraction of full rank such as 0.5, a rank such as 64, energy:0.9, params:0.5 or stable"
 
 
@@ -30,8 +32,11 @@ class RankPolicy(Protocol):
         """Whether `rank_of` reads the singular values, so that a plan needs the weights."""
         ...
 
-    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
-        """The rank for a matrix (rows, columns) with singular values `values` (full rank,), descending."""
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None, *, pivoted: bool = False) -> int:
+        """The rank for a matrix (rows, columns) with singular values `values` (full rank,), descending.
+
+        `pivoted` is the form that it will be stored in.
+        """
         ...
 
 
@@ -52,7 +57,7 @@ class FractionRank:
                 f"rank {self.fraction:g}: a fraction of full rank lies in (0, 1]; write an integer for a rank"
             )
 
-    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None, *, pivoted: bool = False) -> int:
         return _clamp(round(self.fraction * min(rows, columns)), rows, columns)
 
     def __str__(self) -> str:
@@ -70,7 +75,7 @@ class AbsoluteRank:
         if self.rank < 1:
             raise RankError(f"rank {self.rank}: a rank is at least 1")
 
-    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None, *, pivoted: bool = False) -> int:
         return _clamp(self.rank, rows, columns)
 
     def __str__(self) -> str:
@@ -88,7 +93,7 @@ class EnergyRank:
         if not 0 < self.energy <= 1:
             raise RankError(f"rank energy:{self.energy:g}: the share of energy lies in (0, 1]")
 
-    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None, *, pivoted: bool = False) -> int:
         assert values is not None, "an energy rank needs singular values"
         squares = values.double().square()
         total = squares.sum()
@@ -113,8 +118,8 @@ class ParameterShare:
         if not 0 < self.share <= 1:
             raise RankError(f"rank params:{self.share:g}: the share of parameters lies in (0, 1]")
 
-    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
-        return _clamp(math.floor(self.share * rows * columns / (rows + columns)), rows, columns)
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None, *, pivoted: bool = False) -> int:
+        return _clamp(rank_within(self.share * rows * columns, rows + columns, 1 if pivoted else 0), rows, columns)
 
     def __str__(self) -> str:
         return f"params:{self.share!r}"
@@ -126,7 +131,7 @@ class StableRank:
 
     needs_spectrum = True
 
-    def rank_of(self, rows: int, columns: int, values: Tensor | None = None) -> int:
+    def rank_of(self, rows: int, columns: int, values: Tensor | None = None, *, pivoted: bool = False) -> int:
         assert values is not None, "the stable rank needs singular values"
         return _clamp(math.ceil(stable_rank(values) - 1e-6), rows, columns)
 
@@ -190,7 +195,9 @@ class RankSpec:
         """Whether an override names this layer exactly, without wildcards."""
         return any(pattern == name for pattern, _ in self.overrides)
 
-    def rank_of(self, name: str, rows: int, columns: int, values: Tensor | None = None) -> int:
+    def rank_of(
+        self, name: str, rows: int, columns: int, values: Tensor | None = None, *, pivoted: bool = False
+    ) -> int:
         """The rank of one layer, rounded to `multiple_of` and capped at full rank.
 
         Raises RankError if an override that names the layer exactly exceeds its full rank.
@@ -202,7 +209,7 @@ class RankSpec:
             raise RankError(
                 f"{name}: rank {policy.rank} exceeds {full}, the full rank of ({rows}, {columns}); lower it"
             )
-        rank = policy.rank_of(rows, columns, values)
+        rank = policy.rank_of(rows, columns, values, pivoted=pivoted)
         if self.multiple_of > 1:
             rank = max(self.multiple_of, round(rank / self.multiple_of) * self.multiple_of)
         return min(rank, full)
@@ -248,6 +255,28 @@ def parse_rank(rank: RankLike, multiple_of: int = 1) -> RankSpec:
     return RankSpec(default, tuple(overrides), multiple_of)
 
 
-def break_even_rank(rows: int, columns: int) -> int:
-    """The largest r with r (rows + columns) < rows * columns; 0 if even rank 1 saves no parameters."""
-    return (rows * columns - 1) // (rows + columns)
+def rank_within(limit: float, per_rank: int, saving: int) -> int:
+    """The largest r on the rising side of r per_rank - r^2 saving with at most this limit.
+
+    In parameters a rank costs rows + columns, and the pivoted form saves 1 for each pair of ranks.
+    """
+    if not saving:
+        return math.floor(limit / per_rank)
+    root = per_rank**2 - 4 * saving * limit
+    rank = math.floor((per_rank - math.sqrt(max(0.0, root))) / (2 * saving))
+    # the root rounds
+    return next((r for r in (rank + 1, rank, rank - 1) if r * per_rank - r * r * saving <= limit), 0)
+
+
+def break_even_rank(rows: int, columns: int, *, pivoted: bool = False) -> int:
+    """The largest rank with fewer parameters than the matrix itself; 0 if even rank 1 saves none.
+
+    r (rows + columns) < rows * columns for the balanced form; every rank below full rank for the pivoted one.
+    """
+    return min(rows, columns) - 1 if pivoted else (rows * columns - 1) // (rows + columns)
+
+
+def check_form(form: str) -> None:
+    """Raise RankError that lists the forms, unless `form` is one."""
+    if form not in FORMS:
+        raise RankError(f"unknown form '{form}'; known: {', '.join(FORMS)}")

@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order, open_tensors
+from lrsurgery.checkpoints.output import ShardWriter, in_write_order
+from lrsurgery.checkpoints.tensors import open_tensors
 from lrsurgery.errors import OutputError
 from lrsurgery.units import parse_size
 
@@ -45,6 +46,38 @@ def test_what_is_written_is_read_back(
         assert index["weight_map"].keys() == tensors.keys()
     source = open_tensors(files)
     assert all(torch.equal(source.read(name), tensor) for name, tensor in tensors.items())
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.sampled_from([torch.bfloat16, torch.int8]), st.integers(0, 9)), min_size=1, max_size=12),
+    st.sampled_from([100, 10**9]),
+    st.sampled_from([0, 400, 40_000]),
+    st.integers(1, 20_000),
+)
+def test_wide_tensors_that_come_late_stand_in_front(
+    tmp_path_factory: pytest.TempPathFactory, described: list[tuple[torch.dtype, int]], limit: int, room: int, long: int
+) -> None:
+    """Whatever was reserved for them; and each where numpy and torch find it aligned."""
+    folder = tmp_path_factory.mktemp("shards")
+    writer = ShardWriter(folder, shard_size=limit, in_front=room)
+    tensors = {f"{i}.u": torch.ones(size, dtype=dtype) * i for i, (dtype, size) in enumerate(described)}
+    orders = {f"{i}.order": torch.randperm(1 + long * i).to(torch.int32) for i in range(len(described))}
+    for name in in_write_order([(tensor.dtype, name) for name, tensor in tensors.items()]):
+        writer.add(name, tensors[name])
+        writer.add_in_front(name.replace("u", "order"), orders[name.replace("u", "order")])
+    assert writer.finish() == sum(t.numel() * t.element_size() for t in (tensors | orders).values())
+    files = sorted(folder.glob("*.safetensors"))
+    found = {name: tensor for file in files for name, tensor in load_file(file).items()}
+    assert found.keys() == (tensors | orders).keys()
+    for name, tensor in (tensors | orders).items():
+        assert torch.equal(found[name], tensor), name
+    for file in files:
+        length = int.from_bytes(file.read_bytes()[:8], "little")
+        header = json.loads(file.read_bytes()[8 : 8 + length])
+        for name, entry in header.items():
+            if name != "__metadata__":
+                assert (8 + length + entry["data_offsets"][0]) % (tensors | orders)[name].element_size() == 0, name
 
 
 def test_header_grows_with_the_number_of_names(tmp_path: Path) -> None:

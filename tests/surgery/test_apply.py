@@ -13,8 +13,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, 
 
 import lrsurgery
 import lrsurgery.checkpoints.quantizer
+from lrsurgery.checkpoints.upstream.forms import FORMAT_VERSION
 from lrsurgery.errors import PlanError, WeightError
 from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.layers import Spec
 
 
 def test_every_alias_of_a_shared_module_is_replaced() -> None:
@@ -84,13 +86,14 @@ def test_meta_weights_are_refused() -> None:
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({"9": ("linear", 2)}, "9: this Sequential has no such layer"),
-        ({"0": ("lstm", 2)}, "0: unknown kind 'lstm'"),
-        ({"0": ("conv2d-channel", 2)}, "0: a Linear cannot become a conv2d-channel layer"),
+        ({"9": Spec("linear", 2)}, "9: this Sequential has no such layer"),
+        ({"0": Spec("lstm", 2)}, "0: unknown kind 'lstm'"),
+        ({"0": Spec("conv2d-channel", 2)}, "0: a Linear cannot become a conv2d-channel layer"),
+        ({"0": Spec("linear", 8, "rows")}, "0: a Linear of rank 8 has no pivots among its rows"),
     ],
-    ids=["no such layer", "unknown kind", "wrong kind"],
+    ids=["no such layer", "unknown kind", "wrong kind", "pivots at full rank"],
 )
-def test_swap_refuses_what_does_not_fit(layers: dict[str, tuple[str, int]], message: str) -> None:
+def test_swap_refuses_what_does_not_fit(layers: dict[str, Spec], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         swap_(nn.Sequential(nn.Linear(8, 64)), layers)
 
@@ -174,7 +177,7 @@ def test_checkpoint_of_a_newer_format_is_refused(tmp_path: Path) -> None:
     lrsurgery.factorise_(model, rank=0.5)
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["format_version"] = 2
+    config["quantization_config"]["format_version"] = FORMAT_VERSION + 1
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(lrsurgery.SurgeryError, match="newer than this lrsurgery reads"):
         AutoModelForCausalLM.from_pretrained(tmp_path)

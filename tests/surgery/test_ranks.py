@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrsurgery.errors import RankError
+from lrsurgery.linalg.pivot import Side
 from lrsurgery.linalg.spectrum import entropy_rank, nuclear_rank, stable_rank
 from lrsurgery.surgery.kinds import LINEAR
 from lrsurgery.surgery.ranks import (
@@ -80,6 +81,28 @@ def test_break_even_is_the_last_rank_that_saves(rows: int, columns: int) -> None
     rank = break_even_rank(rows, columns)
     assert rank == 0 or parameters(rank) < whole
     assert parameters(rank + 1) >= whole
+
+
+@given(SIZES, SIZES, st.sampled_from(["rows", "columns"]))
+def test_a_pivoted_layer_is_smaller_at_every_rank_below_full(rows: int, columns: int, side: Side) -> None:
+    full = min(rows, columns)
+    assert break_even_rank(rows, columns, pivoted=True) == full - 1
+    with torch.device("meta"):
+        dense = torch.nn.Linear(columns, rows)
+    whole = sum(p.numel() for p in dense.parameters())
+    for rank in {1, full // 2, full - 1} - {0, full}:
+        assert sum(p.numel() for p in LINEAR.make(dense, rank, side).parameters()) < whole
+
+
+@given(SIZES, SIZES, st.floats(0.01, 1))
+def test_a_pivoted_parameter_share_is_the_largest_rank_within_it(rows: int, columns: int, share: float) -> None:
+    def cost(rank: int) -> int:
+        return rank * (rows + columns - rank)
+
+    rank = ParameterShare(share).rank_of(rows, columns, pivoted=True)
+    assert rank == 1 or cost(rank) <= share * rows * columns
+    assert rank == min(rows, columns) or cost(rank + 1) > share * rows * columns
+    assert rank >= ParameterShare(share).rank_of(rows, columns)
 
 
 @given(SIZES, SIZES, st.floats(0.01, 1))

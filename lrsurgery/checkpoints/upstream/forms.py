@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import ConfigDict, Field
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.json import Json, check_version, checked
+from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.layers import Spec
 
 METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
-FORMAT_VERSION = 1  # of its quantization_config
+FORMAT_VERSION = 2  # of its quantization_config; 1 knows the balanced form alone
 LARGEST_RANK = 1 << 31
 
 Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 31)]  # of an image or a tensor
@@ -95,6 +97,8 @@ class LayerSpec(TypedDict):
 
     kind: str
     rank: Annotated[int, Field(gt=0, lt=LARGEST_RANK)]
+    form: NotRequired[Literal["balanced", "pivoted"]]
+    side: NotRequired[Side]  # of a pivoted one
 
 
 def check_config(file: Path, config: Json) -> None:
@@ -139,4 +143,23 @@ def check_layers(
     for name, spec in specs.items():
         if spec["kind"] not in KINDS:
             raise error(f"{where}: {name}: unknown kind '{spec['kind'][:60]}'; known: {', '.join(KINDS)}")
+        if (spec.get("form") == "pivoted") != ("side" in spec):
+            raise error(f"{where}: {name}: a pivoted layer has a side, rows or columns, and no other has")
     return specs
+
+
+def specs_from(layers: Mapping[str, LayerSpec]) -> dict[str, Spec]:
+    """What a config's `layers` say, which `check_layers` has passed."""
+    return {name: Spec(spec["kind"], spec["rank"], spec.get("side")) for name, spec in layers.items()}
+
+
+def layers_entry(specs: Mapping[str, Spec]) -> Json:
+    """`format_version` and `layers` of a config: the oldest version that knows the layers' forms."""
+    if not any(spec.side for spec in specs.values()):
+        return {"format_version": 1, "layers": {n: LayerSpec(kind=s.kind, rank=s.rank) for n, s in specs.items()}}
+    layers = {}
+    for name, spec in specs.items():
+        layers[name] = LayerSpec(kind=spec.kind, rank=spec.rank, form="pivoted" if spec.side else "balanced")
+        if spec.side:
+            layers[name]["side"] = spec.side
+    return {"format_version": FORMAT_VERSION, "layers": layers}

@@ -1,0 +1,173 @@
+"""Folders of pivoted models: they load everywhere that folders of balanced ones do, and compute the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from safetensors.torch import load_file, save_file
+from support import tiny
+from torch import nn
+
+import lrsurgery
+from lrsurgery.checkpoints.load import open_factorised
+from lrsurgery.checkpoints.source import resolve
+from lrsurgery.errors import SurgeryError
+from lrsurgery.report.read import read_report
+from lrsurgery.runtime import Compute
+from lrsurgery.surgery.apply import factorised_layers, pivot_layers_
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        if isinstance(model, tf.PreTrainedModel):
+            found: Any = model(torch.arange(2, 34).reshape(2, 16))
+            return found[0]  # type: ignore[no-any-return]
+        return model(torch.randn(2, 3, 32, 32))  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module", params=["gpt2", "bert", "timm"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Folders of a balanced model and of the same one pivoted."""
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "timm":
+        model: Any = lrsurgery.load_model(tiny.save_timm(folder / "dense"))
+    elif request.param == "gpt2":
+        model = lrsurgery.load_model(tiny.save_gpt2(folder / "dense"))
+    else:
+        torch.manual_seed(0)
+        sizes = {"vocab_size": 99, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = tf.BertForSequenceClassification(tf.BertConfig(**sizes, intermediate_size=40)).eval()
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter)
+    lrsurgery.factorise_(model, rank=0.4)
+    lrsurgery.save_model(model, folder / "balanced")
+    pivot_layers_(model)
+    assert {layer.side for layer in factorised_layers(model).values()} >= {"rows"}
+    lrsurgery.save_model(model, folder / "pivoted")
+    return folder / "balanced", folder / "pivoted"
+
+
+def test_they_load_and_compute_the_same_in_fewer_bytes(pair: tuple[Path, Path]) -> None:
+    balanced, pivoted = (lrsurgery.load_model(folder) for folder in pair)
+    torch.testing.assert_close(outputs(pivoted), outputs(balanced), rtol=1e-4, atol=1e-4)
+    for name, layer in factorised_layers(pivoted).items():
+        assert layer.form == "pivoted", name
+        assert layer.order is not None
+        assert sorted(layer.order.tolist()) == list(range(len(layer.order)))
+    old, new = (sum(p.numel() for p in model.parameters()) for model in (balanced, pivoted))
+    assert old - new == sum(layer.rank**2 for layer in factorised_layers(pivoted).values())
+
+
+def test_the_oldest_version_that_knows_the_form_is_written(pair: tuple[Path, Path]) -> None:
+    first, second = (json.loads((folder / "config.json").read_text())["quantization_config"] for folder in pair)
+    assert (first["format_version"], second["format_version"]) == (1, 2)
+    assert all(spec.keys() == {"kind", "rank"} for spec in first["layers"].values())
+    for spec in second["layers"].values():
+        assert spec["form"] == "pivoted"
+        assert spec["side"] in ("rows", "columns")
+
+
+def test_from_pretrained_and_another_dtype(pair: tuple[Path, Path]) -> None:
+    import lrsurgery.hf
+
+    balanced, pivoted = pair
+    wanted = lrsurgery.load_model(balanced)
+    if isinstance(wanted, tf.PreTrainedModel):
+        model = type(wanted).from_pretrained(pivoted, dtype=torch.bfloat16)
+        assert {layer.form for layer in factorised_layers(model).values()} == {"pivoted"}
+        assert {layer.order.dtype for layer in factorised_layers(model).values()} == {torch.int32}  # type: ignore[union-attr]
+        got = outputs(model).float()
+        assert float((got - outputs(wanted)).norm() / outputs(wanted).norm()) < 0.05
+        base = tf.AutoModel.from_pretrained(pivoted)
+        assert {layer.form for layer in factorised_layers(base).values()} == {"pivoted"}
+
+
+def test_again_saved_they_are_the_same_bytes(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    lrsurgery.save_model(lrsurgery.load_model(pair[1]), tmp_path / "again")
+    first, second = (load_file(folder / "model.safetensors") for folder in (pair[1], tmp_path / "again"))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_exported_they_are_dense(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    for folder in pair:
+        lrsurgery.export_dense(folder, tmp_path / folder.name)
+    balanced, pivoted = (lrsurgery.load_model(tmp_path / folder.name) for folder in pair)
+    assert not factorised_layers(pivoted)
+    torch.testing.assert_close(outputs(pivoted), outputs(balanced), rtol=1e-4, atol=1e-4)
+    for (name, a), b in zip(balanced.named_parameters(), pivoted.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_report_counts_what_is_stored(pair: tuple[Path, Path]) -> None:
+    balanced, pivoted = (read_report([str(f)], Compute(device=torch.device("cpu"), cache=False)) for f in pair)
+    model = lrsurgery.load_model(pair[1])
+    assert pivoted.parameters_after == sum(p.numel() for p in model.parameters())
+    assert pivoted.parameters_before == balanced.parameters_before
+    for old, new in zip(balanced.factorised, pivoted.factorised, strict=True):
+        assert (old.form, new.form) == ("balanced", "pivoted")
+        assert new.rank is not None
+        assert old.parameters_after is not None
+        assert new.parameters_after == old.parameters_after - new.rank**2
+        assert new.flops_after == (old.flops_after or 0) - 2 * new.rank**2
+        assert new.after is not None
+        assert old.after is not None
+        assert new.after.entropy == pytest.approx(old.after.entropy, rel=1e-3)
+
+
+def test_factors_are_read_one_layer_at_a_time(pair: tuple[Path, Path]) -> None:
+    opened, model = open_factorised(resolve(str(pair[1]))), lrsurgery.load_model(pair[1])
+    for name, layer in factorised_layers(model).items():
+        u, v = opened.factors[name](torch.device("cpu"))
+        torch.testing.assert_close(layer.layout.to_weight(u @ v, layer), layer.weight + 0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("fault", ["missing", "shape", "values", "side", "form"])
+def test_damaged_folders_are_refused(pair: tuple[Path, Path], tmp_path: Path, fault: str) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in pair[1].iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "rank_report.json").unlink(missing_ok=True)
+    tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
+    key = next(key for key in tensors if key.endswith(".order"))
+    spec = next(iter(config["quantization_config"]["layers"].values()))
+    if fault == "missing":
+        del tensors[key]
+    elif fault == "shape":
+        tensors[key] = tensors[key][:-1].clone()
+    elif fault == "values":
+        tensors[key][0] = tensors[key][1]
+    elif fault == "side":
+        del spec["side"]
+    else:
+        spec["form"] = "diagonal"
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SurgeryError, match=fault if fault in ("side", "form") else "order"):
+        lrsurgery.load_model(folder)
+    with pytest.raises(SurgeryError):
+        lrsurgery.export_dense(folder, tmp_path / "dense")
+    assert not (tmp_path / "dense").exists()
+
+
+def test_save_pretrained_after_a_change_of_form(tmp_path: Path) -> None:
+    """transformers is told of the form, both ways, without save_model."""
+    import lrsurgery.hf
+
+    model: Any = lrsurgery.load_model(tiny.save_gpt2(tmp_path / "dense"))
+    lrsurgery.factorise_(model, rank=0.4)
+    wanted = outputs(model)
+    for change, form in ((lrsurgery.pivot_, "pivoted"), (lrsurgery.balance_, "balanced")):
+        change(model)
+        model.save_pretrained(tmp_path / form)
+        again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / form)
+        assert {layer.form for layer in factorised_layers(again).values()} == {form}
+        torch.testing.assert_close(outputs(again), wanted, rtol=1e-4, atol=1e-4)
