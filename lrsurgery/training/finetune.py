@@ -30,11 +30,13 @@ from lrsurgery.errors import Interrupted, OutputError, RecipeError, SourceError,
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.locks import locked
 from lrsurgery.files.writing import with_name
+from lrsurgery.linalg.pivot import Side
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.runs import DENSE_TRAINED, stages_of
 from lrsurgery.report.schema import Report
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.training.checkpoints import WEIGHTS, State, check_owner, step_of
+from lrsurgery.training.forms import describe, to_publish_, to_train_
 from lrsurgery.training.loop.arguments import total_steps, training_arguments
 from lrsurgery.training.loop.callbacks import RunCallback, interrupts
 from lrsurgery.training.loop.dynamics import overshoot
@@ -155,6 +157,7 @@ class _Run:
         self.seconds = 0.0
         self.opened = False  # the run's folder, by this process
         self.trainer: LowRankTrainer | None = None  # of the last stage
+        self.sides: dict[str, Side] = {}  # of the pivots of layers that train balanced
         self.output = output
         self.folder = RunFolder(self.output)
         self.folder.check()
@@ -258,7 +261,7 @@ class _Run:
                 held_out = open_rows(data, self.task, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS)
                 evaluation = evaluation_examples(subject, held_out, recipe, trust_remote_code=recipe.trust_remote_code)
         read = () if recipe.from_scratch else notes_of(self.source, trust_remote_code=recipe.trust_remote_code)
-        for note in (*read, *subject.notes):
+        for note in (*read, *subject.notes, describe(subject.body, self.sides)):
             self._note(note)
         # said but not kept: they name the data's files, which a card does not
         for note in (*train.notes, *(evaluation.notes if evaluation is not None else ())):
@@ -280,7 +283,7 @@ class _Run:
 
     def _build(self, rows: Rows) -> Subject:
         recipe = self.recipe
-        return prepare_subject(
+        subject = prepare_subject(
             self.source,
             recipe,
             rows,
@@ -288,6 +291,8 @@ class _Run:
             from_scratch_seed=recipe.seed if recipe.from_scratch else None,
             trust_remote_code=recipe.trust_remote_code,
         )
+        self.sides = to_train_(subject.body, recipe.train_form) or self.sides
+        return subject
 
     def _examples(self, subject: Subject, rows: Rows) -> Examples:
         recipe = self.recipe
@@ -397,6 +402,8 @@ class _Run:
         step = trainer.state.global_step
         done = [record for record in self.folder.evaluations() if record["stage"] == stage]
         kept = trainer.args.load_best_model_at_end
+        if not self._sharded:  # then what is measured is in the form that is published
+            to_publish_(subject.body, self.sides)
         round_to_stored_(subject)
         stale = kept or subject.stored != torch.float32 or not done or done[-1]["step"] != step
         self._together()
@@ -404,6 +411,8 @@ class _Run:
             trainer.evaluate()
         self._together()
         final = gather(trainer, subject, lambda: self._build(parts.rows))
+        if self._sharded:
+            to_publish_(final.body, self.sides)
         if self.recipe.against_trained:
             self._train_dense(parts)
         outcome = Outcome(self.output, Report((), 0, 0), {}, step)

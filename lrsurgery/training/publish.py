@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from lrsurgery.checkpoints.load import load_problem
 from lrsurgery.checkpoints.mapping import source_digest
@@ -24,7 +23,7 @@ from lrsurgery.report.rows import rank_report
 from lrsurgery.report.runs import METRICS, RECIPE, read_metrics, stages_of, untrained_dense
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import versions
-from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.apply import factorised_layers, specs_of
 from lrsurgery.text import code
 from lrsurgery.training.loop.dynamics import whole
 from lrsurgery.training.loop.trainer import LowRankTrainer, release_
@@ -81,7 +80,7 @@ def gather(trainer: LowRankTrainer, subject: Subject, build: Callable[[], Subjec
     state = {key: whole(value).cpu() for key, value in trainer.model.state_dict().items()}
     twin = build()
     if not subject.is_factorised:
-        give_structure_(twin, _specs(subject.body))
+        give_structure_(twin, specs_of(subject.body))
         materialise_(twin)
     twin.model.load_state_dict(state)
     return replace(twin, stored=subject.stored, notes=subject.notes)
@@ -148,14 +147,10 @@ def save_subject(subject: Subject, stage: Path, name: str, run: FinishedRun) -> 
 
 def _write_timm(subject: Subject, stage: Path) -> None:
     source, body = subject.source, subject.body
-    config = output_config(source, body, _specs(body))
+    config = output_config(source, body, specs_of(body))
     if source.pretrained_cfg:  # with what training changed in it: classes, image size
         config["pretrained_cfg"] = {**config.get("pretrained_cfg", {}), **source.pretrained_cfg}
     write_timm(body, config, stage)
-
-
-def _specs(body: nn.Module) -> dict[str, tuple[str, int]]:
-    return {name: (layer.kind, layer.rank) for name, layer in factorised_layers(body).items()}
 
 
 def training_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -27,6 +27,7 @@ DECAYS = ("frobenius", "l2", "none")
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}  # transformers' names
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+TRAIN_FORMS = ("auto", "balanced", "pivoted")
 DEVICES = ("auto", "cpu", "cuda")
 # what only the command line can turn on: running a checkpoint's code, and sending anything elsewhere
 LOCAL_TRACKERS = ("tensorboard", "none")  # of report_to; all others can upload
@@ -89,6 +90,12 @@ class Recipe(DataOptions):
         0.5, "Scale of the learning rate from the end of the dense steps on.", panel=SURGERY, positive=True
     )
 
+    train_form: str = setting(
+        "auto",
+        "Form that pivoted layers train in; auto: balanced, where that is no larger than dense.",
+        panel=TRAINING,
+        choices=TRAIN_FORMS,
+    )
     decay: str = setting("frobenius", "Weight decay of the factors.", panel=DECAY, choices=DECAYS)
     decay_strength: float = setting(0.01, "Strength (lambda) of --decay.", panel=DECAY)
     decay_coupled: bool = setting(

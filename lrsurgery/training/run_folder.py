@@ -9,16 +9,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lrsurgery.checkpoints.source import Source
-from lrsurgery.checkpoints.upstream.forms import check_layers
+from lrsurgery.checkpoints.upstream.forms import check_layers, layers_entry, specs_from
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, RecipeError
 from lrsurgery.files.digests import fingerprint, folder_fingerprint
-from lrsurgery.files.json import json_text, read_as, read_lines
+from lrsurgery.files.json import json_text, read_as, read_json, read_lines
 from lrsurgery.files.marks import check_ours, remove, remove_entries, write_mark
 from lrsurgery.files.writing import replace_file
 from lrsurgery.report.runs import DENSE_TRAINED, METRICS, RECIPE, Record, read_metrics
 from lrsurgery.report.schema import FILE_NAME
 from lrsurgery.runtime import versions
+from lrsurgery.surgery.layers import Spec
 from lrsurgery.training.checkpoints import COMPLETE, damage_of, marked_checkpoints, read_mark, step_of
 from lrsurgery.training.recipe import PERMISSIONS, Recipe, read_recipe, without_permissions, write_recipe
 
@@ -195,16 +196,14 @@ class RunFolder:
 
     # layers
 
-    def write_layers(self, layers: Mapping[str, tuple[str, int]]) -> None:
-        """Keep (kind, rank) of each layer that was factorised within the run."""
-        replace_file(self.path / LAYERS, json_text(layers))
+    def write_layers(self, layers: Mapping[str, Spec]) -> None:
+        """Keep what each layer became that was factorised within the run."""
+        replace_file(self.path / LAYERS, json_text(layers_entry(layers)["layers"]))
 
-    def read_layers(self) -> dict[str, tuple[str, int]]:
+    def read_layers(self) -> dict[str, Spec]:
         """What `write_layers` kept. Raises RecipeError for a damaged file."""
-        found = read_as(dict[str, tuple[str, int]], self.path / LAYERS, "a run's layers", RecipeError)
-        specs = {name: {"kind": kind, "rank": rank} for name, (kind, rank) in found.items()}
-        check_layers(specs, str(self.path / LAYERS), RecipeError)
-        return found
+        file = self.path / LAYERS
+        return specs_from(check_layers(read_json(file, "a run's layers", RecipeError), str(file), RecipeError))
 
     # checkpoints
 

@@ -23,8 +23,8 @@ from lrsurgery.factorise.memory import factorise_module_
 from lrsurgery.factorise.options import parse_target
 from lrsurgery.files.json import Json, json_text, read_json
 from lrsurgery.linalg.factors import Factors
-from lrsurgery.surgery.apply import factorised_layers, swap_
-from lrsurgery.surgery.layers import FactorisedLayer, factor_weights
+from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
+from lrsurgery.surgery.layers import FactorisedLayer, Spec, factor_weights
 from lrsurgery.surgery.plan import SurgeryOptions
 from lrsurgery.surgery.speed import plan_layers
 from lrsurgery.training.checkpoints import STATE, WEIGHTS, check_owner, mark_complete, read_state, step_of
@@ -65,16 +65,16 @@ def factorise_subject_(subject: Subject, recipe: Recipe, run: RunFolder | None) 
     """Factorise a model within a run, and note in the run's folder which layers became what."""
     factorise_module_(subject.body, surgery_of(recipe))
     if run is not None:
-        run.write_layers({name: (layer.kind, layer.rank) for name, layer in factorised_layers(subject.body).items()})
+        run.write_layers(specs_of(subject.body))
 
 
-def give_structure_(subject: Subject, layers: Mapping[str, tuple[str, int]]) -> None:
-    """Put factorised layers into a dense model, name -> (kind, rank), with weights on the meta device.
+def give_structure_(subject: Subject, layers: Mapping[str, Spec]) -> None:
+    """Put factorised layers into a dense model, with weights on the meta device.
 
     Raises PlanError for a layer that the model does not have, or a rank that it cannot have.
     """
     modules = dict(subject.body.named_modules())
-    for name, (_, rank) in layers.items():
+    for name, (_, rank, _) in layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if isinstance(weight, Tensor) and not 1 <= rank <= weight.numel():
             raise PlanError(f"{name}: rank {rank} exceeds the full rank of {tuple(weight.shape)}")
@@ -201,8 +201,8 @@ def _project(moment: Tensor, layer: FactorisedLayer, part: str, *, squared: bool
     if squared:
         u, v = u.square(), v.square()
     matrix = layer.layout.to_matrix(moment.float())
-    weights = factor_weights(layer.layout, moment, Factors(matrix @ v.T, u.T @ matrix))
-    return weights[0 if part == "u" else 1].to(moment.dtype).contiguous()
+    stored = factor_weights(layer.layout, moment, Factors(matrix @ v.T, u.T @ matrix))
+    return (stored.u if part == "u" else stored.v).to(moment.dtype).contiguous()
 
 
 def switch_schedule(saved: Json, groups: int, lr_scale: float) -> Json:

@@ -1,0 +1,91 @@
+"""Healing of pivoted models: trained balanced where that is no larger than dense, published as they were read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support import tiny
+
+import lrsurgery
+from lrsurgery.surgery.apply import factorised_layers
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model: Any = lrsurgery.load_model(folder)
+    with torch.no_grad():
+        return model(torch.arange(2, 34).reshape(2, 16)).logits  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder: Path = tmp_path_factory.mktemp("forms")
+    tiny.write_text(folder)
+    source = tiny.save_gpt2(folder / "dense", dropout=0.0)
+    for form in ("balanced", "pivoted"):
+        lrsurgery.factorise_checkpoint(source, folder / form, rank=0.4, form=form, loss_check=False)
+    # above the balanced break-even of square layers
+    lrsurgery.factorise_checkpoint(source, folder / "large", rank=0.6, form="pivoted", loss_check=False)
+    return folder
+
+
+def heal(root: Path, model: str, output: str, **settings: Any) -> tuple[Path, list[str]]:
+    notes: list[str] = []
+
+    class Listener(lrsurgery.progress.Listener):  # type: ignore[name-defined,misc]
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    asked = {"model": str(root / model), "data": str(root / "train.txt"), "eval_data": str(root / "valid.txt")}
+    asked |= {"block_size": 16, "batch_size": 2, "steps": 6, "save_steps": 3, "decay": "frobenius"}  # type: ignore[dict-item]
+    outcome = lrsurgery.finetune({**asked, **settings}, root / output, keep_checkpoints=True)
+    return root / output, list(outcome.report.notes)
+
+
+@pytest.mark.process
+def test_it_trains_as_the_balanced_model_does(root: Path) -> None:
+    (first, _), (second, notes) = heal(root, "balanced", "a"), heal(root, "pivoted", "b")
+    assert any("pivoted layers train balanced" in note for note in notes)
+    before = float((logits(first) - logits(root / "balanced")).norm())
+    assert float((logits(first) - logits(second)).norm()) < 0.02 * before
+    model = lrsurgery.load_model(second)
+    assert {layer.form for layer in factorised_layers(model).values()} == {"pivoted"}
+    report = lrsurgery.rank_report(model)
+    assert report.parameters_after == lrsurgery.rank_report(lrsurgery.load_model(root / "pivoted")).parameters_after
+    (checkpoint,) = (root / "b.run" / "factorised").glob("checkpoint-3")
+    assert not any(key.endswith(".order") for key in load_file(checkpoint / "model.safetensors"))
+
+
+@pytest.mark.process
+def test_what_would_be_larger_than_dense_trains_pivoted(root: Path) -> None:
+    folder, notes = heal(root, "large", "c")
+    assert any("pivoted layers train balanced" in note and "layers train as they are" in note for note in notes), notes
+    before, after = (load_file(each / "model.safetensors") for each in (root / "large", folder))
+    (checkpoint,) = (root / "c.run" / "factorised").glob("checkpoint-3")
+    trained = load_file(checkpoint / "model.safetensors")
+    square, tall = "transformer.h.0.attn.c_proj.order", "transformer.h.0.mlp.c_fc.order"
+    assert torch.equal(trained[square], before[square])
+    assert torch.equal(after[square], before[square])
+    assert tall not in trained
+    assert tall in after
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("form", ["balanced", "pivoted"])
+def test_the_form_that_is_asked_for(root: Path, form: str) -> None:
+    folder, _ = heal(root, "large", f"asked-{form}", train_form=form)
+    trained = load_file(root / f"asked-{form}.run" / "factorised" / "checkpoint-3" / "model.safetensors")
+    assert any(key.endswith(".order") for key in trained) == (form == "pivoted")
+    assert {layer.form for layer in factorised_layers(lrsurgery.load_model(folder)).values()} == {"pivoted"}
+
+
+@pytest.mark.process
+def test_an_interrupted_run_goes_on(root: Path) -> None:
+    """From the checkpoint of a balanced model, beside a folder that holds a pivoted one."""
+    whole, _ = heal(root, "pivoted", "whole")
+    folder, _ = heal(root, "pivoted", "again", steps=6)
+    first, second = (load_file(each / "model.safetensors") for each in (whole, folder))
+    assert all(torch.equal(first[key], second[key]) for key in first)
