@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from lrsurgery.errors import SurgeryError as SurgeryError
     from lrsurgery.factorise.checkpoint import factorise_checkpoint as factorise_checkpoint
     from lrsurgery.factorise.export import export_dense as export_dense
+    from lrsurgery.factorise.memory import balance_ as balance_
     from lrsurgery.factorise.memory import densify_ as densify_
     from lrsurgery.factorise.memory import factorise_ as factorise_
+    from lrsurgery.factorise.memory import pivot_ as pivot_
     from lrsurgery.factorise.options import Calibration as Calibration
     from lrsurgery.measure.evaluate import evaluate as evaluate
     from lrsurgery.report.rows import rank_report as rank_report
@@ -38,6 +40,7 @@ _HOME = {
     "Report": "lrsurgery.report.schema",
     "Statistics": "lrsurgery.calibration.statistics",
     "SurgeryError": "lrsurgery.errors",
+    "balance_": "lrsurgery.factorise.memory",
     "collect_statistics": "lrsurgery.calibration.collect",
     "densify_": "lrsurgery.factorise.memory",
     "evaluate": "lrsurgery.measure.evaluate",
@@ -47,6 +50,7 @@ _HOME = {
     "factorised_layers": "lrsurgery.surgery.apply",
     "finetune": "lrsurgery.training.finetune",
     "load_model": "lrsurgery.checkpoints.load",
+    "pivot_": "lrsurgery.factorise.memory",
     "rank_report": "lrsurgery.report.rows",
     "save_model": "lrsurgery.checkpoints.output",
 }

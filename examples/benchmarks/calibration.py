@@ -115,8 +115,8 @@ def surgery(dense: nn.Module, method: str, share: float, statistics: lrsurgery.S
     for name, layer in lrsurgery.factorised_layers(model).items():
         weight: Tensor = dense.get_submodule(name).weight.detach()  # type: ignore[assignment,union-attr,operator]
         factors = METHODS[method](layer.layout.to_matrix(weight), layer.rank, known, name)
-        u, v = factor_weights(layer.layout, weight, factors)
-        layer.u.weight.data, layer.v.weight.data = u, v
+        stored = factor_weights(layer.layout, weight, factors)
+        layer.u.weight.data, layer.v.weight.data = stored.u, stored.v
     return model
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
 from lrsurgery.surgery.budget import Budget, Layer, allocate, cheapest
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all
-from lrsurgery.surgery.ranks import ParameterShare, break_even_rank
+from lrsurgery.surgery.ranks import ParameterShare, break_even_rank, rank_within
 
 # Least rank of a layer, as a share of its uniform rank, where nothing compares layers by the loss. Inputs alone compare
 # them worse than not at all (examples/guides/calibration.md), so no layer goes below its uniform rank then.
@@ -95,7 +96,7 @@ def apply_budget(
     """
     rows = plan.replacements
     costs = {row.name: _costs(budget, row, statistics, weights.stored_widths) for row in rows}
-    whole = sum(dense for dense, _ in costs.values())
+    whole = sum(cost.dense for cost in costs.values())
     if rows and not whole:
         raise BudgetError(
             f"budget {budget}: no layer received calibration input, so FLOPs are unknown; calibrate with other data"
@@ -106,7 +107,7 @@ def apply_budget(
     rest = total - whole if budget.of == "model" else 0  # cost of parameters in no planned layer
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
     share = max(1e-9, min(1.0, (asked - rest) / whole))
-    layers = [_make_layer(budget, row, *costs[row.name], values[row.name], statistics, share) for row in rows]
+    layers = [_make_layer(budget, row, costs[row.name], values[row.name], statistics, share) for row in rows]
     if statistics is None or not statistics.has_gradients:
         least_share = LEAST["none" if statistics is None else "activations"]
         layers = _keep_near_uniform(layers, share, budget.multiple_of, least_share, asked - rest)
@@ -130,7 +131,7 @@ def _keep_near_uniform(layers: list[Layer], share: float, step: int, least: floa
     """Drop ranks below `least` of the uniform one, which keeps `share` of the layer's cost; below less if need be."""
 
     def bounded(layer: Layer, part: float) -> Layer:
-        lowest = int(part * share * layer.dense_cost / max(1, layer.rank_cost)) // step * step
+        lowest = rank_within(part * share * layer.dense_cost, max(1, layer.rank_cost), layer.saving) // step * step
         return replace(layer, ranks=[rank for rank in layer.ranks if rank >= lowest] or layer.ranks)
 
     for part in (1.0, 0.95, 0.9, 0.75, 0.5, 0.25):
@@ -146,31 +147,35 @@ def _round_up(share: float) -> float:
     return math.ceil(share * digits) / digits
 
 
-def _costs(
-    budget: Budget, row: Replacement, statistics: Statistics | None, widths: Mapping[str, int]
-) -> tuple[int, int]:
-    """The cost of the dense matrix, and of one unit of rank, in the unit of the budget."""
-    if budget.kind == "params":
-        return row.rows * row.columns, row.rows + row.columns
-    if budget.kind == "bytes":
-        width = widths[row.name]
-        return width * row.rows * row.columns, width * (row.rows + row.columns)
+class _Cost(NamedTuple):
+    """In the unit of the budget: of the dense matrix, of a unit of rank, and what pivots save per rank squared."""
+
+    dense: int
+    rank: int
+    saving: int
+
+
+def _costs(budget: Budget, row: Replacement, statistics: Statistics | None, widths: Mapping[str, int]) -> _Cost:
+    pivoted = int(row.side is not None)
+    if budget.kind in ("params", "bytes"):
+        width = 1 if budget.kind == "params" else widths[row.name]
+        return _Cost(width * row.rows * row.columns, width * (row.rows + row.columns), width * pivoted)
     if statistics is None and not row.layout.takes_tokens:
         raise BudgetError(
             f"budget {budget}: the number of positions of a convolution is unknown; add --calibration, or use a share"
             " of the parameters"
         )
     if statistics is None:
-        return row.flops, 2 * (row.rows + row.columns)
+        return _Cost(row.flops, 2 * (row.rows + row.columns), 2 * pivoted)
     use = statistics.uses[row.name]
-    return use.outputs * row.flops, 2 * (use.outputs * row.rows + use.positions * row.columns)
+    per_rank = 2 * (use.outputs * row.rows + use.positions * row.columns)
+    return _Cost(use.outputs * row.flops, per_rank, 2 * use.outputs * pivoted)
 
 
 def _make_layer(
     budget: Budget,
     row: Replacement,
-    dense_cost: int,
-    rank_cost: int,
+    cost: _Cost,
     values: Tensor,
     statistics: Statistics | None,
     share: float,
@@ -181,10 +186,11 @@ def _make_layer(
         squares = squares / total
     tails = torch.cat([squares.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
     step = budget.multiple_of
-    most = min(break_even_rank(row.rows, row.columns), row.full_rank)
+    pivoted = row.side is not None
+    most = min(break_even_rank(row.rows, row.columns, pivoted=pivoted), row.full_rank)
     ranks = list(range(step, most + 1, step)) if step <= most else []
     if statistics is not None and not statistics.uses[row.name].positions and ranks:
         # no calibration input, so its loss is unknown: keep the share of its parameters that the budget keeps overall
-        rank = ParameterShare(share).rank_of(row.rows, row.columns)
+        rank = ParameterShare(share).rank_of(row.rows, row.columns, pivoted=pivoted)
         ranks, tails = [max(step, min(most, rank // step * step))], torch.zeros_like(tails)
-    return Layer(row.name, dense_cost, rank_cost, ranks, tails)
+    return Layer(row.name, cost.dense, cost.rank, ranks, tails, cost.saving)

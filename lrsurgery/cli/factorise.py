@@ -63,8 +63,10 @@ if TYPE_CHECKING:
 
     BudgetOf: TypeAlias = str
     ExportName: TypeAlias = str
+    FormName: TypeAlias = str
 else:
     BudgetOf = choice("BudgetOf", "lrsurgery.surgery.budget", "SCOPES")
+    FormName = choice("Form", "lrsurgery.surgery.ranks", "FORMS")
     ExportName = choice("Export", "lrsurgery.factorise.export", "EXPORTS")
 
 
@@ -106,6 +108,14 @@ def factorise(
         Init, option("--init", panel=CUT, text="spectral keeps the model; the others have to be trained again.")
     ] = "spectral",
     conv: ConvOption = "channel",
+    form: Annotated[
+        FormName,
+        option(
+            "--form",
+            panel=CUT,
+            text="pivoted: rank^2 numbers less a layer, and smaller than dense at every rank; balanced trains better.",
+        ),
+    ] = "balanced",
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     multiple_of: MultipleOption = 1,
@@ -201,6 +211,7 @@ def factorise(
         allow_larger=allow_larger,
         min_speedup=min_speedup,
         svd=str(svd),
+        form=str(form),
         seed=seed,
         from_scratch=from_scratch,
         revision=revision,

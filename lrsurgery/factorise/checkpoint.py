@@ -44,6 +44,7 @@ from lrsurgery.report.card import model_card
 from lrsurgery.report.rows import plan_report
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import Processes, versions
+from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.plan import Kept, Plan, Replacement
 from lrsurgery.surgery.speed import plan_layers
 
@@ -188,7 +189,7 @@ def _factorise(
             rewriter.check_space(stage)
             rewriter.run(stage, work, processes, listener)
             layers = {
-                row.name: (row.kind, row.rank)
+                row.name: Spec(row.kind, row.rank, row.pivots)
                 for row in rewriter.decided.values()
                 if isinstance(row, Replacement) and row.rank is not None
             }

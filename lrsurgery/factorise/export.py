@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,15 +12,23 @@ from torch import Tensor
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import check_folder
 from lrsurgery.checkpoints.mapping import check_plain, key_map
-from lrsurgery.checkpoints.output import OutputOptions, check_output, copy_companions, output_config
+from lrsurgery.checkpoints.output import (
+    OutputOptions,
+    ShardWriter,
+    check_output,
+    copy_companions,
+    in_write_order,
+    output_config,
+)
 from lrsurgery.checkpoints.source import SourceOptions
-from lrsurgery.checkpoints.tensors import ShardWriter, TensorSource, check_weights, in_write_order, open_tensors
+from lrsurgery.checkpoints.tensors import TensorSource, check_weights, open_tensors
 from lrsurgery.checkpoints.upstream.layouts import check_shape, missing
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import json_text
 from lrsurgery.files.locks import locked
 from lrsurgery.files.writing import staged, with_name, write_text
+from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import dense_card
 from lrsurgery.surgery.apply import factorised_layers, swap_
@@ -108,15 +117,17 @@ def to_dense(
                 raise SurgeryError(
                     f"{layer}: transformers would rename its dense weight on loading; it cannot be exported"
                 )
-            readers[name] = (dtype, _multiply(tensors, modules[layer], stem))
+            readers[name] = (dtype, _weight(tensors, modules[layer], stem))
             dtypes[name] = dtype
         elif part == "u.bias":
-            readers[f"{stem}.bias"] = (dtype, _reader(tensors, key))
+            in_two = modules[layer].side == "rows"
+            read = _bias(tensors, modules[layer], stem) if in_two else _reader(tensors, key)
+            readers[f"{stem}.bias"] = (dtype, read)
     names_of: dict[int, list[str]] = {}
     for name, module in modules.items():
         names_of.setdefault(id(module), []).append(name)
     for layer, module in factorised_layers(model).items():
-        for part in ("v.weight", "u.weight", *(["u.bias"] if module.bias is not None else [])):
+        for part in module.state_dict():
             if not any(f"{name}.{part}" in places for name in names_of[id(module)]):
                 raise missing(source, f"{layer}.{part}", ())
     total, done = len(dtypes), 0
@@ -140,7 +151,7 @@ def to_dense(
 
 def _split(place: str, modules: dict[str, FactorisedLayer]) -> tuple[str | None, str]:
     """(layer, part) of a state-dict key inside a factorised layer; None for any other key."""
-    for part in ("u.weight", "v.weight", "u.bias"):
+    for part in ("u.weight", "v.weight", "u.bias", "v.bias", "order"):
         layer = place.removesuffix(f".{part}")
         if layer != place and layer in modules:
             return layer, part
@@ -151,16 +162,26 @@ def _reader(tensors: TensorSource, key: str) -> Callable[[], Tensor]:
     return lambda: tensors.read(key)
 
 
-def _multiply(tensors: TensorSource, module: FactorisedLayer, stem: str) -> Callable[[], Tensor]:
+def _weight(tensors: TensorSource, module: FactorisedLayer, stem: str) -> Callable[[], Tensor]:
+    return lambda: dense_weight(_held(tensors, module, stem))
+
+
+def _bias(tensors: TensorSource, module: FactorisedLayer, stem: str) -> Callable[[], Tensor]:
     def read() -> Tensor:
-        # the skeleton holds the factors of one layer at a time
-        module.u.weight = torch.nn.Parameter(tensors.read(f"{stem}.u.weight"), requires_grad=False)
-        module.v.weight = torch.nn.Parameter(tensors.read(f"{stem}.v.weight"), requires_grad=False)
-        product = dense_weight(module)
-        module.to("meta")
-        return product
+        bias = _held(tensors, module, stem).bias
+        assert bias is not None
+        return bias.detach()
 
     return read
+
+
+def _held(tensors: TensorSource, module: FactorisedLayer, stem: str) -> FactorisedLayer:
+    """A layer like `module` with the values of the file."""
+    held = copy.deepcopy(module)
+    held.load_state_dict({part: tensors.read(f"{stem}.{part}") for part in module.state_dict()}, assign=True)
+    if held.order is not None and not is_permutation(held.order):
+        raise SourceError(f"{stem}.order is no permutation, so the file is damaged")
+    return held
 
 
 # the formats of `export --to`

@@ -13,9 +13,9 @@ from lrsurgery.checkpoints.mapping import is_transformers_model, tied_weights
 from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.runtime import Compute, pick_device
-from lrsurgery.surgery.apply import apply_plan_, densify_layers_
+from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, factorised_layers, pivot_layers_
 from lrsurgery.surgery.plan import Plan, SurgeryOptions
-from lrsurgery.surgery.ranks import RankLike
+from lrsurgery.surgery.ranks import BALANCED, RankLike
 from lrsurgery.surgery.speed import plan_layers
 
 
@@ -36,6 +36,7 @@ def factorise_(
     device: str | torch.device | None = None,
     svd: str = "auto",
     cache: bool = False,
+    form: str = BALANCED,
 ) -> None:
     """Replace the layers of a module in memory by factorised ones. A transformers model then saves as factorised.
 
@@ -44,7 +45,8 @@ def factorise_(
     `statistics`, from `collect_statistics`, weight errors by their effect on the model's outputs or loss. Factors are
     computed on `device` (by default each layer's own) and stored in the dense layer's dtype on its device. Layers
     whose speedup on `device` (by default the GPU, if there is one) is below `min_speedup` stay dense. `cache` keeps
-    singular values on disk, as the CLI does.
+    singular values on disk, as the CLI does. `form` "pivoted" stores rank^2 numbers less a layer, and saves below every
+    full rank; "balanced" trains better.
 
     Raises RankError, PlanError or WeightError that name the layer; BudgetError for an infeasible budget;
     CalibrationError for statistics of another model.
@@ -59,6 +61,7 @@ def factorise_(
         seed=seed,
         min_speedup=min_speedup,
         svd=svd,
+        form=form,
     )
     factorise_module_(module, options, statistics, torch.device(device) if device is not None else None, cache=cache)
 
@@ -119,3 +122,27 @@ def densify_(module: nn.Module) -> None:
         from lrsurgery.checkpoints.quantizer import detach_
 
         detach_(module)
+
+
+def pivot_(module: nn.Module) -> None:
+    """Put every factorised layer below full rank into the pivoted form, which stores rank^2 numbers less.
+
+    Layers of kinds without that form stay as they are. Outputs are the same up to rounding; the balanced form trains
+    better. Create optimizers afterwards.
+    """
+    pivot_layers_(module)
+    _tell_transformers(module)
+
+
+def balance_(module: nn.Module) -> None:
+    """Put every factorised layer into the balanced form, u^T u = v v^T, which trains better; see `pivot_`."""
+    balance_layers_(module)
+    _tell_transformers(module)
+
+
+def _tell_transformers(module: nn.Module) -> None:
+    """Let `save_pretrained` know what the layers are now."""
+    if is_transformers_model(module) and factorised_layers(module):
+        from lrsurgery.checkpoints.quantizer import attach_
+
+        attach_(module)

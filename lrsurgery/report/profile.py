@@ -161,7 +161,7 @@ def _kept(values: Tensor, rank: int) -> tuple[float, float]:
 def rung_of(text: str, row: Replacement, values: Tensor, multiple_of: int = 1) -> Rung:
     """What `--rank text` would do to a layer with these singular values (full rank,)."""
     spec = RankSpec(parse_policy(text), (), multiple_of)
-    rank = spec.rank_of(row.name, row.rows, row.columns, values)
+    rank = spec.rank_of(row.name, row.rows, row.columns, values, pivoted=row.side is not None)
     after = replace(row, rank=rank).factorised_parameters
     assert after is not None
     if after >= row.parameters:

@@ -29,7 +29,7 @@ from lrsurgery.surgery.ranks import FractionRank, RankSpec
 def measured_row(
     row: Replacement, matrix: Tensor, factors: Factors, found: Decomposition, *, in_loss: bool = False
 ) -> Row:
-    """The row of a layer after surgery: matrix (rows, columns), factors as stored, what decomposing it found.
+    """The row of a layer after surgery: matrix (rows, columns), factors of the product as it is stored.
 
     `in_loss` says that singular values in the metric are in units of the loss, as those of the Fisher information are.
     """
@@ -39,7 +39,8 @@ def measured_row(
     left_out = float(values[row.rank]) if row.rank < row.full_rank else 0.0
     unknown = not bool(values.isfinite().all())  # "fast" computes the largest alone
     # every init gives balanced factors: the product's singular values are the norms of u's columns times v's rows
-    kept = _norms(factors.u, 0) * _norms(factors.v, 1)
+    even = factors if row.pivots is None else found.factors
+    kept = _norms(even.u, 0) * _norms(even.v, 1)
     energy_kept = float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0
     spectral_error = None if math.isnan(left_out) else left_out / top if top else 0.0
     weighted_error, predicted = _in_metric(found.weighted, row.rank, in_loss)
@@ -53,7 +54,7 @@ def measured_row(
         spectral_error=_finite(spectral_error),
         weighted_error=_finite(weighted_error),
         predicted_loss=_finite(predicted),
-        balance=_finite(balance_of(factors)),
+        balance=None if row.pivots else _finite(balance_of(factors)),
         before=None if unknown else EffectiveRanks.of(values),
         spectrum_before=None if unknown else Points.of(values),
         **_after(kept.sort(descending=True).values),
@@ -110,12 +111,15 @@ def planned_row(row: Replacement | Kept) -> Row:
         flops_before=row.flops,
         flops_after=row.factorised_flops,
         predicted_loss=row.predicted_loss,
+        form=None if row.rank is None else "pivoted" if row.pivots else "balanced",
     )
 
 
 def trained_row(row: Row, factors: Factors) -> Row:
     """The row with the spectrum and balance of factors, which training may have left unbalanced."""
-    return replace(row, balance=_finite(balance_of(factors)), **_after(product_values(factors)))
+    # the parts of a pivoted layer are not meant to be balanced
+    balance = None if row.form == "pivoted" else _finite(balance_of(factors))
+    return replace(row, balance=balance, **_after(product_values(factors)))
 
 
 def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
@@ -185,10 +189,10 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
 
 def replacement_of(name: str, layer: FactorisedLayer) -> Replacement:
     """The row of a plan that would give this factorised layer."""
-    u, v = layer.factors
-    bias = layer.bias.numel() if layer.bias is not None else 0
-    shape = tuple(layer.weight.shape)
-    return Replacement(name, layer.kind, shape, u.shape[0], v.shape[1], layer.rank, bias, layer.layout.v_per_u(layer))
+    (rows, columns), shape = layer.matrix_shape, tuple(layer.weight.shape)
+    bias = sum(part.bias.numel() for part in (layer.u, layer.v) if part.bias is not None)
+    per_u = layer.layout.v_per_u(layer)
+    return Replacement(name, layer.kind, shape, rows, columns, layer.rank, bias, per_u, side=layer.side)
 
 
 def _row_of(name: str, layer: FactorisedLayer, dense: nn.Module | None, alone: bool) -> Row:
@@ -237,5 +241,6 @@ def recorded_options(
         "dtype": next(name for name, known in DTYPES.items() if known == dtype),
         "min_speedup": surgery.min_speedup,
         "svd": surgery.svd,
+        "form": surgery.form,
         "calibration": calibration,
     }

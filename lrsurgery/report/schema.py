@@ -75,13 +75,15 @@ class Row:
     weighted_error: float | None = None  # ||G^(1/2) (W - U V) C^(1/2)||_F / ||G^(1/2) W C^(1/2)||_F, G and C calibrated
     predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
     balance: float | None = None  # ||U^T U - V V^T||_F / ||U^T U||_F; 0 right after surgery
+    form: Literal["balanced", "pivoted"] | None = None  # of a factorised layer; None in reports of older versions
 
     @property
     def break_even(self) -> int | None:
         """The largest rank that saves parameters; None for a layer that has no factorised form."""
         if self.full_rank is None:
             return None
-        return break_even_rank(*KINDS[self.kind].matrix_shape(torch.Size(self.shape)))
+        shape = KINDS[self.kind].matrix_shape(torch.Size(self.shape))
+        return break_even_rank(*shape, pivoted=self.form == "pivoted")
 
     @property
     def damage(self) -> float | None:

@@ -108,7 +108,7 @@ main()
 ADD = "lrsurgery.calibration.statistics:StatisticsWriter.add"
 MOMENTS = "lrsurgery.calibration.collect:call"
 STEP = "lrsurgery.training.loop.trainer:LowRankTrainer.training_step"
-SHARD = "lrsurgery.checkpoints.tensors:ShardWriter"
+SHARD = "lrsurgery.checkpoints.output:ShardWriter"
 SWITCH = "lrsurgery.training.switch"
 FOLDER = "lrsurgery.training.run_folder"
 MARKS = "lrsurgery.training.checkpoints"

@@ -432,8 +432,8 @@ main()
 """
 MOMENTS = {
     "before the first layer": ("lrsurgery.factorise.work.rewrite, 'choose_names'", 1),
-    "first tensor": ("lrsurgery.checkpoints.tensors.ShardWriter, 'add'", 1),
-    "halfway": ("lrsurgery.checkpoints.tensors.ShardWriter, 'add'", 12),
+    "first tensor": ("lrsurgery.checkpoints.output.ShardWriter, 'add'", 1),
+    "halfway": ("lrsurgery.checkpoints.output.ShardWriter, 'add'", 12),
     "closing a shard": ("os, 'fsync'", 1),
     "writing the config": ("lrsurgery.factorise.checkpoint, 'write_text'", 1),
     "writing the card": ("lrsurgery.factorise.checkpoint, 'write_text'", 3),

@@ -168,11 +168,12 @@ def test_csv_holds_every_number_as_it_is(which: str, report_of: Reports) -> None
     layers = body_of(report)["layers"]
     table = list(csv.DictReader(io.StringIO(render(report, "csv"))))
     assert [row["name"] for row in table] == [layer["name"] for layer in layers]
-    ours = {"name", "kind", "shape", "status", "kept", "shared"}  # texts, and what is reckoned
+    ours = {"name", "kind", "shape", "status", "form", "kept", "shared"}  # texts, and what is reckoned
     for row, layer in zip(table, layers, strict=True):
         found = {key: float(text) if text else None for key, text in row.items() if key not in ours}
         assert found == {key: at(layer, key) for key in found}
         assert row["shape"] == "x".join(map(str, layer["shape"]))
+        assert row["form"] == (layer["form"] or "")
         assert row["status"].startswith(layer["status"])
         if layer["status"] == "factorised":
             assert float(row["kept"]) == layer["parameters_after"] / layer["parameters_before"]

@@ -31,7 +31,7 @@ from lrsurgery.report.rows import measured_row
 from lrsurgery.report.schema import Row
 from lrsurgery.runtime import Compute, layer_pool, layers_at_once
 from lrsurgery.surgery.apply import decompose, decomposition_bytes, decomposition_cost
-from lrsurgery.surgery.layers import factor_weights
+from lrsurgery.surgery.layers import Stored, factor_weights, product_factors
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions
 from lrsurgery.surgery.ranks import RankSpec
 
@@ -116,16 +116,22 @@ class Decomposer:
         if isinstance(decided, Kept):
             return Piece({**facts, "kept": decided.reason}, {})
         dtype = self._output.stored(dense.dtype)
-        u, v = factor_weights(row.layout, torch.empty(dense.shape, dtype=dtype, device="meta"), decomposition.factors)
+        meta = torch.empty(dense.shape, dtype=dtype, device="meta")
+        stored = factor_weights(row.layout, meta, decomposition.factors, decided.pivots)
         if dtype != decomposition.factors.u.dtype:
-            for factor in (u, v):
+            for factor in (stored.u, stored.v):
                 check_overflow(factor, row.name)
         has_gradients = self._statistics is not None and self._statistics.has_gradients
-        factors = row.layout.to_matrices(u, v)
+        factors = product_factors(row.layout, stored, decided.pivots)
         measured = measured_row(decided, row.layout.to_matrix(dense), factors, decomposition, in_loss=has_gradients)
         if self._surgery.init in WITHOUT_DIRECTIONS:
             measured = replace(measured, energy_kept=None, spectral_error=None)
-        return Piece({**facts, "rank": decided.rank, "row": measured.to_dict()}, {"u": u.cpu(), "v": v.cpu()})
+        return Piece({**facts, "rank": decided.rank, "row": measured.to_dict()}, tensors_of(stored))
+
+
+def tensors_of(stored: Stored) -> dict[str, Tensor]:
+    """The tensors of a piece."""
+    return {name: tensor.cpu() for name, tensor in stored._asdict().items() if tensor is not None}
 
 
 def identity_of(job: Job, owner: str) -> Json:
@@ -138,6 +144,7 @@ def identity_of(job: Job, owner: str) -> Json:
         "shape": list(entry.shape),
         "dtype": str(entry.dtype),
         "asked": row.rank,
+        "side": row.side,
     }
 
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.calibration.statistics import Statistics
-from lrsurgery.checkpoints.load import check_folder, check_outputs
+from lrsurgery.checkpoints.load import check_folder
 from lrsurgery.checkpoints.mapping import Checkpoint, Entry, Names, choose_names
-from lrsurgery.checkpoints.output import OutputOptions
+from lrsurgery.checkpoints.output import OutputOptions, ShardWriter, in_write_order
 from lrsurgery.checkpoints.source import SourceOptions
-from lrsurgery.checkpoints.tensors import ShardWriter, in_write_order
 from lrsurgery.errors import OutputError, SurgeryError
+from lrsurgery.factorise.work.check import check_outputs
 from lrsurgery.factorise.work.folder import WorkFolder
 from lrsurgery.factorise.work.jobs import (
     Decomposer,
@@ -36,6 +36,7 @@ from lrsurgery.files.pieces import Piece, load_piece
 from lrsurgery.progress import Listener
 from lrsurgery.report.schema import Row
 from lrsurgery.runtime import Compute, Processes
+from lrsurgery.surgery.layers import Stored, product_factors, split_bias
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions
 
 
@@ -124,7 +125,8 @@ class Rewriter:
             row = self.decided.get(layer) if layer else None
             count, times = int(torch.Size(entry.shape).numel()), 1
             if isinstance(row, Replacement) and part == "weight":
-                count, times = row.rank * (row.rows + row.columns) if row.rank is not None else count, 2
+                factors = row.factorised_parameters
+                count, times = factors - row.bias if factors is not None else count, 2
             total += times * count * self._output.stored(entry.dtype).itemsize
         return total
 
@@ -162,7 +164,8 @@ class Rewriter:
 
     def run(self, stage: Path, work: WorkFolder, processes: Processes, listener: Listener) -> None:
         """Write the shards of the output into `stage`."""
-        writer = ShardWriter(stage, shard_size=self._output.shard_size)
+        orders = sum(4 * max(row.rows, row.columns) for row in self._plan.replacements if row.side is not None)
+        writer = ShardWriter(stage, shard_size=self._output.shard_size, in_front=orders)
         written: set[str] = set()
         try:
             with self.start_jobs(work, processes) as running:
@@ -171,13 +174,15 @@ class Rewriter:
                     if layer is None or (part == "bias" and isinstance(self._decide(layer, work, running), Kept)):
                         self._copy(writer, entry, key)
                         continue
+                    piece = self._wait_for_piece(self._job_of[layer], work, running)
                     if part == "weight":
-                        piece = self._wait_for_piece(self._job_of[layer], work, running)
                         self._write_layer(writer, entry, piece, layer)
                         written.add(layer)  # a shared layer comes once more under each other name
                         listener.progress(layer, len(written), len(self.jobs))
+                    elif part == "bias":
+                        self._write_bias(writer, entry, piece, layer)
                     else:
-                        self._copy(writer, entry, self._names_of(entry).bias if part == "bias" else key)
+                        self._copy(writer, entry, key)
             self.bytes_after = writer.finish()
         finally:
             writer.close()
@@ -202,8 +207,10 @@ class Rewriter:
         for job in self.jobs:
             piece = load_piece(work.file(job.number))
             assert piece is not None, job.row.name
-            if piece.tensors:
-                found[job.row.name] = (piece.tensors["u"], piece.tensors["v"])
+            row, _ = row_of_piece(job.row, piece)
+            if isinstance(row, Replacement):
+                factors = product_factors(row.layout, Stored(**piece.tensors), row.pivots)
+                found[row.name] = row.layout.to_weights(factors, torch.Size(row.shape))
         return found
 
     def _decide(self, layer: str, work: WorkFolder, running: Running) -> Replacement | Kept:
@@ -240,10 +247,29 @@ class Rewriter:
         names = self._names_of(entry)
         if not self.measured:
             # tripwire: a loader without lrsurgery fails on its shape instead of ignoring the factors silently
-            writer.add(names.dense, torch.empty(0, dtype=piece.tensors["u"].dtype))
+            writer.add(names.of("weight"), torch.empty(0, dtype=piece.tensors["u"].dtype))
         self.measured[layer] = measured
-        writer.add(names.u, piece.tensors["u"])
-        writer.add(names.v, piece.tensors["v"])
+        writer.add(names.of("u.weight"), piece.tensors["u"])
+        writer.add(names.of("v.weight"), piece.tensors["v"])
+        if "order" in piece.tensors:  # wider than weights of 2 bytes, and known no sooner
+            writer.add_in_front(names.of("order"), piece.tensors["order"])
+
+    def _write_bias(self, writer: ShardWriter, entry: Entry, piece: Piece, layer: str) -> None:
+        """Write the bias of a factorised layer: of its u, and a part of its v where the pivots are rows."""
+        row, _ = row_of_piece(self._job_of[layer].row, piece)
+        names = self._names_of(entry)
+        if not isinstance(row, Replacement) or row.pivots != "rows":
+            self._copy(writer, entry, names.of("u.bias"))
+            return
+        bias = entry.read()
+        check_finite(bias, entry.key, self._checkpoint.source.reference)
+        self._digests[entry.key] = tensor_digest(entry.dtype, entry.shape, [bias])
+        self.bytes_before += bias.numel() * bias.element_size()
+        parts = split_bias(row.layout, bias.to(self._output.stored(entry.dtype)), Stored(**piece.tensors), row.pivots)
+        for name, part in zip((names.of("v.bias"), names.of("u.bias")), parts, strict=True):
+            assert part is not None
+            check_overflow(part, entry.key)
+            writer.add(name, part)
 
     def _copy(self, writer: ShardWriter, entry: Entry, key: str) -> None:
         """Copy a tensor to the output under this key, slice by slice; skip a copy of the tensor it is tied to."""

@@ -279,6 +279,12 @@ COLUMNS: tuple[Column[Row], ...] = (
         terse=Terse("loss", lambda row: "" if row.predicted_loss is None else f"+{row.predicted_loss:.2g}"),
     ),
     Column(
+        key="form",
+        title="form",
+        hint="balanced: two factors; pivoted: rows or columns of the product, and the others in terms of them",
+        value=lambda row: row.form,
+    ),
+    Column(
         key="balance",
         title="unbalanced",
         form="share",
