@@ -422,11 +422,12 @@ def test_rows_open_colours_turn_and_files_are_made(report_of: Reports, look: Loo
     assert json.loads(found["json"]) == body
     read = list(csv.DictReader(io.StringIO(found["csv"])))
     assert [row["name"] for row in read] == [layer["name"] for layer in layers]
-    numeric = [key for key in read[0] if key not in ("name", "kind", "shape", "status")]
+    numeric = [key for key in read[0] if key not in ("name", "kind", "shape", "status", "form")]
     assert len(numeric) >= 18
     for row, layer in zip(read, layers, strict=True):
         told = {key: float(row[key]) if row[key] else None for key in numeric}
         assert told == {key: dig(layer, key) for key in numeric}
+        assert row["form"] == (layer["form"] or "")
     assert found["title"] == layers[at]["name"]
     assert found["figures"][:3] == ["Singular values", "Energy kept", "Overlap of the leading directions"]
     assert float(found["angles"][0][1]) == layers[at]["overlap"]["output"]["largest"]
