@@ -13,7 +13,7 @@ from lrsurgery.checkpoints.upstream.forms import check_layers, layers_entry, spe
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, RecipeError
 from lrsurgery.files.digests import fingerprint, folder_fingerprint
-from lrsurgery.files.json import json_text, read_as, read_json, read_lines
+from lrsurgery.files.json import Json, json_text, read_as, read_json, read_lines
 from lrsurgery.files.marks import check_ours, remove, remove_entries, write_mark
 from lrsurgery.files.writing import replace_file
 from lrsurgery.report.runs import DENSE_TRAINED, METRICS, RECIPE, Record, read_metrics
@@ -203,7 +203,11 @@ class RunFolder:
     def read_layers(self) -> dict[str, Spec]:
         """What `write_layers` kept. Raises RecipeError for a damaged file."""
         file = self.path / LAYERS
-        return specs_from(check_layers(read_json(file, "a run's layers", RecipeError), str(file), RecipeError))
+        found: Json = read_json(file, "a run's layers", RecipeError)
+        for name, old in found.items():  # of version 0.1.0: [kind, rank]
+            if isinstance(old, list) and len(old) == 2:
+                found[name] = {"kind": old[0], "rank": old[1]}
+        return specs_from(check_layers(found, str(file), RecipeError))
 
     # checkpoints
 

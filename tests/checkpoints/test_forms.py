@@ -40,12 +40,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     elif request.param == "gpt2":
         model = lrsurgery.load_model(tiny.save_gpt2(folder / "dense"))
     else:
-        torch.manual_seed(0)
-        sizes = {"vocab_size": 99, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-        model = tf.BertForSequenceClassification(tf.BertConfig(**sizes, intermediate_size=40)).eval()
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                nn.init.normal_(parameter)
+        model = lrsurgery.load_model(tiny.save_biased_bert(folder / "dense"))
     lrsurgery.factorise_(model, rank=0.4)
     lrsurgery.save_model(model, folder / "balanced")
     pivot_layers_(model)

@@ -32,14 +32,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         return tiny.save_timm(folder)
     if request.param == "gpt2":
         return tiny.save_gpt2(folder)
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 99, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
-    model = tf.BertForSequenceClassification(tf.BertConfig(**sizes, intermediate_size=40)).eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
-    model.save_pretrained(folder)
-    return folder
+    return tiny.save_biased_bert(folder)
 
 
 def test_from_files_as_in_memory(source: Path, tmp_path: Path) -> None:

@@ -71,6 +71,18 @@ def tokenizer(*, around: bool = False) -> Any:
     return tf.PreTrainedTokenizerFast(tokenizer_object=made, model_max_length=BLOCK, **named)
 
 
+def save_biased_bert(folder: Path) -> Path:
+    """A classifier without a tokenizer, whose biases are not 0 as those of a fresh one are."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 99, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = tf.BertForSequenceClassification(tf.BertConfig(**sizes, intermediate_size=40))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return folder
+
+
 def save_gpt2(folder: Path, *, dropout: float = 0.1, seed: int = 0, blocks: int = 2, **options: Any) -> Path:
     torch.manual_seed(seed)
     config = tf.GPT2Config(

@@ -11,7 +11,10 @@ from safetensors.torch import load_file
 from support import tiny
 
 import lrsurgery
+from lrsurgery.errors import RecipeError
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.layers import Spec
+from lrsurgery.training.run_folder import RunFolder
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -89,3 +92,16 @@ def test_an_interrupted_run_goes_on(root: Path) -> None:
     folder, _ = heal(root, "pivoted", "again", steps=6)
     first, second = (load_file(each / "model.safetensors") for each in (whole, folder))
     assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_layers_of_a_run_that_an_older_version_began(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "out")
+    run.path.mkdir()
+    wanted = {"a": Spec("linear", 3), "b": Spec("conv2d-channel", 2, "rows")}
+    run.write_layers(wanted)
+    assert run.read_layers() == wanted
+    (run.path / "layers.json").write_text('{"a": ["linear", 3]}')
+    assert run.read_layers() == {"a": Spec("linear", 3)}
+    (run.path / "layers.json").write_text('{"a": ["linear", 3, 4]}')
+    with pytest.raises(RecipeError, match="must map layer names to a kind and a rank"):
+        run.read_layers()
