@@ -113,7 +113,10 @@ def run_study(
         worker = _Worker(
             study=study, output=output, jobs=jobs, keep_models=keep_models, trust_remote_code=trust_remote_code
         )
-        return _run(worker, shard, listener)
+        try:
+            return _run(worker, shard, listener)
+        except (KeyboardInterrupt, SystemExit) as e:  # a second one, while the runs were saving themselves
+            raise Interrupted(f"interrupted; {kept()}") from e
 
 
 def _run(worker: _Worker, shard: Shard, listener: Listener) -> list[RunResult]:

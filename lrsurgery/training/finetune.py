@@ -114,6 +114,8 @@ def _train(run: _Run, keep_checkpoints: bool) -> Outcome:
             run.folder.drop_incomplete()  # its place on a full disk is needed
         elif run.leads and run.opened:
             run.folder.remove()  # nothing in it to go on from
+        if kept is not None and isinstance(e, KeyboardInterrupt | SystemExit):  # a second Ctrl-C
+            raise Interrupted(f"interrupted; the last good checkpoint stays: {kept}; to continue: {run.again}") from e
         if isinstance(e, TrainingError):
             raise TrainingError(
                 f"{e}; " + (f"the last good checkpoint stays: {kept}" if kept else "nothing is kept")

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from support import tiny, warm
 
-from lrsurgery.errors import RecipeError, StudyError
+from lrsurgery.errors import Interrupted, RecipeError, StudyError
 from lrsurgery.files.locks import alive
 from lrsurgery.measure.findings import Findings, Spread, cells, findings_of, spread_text
 from lrsurgery.measure.study import _prepare, run_study
@@ -359,3 +359,12 @@ def test_a_recipe_is_checked_before_its_first_run(body: dict[str, object], words
 def test_a_shard_is_two_numbers(text: str) -> None:
     with pytest.raises(RecipeError, match="write I/N"):
         parse_shard(text)
+
+
+def test_a_second_interrupt_says_what_is_kept(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lrsurgery.measure.study._run", twice)
+    with pytest.raises(Interrupted, match=r"^interrupted; finished runs are kept; continue with --resume$"):
+        run_study(read_study(write(root)), tmp_path / "out")

@@ -133,6 +133,11 @@ def test_two_interrupts_end_a_run_at_once(bench: Path) -> None:
     assert stopped.returncode == 130, stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert not (bench / "twice").exists()
+    last = stopped.stderr.strip().splitlines()[-1]
+    assert "nothing was written" not in last  # the checkpoint of step 3 is kept
+    assert "interrupted; the last good checkpoint stays: " in last
+    assert f"to continue: lrsurgery finetune --resume --output {bench / 'twice'}" in last
+    assert (bench / "twice.run" / "dense" / "checkpoint-3").is_dir()
 
 
 def test_resume_refuses_another_run(bench: Path, capsys: pytest.CaptureFixture[str]) -> None:
