@@ -20,8 +20,8 @@ from lrsurgery.errors import BudgetError, SurgeryError
 from lrsurgery.linalg.weighted import second_order
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
-from lrsurgery.surgery.budget import Budget, Layer, allocate, cheapest
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all
+from lrsurgery.surgery.budget import Budget, Curve, Layer, allocate, cheapest
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all, losses
 from lrsurgery.surgery.ranks import ParameterShare, break_even_rank, rank_within
 
 # Least rank of a layer, as a share of its uniform rank, where nothing compares layers by the loss. Inputs alone compare
@@ -51,11 +51,16 @@ def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: S
     """
     budget = plan.target if isinstance(plan.target, Budget) else None
     weighted = statistics is not None
-    rows = [row for row in plan.replacements if row.rank is None or budget is not None or weighted]
+    if statistics is not None:
+        plan = plan.with_rows({row.name: statistics.of_schemes(row) for row in plan.replacements})
+    rows = [row for row in plan.replacements if row.undecided or budget is not None or weighted]
+    options = [option for row in rows for option in row.options]
 
-    def values_of(row: Replacement) -> Tensor:
-        metric = statistics.metric(row.name) if statistics is not None else None
-        digest = statistics.digests.get(row.name) if statistics is not None else None
+    def compute_values(row: Replacement) -> Tensor:
+        metric = digest = None
+        if statistics is not None:
+            metric = statistics.metric(row.name, row.kind)
+            digest = statistics.digests.get(statistics.key(row.name, row.kind))
         weight = weights.read(row.name)
         lookup = SpectrumLookup(weight, row.layout, compute, weights.device or weight.device)
         try:
@@ -63,17 +68,23 @@ def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: S
         except SurgeryError as e:
             raise type(e)(f"{row.name}: {e}") from e
 
-    needs = [decomposition_bytes(row, weights.widths[row.name], weighted=weighted) for row in rows]
-    values = dict(zip((row.name for row in rows), compute.in_order(values_of, rows, needs), strict=True))
+    needs = [decomposition_bytes(row, weights.widths[row.name], weighted=weighted) for row in options]
+    found = compute.in_order(compute_values, options, needs)
+    values = {(row.name, row.kind): each for row, each in zip(options, found, strict=True)}
+
+    def values_of(row: Replacement) -> Tensor:
+        return values[row.name, row.kind]
+
+    in_loss = statistics is not None and statistics.has_gradients
     if budget is not None:
-        plan = apply_budget(plan, budget, values, weights, statistics)
+        plan = apply_budget(plan, budget, values_of, weights, statistics)
     else:
-        plan = decide_all(plan, lambda row: values[row.name])
-    if statistics is None or not statistics.has_gradients:
+        plan = decide_all(plan, values_of, in_loss=in_loss)
+    if not in_loss:
         return plan
     return plan.with_rows(
         {
-            row.name: replace(row, predicted_loss=second_order(values[row.name], row.rank or 0))
+            row.name: replace(row, predicted_loss=second_order(values_of(row), row.rank or 0))
             for row in plan.replacements
         }
     )
@@ -82,15 +93,16 @@ def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: S
 def apply_budget(
     plan: Plan,
     budget: Budget,
-    values: Mapping[str, Tensor],
+    values_of: Callable[[Replacement], Tensor],
     weights: Weights,
     statistics: Statistics | None = None,
 ) -> Plan:
-    """Decide the ranks that minimise the total loss within a budget; layers may stay dense.
+    """Decide the schemes and ranks that minimise the total loss within a budget; layers may stay dense.
 
-    `values` are singular values by layer, with statistics those in its metric. The loss of a rank is the predicted
-    increase of the loss if the statistics have gradients, else the share of the layer's squared norm (in its metric, if
-    there is one). Such shares say little about the loss, so ranks then stay near or above the uniform ones (`LEAST`).
+    `values_of` returns the singular values of a layer by one scheme, with statistics those in its metric. The loss of a
+    rank is the predicted increase of the loss if the statistics have gradients, else the share of the layer's squared
+    norm (in its metric, if there is one). Such shares say little about the loss, so ranks then stay near or above the
+    uniform ones (`LEAST`).
 
     Raises BudgetError that gives the smallest feasible budget.
     """
@@ -107,7 +119,7 @@ def apply_budget(
     rest = total - whole if budget.of == "model" else 0  # cost of parameters in no planned layer
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
     share = max(1e-9, min(1.0, (asked - rest) / whole))
-    layers = [_make_layer(budget, row, costs[row.name], values[row.name], statistics, share) for row in rows]
+    layers = [_make_layer(budget, row, costs[row.name].dense, values_of, weights, statistics, share) for row in rows]
     if statistics is None or not statistics.has_gradients:
         least_share = LEAST["none" if statistics is None else "activations"]
         layers = _keep_near_uniform(layers, share, budget.multiple_of, least_share, asked - rest)
@@ -115,27 +127,30 @@ def apply_budget(
     if asked < least:
         smallest = f"bytes:{least}" if budget.kind == "bytes" else f"{_round_up(least / (rest + whole)):g}"
         raise BudgetError(f"budget {budget}: out of reach; the smallest that can be met is {smallest}")
-    ranks = allocate(layers, asked - rest)
+    choices = allocate(layers, asked - rest)
     decided: dict[str, Replacement | Kept] = {}
     for row, layer in zip(rows, layers, strict=True):
-        rank = ranks[row.name]
-        if rank is None:
-            reason = DENSE if layer.ranks else "no rank saves parameters"
+        choice = choices[row.name]
+        if choice is None:
+            reason = DENSE if any(curve.ranks for curve in layer.curves) else "no rank saves parameters"
             decided[row.name] = Kept(row.name, row.kind, row.shape, row.parameters, reason)
         else:
-            decided[row.name] = replace(row, rank=rank)
+            decided[row.name] = replace(row.options[choice.curve], rank=choice.rank)
     return plan.with_rows(decided)
 
 
 def _keep_near_uniform(layers: list[Layer], share: float, step: int, least: float, limit: float) -> list[Layer]:
     """Drop ranks below `least` of the uniform one, which keeps `share` of the layer's cost; below less if need be."""
 
-    def bounded(layer: Layer, part: float) -> Layer:
-        lowest = rank_within(part * share * layer.dense_cost, max(1, layer.rank_cost), layer.saving) // step * step
-        return replace(layer, ranks=[rank for rank in layer.ranks if rank >= lowest] or layer.ranks)
+    def bounded(curve: Curve, limit: float) -> Curve:
+        lowest = rank_within(limit, max(1, curve.rank_cost), curve.saving) // step * step
+        return replace(curve, ranks=[rank for rank in curve.ranks if rank >= lowest] or curve.ranks)
 
     for part in (1.0, 0.95, 0.9, 0.75, 0.5, 0.25):
-        near = [bounded(layer, part) for layer in layers]
+        near = [
+            replace(layer, curves=tuple(bounded(curve, part * share * layer.dense_cost) for curve in layer.curves))
+            for layer in layers
+        ]
         if part <= least and cheapest(near) <= limit:
             return near
     return layers
@@ -167,7 +182,7 @@ def _costs(budget: Budget, row: Replacement, statistics: Statistics | None, widt
         )
     if statistics is None:
         return _Cost(row.flops, 2 * (row.rows + row.columns), 2 * pivoted)
-    use = statistics.uses[row.name]
+    use = statistics.use(row)
     per_rank = 2 * (use.outputs * row.rows + use.positions * row.columns)
     return _Cost(use.outputs * row.flops, per_rank, 2 * use.outputs * pivoted)
 
@@ -175,22 +190,24 @@ def _costs(budget: Budget, row: Replacement, statistics: Statistics | None, widt
 def _make_layer(
     budget: Budget,
     row: Replacement,
-    cost: _Cost,
-    values: Tensor,
+    dense_cost: int,
+    values_of: Callable[[Replacement], Tensor],
+    weights: Weights,
     statistics: Statistics | None,
     share: float,
 ) -> Layer:
-    squares = values.double().cpu().square()
-    total = float(squares.sum())
-    if total > 0 and not (statistics is not None and statistics.has_gradients):  # with gradients, losses compare
-        squares = squares / total
-    tails = torch.cat([squares.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
-    step = budget.multiple_of
-    pivoted = row.side is not None
-    most = min(break_even_rank(row.rows, row.columns, pivoted=pivoted), row.full_rank)
-    ranks = list(range(step, most + 1, step)) if step <= most else []
-    if statistics is not None and not statistics.uses[row.name].positions and ranks:
-        # no calibration input, so its loss is unknown: keep the share of its parameters that the budget keeps overall
-        rank = ParameterShare(share).rank_of(row.rows, row.columns, pivoted=pivoted)
-        ranks, tails = [max(step, min(most, rank // step * step))], torch.zeros_like(tails)
-    return Layer(row.name, cost.dense, cost.rank, ranks, tails, cost.saving)
+    used = statistics is None or statistics.use(row).positions > 0
+    curves = []
+    for option in row.options if used else row.options[:1]:
+        values, cost = values_of(option), _costs(budget, option, statistics, weights.stored_widths)
+        tails = losses(values, in_loss=statistics is not None and statistics.has_gradients)
+        step = budget.multiple_of
+        pivoted = option.side is not None
+        most = min(break_even_rank(option.rows, option.columns, pivoted=pivoted), option.full_rank)
+        ranks = list(range(step, most + 1, step)) if step <= most else []
+        if not used and ranks:
+            # no calibration input, so its loss is unknown: keep the share of parameters that the budget keeps overall
+            rank = ParameterShare(share).rank_of(option.rows, option.columns, pivoted=pivoted)
+            ranks, tails = [max(step, min(most, rank // step * step))], torch.zeros_like(tails)
+        curves.append(Curve(cost.rank, ranks, tails, cost.saving))
+    return Layer(row.name, dense_cost, tuple(curves))

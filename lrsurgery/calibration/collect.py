@@ -24,7 +24,7 @@ from lrsurgery.calibration.loss import (
     check_importance,
     check_temperature,
 )
-from lrsurgery.calibration.statistics import LayerUse, Moments, Statistics, StatisticsWriter, merge
+from lrsurgery.calibration.statistics import LayerUse, Moments, Statistics, StatisticsWriter, key_of, merge
 from lrsurgery.errors import CalibrationError
 from lrsurgery.files.json import Json
 from lrsurgery.modules import for_model
@@ -39,7 +39,7 @@ def collect_statistics(
     batches: Iterable[Batch],
     *,
     importance: str = "fisher",
-    conv: str = "channel",
+    conv: str = "auto",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     loss: Loss | None = None,
@@ -63,7 +63,8 @@ def collect_statistics(
     whole = SurgeryOptions(
         target=RankSpec(FractionRank(1.0)), conv=conv, include=include, exclude=exclude, allow_larger=True
     )
-    rows = [row for row in plan_rows(model, whole, heads=find_heads(model)) if isinstance(row, Replacement)]
+    planned = plan_rows(model, whole, heads=find_heads(model))
+    rows = [option for row in planned if isinstance(row, Replacement) for option in row.options]
     return collect(
         model,
         list(batches),
@@ -83,13 +84,17 @@ class MemoryStore:
         self._moments: dict[str, Moments] = {}
 
     def add(self, name: str, use: LayerUse, moments: Moments) -> None:
-        """Keep the moments of one layer, merged with those added before."""
-        if name in self:  # a block that the model runs more than once
+        """Keep the moments of one layer as a kind, merged with those added before."""
+        name = self._key(name, use.kind)
+        if name in self._uses:  # a block that the model runs more than once
             use, moments = merge((self._uses[name], self._moments[name]), (use, moments))
         self._uses[name], self._moments[name] = use, moments
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._uses
+    def __contains__(self, row: Replacement) -> bool:
+        return self._key(row.name, row.kind) in self._uses
+
+    def _key(self, name: str, kind: str) -> str:
+        return name if name not in self._uses or self._uses[name].kind == kind else key_of(name, kind)
 
     def finish(self, facts: Json) -> Statistics:
         """Return the statistics."""
@@ -130,7 +135,7 @@ def collect(
                 listener.progress("calibration", number * len(batches) + index, total)
                 _forward_backward(model, batch, collector, loss)
         for row in group:
-            store.add(row.name, *collector.take(row.name))
+            store.add(row.name, *collector.take(row))
     return store.finish({**recorded, "scored": collector.scored})
 
 
@@ -202,7 +207,7 @@ def collect_sequentially(
     model: nn.Module,
     batches: Sequence[Batch],
     plan: Plan,
-    gradients_of: Callable[[str], Tensor | None],
+    gradients_of: Callable[[Replacement], Tensor | None],
     *,
     init: str,
     seed: int,
@@ -224,7 +229,7 @@ def collect_sequentially(
     return store.finish(facts or {})
 
 
-def _no_gradients(name: str) -> Tensor | None:
+def _no_gradients(row: Replacement) -> Tensor | None:
     return None
 
 
@@ -233,7 +238,7 @@ def _by_block(
     batches: Sequence[Batch],
     rows: Sequence[Replacement],
     store: Store,
-    gradients_of: Callable[[str], Tensor | None] = _no_gradients,
+    gradients_of: Callable[[Replacement], Tensor | None] = _no_gradients,
     factorise: Callable[[Mapping[str, tuple[LayerUse, Moments]]], None] | None = None,
     listener: Listener = SILENT,
 ) -> None:
@@ -243,12 +248,12 @@ def _by_block(
     """
     collector = Collector(model, rows, gradients=False)
     blocks = find_blocks(model)
-    inside = {block: [row.name for row in rows if row.name.startswith(f"{block}.")] for block in blocks}
-    outside = {row.name for row in rows} - {name for names in inside.values() for name in names}
+    inside = {block: [row for row in rows if row.name.startswith(f"{block}.")] for block in blocks}
+    outside = {row.name for row in rows} - {row.name for each in inside.values() for row in each}
 
-    def take(name: str) -> tuple[LayerUse, Moments]:
-        use, moments = collector.take(name)
-        return use, replace(moments, gradients=gradients_of(name))
+    def take(row: Replacement) -> tuple[LayerUse, Moments]:
+        use, moments = collector.take(row)
+        return use, replace(moments, gradients=gradients_of(row))
 
     def run(batch: Batch) -> Callable[[], None]:
         def forward() -> None:
@@ -262,16 +267,16 @@ def _by_block(
         held.enter_context(collector.watch(outside))
         visits = held.enter_context(closing(visit_blocks(model, blocks, [run(batch) for batch in batches])))
         for number, visit in enumerate(visits):
-            names = inside[visit.name]
-            with collector.watch(names):
+            own = inside[visit.name]
+            with collector.watch({row.name for row in own}):
                 visit.run() if factorise is None else visit.replay()
-            collected = {name: take(name) for name in names}
-            for name, (use, moments) in collected.items():
+            taken = [(row.name, take(row)) for row in own]
+            for name, (use, moments) in taken:
                 store.add(name, use, moments)
             if factorise is not None:
-                factorise(collected)
+                factorise(dict(taken))
                 visit.run()
             listener.progress(visit.name, min(number + 1, len(blocks)), len(blocks))
-    rest = [name for names in inside.values() for name in names if name not in store]  # in blocks that never ran
-    for name in [*rest, *sorted(outside)]:
-        store.add(name, *take(name))
+    rest = [row for own in inside.values() for row in own if row not in store]  # in blocks that never ran
+    for row in [*rest, *sorted((row for row in rows if row.name in outside), key=lambda row: row.name)]:
+        store.add(row.name, *take(row))

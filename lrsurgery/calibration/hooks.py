@@ -29,15 +29,17 @@ class _Sums:
 class Collector:
     """Accumulator of x x^T over the inputs and, with `gradients`, of g g^T over the output gradients of layers.
 
+    A layer may be watched as several kinds, one row each.
+
     The loss must be a sum, not a mean, over scored items; `scored` counts them.
     """
 
     def __init__(self, model: nn.Module, rows: Sequence[Replacement], *, gradients: bool) -> None:
         self.scored = 0
-        self._rows = {row.name: row for row in rows}
-        self._modules = {name: module for name, module in model.named_modules() if name in self._rows}
+        modules = dict(model.named_modules())
+        self._watched = [(row, modules[row.name]) for row in rows if row.name in modules]
         self._gradients = gradients
-        self._sums: dict[str, _Sums] = {}
+        self._sums: dict[tuple[str, str], _Sums] = {}  # by name and kind
         self._last: tuple[Tensor, int, str, Tensor, int] | None = None  # the last input with its Gram matrix, for reuse
         self._batch = threading.local()  # in a block-by-block pass each batch has its own thread
         self._recomputing = False
@@ -64,9 +66,9 @@ class Collector:
     def watch(self, names: Collection[str] | None = None) -> Iterator[None]:
         """Accumulate within this context, for these layers or for all."""
         handles = [
-            module.register_forward_hook(self._hook(name))
-            for name, module in self._modules.items()
-            if names is None or name in names
+            module.register_forward_hook(self._hook(row))
+            for row, module in self._watched
+            if names is None or row.name in names
         ]
         try:
             yield
@@ -75,10 +77,9 @@ class Collector:
             for handle in handles:
                 handle.remove()
 
-    def take(self, name: str) -> tuple[LayerUse, Moments]:
+    def take(self, row: Replacement) -> tuple[LayerUse, Moments]:
         """Return the moments of a layer and free its sums; zeros if the layer received no input."""
-        row = self._rows[name]
-        sums = self._sums.pop(name, None) or self._new(row, torch.device("cpu"))
+        sums = self._sums.pop((row.name, row.kind), None) or self._new(row, torch.device("cpu"))
         use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs)
         gradients = None if sums.gradients is None else sums.gradients / max(1, self.scored)
         return use, Moments(sums.inputs / max(1, sums.positions), gradients)
@@ -87,9 +88,7 @@ class Collector:
         gradients = torch.zeros(row.rows, row.rows, device=device) if self._gradients else None
         return _Sums(torch.zeros(row.columns, row.columns, device=device), gradients)
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], Any]:
-        row = self._rows[name]
-
+    def _hook(self, row: Replacement) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
             x = args[0]
             leaf = self._gradients and torch.is_grad_enabled() and not output.requires_grad
@@ -102,7 +101,8 @@ class Collector:
         return hook
 
     def _accumulate(self, row: Replacement, module: nn.Module, x: Tensor, output: Tensor) -> None:
-        sums = self._sums.setdefault(row.name, self._new(row, x.device))
+        key = row.name, row.kind
+        sums = self._sums.get(key) or self._sums.setdefault(key, self._new(row, x.device))
         mask = self._mask(x, row)
         count = self._add_inputs(sums, row, module, x, mask)
         sums.outputs += row.layout.outputs(output, count)

@@ -19,6 +19,7 @@ from lrsurgery.linalg.weighted import Metric, damp
 from lrsurgery.surgery.plan import Replacement
 
 FORMAT = 1
+KIND = " as "  # between a layer's name and a further kind that it was collected as
 FILE_NAME = "statistics.json"
 # Least Tikhonov damping, as a share of the mean diagonal. It gives weight to input directions that no sample showed,
 # and to rare gradients, whose estimates are poor (measured in examples/benchmarks/calibration.py).
@@ -61,6 +62,11 @@ class Moments:
         return Metric(inputs, damp(self.gradients, damping_share("gradients", use.rows, use.positions)))
 
 
+def key_of(name: str, kind: str) -> str:
+    """The key of a layer that was collected as another kind, too."""
+    return f"{name}{KIND}{kind}"
+
+
 class Statistics:
     """The moments of a model's layers, in memory or read from a folder one layer at a time."""
 
@@ -84,14 +90,39 @@ class Statistics:
         own = self.has_gradients and "head" not in self.facts
         return float(self.facts.get("temperature", 1.0)) if own else None
 
-    def moments(self, name: str) -> Moments:
-        """The moments of one layer."""
-        return self._read(name)
+    def key(self, name: str, kind: str | None = None) -> str:
+        """The key in `uses` of a layer as this kind; of one that was collected as one kind, its name.
 
-    def metric(self, name: str) -> Metric | None:
+        Raises KeyError if it was not collected.
+        """
+        for key in (name, key_of(name, kind or "")):
+            if key in self.uses and kind in (None, self.uses[key].kind):
+                return key
+        raise KeyError(f"{name} as {kind}")
+
+    def holds(self, row: Replacement) -> bool:
+        """Whether a layer was collected as this kind."""
+        return any(
+            self.uses[key].kind == row.kind for key in (row.name, key_of(row.name, row.kind)) if key in self.uses
+        )
+
+    def use(self, row: Replacement) -> LayerUse:
+        """How often calibration used a layer as this kind."""
+        return self.uses[self.key(row.name, row.kind)]
+
+    def moments(self, name: str, kind: str | None = None) -> Moments:
+        """The moments of one layer, as a kind if it was collected as several."""
+        return self._read(self.key(name, kind))
+
+    def metric(self, name: str, kind: str | None = None) -> Metric | None:
         """The metric of one layer; None if the layer received no input."""
-        use = self.uses[name]
-        return self.moments(name).metric(use) if use.positions else None
+        use = self.uses[self.key(name, kind)]
+        return self.moments(name, kind).metric(use) if use.positions else None
+
+    def of_schemes(self, row: Replacement) -> Replacement:
+        """The row with those of its convolution schemes that were collected."""
+        known = [option for option in row.options if self.holds(option)]
+        return row if len(known) in (0, len(row.options)) else replace(known[0], others=tuple(known[1:]))
 
     def without_gradients(self) -> Statistics:
         """The same statistics without output gradients, as importance activations collects them."""
@@ -101,12 +132,12 @@ class Statistics:
 
     def unused_layers(self) -> list[str]:
         """Layers that received no input, such as experts that were never selected."""
-        return [name for name, use in self.uses.items() if not use.positions]
+        return [name for name, use in self.uses.items() if not use.positions and KIND not in name]
 
     def check_for(self, rows: Iterable[Replacement], where: str = "the statistics") -> None:
         """Raise CalibrationError if they lack a layer, or have it with another kind or shape."""
-        for row in rows:
-            use = self.uses.get(row.name)
+        for row in map(self.of_schemes, rows):
+            use = self.uses.get(key_of(row.name, row.kind)) or self.uses.get(row.name)
             if use is None:
                 raise CalibrationError(
                     f"{where}: layer {row.name} is missing; collect them again, or add --exclude '{row.name}'"
@@ -209,12 +240,17 @@ class StatisticsWriter:
         self._folder, self._layers, self._files = folder, dict[str, _Layer](), 0
         self._original = {new: old for old, new in (renames or {}).items()}
 
-    def __contains__(self, name: str) -> bool:
-        return self._original.get(name, name) in self._layers
+    def __contains__(self, row: Replacement) -> bool:
+        return self._key(row.name, row.kind) in self._layers
+
+    def _key(self, name: str, kind: str) -> str:
+        name = self._original.get(name, name)
+        former = self._layers.get(name)
+        return name if former is None or former["kind"] == kind else key_of(name, kind)
 
     def add(self, name: str, use: LayerUse, moments: Moments) -> None:
-        """Write the moments of one layer, merged with those added before."""
-        name = self._original.get(name, name)
+        """Write the moments of one layer as a kind, merged with those added before."""
+        name = self._key(name, use.kind)
         if name in self._layers:
             former = self._layers.pop(name)
             kept = _moments_in(self._folder, former)

@@ -113,7 +113,7 @@ RankOption = Annotated[
 IncludeOption = Annotated[list[str] | None, option("--include", panel=CUT, metavar="GLOB", text="Only these layers.")]
 ExcludeOption = Annotated[list[str] | None, option("--exclude", panel=CUT, metavar="GLOB", text="Not these layers.")]
 MultipleOption = Annotated[int, option("--multiple-of", panel=CUT, metavar="N", text="Round ranks to multiples of N.")]
-SCHEMES = "channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw."
+SCHEMES = "channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw; auto: for each layer what loses less."
 ConvOption = Annotated[Conv, option("--conv", panel=CUT, text=SCHEMES)]
 
 # calibration

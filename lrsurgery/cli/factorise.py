@@ -107,7 +107,7 @@ def factorise(
     init: Annotated[
         Init, option("--init", panel=CUT, text="spectral keeps the model; the others have to be trained again.")
     ] = "spectral",
-    conv: ConvOption = "channel",
+    conv: ConvOption = "auto",
     form: Annotated[
         FormName,
         option(

@@ -100,7 +100,7 @@ def report(
         Path | None,
         option("--plots", panel=OUTPUT, metavar="DIR", default=False, text="Draw figures for a paper, as svg and png."),
     ] = None,
-    conv: ConvOption = "channel",
+    conv: ConvOption = "auto",
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     multiple_of: MultipleOption = 1,

@@ -111,6 +111,12 @@ def calibrate(
         statistics.check_for(rows, str(calibration.statistics))
         if calibration.importance == "fisher" and not statistics.has_gradients:
             listener.note(f"{calibration.statistics}: collected with importance activations, which is used")
+        fewer = sum(len(statistics.of_schemes(row).options) < len(row.options) for row in rows)
+        if fewer:
+            listener.note(
+                f"{calibration.statistics}: hold one convolution scheme of {fewer} layers, which is taken; statistics"
+                " collected with --conv auto let the loss decide"
+            )
         return statistics
     fisher = IMPORTANCES[calibration.importance]
     available = free_memory(device)
@@ -126,11 +132,11 @@ def calibrate(
         room=available // 2,
     )
     named = _match_names(setup.subject, rows)
-    planned = [replace(row, name=named[row.name]) for row in rows]
-    passes = len(split(rows, limit)) if fisher else 1
+    planned = [replace(option, name=named[row.name]) for row in rows for option in row.options]
+    passes = len(split(planned, limit)) if fisher else 1
     _announce(setup, calibration, planned, passes, listener)
     if fisher:
-        need = sum(moment_bytes(row, gradients=True) for row in rows)
+        need = sum(moment_bytes(row, gradients=True) for row in planned)
         if need > NOTABLE or passes > 1 or setup.offloaded:
             where = "weights stay on disk and each block runs twice" if setup.offloaded else "beside the model"
             listener.note(
@@ -174,8 +180,8 @@ def _read_own(folder: Path, owner: str, rows: Sequence[Replacement]) -> Statisti
     try:
         statistics = Statistics.read(folder)
         statistics.check_for(rows)
-        for name in statistics.uses:
-            statistics.moments(name)
+        for key, use in statistics.uses.items():
+            statistics.moments(key, use.kind)
     except CalibrationError:
         return None
     return statistics
@@ -261,8 +267,8 @@ def recalibrate(
     original = {new: old for old, new in named.items()}
     renamed = replace(plan, rows=tuple(replace(row, name=named[row.name]) for row in plan.replacements))
 
-    def gradients_of(name: str) -> Tensor | None:
-        return known.moments(original[name]).gradients
+    def gradients_of(row: Replacement) -> Tensor | None:
+        return known.moments(original[row.name], row.kind).gradients
 
     with model_faults(source.reference):
         statistics = collect_sequentially(

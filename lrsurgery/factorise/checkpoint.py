@@ -181,7 +181,9 @@ def _factorise(
         if note is not None and options.surgery.budget is not None:
             listener.note(note)
         plan, statistics = _decide(source, checkpoint, plan, options, entries, work, listener)
-        work.set_ranks({row.name: row.rank if isinstance(row, Replacement) else row.reason for row in plan.rows})
+        work.set_decisions(
+            {row.name: (row.kind, row.rank) if isinstance(row, Replacement) else row.reason for row in plan.rows}
+        )
         rewriter = _rewriter(checkpoint, plan, options, entries, statistics)
         work.set_to_do([job.number for job in find_pending(rewriter.jobs, work)])
         processes.barrier("begin")
@@ -243,13 +245,14 @@ def _decide(
 ) -> tuple[Plan, Statistics | None]:
     """Decide ranks as far as needed before decomposition, and collect the statistics of calibration.
 
-    A rank that depends on the layer's own spectrum is decided with its decomposition. Three options decide it earlier:
-    speeds cannot be measured beside decompositions, a budget needs the spectra of all layers, and --sequential
-    factorises a block before it calibrates the next.
+    A rank that depends on the layer's own spectrum is decided with its decomposition. It is decided earlier where
+    speeds cannot be measured beside decompositions, where a budget needs the spectra of all layers, where --sequential
+    factorises a block before it calibrates the next, and where convolution schemes compare.
     """
     statistics = _calibrate(source, plan, options, work.path / "statistics", work.job, listener)
     sequential = options.calibration is not None and options.calibration.sequential
-    early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential
+    schemes = any(row.others for row in plan.replacements)
+    early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential or schemes
     if plan.needs_spectra and early:
         plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
     if sequential and statistics is not None:
@@ -272,15 +275,15 @@ def _decide(
 
 def _read_decisions(plan: Plan, calibration: Calibration | None, work: WorkFolder) -> tuple[Plan, Statistics | None]:
     """Read the decisions and statistics of rank 0 from the work folder, for the other processes."""
-    ranks = work.ranks()
+    decisions = work.decisions()
     rows: dict[str, Replacement | Kept] = {}
     for row in plan.replacements:
-        rank = ranks[row.name]
-        rows[row.name] = (
-            Kept(row.name, row.kind, row.shape, row.parameters, rank)
-            if isinstance(rank, str)
-            else replace(row, rank=rank)
-        )
+        decision = decisions[row.name]
+        if isinstance(decision, str):
+            rows[row.name] = Kept(row.name, row.kind, row.shape, row.parameters, decision)
+        else:
+            kind, rank = decision
+            rows[row.name] = replace(next(option for option in row.options if option.kind == kind), rank=rank)
     plan = plan.with_rows(rows)
     if calibration is None:
         return plan, None

@@ -26,7 +26,7 @@ def factorise_(
     budget: str | float | None = None,
     statistics: Statistics | None = None,
     init: str = "spectral",
-    conv: str = "channel",
+    conv: str = "auto",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     allow_larger: bool = False,
@@ -76,9 +76,6 @@ def factorise_module_(
 ) -> None:
     """Replace the layers of a module in memory, with parsed options; see `factorise_`."""
 
-    def metric_of(name: str) -> Metric | None:
-        return statistics.metric(name) if statistics is not None else None
-
     runs_on = pick_device("auto" if device is None or options.min_speedup is None else str(device))
     plan = plan_layers(module, options, tied=tied_weights(module), device=runs_on)
     if statistics is not None:
@@ -87,6 +84,11 @@ def factorise_module_(
     if plan.needs_spectra:
         computes_on = device or next((m.device for m in _dense(module, plan).values()), torch.device("cpu"))
         plan = allocate_ranks(plan, weights, Compute(device=computes_on, cache=cache), statistics)
+    kinds = {row.name: row.kind for row in plan.replacements}
+
+    def metric_of(name: str) -> Metric | None:
+        return statistics.metric(name, kinds[name]) if statistics is not None else None
+
     apply_plan_(module, plan, init=options.init, seed=options.seed, device=device, metric_of=metric_of, svd=options.svd)
     if is_transformers_model(module):
         from lrsurgery.checkpoints.quantizer import attach_

@@ -18,6 +18,7 @@ from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
 from lrsurgery.report.rows import recorded_options
 from lrsurgery.runtime import Compute, check_seed, pick_device, pick_dtype
 from lrsurgery.surgery.budget import parse_budget
+from lrsurgery.surgery.kinds import AUTO, CHANNEL
 from lrsurgery.surgery.plan import SurgeryOptions, Target
 from lrsurgery.surgery.ranks import BALANCED, READABLE, RankLike, parse_rank
 from lrsurgery.units import parse_size
@@ -253,7 +254,7 @@ def parse_options(
     budget_of: str = "layers",
     multiple_of: int = 1,
     init: str = "spectral",
-    conv: str = "channel",
+    conv: str = "auto",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     allow_larger: bool = False,
@@ -283,6 +284,8 @@ def parse_options(
     `calibration` is a `Calibration`, or its data as text: "builtin" for the built-in text, "none" to decline it.
     """
     check_seed(seed)
+    if from_scratch and conv == AUTO:
+        conv = CHANNEL  # random weights give no reason to prefer a scheme
     declined = calibration == texts.DECLINED
     if isinstance(calibration, str):
         calibration = None if declined else Calibration(data=calibration)

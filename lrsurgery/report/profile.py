@@ -20,7 +20,7 @@ from lrsurgery.report.rows import parameters_after, planned_row, recorded_option
 from lrsurgery.report.schema import Report, Row, Rung
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
-from lrsurgery.surgery.plan import Kept, Replacement, SurgeryOptions, find_heads, make_plan, plan_rows
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, find_heads, make_plan, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec, parse_policy
 
 LADDER = (
@@ -38,7 +38,7 @@ class ProfileOptions:
     """
 
     target: RankSpec | None = None  # a plan to show beside the spectra
-    conv: str = "channel"
+    conv: str = "auto"
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     multiple_of: int = 1  # of the ladder's ranks; a target has its own, which is the same
@@ -90,18 +90,21 @@ def profile(
     plan = None if options.plan is None else make_plan(model, options.plan, heads=heads, tied=tied)
     planned = {row.name: row for row in plan.rows} if plan is not None else {}
     layers = [row for row in candidates if isinstance(row, Replacement)]
+    found = _all_values(checkpoint, [option for row in layers for option in row.options], compute)
     rows: dict[str, Row] = {}
     energies: dict[str, float] = {}
-    for done, (row, values) in enumerate(zip(layers, _all_values(checkpoint, layers, compute), strict=True), 1):
+    for done, row in enumerate(layers, 1):
+        values_of = {option.kind: next(found) for option in row.options}
+        values = values_of[row.kind]
         becomes = planned.get(row.name)
-        if plan is not None and isinstance(becomes, Replacement) and becomes.rank is None:
-            becomes = plan.decide(becomes, values)
+        if plan is not None and isinstance(becomes, Replacement) and becomes.undecided:
+            becomes = plan.decide(becomes, *values_of.values())
         resolved = RESOLVED if values.dtype == torch.float32 else math.inf
         rows[row.name] = replace(
-            _row(row, becomes, values),
+            _row(row, becomes, values_of[becomes.kind] if isinstance(becomes, Replacement) else values),
             before=EffectiveRanks.of(values.double(), limit=resolved),
             spectrum_before=Points.of(values),
-            ladder=tuple(rung_of(text, row, values, options.multiple_of) for text in LADDER),
+            ladder=tuple(rung_of(text, row, *values_of.values(), multiple_of=options.multiple_of) for text in LADDER),
         )
         energies[row.name] = float(values.double().square().sum())
         listener.progress(row.name, done, len(layers))
@@ -158,17 +161,19 @@ def _kept(values: Tensor, rank: int) -> tuple[float, float]:
     return 1 - lost, math.sqrt(lost)
 
 
-def rung_of(text: str, row: Replacement, values: Tensor, multiple_of: int = 1) -> Rung:
-    """What `--rank text` would do to a layer with these singular values (full rank,)."""
+def rung_of(text: str, row: Replacement, *values: Tensor, multiple_of: int = 1) -> Rung:
+    """What `--rank text` would do to a layer with these singular values (full rank,), given for each of its options."""
     spec = RankSpec(parse_policy(text), (), multiple_of)
-    rank = spec.rank_of(row.name, row.rows, row.columns, values, pivoted=row.side is not None)
-    after = replace(row, rank=rank).factorised_parameters
-    assert after is not None
-    if after >= row.parameters:
+    undecided = replace(row, rank=None, others=tuple(replace(option, rank=None) for option in row.others))
+    becomes = Plan((), spec, allow_larger=False).decide(undecided, *values)
+    if isinstance(becomes, Kept):
         return Rung(text, None, row.parameters, 1.0, 0.0, 0.0)
-    energy, error = _kept(values, rank)
-    stable = EffectiveRanks.of(values).stable
-    return Rung(text, rank, after, energy, error, predicted_damage(row.parameters, after, stable))
+    after, place = becomes.factorised_parameters, [option.kind for option in row.options].index(becomes.kind)
+    assert after is not None
+    assert becomes.rank is not None
+    energy, error = _kept(values[place], becomes.rank)
+    stable = EffectiveRanks.of(values[place]).stable
+    return Rung(text, becomes.rank, after, energy, error, predicted_damage(row.parameters, after, stable))
 
 
 def _model_rung(i: int, ladders: Sequence[tuple[Sequence[Rung], float, Row]], parameters: int) -> Rung:

@@ -1,8 +1,9 @@
 """Allocation of one budget over all layers: the ranks that minimise the sum of losses.
 
-Every layer has options (cost, loss), one per rank and one for staying dense, of which exactly one is chosen. This is a
-multiple-choice knapsack problem. `allocate` solves it as Pisinger (1995) does: first the linear relaxation along the
-lower convex hulls of the options, then a dynamic programme over the states that the relaxation's bound leaves open.
+Every layer has options (cost, loss), one per scheme and rank and one for staying dense, of which exactly one is chosen.
+This is a multiple-choice knapsack problem. `allocate` solves it as Pisinger (1995) does: first the linear relaxation
+along the lower convex hulls of the options, then a dynamic programme over the states that the relaxation's bound leaves
+open.
 """
 
 from __future__ import annotations
@@ -92,16 +93,14 @@ def parse_budget(text: str, of: str = "layers", multiple_of: int = 1) -> Budget:
 
 
 @dataclass(frozen=True)
-class Layer:
-    """The options of one layer: to stay dense without loss, or one of `ranks`, ascending and possibly empty.
+class Curve:
+    """The ranks that a layer may get by one scheme and form, ascending and possibly none.
 
     `tails` (full rank + 1,) is float64 and non-increasing: entry r is the loss at rank r, in any unit that is additive
-    over layers. `dense_cost`, `rank_cost` (per unit of rank) and `saving` (of the pivoted form, per unit of rank
-    squared) are in the unit of the budget.
+    over layers. `rank_cost` (per unit of rank) and `saving` (of the pivoted form, per unit of rank squared) are in the
+    unit of the budget.
     """
 
-    name: str
-    dense_cost: int
     rank_cost: int
     ranks: Sequence[int]
     tails: Tensor
@@ -112,13 +111,32 @@ class Layer:
         return rank * self.rank_cost - rank * rank * self.saving
 
 
+@dataclass(frozen=True)
+class Layer:
+    """The options of one layer: to stay dense without loss, or a rank of one of its curves."""
+
+    name: str
+    dense_cost: int  # in the unit of the budget
+    curves: tuple[Curve, ...]
+
+
+class Choice(NamedTuple):
+    """What a layer becomes: a rank of one of its curves."""
+
+    curve: int
+    rank: int
+
+
 def cheapest(layers: Sequence[Layer]) -> int:
     """The smallest feasible budget: every layer at its lowest rank, or dense if that costs less."""
-    return sum(min([layer.dense_cost, *(layer.cost(rank) for rank in layer.ranks[:1])]) for layer in layers)
+    return sum(
+        min([layer.dense_cost, *(curve.cost(rank) for curve in layer.curves for rank in curve.ranks[:1])])
+        for layer in layers
+    )
 
 
-def allocate(layers: Sequence[Layer], budget: float) -> dict[str, int | None]:
-    """The rank of each layer (None: dense) that minimises the sum of losses, with the sum of costs in the budget.
+def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice | None]:
+    """The choice for each layer (None: dense) that minimises the sum of losses, with the sum of costs in the budget.
 
     The linear relaxation gives a lower bound on the loss and greedy choices near it. A dynamic programme over
     undominated states, pruned by the bound, closes the gap. The choice is optimal up to rounding unless the search
@@ -139,31 +157,35 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, int | None]:
     if split is not None:
         start = _greedy(menus, chosen, split, limit)
         chosen = _fill(menus, _search(menus, chosen, price, start, limit), limit)
-    return {layer.name: menu.ranks[at] for layer, menu, at in zip(layers, menus, chosen, strict=True)}
+    return {layer.name: menu.choices[at] for layer, menu, at in zip(layers, menus, chosen, strict=True)}
 
 
 class _Menu(NamedTuple):
     """The undominated options of a layer, by ascending cost and descending loss, and their lower convex hull."""
 
-    ranks: list[int | None]
+    choices: list[Choice | None]
     costs: Ints  # (options,)
     losses: Floats  # (options,)
     hull: list[int]  # indices of options
     gains: list[float]  # loss saved per cost along each edge of the hull, non-increasing
 
     def only(self, at: int) -> _Menu:
-        return _Menu(self.ranks[at : at + 1], self.costs[at : at + 1], self.losses[at : at + 1], [0], [])
+        return _Menu(self.choices[at : at + 1], self.costs[at : at + 1], self.losses[at : at + 1], [0], [])
 
 
 def _menu(layer: Layer) -> _Menu:
-    ranks = np.array(layer.ranks, dtype=np.int64)
-    tails = layer.tails.detach().cpu().double().numpy()
-    costs = np.concatenate([[layer.dense_cost], ranks * layer.rank_cost - ranks * ranks * layer.saving])
-    losses = np.concatenate([[0.0], tails[ranks].clip(min=0)])
+    choices: list[Choice | None] = [None]
+    all_costs, all_losses = [np.array([layer.dense_cost])], [np.zeros(1)]
+    for index, curve in enumerate(layer.curves):
+        ranks = np.array(curve.ranks, dtype=np.int64)
+        tails = curve.tails.detach().cpu().double().numpy()
+        choices += [Choice(index, rank) for rank in curve.ranks]
+        all_costs.append(ranks * curve.rank_cost - ranks * ranks * curve.saving)
+        all_losses.append(tails[ranks].clip(min=0))
+    costs, losses = np.concatenate(all_costs), np.concatenate(all_losses)
     kept = _drop_dominated(costs, losses)
-    names = [None, *layer.ranks]
     return _Menu(
-        [names[i] for i in kept], costs[kept], losses[kept], *_hull(costs[kept].tolist(), losses[kept].tolist())
+        [choices[i] for i in kept], costs[kept], losses[kept], *_hull(costs[kept].tolist(), losses[kept].tolist())
     )
 
 

@@ -21,7 +21,8 @@ from lrsurgery.surgery.layers import Dense, FactorisedConv2d, FactorisedLayer, F
 
 PATCHES = 1 << 24  # entries of unfolded patches at a time: 64 MB
 SIDE = 16  # height and width of a convolution's output when it is timed
-CONV_SCHEMES = ("channel", "spatial")
+CONV_SCHEMES = ("auto", "channel", "spatial")
+AUTO, CHANNEL, SPATIAL = CONV_SCHEMES
 
 # classes identified by name, so that neither library is imported
 LINEAR_CLASSES = {
@@ -145,11 +146,11 @@ def _conv1d_sample(dense: Dense, positions: int) -> tuple[int, ...]:
 
 
 def _is_channel(module: nn.Module, conv: str) -> bool:
-    return type(module) is nn.Conv2d and (conv == "channel" or module.kernel_size == (1, 1))
+    return type(module) is nn.Conv2d and (conv in (AUTO, CHANNEL) or module.kernel_size == (1, 1))
 
 
 def _is_spatial(module: nn.Module, conv: str) -> bool:
-    return type(module) is nn.Conv2d and conv == "spatial" and module.kernel_size != (1, 1)
+    return type(module) is nn.Conv2d and conv in (AUTO, SPATIAL) and module.kernel_size != (1, 1)
 
 
 def _explain_groups(module: Dense) -> str | None:
@@ -423,9 +424,14 @@ CONV2D_SPATIAL = Kind(
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, CONV2D_CHANNEL, CONV2D_SPATIAL)}
 
 
-def kind_of(module: nn.Module, conv: str) -> Kind | None:
-    """The kind of a dense module, with convolution scheme `conv`; None if it has no factorised form."""
-    return next((kind for kind in KINDS.values() if kind.matches(module, conv)), None)
+def kinds_of(module: nn.Module, conv: str) -> tuple[Kind, ...]:
+    """The kinds that a dense module may become by convolution scheme `conv`, several by "auto"."""
+    return tuple(kind for kind in KINDS.values() if kind.matches(module, conv))
+
+
+def kind_of(module: nn.Module, conv: str = CHANNEL) -> Kind | None:
+    """The first of `kinds_of`; None if the module has no factorised form."""
+    return next(iter(kinds_of(module, conv)), None)
 
 
 def check_conv(conv: str) -> None:

@@ -8,17 +8,18 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from lrsurgery.errors import PlanError, SurgeryError
-from lrsurgery.linalg.inits import get_init
+from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
 from lrsurgery.surgery.budget import Budget
-from lrsurgery.surgery.kinds import KINDS, check_conv, explain_no_kind, kind_of
+from lrsurgery.surgery.kinds import AUTO, KINDS, check_conv, explain_no_kind, kind_of, kinds_of
 from lrsurgery.surgery.layers import FactorisedLayer, Kind, side_for
-from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
+from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form, rank_within
 
 Target: TypeAlias = RankSpec | Budget  # a policy decides each layer alone, a budget all layers together
 ALREADY = "already factorised"
@@ -30,7 +31,7 @@ class SurgeryOptions:
 
     target: Target
     init: str = "spectral"
-    conv: str = "channel"
+    conv: str = AUTO
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     allow_larger: bool = False
@@ -75,8 +76,19 @@ class Replacement:
     v_per_u: int = 1  # output positions of v per output position of u: the horizontal stride of a conv2d-spatial layer
     predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
     side: Side | None = None  # of the pivots, if it gets any below full rank
+    others: tuple[Replacement, ...] = ()  # the same layer by other convolution schemes, of which one is taken
 
     reason = None
+
+    @property
+    def options(self) -> tuple[Replacement, ...]:
+        """The layer by each scheme."""
+        return (replace(self, others=()), *self.others)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether singular values decide its rank or its scheme."""
+        return self.rank is None or bool(self.others)
 
     @property
     def layout(self) -> Kind:
@@ -92,7 +104,19 @@ class Replacement:
 
     @property
     def factorised_parameters(self) -> int | None:
-        return None if self.rank is None else self.rank * (self.rows + self.columns - self._known) + self.bias
+        return None if self.rank is None else self.cost(self.rank) + self.bias
+
+    def cost(self, rank: int) -> int:
+        """Parameters of the factors at a rank."""
+        pivots = self.side is not None and rank < self.full_rank
+        return rank * (self.rows + self.columns - (rank if pivots else 0))
+
+    def rank_within(self, parameters: int, multiple_of: int = 1) -> int:
+        """The largest rank whose factors have at most so many parameters, and fewer than the weight; 0 for none."""
+        pivoted = self.side is not None
+        most = rank_within(parameters, self.rows + self.columns, 1 if pivoted else 0)
+        most = min(most, break_even_rank(self.rows, self.columns, pivoted=pivoted), self.full_rank)
+        return most // multiple_of * multiple_of
 
     @property
     def pivots(self) -> Side | None:
@@ -142,13 +166,28 @@ class Plan:
 
     @property
     def needs_spectra(self) -> bool:
-        return any(row.rank is None for row in self.replacements)
+        return any(row.undecided for row in self.replacements)
 
-    def decide(self, row: Replacement, values: Tensor) -> Replacement | Kept:
-        """Decide a row from its singular values (full rank,)."""
+    def decide(self, row: Replacement, *values: Tensor, in_loss: bool = False) -> Replacement | Kept:
+        """Decide a row from the singular values (full rank,) of each of its options.
+
+        Of several schemes that with the least error is taken, at a rank with no more parameters than the first scheme
+        has at the rank of the policy. Errors compare as they are if the values are those `in_loss`, else as shares.
+        """
         assert isinstance(self.target, RankSpec), "a budget decides all ranks together"
-        rank = self.target.rank_of(row.name, row.rows, row.columns, values, pivoted=row.side is not None)
-        return _apply_refusal(replace(row, rank=rank), self.allow_larger, self.refuse)
+        first, *others = row.options
+        if first.rank is None:
+            rank = self.target.rank_of(row.name, row.rows, row.columns, values[0], pivoted=row.side is not None)
+            first = replace(first, rank=rank)
+        decided = _apply_refusal(first, self.allow_larger, self.refuse if not others else None)
+        if not others or isinstance(decided, Kept):
+            return decided
+        assert first.rank is not None
+        most = first.cost(first.rank)
+        ranked = [replace(option, rank=option.rank_within(most, self.target.multiple_of)) for option in others]
+        fitting = [(first, values[0]), *((o, v) for o, v in zip(ranked, values[1:], strict=True) if o.rank)]
+        best, _ = min(fitting, key=lambda option: float(losses(option[1], in_loss=in_loss)[option[0].rank or 0]))
+        return _apply_refusal(best, self.allow_larger, self.refuse)
 
     def with_rows(self, decided: Mapping[str, Replacement | Kept]) -> Plan:
         """The plan with `decided` in place of the rows of the same names."""
@@ -197,7 +236,8 @@ def plan_rows(
     shared, references = _find_shared(model, tied or {}), References(model)
     rows: list[Replacement | Kept] = []
     for name, module, weight in layers:
-        kind = kind_of(module, options.conv) if module is not None else None
+        kinds = kinds_of(module, options.conv) if module is not None else ()
+        kind = next(iter(kinds), None)
         own = sum(p.numel() for p in module.parameters(recurse=False)) if module is not None else weight.numel()
         reason = (
             _no_layer_reason(name, module, weight)
@@ -209,15 +249,34 @@ def plan_rows(
             rows.append(Kept(name, shown, tuple(weight.shape), own, reason))
             continue
         assert kind is not None
-        matrix = kind.matrix_shape(weight.shape)
+        # an init without directions gives no reason to prefer a scheme
+        taken = kinds if options.init not in WITHOUT_DIRECTIONS else kinds[:1]
+        first, *others = (_row(name, module, weight, each, own - weight.numel(), options.form) for each in taken)
         policy = spec.policy_for(name) if spec else None
-        side = side_for(kind, module, matrix) if options.form == PIVOTED else None
-        known = spec if policy and not policy.needs_spectrum else None
-        rank = known.rank_of(name, *matrix, pivoted=side is not None) if known else None
-        bias = own - weight.numel()
-        row = Replacement(name, kind.name, tuple(weight.shape), *matrix, rank, bias, kind.v_per_u(module), side=side)
-        rows.append(_apply_refusal(row, options.allow_larger, refuse))
+        if spec and policy and not policy.needs_spectrum:
+            rank = spec.rank_of(name, first.rows, first.columns, pivoted=first.side is not None)
+            first = replace(first, rank=rank)
+        decided = _apply_refusal(first, options.allow_larger, refuse if not others else None)
+        rows.append(replace(decided, others=tuple(others)) if isinstance(decided, Replacement) else decided)
     return rows
+
+
+def _row(name: str, module: nn.Module | None, weight: Tensor, kind: Kind, bias: int, form: str) -> Replacement:
+    matrix = kind.matrix_shape(weight.shape)
+    side = side_for(kind, module, matrix) if form == PIVOTED else None
+    return Replacement(name, kind.name, tuple(weight.shape), *matrix, None, bias, kind.v_per_u(module), side=side)
+
+
+def losses(values: Tensor, *, in_loss: bool) -> Tensor:
+    """The loss at each rank (full rank + 1,), in fp64: the sum of the squared singular values (full rank,) left out.
+
+    As a share of all of them, unless they are those `in_loss`, which compare with each other.
+    """
+    squares = values.detach().double().cpu().square()
+    total = float(squares.sum())
+    if total > 0 and not in_loss:
+        squares = squares / total
+    return torch.cat([squares.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
 
 
 def make_plan(
@@ -342,7 +401,12 @@ def find_heads(model: nn.Module) -> dict[str, str]:
     return {names[id(module)]: "output head" for module in heads if id(module) in names}
 
 
-def decide_all(plan: Plan, values_of: Callable[[Replacement], Tensor]) -> Plan:
-    """Decide every rank that is not known yet; `values_of` returns the singular values of such a row."""
-    decided = {row.name: plan.decide(row, values_of(row)) for row in plan.replacements if row.rank is None}
-    return plan.with_rows(decided)
+def decide_all(plan: Plan, values_of: Callable[[Replacement], Tensor], *, in_loss: bool = False) -> Plan:
+    """Decide every rank and scheme not known yet; `values_of` returns the singular values of a row by one scheme."""
+    return plan.with_rows(
+        {
+            row.name: plan.decide(row, *map(values_of, row.options), in_loss=in_loss)
+            for row in plan.replacements
+            if row.undecided
+        }
+    )

@@ -77,8 +77,8 @@ class Recipe(DataOptions):
         "spectral", "Initialisation of the factors.", panel=SURGERY, table=("lrsurgery.linalg.inits", "INITS")
     )
     conv: str = setting(
-        "channel",
-        "Form of convolutions; channel: kh x kw then 1x1, spatial: kh x 1 then 1 x kw.",
+        "auto",
+        "Scheme of convolutions; channel: kh x kw then 1x1, spatial: kh x 1 then 1 x kw, auto: what loses less.",
         panel=SURGERY,
         table=("lrsurgery.surgery.kinds", "CONV_SCHEMES"),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -15,13 +15,25 @@ from hypothesis import strategies as st
 
 from lrsurgery.errors import BudgetError
 from lrsurgery.surgery import budget as budget_module
-from lrsurgery.surgery.budget import Budget, Layer, allocate, cheapest, parse_budget
+from lrsurgery.surgery.budget import Budget, Choice, Curve, Layer, cheapest, parse_budget
 
 
-def predicted_loss(layers: Sequence[Layer], ranks: dict[str, int | None]) -> float:
-    """The sum of the tails at these ranks; a layer at None stays dense and loses nothing."""
-    chosen = ((layer, ranks[layer.name]) for layer in layers)
-    return math.fsum(max(0.0, float(layer.tails[rank])) for layer, rank in chosen if rank is not None)
+def predicted_loss(layers: Sequence[Layer], choices: Mapping[str, Choice | int | None]) -> float:
+    """The sum of the tails at these choices; a layer at None stays dense and loses nothing."""
+    chosen = [(layer, as_choice(choices[layer.name])) for layer in layers]
+    return math.fsum(max(0.0, float(layer.curves[at.curve].tails[at.rank])) for layer, at in chosen if at is not None)
+
+
+def as_choice(value: Choice | int | None) -> Choice | None:
+    """A rank stands for one of the first curve."""
+    return Choice(0, value) if isinstance(value, int) else value
+
+
+def allocate(layers: Sequence[Layer], budget: float) -> dict[str, int | None]:
+    """The ranks of layers with one curve."""
+    found = budget_module.allocate(layers, budget)
+    assert all(choice is None or choice.curve == 0 for choice in found.values())
+    return {name: None if choice is None else choice.rank for name, choice in found.items()}
 
 
 @pytest.mark.parametrize(
@@ -84,23 +96,27 @@ def make_layer(name: str, drops: Sequence[float], dense_cost: int, rank_cost: in
     tails = [0.0]
     for drop in reversed(drops):
         tails.append(tails[-1] + drop)
-    return Layer(name, dense_cost, rank_cost, ranks, torch.tensor(tails[::-1], dtype=torch.float64))
+    return Layer(name, dense_cost, (Curve(rank_cost, ranks, torch.tensor(tails[::-1], dtype=torch.float64)),))
+
+
+def cost_of(layer: Layer, choice: Choice | None) -> int:
+    if choice is None:
+        return layer.dense_cost
+    curve = layer.curves[choice.curve]
+    assert choice.rank in curve.ranks
+    return choice.rank * curve.rank_cost - choice.rank**2 * curve.saving
 
 
 def options(layer: Layer) -> tuple[np.ndarray, np.ndarray]:
     """Costs and losses, dense first."""
-    costs = [layer.dense_cost] + [rank * layer.rank_cost - rank**2 * layer.saving for rank in layer.ranks]
-    return np.array(costs), np.array([0.0] + [float(layer.tails[rank]) for rank in layer.ranks])
+    choices = [Choice(index, rank) for index, curve in enumerate(layer.curves) for rank in curve.ranks]
+    losses = [float(layer.curves[index].tails[rank]) for index, rank in choices]
+    return np.array([cost_of(layer, choice) for choice in (None, *choices)]), np.array([0.0, *losses])
 
 
-def spent(layers: Sequence[Layer], ranks: dict[str, int | None]) -> int:
-    assert list(ranks) == [layer.name for layer in layers]
-    total = 0
-    for layer in layers:
-        rank = ranks[layer.name]
-        assert rank is None or rank in layer.ranks
-        total += layer.dense_cost if rank is None else rank * layer.rank_cost - rank**2 * layer.saving
-    return total
+def spent(layers: Sequence[Layer], choices: Mapping[str, Choice | int | None]) -> int:
+    assert list(choices) == [layer.name for layer in layers]
+    return sum(cost_of(layer, as_choice(choices[layer.name])) for layer in layers)
 
 
 def lagrangian(layers: Sequence[Layer], budget: float) -> tuple[float, float]:
@@ -156,11 +172,15 @@ def cases(draw: st.DrawFn) -> tuple[list[Layer], float]:
     )
     layers = []
     for i in range(draw(st.integers(2, 4))):
-        drops = draw(st.lists(drop, min_size=1, max_size=6))
-        ranks = sorted(draw(st.sets(st.integers(1, len(drops)), max_size=5)))
-        layer = make_layer(f"h.{i}", drops, draw(st.integers(1, 90)), draw(st.integers(1, 20)), ranks)
-        # of a pivoted layer a rank never costs less than the one below it
-        layers.append(replace(layer, saving=draw(st.integers(0, layer.rank_cost // (2 * len(drops))))))
+        curves: tuple[Curve, ...] = ()
+        for _ in range(draw(st.integers(1, 3))):  # convolution schemes
+            drops = draw(st.lists(drop, min_size=1, max_size=6))
+            ranks = sorted(draw(st.sets(st.integers(1, len(drops)), max_size=5)))
+            (curve,) = make_layer("", drops, 1, draw(st.integers(1, 20)), ranks).curves
+            # of a pivoted layer a rank never costs less than the one below it
+            saving = draw(st.integers(0, curve.rank_cost // (2 * len(drops))))
+            curves += (replace(curve, saving=saving),)
+        layers.append(Layer(f"h.{i}", draw(st.integers(1, 90)), curves))
     least, dense = cheapest(layers), sum(layer.dense_cost for layer in layers)
     return layers, least + draw(st.floats(0, 1)) * (dense - least)
 
@@ -172,9 +192,9 @@ def test_nothing_within_the_budget_loses_less(case: tuple[list[Layer], float]) -
     costs = functools.reduce(np.add.outer, (menu[0] for menu in menus)).ravel()
     losses = functools.reduce(np.add.outer, (menu[1] for menu in menus)).ravel()
     assert cheapest(layers) == costs.min()
-    ranks = allocate(layers, budget)
-    assert spent(layers, ranks) <= budget
-    assert predicted_loss(layers, ranks) == pytest.approx(losses[costs <= budget].min(), rel=1e-12, abs=0)
+    choices = budget_module.allocate(layers, budget)
+    assert spent(layers, choices) <= budget
+    assert predicted_loss(layers, choices) == pytest.approx(losses[costs <= budget].min(), rel=1e-12, abs=0)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -254,9 +274,9 @@ def test_wherever_the_search_stops_no_better_option_fits(
     left = budget - spent(layers, ranks)
     for layer in layers:
         rank = ranks[layer.name]
-        cost = layer.dense_cost if rank is None else rank * layer.rank_cost - rank**2 * layer.saving
+        cost = cost_of(layer, as_choice(rank))
         costs, losses = options(layer)
-        assert losses[costs <= cost + left].min() == (0 if rank is None else layer.tails[rank])
+        assert losses[costs <= cost + left].min() == (0 if rank is None else layer.curves[0].tails[rank])
 
 
 def test_scales_far_apart_are_each_decided() -> None:
@@ -287,7 +307,8 @@ def test_zero_tails_get_the_smallest_rank() -> None:
 
 
 def test_a_tail_below_zero_is_rounding() -> None:
-    layer = Layer("a", 100, 10, [1, 2, 3], torch.tensor([3.0, 1.0, 0.0, -1e-17], dtype=torch.float64))
+    curve = Curve(10, [1, 2, 3], torch.tensor([3.0, 1.0, 0.0, -1e-17], dtype=torch.float64))
+    layer = Layer("a", 100, (curve,))
     assert allocate([layer], 100) == {"a": 2}
     assert predicted_loss([layer], {"a": 3}) == 0
 
@@ -297,6 +318,16 @@ def test_equal_layers_share_in_their_order() -> None:
     assert allocate(layers, 50) == {"a": 2, "b": 2, "c": 1}
     layers = [make_layer(name, [1.0] * 400, 9000, 10, range(1, 401)) for name in ("a", "b", "c")]
     assert allocate(layers, 6000) == {"a": 400, "b": 199, "c": 1}
+
+
+def test_the_scheme_that_loses_less_is_taken_at_each_budget() -> None:
+    """One scheme is better at few ranks, the other at many; of equal ones the first is taken."""
+    (early,), (late,) = (
+        make_layer("", drops, 1, 10, [1, 2, 3]).curves for drops in ([9.0, 1.0, 1.0, 1.0], [5.0, 5.5, 0.5, 1.0])
+    )
+    layer = Layer("a", 40, (early, late))
+    found = [budget_module.allocate([layer], budget)["a"] for budget in (10, 20, 30, 40)]
+    assert found == [Choice(0, 1), Choice(1, 2), Choice(0, 3), None]
 
 
 def test_no_layers_cost_nothing() -> None:

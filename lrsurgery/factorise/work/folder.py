@@ -9,6 +9,7 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeAlias
 
 from lrsurgery.calibration.statistics import FILE_NAME as STATISTICS
 from lrsurgery.errors import Interrupted, OutputError, SurgeryError
@@ -23,6 +24,9 @@ WORK = "work"  # what a work folder's mark says
 PUBLISHED = "published"  # fingerprint of the whole output
 # what a job writes beside PUBLISHED; the last says what the others are
 ENTRIES = ("to_do.json", "ranks.json", "failed", "statistics", "sequential", "*.safetensors", "*.half", "job.json")
+
+# of a layer: its kind and rank (None if its spectrum decides), or the reason to stay dense
+Decision: TypeAlias = tuple[str, int | None] | str
 
 
 class WorkFolder:
@@ -101,13 +105,13 @@ class WorkFolder:
         (self.path / "to_do.json").write_text(json.dumps(list(numbers)), encoding="utf-8")
         (self.path / "failed").unlink(missing_ok=True)
 
-    def set_ranks(self, ranks: Mapping[str, int | str | None]) -> None:
-        """Write the decision for each layer: a rank, the reason to stay dense, or None if its spectrum decides."""
-        (self.path / "ranks.json").write_text(json.dumps(dict(ranks)), encoding="utf-8")
+    def set_decisions(self, decisions: Mapping[str, Decision]) -> None:
+        """Write the decision for each layer."""
+        (self.path / "ranks.json").write_text(json.dumps(dict(decisions)), encoding="utf-8")
 
-    def ranks(self) -> dict[str, int | str | None]:
-        """Read the decisions of `set_ranks`."""
-        return read_as(dict[str, int | str | None], self.path / "ranks.json", "ranks of a job", OutputError)
+    def decisions(self) -> dict[str, Decision]:
+        """Read the decisions of `set_decisions`."""
+        return read_as(dict[str, Decision], self.path / "ranks.json", "ranks of a job", OutputError)
 
     def to_do(self) -> set[int]:
         """Read the job list of `set_to_do`."""
