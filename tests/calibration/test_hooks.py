@@ -419,7 +419,8 @@ def test_what_was_seen_on_two_occasions_adds_up(kept: str, tmp_path: Path) -> No
 
 def test_statistics_of_another_scheme_or_shape_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 5, 3))
-    statistics = lrsurgery.collect_statistics(model, [torch.randn(2, 3, 6, 6)], importance="activations")
+    x = torch.randn(2, 3, 6, 6)
+    statistics = lrsurgery.collect_statistics(model, [x], importance="activations", conv="channel")
     with pytest.raises(CalibrationError, match="0 was calibrated as conv2d-channel, but is planned as conv2d-spatial"):
         lrsurgery.factorise_(model, rank=1, conv="spatial", statistics=statistics)
     with pytest.raises(CalibrationError, match=r"0 was \(5, 27\) and is \(6, 27\) here"):

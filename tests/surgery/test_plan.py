@@ -75,10 +75,10 @@ def test_every_matrix_of_a_model_is_in_its_plan() -> None:
 
 def test_counts_match_the_model_after_surgery() -> None:
     model = zoo.build_timm("resnet18")
-    found = plan(model, "params:0.4")
+    found = plan(model, "params:0.4", conv="channel")
     before = sum(p.numel() for p in model.parameters())
     saved = sum(row.parameters - (row.factorised_parameters or 0) for row in found.replacements)
-    lrsurgery.factorise_(model, rank="params:0.4")
+    lrsurgery.factorise_(model, rank="params:0.4", conv="channel")
     assert sum(p.numel() for p in model.parameters()) == before - saved
 
 
