@@ -22,7 +22,7 @@ from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
 from lrsurgery.surgery.budget import Budget, Curve, Layer, allocate, cheapest
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all, losses
-from lrsurgery.surgery.ranks import ParameterShare, break_even_rank, rank_within
+from lrsurgery.surgery.ranks import ParameterShare, break_even_rank
 
 # Least rank of a layer, as a share of its uniform rank, where nothing compares layers by the loss. Inputs alone compare
 # them worse than not at all (examples/guides/calibration.md), so no layer goes below its uniform rank then.
@@ -107,8 +107,8 @@ def apply_budget(
     Raises BudgetError that gives the smallest feasible budget.
     """
     rows = plan.replacements
-    costs = {row.name: _costs(budget, row, statistics, weights.stored_widths) for row in rows}
-    whole = sum(cost.dense for cost in costs.values())
+    layers = [_make_layer(budget, row, values_of, weights, statistics) for row in rows]
+    whole = sum(layer.dense_cost for layer in layers)
     if rows and not whole:
         raise BudgetError(
             f"budget {budget}: no layer received calibration input, so FLOPs are unknown; calibrate with other data"
@@ -119,13 +119,18 @@ def apply_budget(
     rest = total - whole if budget.of == "model" else 0  # cost of parameters in no planned layer
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
     share = max(1e-9, min(1.0, (asked - rest) / whole))
-    layers = [_make_layer(budget, row, costs[row.name].dense, values_of, weights, statistics, share) for row in rows]
+    if statistics is not None:
+        layers = [
+            layer if statistics.use(row).positions else _keep_share(row, layer, share)
+            for row, layer in zip(rows, layers, strict=True)
+        ]
     if statistics is None or not statistics.has_gradients:
         least_share = LEAST["none" if statistics is None else "activations"]
-        layers = _keep_near_uniform(layers, share, budget.multiple_of, least_share, asked - rest)
+        layers = _keep_near_uniform(layers, share, least_share, asked - rest)
     least = rest + cheapest(layers)
     if asked < least:
-        smallest = f"bytes:{least}" if budget.kind == "bytes" else f"{_round_up(least / (rest + whole)):g}"
+        amount = str(least) if budget.kind == "bytes" else f"{_round_up(least / (rest + whole)):g}"
+        smallest = amount if budget.kind == "params" else f"{budget.kind}:{amount}"
         raise BudgetError(f"budget {budget}: out of reach; the smallest that can be met is {smallest}")
     choices = allocate(layers, asked - rest)
     decided: dict[str, Replacement | Kept] = {}
@@ -139,16 +144,11 @@ def apply_budget(
     return plan.with_rows(decided)
 
 
-def _keep_near_uniform(layers: list[Layer], share: float, step: int, least: float, limit: float) -> list[Layer]:
+def _keep_near_uniform(layers: list[Layer], share: float, least: float, limit: float) -> list[Layer]:
     """Drop ranks below `least` of the uniform one, which keeps `share` of the layer's cost; below less if need be."""
-
-    def bounded(curve: Curve, limit: float) -> Curve:
-        lowest = rank_within(limit, max(1, curve.rank_cost), curve.saving) // step * step
-        return replace(curve, ranks=[rank for rank in curve.ranks if rank >= lowest] or curve.ranks)
-
     for part in (1.0, 0.95, 0.9, 0.75, 0.5, 0.25):
         near = [
-            replace(layer, curves=tuple(bounded(curve, part * share * layer.dense_cost) for curve in layer.curves))
+            replace(layer, curves=tuple(curve.at_least(part * share * layer.dense_cost) for curve in layer.curves))
             for layer in layers
         ]
         if part <= least and cheapest(near) <= limit:
@@ -169,8 +169,11 @@ class _Cost(NamedTuple):
     rank: int
     saving: int
 
+    def at(self, rank: int) -> int:
+        return rank * self.rank - rank * rank * self.saving
 
-def _costs(budget: Budget, row: Replacement, statistics: Statistics | None, widths: Mapping[str, int]) -> _Cost:
+
+def _cost(budget: Budget, row: Replacement, statistics: Statistics | None, widths: Mapping[str, int]) -> _Cost:
     pivoted = int(row.side is not None)
     if budget.kind in ("params", "bytes"):
         width = 1 if budget.kind == "params" else widths[row.name]
@@ -190,24 +193,24 @@ def _costs(budget: Budget, row: Replacement, statistics: Statistics | None, widt
 def _make_layer(
     budget: Budget,
     row: Replacement,
-    dense_cost: int,
     values_of: Callable[[Replacement], Tensor],
     weights: Weights,
     statistics: Statistics | None,
-    share: float,
 ) -> Layer:
-    used = statistics is None or statistics.use(row).positions > 0
     curves = []
-    for option in row.options if used else row.options[:1]:
-        values, cost = values_of(option), _costs(budget, option, statistics, weights.stored_widths)
-        tails = losses(values, in_loss=statistics is not None and statistics.has_gradients)
-        step = budget.multiple_of
-        pivoted = option.side is not None
-        most = min(break_even_rank(option.rows, option.columns, pivoted=pivoted), option.full_rank)
-        ranks = list(range(step, most + 1, step)) if step <= most else []
-        if not used and ranks:
-            # no calibration input, so its loss is unknown: keep the share of parameters that the budget keeps overall
-            rank = ParameterShare(share).rank_of(option.rows, option.columns, pivoted=pivoted)
-            ranks, tails = [max(step, min(most, rank // step * step))], torch.zeros_like(tails)
-        curves.append(Curve(cost.rank, ranks, tails, cost.saving))
-    return Layer(row.name, dense_cost, tuple(curves))
+    for option in row.options:
+        cost = _cost(budget, option, statistics, weights.stored_widths)
+        tails = losses(values_of(option), in_loss=statistics is not None and statistics.has_gradients)
+        most = min(break_even_rank(option.rows, option.columns, pivoted=option.side is not None), option.full_rank)
+        ranks = range(budget.multiple_of, most + 1, budget.multiple_of)
+        curves.append(Curve(ranks, [cost.at(rank) for rank in ranks], tails))
+    return Layer(row.name, _cost(budget, row, statistics, weights.stored_widths).dense, tuple(curves))
+
+
+def _keep_share(row: Replacement, layer: Layer, share: float) -> Layer:
+    """The one rank that keeps this share of the parameters of a layer whose loss is unknown, without calibration input."""
+    uniform = ParameterShare(share).rank_of(row.rows, row.columns, pivoted=row.side is not None)
+    first = layer.curves[0]
+    below = max(1, sum(rank <= uniform for rank in first.ranks))
+    only = Curve(first.ranks[below - 1 : below], first.costs[below - 1 : below], torch.zeros_like(first.tails))
+    return replace(layer, curves=(only,))

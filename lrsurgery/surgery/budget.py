@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -22,9 +22,11 @@ from lrsurgery.errors import BudgetError
 from lrsurgery.units import finite, size_of, size_text
 
 READABLE = (
-    "a share of the parameters such as 0.5, a share of the FLOPs such as flops:0.5, or a size such as bytes:500MB"
+    "a share of the parameters such as 0.5, of the FLOPs such as flops:0.5 or of the time such as time:0.7, or a size such"
+    " as bytes:500MB"
 )
 SCOPES = ("layers", "model")  # what a share refers to
+SHARES = {"params": "parameters", "flops": "FLOPs", "time": "time"}
 STATE_LIMIT = 5_000_000  # states after which the search returns its best choice so far: one or two seconds
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -33,13 +35,13 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Budget:
-    """The size to keep: a share in (0, 1] of the parameters or FLOPs, or bytes of weights.
+    """The size to keep: a share in (0, 1] of the parameters, FLOPs or measured time, or bytes of weights.
 
     A share refers to the layers that may be factorised or to the whole model (`of`); bytes always refer to the model.
     Raises BudgetError for an amount outside its bounds.
     """
 
-    kind: str  # params, flops or bytes
+    kind: str  # params, flops, time or bytes
     amount: float
     of: str = "layers"  # or model
     multiple_of: int = 1  # every chosen rank is a multiple of this
@@ -47,7 +49,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.multiple_of < 1:
             raise BudgetError(f"multiple of {self.multiple_of}: write a positive integer")
-        assert self.kind in {"params", "flops", "bytes"}, self.kind
+        assert self.kind in {*SHARES, "bytes"}, self.kind
         if self.of not in SCOPES:
             raise BudgetError(f"unknown budget scope '{self.of}'; known: {', '.join(SCOPES)}")
         if self.kind == "bytes":
@@ -55,9 +57,10 @@ class Budget:
             if not (self.amount >= 1 and math.isfinite(self.amount)):
                 raise BudgetError(f"budget bytes:{self.amount:g}: a size is at least 1 byte; write one such as 500MB")
         elif not 0 < self.amount <= 1:
-            prefix, what = ("flops:", "FLOPs") if self.kind == "flops" else ("", "parameters")
+            prefix = "" if self.kind == "params" else f"{self.kind}:"
             raise BudgetError(
-                f"budget {prefix}{self.amount:g}: the share of {what} lies in (0, 1]; write bytes:500MB for a size"
+                f"budget {prefix}{self.amount:g}: the share of {SHARES[self.kind]} lies in (0, 1]; write bytes:500MB"
+                " for a size"
             )
 
     @property
@@ -68,12 +71,12 @@ class Budget:
     def __str__(self) -> str:
         if self.kind == "bytes":
             return f"bytes:{size_text(self.amount)}"
-        share = f"flops:{self.amount!r}" if self.kind == "flops" else repr(self.amount)
+        share = repr(self.amount) if self.kind == "params" else f"{self.kind}:{self.amount!r}"
         return share + (" of the model" if self.of == "model" else "")
 
 
 def parse_budget(text: str, of: str = "layers", multiple_of: int = 1) -> Budget:
-    """Parse `0.5`, `flops:0.5` or `bytes:500MB` (KB to TB are decimal, KiB to TiB binary; no unit means bytes).
+    """Parse `0.5`, `flops:0.5`, `time:0.7` or `bytes:500MB`; KB to TB are decimal, KiB to TiB binary, none is bytes.
 
     Raises BudgetError that lists the accepted forms.
     """
@@ -81,8 +84,8 @@ def parse_budget(text: str, of: str = "layers", multiple_of: int = 1) -> Budget:
     try:
         if not colon:
             return Budget("params", finite(kind), of, multiple_of)
-        if kind == "flops":
-            return Budget("flops", finite(number), of, multiple_of)
+        if kind in ("flops", "time"):
+            return Budget(kind, finite(number), of, multiple_of)
         if kind == "bytes":
             return Budget("bytes", float(round(size_of(number))), "model", multiple_of)
     except BudgetError:
@@ -94,21 +97,20 @@ def parse_budget(text: str, of: str = "layers", multiple_of: int = 1) -> Budget:
 
 @dataclass(frozen=True)
 class Curve:
-    """The ranks that a layer may get by one scheme and form, ascending and possibly none.
+    """The ranks that a layer may get by one scheme and form, ascending and possibly none, and what each costs.
 
-    `tails` (full rank + 1,) is float64 and non-increasing: entry r is the loss at rank r, in any unit that is additive
-    over layers. `rank_cost` (per unit of rank) and `saving` (of the pivoted form, per unit of rank squared) are in the
-    unit of the budget.
+    Costs are in the unit of the budget. `tails` (full rank + 1,) is float64 and non-increasing: entry r is the loss at
+    rank r, in any unit that is additive over layers.
     """
 
-    rank_cost: int
     ranks: Sequence[int]
+    costs: Sequence[int]  # of the ranks
     tails: Tensor
-    saving: int = 0
 
-    def cost(self, rank: int) -> int:
-        """The cost of a rank."""
-        return rank * self.rank_cost - rank * rank * self.saving
+    def at_least(self, cost: float) -> Curve:
+        """The ranks from the largest that costs at most `cost` on; all if none costs so little."""
+        below = sum(each <= cost for each in self.costs)
+        return replace(self, ranks=self.ranks[max(0, below - 1) :], costs=self.costs[max(0, below - 1) :])
 
 
 @dataclass(frozen=True)
@@ -129,10 +131,7 @@ class Choice(NamedTuple):
 
 def cheapest(layers: Sequence[Layer]) -> int:
     """The smallest feasible budget: every layer at its lowest rank, or dense if that costs less."""
-    return sum(
-        min([layer.dense_cost, *(curve.cost(rank) for curve in layer.curves for rank in curve.ranks[:1])])
-        for layer in layers
-    )
+    return sum(min([layer.dense_cost, *(cost for curve in layer.curves for cost in curve.costs)]) for layer in layers)
 
 
 def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice | None]:
@@ -177,11 +176,10 @@ def _menu(layer: Layer) -> _Menu:
     choices: list[Choice | None] = [None]
     all_costs, all_losses = [np.array([layer.dense_cost])], [np.zeros(1)]
     for index, curve in enumerate(layer.curves):
-        ranks = np.array(curve.ranks, dtype=np.int64)
         tails = curve.tails.detach().cpu().double().numpy()
         choices += [Choice(index, rank) for rank in curve.ranks]
-        all_costs.append(ranks * curve.rank_cost - ranks * ranks * curve.saving)
-        all_losses.append(tails[ranks].clip(min=0))
+        all_costs.append(np.array(curve.costs, dtype=np.int64))
+        all_losses.append(tails[np.array(curve.ranks, dtype=np.int64)].clip(min=0))
     costs, losses = np.concatenate(all_costs), np.concatenate(all_losses)
     kept = _drop_dominated(costs, losses)
     return _Menu(
