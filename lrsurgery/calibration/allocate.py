@@ -208,7 +208,7 @@ def _make_layer(
 
 
 def _keep_share(row: Replacement, layer: Layer, share: float) -> Layer:
-    """The one rank that keeps this share of the parameters of a layer whose loss is unknown, without calibration input."""
+    """The one rank that keeps this share of the parameters, for a layer without calibration input."""
     uniform = ParameterShare(share).rank_of(row.rows, row.columns, pivoted=row.side is not None)
     first = layer.curves[0]
     below = max(1, sum(rank <= uniform for rank in first.ranks))

@@ -22,8 +22,8 @@ from lrsurgery.errors import BudgetError
 from lrsurgery.units import finite, size_of, size_text
 
 READABLE = (
-    "a share of the parameters such as 0.5, of the FLOPs such as flops:0.5 or of the time such as time:0.7, or a size such"
-    " as bytes:500MB"
+    "a share of the parameters such as 0.5, of the FLOPs such as flops:0.5 or of the time such as time:0.7, or a size"
+    " such as bytes:500MB"
 )
 SCOPES = ("layers", "model")  # what a share refers to
 SHARES = {"params": "parameters", "flops": "FLOPs", "time": "time"}
