@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lrsurgery.calibration.allocate import Weights, allocate_ranks
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.mapping import is_transformers_model, tied_weights
+from lrsurgery.checkpoints.output import tell_form
 from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.runtime import Compute, pick_device
-from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, factorised_layers, pivot_layers_
+from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, pivot_layers_
 from lrsurgery.surgery.plan import Plan, SurgeryOptions
 from lrsurgery.surgery.ranks import BALANCED, RankLike
 from lrsurgery.surgery.speed import plan_layers
@@ -88,10 +89,7 @@ def factorise_module_(
         computes_on = device or next((m.device for m in _dense(module, plan).values()), torch.device("cpu"))
         plan = allocate_ranks(plan, weights, Compute(device=computes_on, cache=cache), statistics)
     apply_plan_(module, plan, init=options.init, seed=options.seed, device=device, metric_of=metric_of, svd=options.svd)
-    if is_transformers_model(module):
-        from lrsurgery.checkpoints.quantizer import attach_
-
-        attach_(module)
+    tell_form(module)
 
 
 def _dense(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -131,18 +129,10 @@ def pivot_(module: nn.Module) -> None:
     better. Create optimizers afterwards.
     """
     pivot_layers_(module)
-    _tell_transformers(module)
+    tell_form(module)
 
 
 def balance_(module: nn.Module) -> None:
     """Put every factorised layer into the balanced form, u^T u = v v^T, which trains better; see `pivot_`."""
     balance_layers_(module)
-    _tell_transformers(module)
-
-
-def _tell_transformers(module: nn.Module) -> None:
-    """Let `save_pretrained` know what the layers are now."""
-    if is_transformers_model(module) and factorised_layers(module):
-        from lrsurgery.checkpoints.quantizer import attach_
-
-        attach_(module)
+    tell_form(module)

@@ -42,7 +42,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         model = lrsurgery.load_model(tiny.save_biased_bert(folder / "dense"))
     lrsurgery.factorise_(model, rank=0.4)
-    lrsurgery.save_model(model, folder / "balanced")
+    lrsurgery.save_model(model, folder / "balanced", form="balanced")
     pivot_layers_(model)
     assert {layer.side for layer in factorised_layers(model).values()} >= {"rows"}
     lrsurgery.save_model(model, folder / "pivoted")
