@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +74,12 @@ def factorise_module_(
     device: torch.device | None = None,
     *,
     cache: bool = False,
+    change: Callable[[Plan], Plan] = lambda plan: plan,
 ) -> None:
-    """Replace the layers of a module in memory, with parsed options; see `factorise_`."""
+    """Replace the layers of a module in memory, with parsed options; see `factorise_`.
+
+    `change` is applied to the plan once all ranks are known.
+    """
 
     def metric_of(name: str) -> Metric | None:
         return statistics.metric(name) if statistics is not None else None
@@ -88,6 +92,7 @@ def factorise_module_(
     if plan.needs_spectra:
         computes_on = device or next((m.device for m in _dense(module, plan).values()), torch.device("cpu"))
         plan = allocate_ranks(plan, weights, Compute(device=computes_on, cache=cache), statistics)
+    plan = change(plan)
     apply_plan_(module, plan, init=options.init, seed=options.seed, device=device, metric_of=metric_of, svd=options.svd)
     tell_form(module)
 
