@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lrsurgery.errors import SurgeryError as SurgeryError
     from lrsurgery.factorise.checkpoint import factorise_checkpoint as factorise_checkpoint
     from lrsurgery.factorise.export import export_dense as export_dense
+    from lrsurgery.factorise.forms import export_form as export_form
     from lrsurgery.factorise.memory import balance_ as balance_
     from lrsurgery.factorise.memory import densify_ as densify_
     from lrsurgery.factorise.memory import factorise_ as factorise_
@@ -45,6 +46,7 @@ _HOME = {
     "densify_": "lrsurgery.factorise.memory",
     "evaluate": "lrsurgery.measure.evaluate",
     "export_dense": "lrsurgery.factorise.export",
+    "export_form": "lrsurgery.factorise.forms",
     "factorise_": "lrsurgery.factorise.memory",
     "factorise_checkpoint": "lrsurgery.factorise.checkpoint",
     "factorised_layers": "lrsurgery.surgery.apply",

@@ -26,8 +26,9 @@ from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.locks import locked
 from lrsurgery.files.marks import MARK
 from lrsurgery.files.writing import check_free, staged, with_name, write_text
-from lrsurgery.surgery.apply import factorised_layers, specs_of
+from lrsurgery.surgery.apply import factorised_layers, in_form, specs_of
 from lrsurgery.surgery.layers import Spec
+from lrsurgery.surgery.ranks import PIVOTED, check_form
 from lrsurgery.text import expanded
 
 COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".py", ".spm", ".vocab", ".tiktoken")
@@ -170,23 +171,33 @@ def write_timm(model: nn.Module, config: Json, stage: Path) -> None:
 def write_transformers(model: nn.Module, stage: Path) -> None:
     """Write a transformers model by `save_pretrained`, as a factorised checkpoint if it has factorised layers."""
     saved: Any = model
-    if factorised_layers(model):
-        from lrsurgery.checkpoints.quantizer import attach_
-
-        attach_(model)
+    tell_form(model)
     saved.save_pretrained(stage)
 
 
-def save_model(module: nn.Module, folder: str | Path, *, overwrite: bool = False) -> None:
+def tell_form(model: nn.Module) -> None:
+    """Tell `save_pretrained` of a transformers model what its factorised layers are now."""
+    if is_transformers_model(model) and factorised_layers(model):
+        from lrsurgery.checkpoints.quantizer import attach_
+
+        attach_(model)
+
+
+def save_model(module: nn.Module, folder: str | Path, *, overwrite: bool = False, form: str = PIVOTED) -> None:
     """Write a transformers or timm model, factorised or dense, as a folder that `load_model` and its library read.
 
-    The write is atomic. Raises OutputError if the folder exists or cannot be written, if another process is writing it,
-    or if the module belongs to neither library.
+    Layers are written in `form`, where their kinds have it; the module keeps its own. The write is atomic. Raises
+    OutputError if the folder exists, cannot be written or is being written, or if the module is of neither library.
     """
+    check_form(form)
     output = with_name(Path(folder))
     with disk_faults(output), locked(output), staged(output, overwrite=overwrite) as stage:
         if is_transformers_model(module):
-            write_transformers(module, stage)
+            try:
+                with in_form(module, form):
+                    write_transformers(module, stage)
+            finally:
+                tell_form(module)
             return
         known: Any = getattr(module, "pretrained_cfg", None)
         if not isinstance(known, dict) or not known.get("architecture"):
@@ -195,7 +206,8 @@ def save_model(module: nn.Module, folder: str | Path, *, overwrite: bool = False
                 " safetensors, or call densify_ and save it as a dense model"
             )
         source = Source(known["architecture"], "timm", {"architecture": known["architecture"]}, None, ())
-        write_timm(module, output_config(source, module, specs_of(module)), stage)
+        with in_form(module, form):
+            write_timm(module, output_config(source, module, specs_of(module)), stage)
 
 
 class ShardWriter:

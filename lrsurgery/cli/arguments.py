@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     Conv: TypeAlias = str
     DtypeName: TypeAlias = str
     EngineName: TypeAlias = str
+    Form: TypeAlias = str
     Importance: TypeAlias = str
     Init: TypeAlias = str
     Protocol: TypeAlias = str
@@ -78,6 +79,7 @@ else:
     Conv = choice("Conv", "lrsurgery.surgery.kinds", "CONV_SCHEMES")
     DtypeName = choice("Dtype", "lrsurgery.runtime", "DTYPES")
     EngineName = choice("Engine", "lrsurgery.linalg.svd", "ENGINES")
+    Form = choice("Form", "lrsurgery.surgery.ranks", "FORMS")
     Importance = choice("Importance", "lrsurgery.calibration.loss", "IMPORTANCES", "none")
     Init = choice("Init", "lrsurgery.linalg.inits", "INITS")
     Protocol = choice("Protocol", "lrsurgery.measure.evaluate", "PROTOCOLS")
@@ -115,6 +117,8 @@ ExcludeOption = Annotated[list[str] | None, option("--exclude", panel=CUT, metav
 MultipleOption = Annotated[int, option("--multiple-of", panel=CUT, metavar="N", text="Round ranks to multiples of N.")]
 SCHEMES = "channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw; auto: for each layer what loses less."
 ConvOption = Annotated[Conv, option("--conv", panel=CUT, text=SCHEMES)]
+FORMS = "pivoted: rank^2 numbers less a layer, so smaller than dense below full rank; balanced: as it trains."
+FormOption = Annotated[Form, option("--form", panel=CUT, text=FORMS)]
 
 # calibration
 CalibrationOption = Annotated[

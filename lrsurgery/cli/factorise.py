@@ -1,12 +1,10 @@
-"""The commands that write checkpoints: `factorise` and `export`; and `cache`, which they share."""
+"""The command that makes a checkpoint low rank: `factorise`."""
 
 from __future__ import annotations
 
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
-
-import typer
 
 from lrsurgery.cli.arguments import (
     CUT,
@@ -22,7 +20,7 @@ from lrsurgery.cli.arguments import (
     DtypeName,
     EngineName,
     ExcludeOption,
-    FolderArgument,
+    FormOption,
     ImageColumnOption,
     ImageSizeOption,
     ImportanceOption,
@@ -62,12 +60,8 @@ if TYPE_CHECKING:
     from lrsurgery.surgery.plan import Target
 
     BudgetOf: TypeAlias = str
-    ExportName: TypeAlias = str
-    FormName: TypeAlias = str
 else:
     BudgetOf = choice("BudgetOf", "lrsurgery.surgery.budget", "SCOPES")
-    FormName = choice("Form", "lrsurgery.surgery.ranks", "FORMS")
-    ExportName = choice("Export", "lrsurgery.factorise.export", "EXPORTS")
 
 
 def factorise(
@@ -108,19 +102,12 @@ def factorise(
         Init, option("--init", panel=CUT, text="spectral keeps the model; the others have to be trained again.")
     ] = "spectral",
     conv: ConvOption = "auto",
-    form: Annotated[
-        FormName,
-        option(
-            "--form",
-            panel=CUT,
-            text="pivoted: rank^2 numbers less a layer, and smaller than dense at every rank; balanced trains better.",
-        ),
-    ] = "balanced",
+    form: FormOption = "pivoted",
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     multiple_of: MultipleOption = 1,
     allow_larger: Annotated[
-        bool, option("--allow-larger", panel=CUT, text="Layers at or over break-even too.")
+        bool, option("--allow-larger", panel=CUT, text="Layers of balanced form at or over break-even too.")
     ] = False,
     min_speedup: Annotated[
         float | None,
@@ -275,71 +262,3 @@ def default_name(model: str, target: Target) -> str:
     ending = weight_ending(stem.name)
     name = stem.name.removesuffix(ending) if ending else stem.resolve().name
     return f"{name}-{kind}-{text}"
-
-
-def export(
-    folder: FolderArgument,
-    output: Annotated[
-        Path, option("--output", "-o", panel=OUTPUT, metavar="DIR", text="Output folder.", default=False)
-    ],
-    to: Annotated[
-        ExportName, option("--to", panel=OUTPUT, text="dense: ordinary layers that need no lrsurgery to load.")
-    ] = "dense",
-    shard_size: ShardOption = "5GB",
-    trust_remote_code: TrustOption = False,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Write a factorised model as a folder that plain transformers or timm loads.
-
-    [bold]Examples[/bold]
-
-      lrsurgery export gpt2-rank-0.5 --to dense --output gpt2-dense
-    """
-    screen = make_screen(quiet, as_json)
-    from lrsurgery.checkpoints.output import OutputOptions
-    from lrsurgery.checkpoints.source import SourceOptions
-    from lrsurgery.factorise.export import export as write
-    from lrsurgery.units import parse_size
-
-    options = OutputOptions(shard_size=parse_size(shard_size), overwrite=overwrite, command=command_line())
-    with screen.follow("export") as listener:
-        write(
-            folder,
-            output,
-            SourceOptions(trust_remote_code=trust_remote_code),
-            options,
-            to=str(to),
-            listener=listener,
-        )
-    screen.emit({"output": str(output), "to": str(to)})
-    screen.say(f"Written to {output}")
-
-
-def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Remove every entry.")] = False,
-    as_json: JsonOption = False,
-    quiet: QuietOption = False,
-    debug: DebugOption = False,
-) -> None:
-    """Show or clear the singular values that earlier runs kept, so that another rank or a plan need not compute them.
-
-    $LRSURGERY_CACHE names another folder, $LRSURGERY_CACHE_SIZE another limit than 10GB.
-
-    [bold]Examples[/bold]
-
-      lrsurgery cache
-
-      lrsurgery cache --clear
-    """
-    screen = make_screen(quiet, as_json)
-    from lrsurgery.checkpoints.spectra import SpectrumCache
-
-    kept = SpectrumCache()
-    if clear:
-        kept.clear()
-    entries, size = kept.size()
-    screen.emit({"folder": str(kept.folder), "entries": entries, "bytes": size})
-    screen.show(f"{kept.folder}: {entries} entries, {size / 1e6:.1f} MB")

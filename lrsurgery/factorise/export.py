@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import check_folder
-from lrsurgery.checkpoints.mapping import check_plain, key_map
+from lrsurgery.checkpoints.mapping import PARTS, KeyTargets, check_plain, key_map
 from lrsurgery.checkpoints.output import (
     OutputOptions,
     ShardWriter,
@@ -20,7 +21,7 @@ from lrsurgery.checkpoints.output import (
     in_write_order,
     output_config,
 )
-from lrsurgery.checkpoints.source import SourceOptions
+from lrsurgery.checkpoints.source import Source, SourceOptions
 from lrsurgery.checkpoints.tensors import TensorSource, check_weights, open_tensors
 from lrsurgery.checkpoints.upstream.layouts import check_shape, missing
 from lrsurgery.errors import SourceError, SurgeryError
@@ -31,7 +32,7 @@ from lrsurgery.files.writing import staged, with_name, write_text
 from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import dense_card
-from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.apply import dense_bias, factorised_layers, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, dense_weight
 from lrsurgery.units import parse_size
 
@@ -70,6 +71,92 @@ def export(
         EXPORTS[to](reference, output, source_options, options, listener)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The tensors in the files of a factorised checkpoint, by what they are."""
+
+    source: Source
+    model: nn.Module  # with factorised layers, on the meta device
+    dense_keys: KeyTargets  # of the same model without them
+    tensors: TensorSource
+    modules: dict[str, FactorisedLayer]  # by every name that they have
+    layers: dict[str, str]  # what the keys of a layer begin with -> its name in the model
+    others: list[str]  # keys of tensors outside of factorised layers
+    tripwires: list[str]
+    unused: list[str]  # keys among the others that the model class does not use
+
+
+def open_parts(reference: str, output: Path, source_options: SourceOptions, *, overwrite: bool) -> Parts:
+    """Open a factorised checkpoint that is to be written anew. Raises SourceError or OutputError."""
+    source = source_options.resolve(reference)
+    if not source.is_factorised:
+        raise SourceError(f"{reference}: not a factorised checkpoint, so there is nothing to export")
+    check_output(output, source, overwrite)
+    check_weights(source.folder, source.files)
+    model = build_model(source, device="meta", trust_remote_code=source_options.trust_remote_code)
+    dense_keys = key_map(source, model)
+    swap_(model, source.layers)
+    tensors = open_tensors(list(source.files))
+    every = model.named_modules(remove_duplicate=False)
+    keys, modules = key_map(source, model), {name: m for name, m in every if isinstance(m, FactorisedLayer)}
+    layers: dict[str, str] = {}
+    others: list[str] = []
+    tripwires: list[str] = []
+    unused: list[str] = []
+    places: set[str] = set()  # state-dict keys of factors and biases in the files
+    for key in tensors.keys():  # noqa: SIM118
+        dtype, shape = tensors.describe(key)
+        place = keys.target(key)[0] or ""
+        if place:
+            check_plain(source, key, dtype, keys.state[place])
+        layer, part = _split(place, modules)
+        if layer is not None:
+            places.add(place)
+            check_shape(source, key, shape, tuple(keys.state[place].shape))
+            layers[key.removesuffix(f".{part}")] = layer
+        elif shape == (0,) and key.endswith(".weight"):
+            tripwires.append(key)
+        else:
+            others.append(key)
+            unused += [] if place else [key]
+    names_of: dict[int, list[str]] = {}
+    for name, module in modules.items():
+        names_of.setdefault(id(module), []).append(name)
+    for layer, module in factorised_layers(model).items():
+        for part in module.state_dict():
+            if not any(f"{name}.{part}" in places for name in names_of[id(module)]):
+                raise missing(source, f"{layer}.{part}", ())
+    return Parts(
+        source=source,
+        model=model,
+        dense_keys=dense_keys,
+        tensors=tensors,
+        modules=modules,
+        layers=layers,
+        others=others,
+        tripwires=tripwires,
+        unused=unused,
+    )
+
+
+def _split(place: str, modules: dict[str, FactorisedLayer]) -> tuple[str | None, str]:
+    """(layer, part) of a state-dict key inside a factorised layer; None for any other key."""
+    for part in PARTS:
+        layer = place.removesuffix(f".{part}")
+        if layer != place and layer in modules:
+            return layer, part
+    return None, ""
+
+
+def read_layer(parts: Parts, stem: str) -> FactorisedLayer:
+    """A layer with the values of the files; `stem` is what its keys begin with. Raises SourceError."""
+    held = copy.deepcopy(parts.modules[parts.layers[stem]])
+    held.load_state_dict({part: parts.tensors.read(f"{stem}.{part}") for part in held.state_dict()}, assign=True)
+    if held.order is not None and not is_permutation(held.order):
+        raise SourceError(f"{stem}.order is no permutation, so the file is damaged")
+    return held
+
+
 def to_dense(
     reference: str,
     output: Path,
@@ -78,110 +165,64 @@ def to_dense(
     listener: Listener = SILENT,
 ) -> None:
     """Write a factorised checkpoint as a dense one; see `export_dense`."""
-    source = source_options.resolve(reference)
-    if not source.is_factorised:
-        raise SourceError(f"{reference}: not a factorised checkpoint, so there is nothing to export")
-    check_output(output, source, options.overwrite)
-    check_weights(source.folder, source.files)
-    model = build_model(source, device="meta", trust_remote_code=source_options.trust_remote_code)
-    dense_keys = key_map(source, model)
-    swap_(model, source.layers)
-    tensors = open_tensors(list(source.files))
-    every = model.named_modules(remove_duplicate=False)
-    keys, modules = key_map(source, model), {name: m for name, m in every if isinstance(m, FactorisedLayer)}
-    readers: dict[str, tuple[torch.dtype, Callable[[], Tensor]]] = {}
-    dtypes: dict[str, torch.dtype] = {}
-    unused: list[str] = []  # keys that the model class does not use
-    places: set[str] = set()  # state-dict keys of factors and biases in the files
-    for key in tensors.keys():  # noqa: SIM118
-        dtype, shape = tensors.describe(key)
-        place = keys.target(key)[0] or ""
-        if place:
-            check_plain(source, key, dtype, keys.state[place])
-        layer, part = _split(place, modules)
-        if layer is None:
-            if shape == (0,) and key.endswith(".weight"):
-                continue  # the tripwire
-            readers[key] = (dtype, _reader(tensors, key))
-            unused += [] if place else [key]
-            continue
-        places.add(place)
-        check_shape(source, key, shape, tuple(keys.state[place].shape))
-        stem = key.removesuffix(f".{part}")
-        if part == "v.weight":
-            name = next(
-                (n for n in (f"{stem}.weight", f"{layer}.weight") if dense_keys.target(n) == (f"{layer}.weight", None)),
-                None,
-            )
-            if name is None:
-                raise SurgeryError(
-                    f"{layer}: transformers would rename its dense weight on loading; it cannot be exported"
-                )
-            readers[name] = (dtype, _weight(tensors, modules[layer], stem))
-            dtypes[name] = dtype
-        elif part == "u.bias":
-            in_two = modules[layer].side == "rows"
-            read = _bias(tensors, modules[layer], stem) if in_two else _reader(tensors, key)
-            readers[f"{stem}.bias"] = (dtype, read)
-    names_of: dict[int, list[str]] = {}
-    for name, module in modules.items():
-        names_of.setdefault(id(module), []).append(name)
-    for layer, module in factorised_layers(model).items():
-        for part in module.state_dict():
-            if not any(f"{name}.{part}" in places for name in names_of[id(module)]):
-                raise missing(source, f"{layer}.{part}", ())
-    total, done = len(dtypes), 0
+    parts = open_parts(reference, output, source_options, overwrite=options.overwrite)
+    source, tensors = parts.source, parts.tensors
+    readers: dict[str, tuple[torch.dtype, Callable[[], Tensor]]] = {
+        key: (tensors.describe(key)[0], _reader(tensors, key)) for key in parts.others
+    }
+    weights = set()
+    for stem, layer in parts.layers.items():
+        name = next(
+            (
+                n
+                for n in (f"{stem}.weight", f"{layer}.weight")
+                if parts.dense_keys.target(n) == (f"{layer}.weight", None)
+            ),
+            None,
+        )
+        if name is None:
+            raise SurgeryError(f"{layer}: transformers would rename its dense weight on loading; it cannot be exported")
+        readers[name] = (tensors.describe(f"{stem}.v.weight")[0], _weight(parts, stem))
+        weights.add(name)
+        if parts.modules[layer].u.bias is not None:
+            readers[f"{stem}.bias"] = (tensors.describe(f"{stem}.u.bias")[0], _bias(parts, stem))
+    done = 0
     with staged(output, overwrite=options.overwrite) as stage:
         writer = ShardWriter(stage, shard_size=options.shard_size)
         try:
             for name in in_write_order([(dtype, name) for name, (dtype, _) in readers.items()]):
                 writer.add(name, readers[name][1]())
-                if name in dtypes:
+                if name in weights:
                     done += 1
-                    listener.progress(name.removesuffix(".weight"), done, total)
+                    listener.progress(name.removesuffix(".weight"), done, len(weights))
             writer.finish()
         finally:
             writer.close()
         copy_companions(source, stage)
-        config = output_config(source, model, {})
+        config = output_config(source, parts.model, {})
         write_text(stage / "config.json", json_text(config))
-        check_folder(stage, reference, unused=unused, trust_remote_code=source_options.trust_remote_code)
+        check_folder(stage, reference, unused=parts.unused, trust_remote_code=source_options.trust_remote_code)
         write_text(stage / "README.md", dense_card(source, output.name, config, options.command))
-
-
-def _split(place: str, modules: dict[str, FactorisedLayer]) -> tuple[str | None, str]:
-    """(layer, part) of a state-dict key inside a factorised layer; None for any other key."""
-    for part in ("u.weight", "v.weight", "u.bias", "v.bias", "order"):
-        layer = place.removesuffix(f".{part}")
-        if layer != place and layer in modules:
-            return layer, part
-    return None, ""
 
 
 def _reader(tensors: TensorSource, key: str) -> Callable[[], Tensor]:
     return lambda: tensors.read(key)
 
 
-def _weight(tensors: TensorSource, module: FactorisedLayer, stem: str) -> Callable[[], Tensor]:
-    return lambda: dense_weight(_held(tensors, module, stem))
+def _weight(parts: Parts, stem: str) -> Callable[[], Tensor]:
+    return lambda: dense_weight(read_layer(parts, stem))
 
 
-def _bias(tensors: TensorSource, module: FactorisedLayer, stem: str) -> Callable[[], Tensor]:
+def _bias(parts: Parts, stem: str) -> Callable[[], Tensor]:
+    if parts.modules[parts.layers[stem]].side != "rows":
+        return _reader(parts.tensors, f"{stem}.u.bias")
+
     def read() -> Tensor:
-        bias = _held(tensors, module, stem).bias
+        bias = dense_bias(read_layer(parts, stem))
         assert bias is not None
-        return bias.detach()
+        return bias
 
     return read
-
-
-def _held(tensors: TensorSource, module: FactorisedLayer, stem: str) -> FactorisedLayer:
-    """A layer like `module` with the values of the file."""
-    held = copy.deepcopy(module)
-    held.load_state_dict({part: tensors.read(f"{stem}.{part}") for part in module.state_dict()}, assign=True)
-    if held.order is not None and not is_permutation(held.order):
-        raise SourceError(f"{stem}.order is no permutation, so the file is damaged")
-    return held
 
 
 # the formats of `export --to`

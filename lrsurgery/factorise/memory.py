@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from lrsurgery.calibration.allocate import Weights, allocate_ranks
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.mapping import is_transformers_model, tied_weights
+from lrsurgery.checkpoints.output import tell_form
 from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.runtime import Compute, pick_device
-from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, factorised_layers, pivot_layers_
+from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, pivot_layers_
 from lrsurgery.surgery.plan import Plan, SurgeryOptions
 from lrsurgery.surgery.ranks import BALANCED, RankLike
 from lrsurgery.surgery.speed import plan_layers
@@ -73,8 +74,12 @@ def factorise_module_(
     device: torch.device | None = None,
     *,
     cache: bool = False,
+    change: Callable[[Plan], Plan] = lambda plan: plan,
 ) -> None:
-    """Replace the layers of a module in memory, with parsed options; see `factorise_`."""
+    """Replace the layers of a module in memory, with parsed options; see `factorise_`.
+
+    `change` is applied to the plan once all ranks are known.
+    """
 
     runs_on = pick_device("auto" if device is None or options.min_speedup is None else str(device))
     plan = plan_layers(module, options, tied=tied_weights(module), device=runs_on)
@@ -84,16 +89,14 @@ def factorise_module_(
     if plan.needs_spectra:
         computes_on = device or next((m.device for m in _dense(module, plan).values()), torch.device("cpu"))
         plan = allocate_ranks(plan, weights, Compute(device=computes_on, cache=cache), statistics)
+    plan = change(plan)
     kinds = {row.name: row.kind for row in plan.replacements}
 
     def metric_of(name: str) -> Metric | None:
         return statistics.metric(name, kinds[name]) if statistics is not None else None
 
     apply_plan_(module, plan, init=options.init, seed=options.seed, device=device, metric_of=metric_of, svd=options.svd)
-    if is_transformers_model(module):
-        from lrsurgery.checkpoints.quantizer import attach_
-
-        attach_(module)
+    tell_form(module)
 
 
 def _dense(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -133,18 +136,10 @@ def pivot_(module: nn.Module) -> None:
     better. Create optimizers afterwards.
     """
     pivot_layers_(module)
-    _tell_transformers(module)
+    tell_form(module)
 
 
 def balance_(module: nn.Module) -> None:
     """Put every factorised layer into the balanced form, u^T u = v v^T, which trains better; see `pivot_`."""
     balance_layers_(module)
-    _tell_transformers(module)
-
-
-def _tell_transformers(module: nn.Module) -> None:
-    """Let `save_pretrained` know what the layers are now."""
-    if is_transformers_model(module) and factorised_layers(module):
-        from lrsurgery.checkpoints.quantizer import attach_
-
-        attach_(module)
+    tell_form(module)

@@ -20,7 +20,7 @@ from lrsurgery.runtime import Compute, check_seed, pick_device, pick_dtype
 from lrsurgery.surgery.budget import parse_budget
 from lrsurgery.surgery.kinds import AUTO, CHANNEL
 from lrsurgery.surgery.plan import SurgeryOptions, Target
-from lrsurgery.surgery.ranks import BALANCED, READABLE, RankLike, parse_rank
+from lrsurgery.surgery.ranks import PIVOTED, READABLE, RankLike, parse_rank
 from lrsurgery.units import parse_size
 
 SAMPLES = 128  # for calibration, unless another number is asked for
@@ -277,7 +277,7 @@ def parse_options(
     command: str | None = None,
     calibration: Calibration | str | None = None,
     loss_check: bool = True,
-    form: str = BALANCED,
+    form: str = PIVOTED,
 ) -> FactoriseOptions:
     """Parse the options of the command line and of Python callers. Raises SurgeryError that names the value.
 

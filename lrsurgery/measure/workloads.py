@@ -222,7 +222,7 @@ def count_flops(workload: Workload) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGroup:
-    """Factorised layers that are timed as one: of the same dense form, rank and input."""
+    """Factorised layers that are timed as one: of the same dense layer, rank, form and input."""
 
     names: tuple[str, ...]
     layer: FactorisedLayer  # the first of them
@@ -248,7 +248,7 @@ def layer_groups(model: nn.Module, x: Tensor) -> list[LayerGroup]:
     shapes = _input_shapes(model, layers, x)
     for name, shape in shapes.items():
         layer = layers[name]
-        key = (layer.kind, str(build_dense(layer)), layer.u.weight.dtype, layer.rank, shape)
+        key = (layer.kind, str(build_dense(layer)), layer.u.weight.dtype, layer.rank, layer.side, shape)
         groups.setdefault(key, []).append(name)
     return [LayerGroup(names=tuple(names), layer=layers[names[0]], shape=shapes[names[0]]) for names in groups.values()]
 

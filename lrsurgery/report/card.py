@@ -15,7 +15,7 @@ from lrsurgery.files.json import Json
 from lrsurgery.report.hub import HUB, card_data, head_of, is_hub_id
 from lrsurgery.report.runs import read_metrics, stages_of
 from lrsurgery.report.schema import Report, Row
-from lrsurgery.report.views.columns import BY_KEY, QUALITY, Column
+from lrsurgery.report.views.columns import BY_KEY, QUALITY, Column, form_words
 from lrsurgery.text import code, code_block, markdown
 
 if TYPE_CHECKING:
@@ -40,10 +40,18 @@ COLUMNS = {
 TITLES = {"parameters_after": "parameters", "kept": "kept"}  # where the column's own is not a card's
 
 
-def model_card(report: Report, source: Source, name: str, config: Json, training: Sequence[str] = ()) -> str:
+def model_card(
+    report: Report,
+    source: Source,
+    name: str,
+    config: Json,
+    training: Sequence[str] = (),
+    then: str | None = None,
+) -> str:
     """The card of a model made from `source`: what was done, at what cost, how to load the result.
 
-    `name` is the output folder's, `config` its config.json, `training` are Markdown lines about a training run.
+    `name` is the output folder's, `config` its config.json, `training` are Markdown lines about a training run, and
+    `then` is the command that wrote the output after the report's own.
     """
     options, former = report.options, _report_of(source)
     count = len(report.factorised)
@@ -51,6 +59,9 @@ def model_card(report: Report, source: Source, name: str, config: Json, training
     done += ["trained"] if training else []
     paragraphs = [] if training or report.command else [f"Options: {code(json.dumps(options))}"]
     paragraphs += ["\n".join(training)] if training else []
+    if report.share_saved_by_form is not None:
+        words = form_words(report)
+        paragraphs.append(f"{words[0].upper()}{words[1:]}.")
     if report.loss_check is not None:
         paragraphs.append(f"Loss right after surgery: {markdown(report.loss_check['text'])}.")
     paragraphs += [f"Note: {markdown(note)}." for note in report.notes]
@@ -63,7 +74,7 @@ def model_card(report: Report, source: Source, name: str, config: Json, training
         data=options.get("data"),
         low_rank=bool(count),
         done=f"{' and '.join(done)} by lrsurgery.",
-        commands=[former.command if former else None, report.command],
+        commands=list(dict.fromkeys([former.command if former else None, report.command, then])),
         paragraphs=paragraphs,
         report=report,
     )
@@ -79,7 +90,7 @@ def dense_card(source: Source, name: str, config: Json, command: str | None = No
             "| | low rank | this model |\n|---|---|---|\n"
             f"| parameters | {former.parameters_after:,} | {former.parameters_before:,} |",
         ]
-    table = quality_lines(_stages(source.folder)) if source.folder else []
+    table = quality_lines(stages_in(source.folder)) if source.folder else []
     return _filled(
         source,
         name,
@@ -164,7 +175,7 @@ def _report_of(source: Source) -> Report | None:
         return None
 
 
-def _stages(folder: Path) -> dict[str, dict[str, float]]:
+def stages_in(folder: Path) -> dict[str, dict[str, float]]:
     """What the run that made a folder measured at each stage; empty where there was none."""
     try:
         records = read_metrics(folder)

@@ -21,7 +21,7 @@ from lrsurgery.report.schema import Report, Row, Rung
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, find_heads, make_plan, plan_rows
-from lrsurgery.surgery.ranks import FractionRank, RankSpec, parse_policy
+from lrsurgery.surgery.ranks import PIVOTED, FractionRank, RankSpec, parse_policy
 
 LADDER = (
     *("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"),
@@ -42,6 +42,7 @@ class ProfileOptions:
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
     multiple_of: int = 1  # of the ladder's ranks; a target has its own, which is the same
+    form: str = PIVOTED  # of the layers that are planned, and on the ladder
 
     def __post_init__(self) -> None:
         assert self.target is None or self.target.multiple_of == self.multiple_of, self
@@ -52,7 +53,9 @@ class ProfileOptions:
         """The surgery that is planned."""
         if self.target is None:
             return None
-        return SurgeryOptions(target=self.target, conv=self.conv, include=self.include, exclude=self.exclude)
+        return SurgeryOptions(
+            target=self.target, conv=self.conv, include=self.include, exclude=self.exclude, form=self.form
+        )
 
     @property
     def every_layer(self) -> SurgeryOptions:
@@ -65,6 +68,7 @@ class ProfileOptions:
             include=self.include,
             exclude=self.exclude,
             allow_larger=True,
+            form=self.form,
         )
 
 

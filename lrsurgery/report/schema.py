@@ -167,6 +167,17 @@ class Report:
         return tuple(row for row in self.rows if row.status == "dense")
 
     @property
+    def saved_by_form(self) -> int:
+        """Parameters that pivoted layers store less than balanced ones of the same ranks would: rank^2 each."""
+        return sum(row.rank**2 for row in self.factorised if row.form == "pivoted" and row.rank is not None)
+
+    @property
+    def share_saved_by_form(self) -> float | None:
+        """`saved_by_form` over the parameters of the model with balanced layers; None where nothing is saved."""
+        saved, after = self.saved_by_form, self.parameters_after
+        return saved / (after + saved) if saved and after is not None else None
+
+    @property
     def predicted_loss(self) -> float | None:
         """Predicted increase of the loss (nats): the sum over the layers, as if they did not affect each other."""
         known = [row.predicted_loss for row in self.factorised if row.predicted_loss is not None]
@@ -250,6 +261,8 @@ class Report:
             "parameters_before": before,
             "parameters_after": after,
             "share": None if after is None or not before else after / before,
+            "saved_by_form": self.saved_by_form,
+            "share_saved_by_form": self.share_saved_by_form,
             "bytes_before": self.bytes_before,
             "bytes_after": self.bytes_after,
             **self._flops(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from lrsurgery.surgery.layers import (
     split_bias,
 )
 from lrsurgery.surgery.plan import Plan, Replacement
+from lrsurgery.surgery.ranks import BALANCED, PIVOTED
 
 
 def factorised_layers(model: nn.Module) -> dict[str, FactorisedLayer]:
@@ -84,13 +86,21 @@ def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = Fa
     """Peak memory of a decomposition in bytes: the tensor, an fp32 copy, five short x short matrices, factors twice.
 
     With a metric all of these are in fp64, beside both moments of the metric as read (fp32) and as damped (fp64).
+    Pivots come afterwards and can need more: the factors in both widths, the part that is kept, and six fp64 matrices
+    of the other's size, such as the basis, its LU and the mixing.
     """
     short, long = sorted((row.rows, row.columns))
-    wide = max(8 if weighted else 4, item_size)
-    solver = wide * (5 * short**2 + 2 * (row.rank or short) * (short + long))
+    rank, wide = row.rank or short, max(8 if weighted else 4, item_size)
+    pivoting = short * long * item_size + _pivoting_bytes(row, rank, wide) if row.side else 0
+    solver = wide * (5 * short**2 + 2 * rank * (short + long))
     if weighted:
-        return 12 * (row.rows**2 + row.columns**2) + 3 * wide * short * long + solver
-    return short * long * (item_size + wide) + solver
+        return max(12 * (row.rows**2 + row.columns**2) + 3 * wide * short * long + solver, pivoting)
+    return max(short * long * (item_size + wide) + solver, pivoting)
+
+
+def _pivoting_bytes(row: Replacement, rank: int, wide: int) -> int:
+    along, across = (row.rows, row.columns) if row.side == "rows" else (row.columns, row.rows)
+    return (wide + 8) * rank * (along + across) + 8 * rank * (6 * along + across)
 
 
 def decompose(
@@ -180,9 +190,22 @@ def densify_layers_(model: nn.Module) -> None:
         with Unfilled():
             dense = build_dense(layer)
         dense.weight = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)
-        if layer.bias is not None:
-            dense.bias = layer.bias if layer.side is None else nn.Parameter(layer.bias.detach())
+        if (bias := dense_bias(layer)) is not None:
+            dense.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         references.replace_(layer, dense)
+
+
+@torch.no_grad()
+def dense_bias(layer: FactorisedLayer) -> Tensor | None:
+    """The dense bias (rows,): u's own, or where v has a part of it a new tensor, computed in fp64 and rounded once."""
+    if layer.side != "rows" or layer.u.bias is None:
+        return layer.u.bias
+    assert layer.v.bias is not None
+    _, order, _, mixing = layer.pivoted
+    first, rest = layer.v.bias.double(), layer.u.bias.double()
+    bias = torch.empty(len(order), dtype=layer.u.bias.dtype, device=rest.device)
+    bias[order.long()] = torch.cat([first, rest + mixing.double() @ first]).to(bias.dtype)
+    return bias
 
 
 def check_orders(model: nn.Module) -> None:
@@ -200,11 +223,8 @@ def pivot_layers_(model: nn.Module) -> None:
     without that form, and layers that have it, stay as they are. Create optimizers afterwards.
     """
     for layer in factorised_layers(model).values():
-        if layer.side is not None or layer.rank == min(layer.matrix_shape):
-            continue
-        with Unfilled():
-            side = side_for(layer.layout, build_dense(layer), layer.matrix_shape)
-        if side is not None:
+        side = side_in(layer, PIVOTED)
+        if side != layer.side:
             reform_(layer, side)
 
 
@@ -215,10 +235,46 @@ def balance_layers_(model: nn.Module) -> None:
             reform_(layer, None)
 
 
+def side_in(layer: FactorisedLayer, form: str) -> Side | None:
+    """The side of the pivots that a layer has in a form; None where it is balanced, also for want of another."""
+    if form == BALANCED:
+        return None
+    if layer.side is not None or layer.rank == min(layer.matrix_shape):
+        return layer.side
+    with Unfilled():
+        return side_for(layer.layout, build_dense(layer), layer.matrix_shape)
+
+
+@contextmanager
+def in_form(model: nn.Module, form: str) -> Iterator[None]:
+    """Put the layers of a model into a form, and afterwards back: the same `u` and `v` as before, untouched.
+
+    A layer whose `u` or `v` is another tool's module (quantised, with an adapter, pruned) stays as it is.
+    """
+    held: list[tuple[FactorisedLayer, nn.Module, nn.Module, Tensor | None, Side | None]] = []
+    try:
+        for layer in factorised_layers(model).values():
+            side = side_in(layer, form) if _is_plain(layer) else layer.side
+            if side != layer.side:
+                held.append((layer, layer.u, layer.v, layer.order, layer.side))
+                reform_(layer, side)
+        yield
+    finally:
+        for layer, u, v, order, side in held:
+            layer.u, layer.v, layer.order, layer.side = u, v, order, side  # type: ignore[assignment]
+
+
+def _is_plain(layer: FactorisedLayer) -> bool:
+    return all(
+        type(part) in (nn.Linear, nn.Conv2d) and type(part.weight) is nn.Parameter and part.weight.is_floating_point()
+        for part in (layer.u, layer.v)
+    )
+
+
 @torch.no_grad()
 def reform_(layer: FactorisedLayer, side: Side | None) -> None:
     """Give a layer another form in place: pivots on a side, or balanced (None). Works in fp64 and rounds once."""
-    held, bias = layer.u.weight, layer.bias
+    held, bias = layer.u.weight, dense_bias(layer)
     wide = Factors(*(factor.double() for factor in layer.factors))
     with Unfilled():
         dense = build_dense(layer)

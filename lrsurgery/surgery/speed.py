@@ -20,7 +20,7 @@ from lrsurgery.files.json import json_text, read_json
 from lrsurgery.files.writing import replace_file
 from lrsurgery.runtime import cache_folder, processor
 from lrsurgery.surgery.kinds import KINDS, SIDE, kind_of
-from lrsurgery.surgery.layers import build_dense
+from lrsurgery.surgery.layers import Spec, build_dense
 from lrsurgery.surgery.plan import Plan, Refusal, Replacement, SurgeryOptions, find_heads, make_plan
 from lrsurgery.timing import Workload, compare
 
@@ -29,7 +29,7 @@ PRECISION, SECONDS = 0.01, 0.5  # relative precision of the ratio, and time limi
 FORMAT_VERSION = 1
 
 Speedup: TypeAlias = (
-    "Callable[[nn.Module, str, int], float]"  # dense layer (only its shape counts), kind, rank -> speedup
+    "Callable[[nn.Module, Spec], float]"  # dense layer (only its shape counts), what it becomes -> speedup
 )
 
 
@@ -64,7 +64,7 @@ def make_refusal(model: nn.Module, conv: str, least: float, device: torch.device
 
     def refuse(row: Replacement) -> str | None:
         assert row.rank is not None
-        ratio = speedup(shapes[row.name], row.kind, row.rank)
+        ratio = speedup(shapes[row.name], Spec(row.kind, row.rank, row.pivots))
         if ratio >= least:
             return None
         size = f"{1 / ratio:.2f}x slower" if ratio < 1 else f"{ratio:.2f}x as fast, under {least:g}x,"
@@ -87,16 +87,18 @@ class SpeedTable:
         self._file = cache_folder() / "speed.json"
         self._known: dict[str, float] = {}
 
-    def __call__(self, dense: nn.Module, kind: str, rank: int) -> float:
-        """Seconds of `dense` over seconds of its factorised form; of `dense` only shape and dtype matter."""
+    def __call__(self, dense: nn.Module, spec: Spec) -> float:
+        """Seconds of `dense` over seconds of the layer that it becomes; of `dense` only shape and dtype matter."""
         dtype = self._dtype or dense.weight.dtype
         assert isinstance(dtype, torch.dtype)
-        key = f"{kind} {dense} rank {rank}, {POSITIONS} positions, {dtype}, {_describe(self._device)}"
+        form = f", pivoted {spec.side}" if spec.side else ""
+        layer = f"{spec.kind} {dense} rank {spec.rank}{form}"
+        key = f"{layer}, {POSITIONS} positions, {dtype}, {_describe(self._device)}"
         if key not in self._known:
             with _lock(self._file):
                 self._known |= _read(self._file)
                 if key not in self._known:
-                    self._known[key] = measure_speedup(dense, kind, rank, self._device, dtype)
+                    self._known[key] = measure_speedup(dense, spec, self._device, dtype)
                     _write(self._file, self._known)
         return self._known[key]
 
@@ -136,19 +138,21 @@ def _lock(file: Path) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def measure_speedup(dense: nn.Module, kind: str, rank: int, device: torch.device, dtype: torch.dtype) -> float:
+def measure_speedup(dense: nn.Module, spec: Spec, device: torch.device, dtype: torch.dtype) -> float:
     """Measure dense seconds / factorised seconds, the median over rounds. Uses no global random generator."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random_tensor(*shape: int) -> Tensor:
         return torch.empty(shape, device=device, dtype=dtype).normal_(std=0.02, generator=generator)
 
-    layout = KINDS[kind]
-    pair = [layout.build(dense, rank), build_dense(layout.build(dense, 1))]
+    layout = KINDS[spec.kind]
+    pair = [layout.make(dense, spec.rank, spec.side), build_dense(layout.build(dense, 1))]
     for module in pair:
         module.to(dtype).to_empty(device=device)
         for p in module.parameters():
             p.copy_(random_tensor(*p.shape))
+        for order in module.buffers():  # any permutation moves as many numbers
+            order.copy_(torch.randperm(len(order), device=device, generator=generator))
     x = random_tensor(*layout.sample_input(pair[1], POSITIONS))
     timings = compare(
         [Workload.calls(module, x) for module in pair], precision=PRECISION, seconds=SECONDS, device=device

@@ -36,7 +36,7 @@ from lrsurgery.report.runs import DENSE_TRAINED, stages_of
 from lrsurgery.report.schema import Report
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.training.checkpoints import WEIGHTS, State, check_owner, step_of
-from lrsurgery.training.forms import describe, to_publish_, to_train_
+from lrsurgery.training.forms import describe, published_sides, to_publish_, to_train_
 from lrsurgery.training.loop.arguments import total_steps, training_arguments
 from lrsurgery.training.loop.callbacks import RunCallback, interrupts
 from lrsurgery.training.loop.dynamics import overshoot
@@ -159,7 +159,8 @@ class _Run:
         self.seconds = 0.0
         self.opened = False  # the run's folder, by this process
         self.trainer: LowRankTrainer | None = None  # of the last stage
-        self.sides: dict[str, Side] = {}  # of the pivots of layers that train balanced
+        self.read: dict[str, Side | None] = {}  # sides of layers that were read pivoted and train balanced
+        self.sides: dict[str, Side | None] = {}  # published, of layers that train in another form
         self.output = output
         self.folder = RunFolder(self.output)
         self.folder.check()
@@ -234,6 +235,8 @@ class _Run:
                 safetensors.torch.load_model(subject.model, str(checkpoint / WEIGHTS))
         elif recipe.rank:
             factorise_subject_(subject, recipe, self.folder if self.leads else None)
+        self.sides = published_sides(subject.body, recipe, self.read)
+        self._note(describe(subject.body, self.sides))
         stage = "factorised" if factorised_layers(subject.body) else "dense"
         self._train_stage(parts, stage, checkpoint)
         return self._finish(parts, stage)
@@ -263,7 +266,7 @@ class _Run:
                 held_out = open_rows(data, self.task, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS)
                 evaluation = evaluation_examples(subject, held_out, recipe, trust_remote_code=recipe.trust_remote_code)
         read = () if recipe.from_scratch else notes_of(self.source, trust_remote_code=recipe.trust_remote_code)
-        for note in (*read, *subject.notes, describe(subject.body, self.sides)):
+        for note in (*read, *subject.notes):
             self._note(note)
         # said but not kept: they name the data's files, which a card does not
         for note in (*train.notes, *(evaluation.notes if evaluation is not None else ())):
@@ -293,7 +296,7 @@ class _Run:
             from_scratch_seed=recipe.seed if recipe.from_scratch else None,
             trust_remote_code=recipe.trust_remote_code,
         )
-        self.sides = to_train_(subject.body, recipe.train_form) or self.sides
+        self.read = to_train_(subject.body, recipe.train_form) or self.read
         return subject
 
     def _examples(self, subject: Subject, rows: Rows) -> Examples:

@@ -27,7 +27,8 @@ DECAYS = ("frobenius", "l2", "none")
 OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}  # transformers' names
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-TRAIN_FORMS = ("auto", "balanced", "pivoted")
+FORMS = ("balanced", "pivoted")  # of `surgery.ranks`, which imports torch
+TRAIN_FORMS = ("auto", *FORMS)
 DEVICES = ("auto", "cpu", "cuda")
 # what only the command line can turn on: running a checkpoint's code, and sending anything elsewhere
 LOCAL_TRACKERS = ("tensorboard", "none")  # of report_to; all others can upload
@@ -84,8 +85,14 @@ class Recipe(DataOptions):
     )
     include: tuple[str, ...] = setting(("*",), "Layers to factorise.", panel=SURGERY, metavar="GLOB")
     exclude: tuple[str, ...] = setting((), "Layers to leave dense.", panel=SURGERY, metavar="GLOB")
+    form: str | None = setting(
+        None,
+        "Form of the output, which --rank counts; pivoted with --rank, else as it was read.",
+        panel=SURGERY,
+        choices=FORMS,
+    )
     multiple_of: int = setting(1, "Number that ranks are rounded to multiples of.", panel=SURGERY, least=1)
-    allow_larger: bool = setting(False, "Layers at or over break-even too, which grow by it.", panel=SURGERY)
+    allow_larger: bool = setting(False, "Layers of balanced form at or over break-even too.", panel=SURGERY)
     switch_lr: float = setting(
         0.5, "Scale of the learning rate from the end of the dense steps on.", panel=SURGERY, positive=True
     )

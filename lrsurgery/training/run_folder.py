@@ -122,7 +122,10 @@ class RunFolder:
 
     def resumed_recipe(self, asked: Mapping[str, object]) -> Recipe:
         """The recipe of the unfinished run. Raises RecipeError for a setting that was another when it was begun."""
-        saved = Recipe().merged(read_recipe(self.path / RECIPE))
+        body = read_recipe(self.path / RECIPE)
+        if body.get("rank"):  # an older version, which knew no forms, made its layers balanced
+            body.setdefault("form", "balanced")
+        saved = Recipe().merged(body)
         wanted = saved.merged(asked)
         in_file = without_permissions(wanted)
         for name in asked:

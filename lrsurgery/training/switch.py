@@ -26,8 +26,10 @@ from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, Spec, factor_weights
 from lrsurgery.surgery.plan import SurgeryOptions
+from lrsurgery.surgery.ranks import PIVOTED
 from lrsurgery.surgery.speed import plan_layers
 from lrsurgery.training.checkpoints import STATE, WEIGHTS, check_owner, mark_complete, read_state, step_of
+from lrsurgery.training.forms import in_training
 from lrsurgery.training.loop.trainer import LINEAR, SQUARED, Groups, parameter_groups
 from lrsurgery.training.recipe import Recipe
 from lrsurgery.training.run_folder import LAYERS, RunFolder
@@ -52,6 +54,7 @@ def surgery_of(recipe: Recipe) -> SurgeryOptions:
         exclude=recipe.exclude,
         allow_larger=recipe.allow_larger,
         seed=recipe.seed,
+        form=recipe.form or PIVOTED,
     )
 
 
@@ -62,8 +65,11 @@ def check_surgery(subject: Subject, recipe: Recipe) -> None:
 
 
 def factorise_subject_(subject: Subject, recipe: Recipe, run: RunFolder | None) -> None:
-    """Factorise a model within a run, and note in the run's folder which layers became what."""
-    factorise_module_(subject.body, surgery_of(recipe))
+    """Factorise a model within a run, and note in the run's folder which layers became what.
+
+    Ranks are those of the form that is published; layers get the form that they train in.
+    """
+    factorise_module_(subject.body, surgery_of(recipe), change=lambda plan: in_training(plan, recipe.train_form))
     if run is not None:
         run.write_layers(specs_of(subject.body))
 
@@ -163,12 +169,13 @@ def switch_optimizer(
     reset = []
     for name, layer in factorised_layers(model).items():
         state = new.pop(f"{name}.weight", {})
-        factors = {f"{name}.{part}.weight": _projected(state, layer, part) for part in ("u", "v")}
+        bias = new.get(f"{name}.bias", {})
+        factors = {f"{name}.{part}.weight": _projected(state, bias, layer, part) for part in ("u", "v")}
         if state and not any(factors.values()):
             reset.append(name)
         new |= {key: value for key, value in factors.items() if value}
         if f"{name}.bias" in new:
-            new[f"{name}.u.bias"] = new.pop(f"{name}.bias")
+            new |= _biases(new.pop(f"{name}.bias"), name, layer)
     template = saved["param_groups"][0]
     state_by_index: dict[int, ParameterState] = {}
     groups = []
@@ -182,27 +189,56 @@ def switch_optimizer(
     return OptimizerState(state=kept, param_groups=groups), reset
 
 
-def _projected(state: ParameterState, layer: FactorisedLayer, part: str) -> ParameterState:
-    """The state of one factor, from that of the dense weight; {} where it holds tensors of another meaning."""
+def _projected(state: ParameterState, bias: ParameterState, layer: FactorisedLayer, part: str) -> ParameterState:
+    """The state of one factor, from that of the dense weight and bias; {} where it holds tensors of another meaning."""
     found: ParameterState = {}
     for key, value in state.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             found[key] = value.clone() if isinstance(value, Tensor) else value
         elif key in LINEAR or key in SQUARED:
-            found[key] = _project(value, layer, part, squared=key in SQUARED)
+            found[key] = _project(value, bias.get(key), layer, part, squared=key in SQUARED)
         else:
             return {}
     return found
 
 
 @torch.no_grad()
-def _project(moment: Tensor, layer: FactorisedLayer, part: str, *, squared: bool) -> Tensor:
+def _project(moment: Tensor, bias: object, layer: FactorisedLayer, part: str, *, squared: bool) -> Tensor:
+    """The moment of one factor, from that of the dense weight and, if it is a tensor, of the dense bias."""
     u, v = (factor.detach().to("cpu", torch.float32) for factor in layer.factors)
     if squared:
         u, v = u.square(), v.square()
     matrix = layer.layout.to_matrix(moment.float())
-    stored = factor_weights(layer.layout, moment, Factors(matrix @ v.T, u.T @ matrix))
+    to_u, to_v = matrix @ v.T, u.T @ matrix
+    if layer.side == "rows" and layer.v.bias is not None and isinstance(bias, Tensor):
+        kept = layer.v.bias.detach().to("cpu", torch.float32)  # which the mixing multiplies, too
+        to_u += torch.outer(bias.float(), kept.square() if squared else kept)
+    if layer.order is not None:  # the pivots' own rows or columns are an identity in the mixing, and no parameters
+        mixed = layer.order[layer.rank :].to("cpu", torch.long)
+        to_u, to_v = (to_u[mixed], to_v) if layer.side == "rows" else (to_u, to_v[:, mixed])
+    stored = factor_weights(layer.layout, moment, Factors(to_u, to_v))
     return (stored.u if part == "u" else stored.v).to(moment.dtype).contiguous()
+
+
+def _biases(state: ParameterState, name: str, layer: FactorisedLayer) -> dict[str, ParameterState]:
+    """The state of a layer's biases, from that of the dense bias: v's acts on its own outputs and through u."""
+    if layer.side != "rows":
+        return {f"{name}.u.bias": state}
+    assert layer.order is not None
+    order = layer.order.to("cpu", torch.long)
+    mixing = layer.pivoted.mixing.detach().to("cpu", torch.float32)
+    first: ParameterState = {}
+    rest: ParameterState = {}
+    for key, value in state.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            first[key], rest[key] = (value.clone() if isinstance(value, Tensor) else value for _ in range(2))
+        elif key in LINEAR or key in SQUARED:
+            own, others = value.float()[order].tensor_split([layer.rank])
+            through = (mixing.square() if key in SQUARED else mixing).T @ others
+            first[key], rest[key] = (own + through).to(value.dtype), others.to(value.dtype)
+        else:
+            return {}
+    return {f"{name}.v.bias": first, f"{name}.u.bias": rest}
 
 
 def switch_schedule(saved: Json, groups: int, lr_scale: float) -> Json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     else:
         model = lrsurgery.load_model(tiny.save_biased_bert(folder / "dense"))
     lrsurgery.factorise_(model, rank=0.4)
-    lrsurgery.save_model(model, folder / "balanced")
+    lrsurgery.save_model(model, folder / "balanced", form="balanced")
     pivot_layers_(model)
     assert {layer.side for layer in factorised_layers(model).values()} >= {"rows"}
     lrsurgery.save_model(model, folder / "pivoted")
@@ -166,3 +167,38 @@ def test_save_pretrained_after_a_change_of_form(tmp_path: Path) -> None:
         again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / form)
         assert {layer.form for layer in factorised_layers(again).values()} == {form}
         torch.testing.assert_close(outputs(again), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_save_model_writes_a_form_and_leaves_the_module_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    module: Any = lrsurgery.load_model(pair[0])
+    before = {name: (p, p.detach().clone()) for name, p in module.named_parameters()}
+    told = getattr(getattr(module, "config", None), "quantization_config", None)
+    lrsurgery.save_model(module, tmp_path / "default")
+    lrsurgery.save_model(module, tmp_path / "balanced", form="balanced")
+    for name, p in module.named_parameters():
+        assert p is before[name][0], name
+        assert torch.equal(p, before[name][1])
+    assert {layer.form for layer in factorised_layers(module).values()} == {"balanced"}
+    if told is not None:
+        assert module.config.quantization_config.specs == told.specs
+    written, asked = (lrsurgery.load_model(tmp_path / name) for name in ("default", "balanced"))
+    assert {layer.form for layer in factorised_layers(written).values()} == {"pivoted"}
+    torch.testing.assert_close(outputs(written), outputs(module), rtol=1e-4, atol=1e-4)
+    assert torch.equal(outputs(asked), outputs(module))
+    with pytest.raises(SurgeryError, match="unknown form"):
+        lrsurgery.save_model(module, tmp_path / "other", form="diagonal")
+    assert not (tmp_path / "other").exists()
+
+
+def test_save_model_leaves_other_peoples_modules_in_layers_alone(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    """An adapter on u, such as LoRA's, would be lost in another form."""
+    module: Any = lrsurgery.load_model(pair[0])
+    name, layer = next(iter(factorised_layers(module).items()))
+    u: Any = copy.deepcopy(layer.u)
+    u.__class__ = type("Adapted", (type(u),), {})
+    layer.u = u
+    lrsurgery.save_model(module, tmp_path / "out")
+    assert layer.u is u
+    found = {key: layer.form for key, layer in factorised_layers(lrsurgery.load_model(tmp_path / "out")).items()}
+    assert found.pop(name) == "balanced"
+    assert set(found.values()) == {"pivoted"}

@@ -105,7 +105,7 @@ def test_wrapped_weight_file(wrap: str, ending: str, tmp_path: Path) -> None:
     )
     (note,) = [note for note in made["notes"] if "wrapped" in note]
     assert f"wrapped in {named}" in note
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     with torch.no_grad():
         assert torch.equal(lrsurgery.load_model(tmp_path / "half")(PIXELS), dense(PIXELS))
 
@@ -131,7 +131,7 @@ def test_a_second_set_of_weights_is_named(plain_first: bool, tmp_path: Path) -> 
     )
     (note,) = [note for note in made["notes"] if "left out beside the weights: module." in note]
     assert note.endswith(f" and {len(dense.state_dict()) - 3} more")
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     with torch.no_grad():
         assert torch.equal(lrsurgery.load_model(tmp_path / "half")(PIXELS), dense(PIXELS))
 
@@ -178,7 +178,7 @@ def test_wrapped_transformers_folder(name: str, prefix: str, tmp_path: Path) -> 
     # of Llama's own prefix transformers takes another one off by itself
     named = prefix.removesuffix("model.") if name == "llama" else prefix
     assert any(f"wrapped in '{named}'" in note for note in made["notes"]) or not named
-    lrsurgery.factorise_(model, rank=0.5)
+    lrsurgery.factorise_(model, rank=0.5, form="pivoted")
     half = load(type(model), tmp_path / "half")
     assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(model, inputs))
 
@@ -194,7 +194,7 @@ def test_transformers_folder_with_wrapped_blocks(name: str, around: str, tmp_pat
     assert torch.equal(zoo.outputs(lrsurgery.load_model(tmp_path / "dense"), inputs), zoo.outputs(model, inputs))
     made = run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
     assert any(f"wrapped in '{around}.' within names" in note for note in made["notes"])
-    lrsurgery.factorise_(model, rank=0.5)
+    lrsurgery.factorise_(model, rank=0.5, form="pivoted")
     half = load(type(model), tmp_path / "half")
     assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(model, inputs))
 
@@ -348,7 +348,7 @@ def test_odd_dtypes_pass_through(dtype: torch.dtype, tmp_path: Path) -> None:
     torch.save({**state, "freqs": extra}, tmp_path / "dense" / "pytorch_model.bin")
     run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
     assert torch.equal(load_file(tmp_path / "half" / "model.safetensors")["freqs"], extra)
-    lrsurgery.factorise_(model, rank=0.5)
+    lrsurgery.factorise_(model, rank=0.5, form="pivoted")
     inputs = zoo.TRANSFORMERS["gpt2"].inputs
     assert torch.equal(zoo.outputs(lrsurgery.load_model(tmp_path / "half"), inputs), zoo.outputs(model, inputs))
 

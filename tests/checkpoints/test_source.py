@@ -70,7 +70,7 @@ def assert_faithful(source: object, dense: nn.Module, out: Path, *options: str, 
     assert_close(zoo.outputs(full, inputs), zoo.outputs(dense, inputs), 1e-3)
     run("factorise", source, "--rank", "0.5", "--output", out / "half", *options)
     half = load(cls, out / "half")
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(dense, inputs))
 
 
@@ -116,7 +116,7 @@ def test_hub_id_in_a_real_process(tmp_path: Path) -> None:
     assert (report["source"]["reference"], report["source"]["revision"]) == ("someone/tiny-llama", COMMIT)
     assert "base_model: someone/tiny-llama" in (out / "README.md").read_text()
     dense = load(HEAD, folder)
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     inputs = zoo.TRANSFORMERS["llama"].inputs
     assert torch.equal(zoo.outputs(load(HEAD, out), inputs), zoo.outputs(dense, inputs))
 
@@ -133,7 +133,7 @@ def test_revision_of_a_hub_id(cache: Path, tmp_path: Path) -> None:
         origin = tmp_path / ("1" if number in (1, 2) else "0")
         assert made["source"]["revision"] == (OLDER if number in (1, 2) else COMMIT)
         dense = load(HEAD, origin)
-        lrsurgery.factorise_(dense, rank=0.5)
+        lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
         inputs = zoo.TRANSFORMERS["gpt2"].inputs
         assert torch.equal(zoo.outputs(load(HEAD, out), inputs), zoo.outputs(dense, inputs))
 
@@ -153,7 +153,7 @@ def test_timm_from_the_hub(way: str, cache: Path, tmp_path: Path) -> None:
     put_in_cache(cache, "timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k", COMMIT, tmp_path / "vit", ("main",))
     run("factorise", way, "--rank", "0.5", "--output", tmp_path / "half")
     dense = timm.create_model(f"local-dir:{tmp_path / 'vit'}", pretrained=True).eval()
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     pixels = zoo.images("vit_tiny_patch16_224")
     with torch.no_grad():
         assert torch.equal(lrsurgery.load_model(tmp_path / "half")(pixels), dense(pixels))
@@ -259,7 +259,7 @@ def test_bare_weight_file(wrap: str, suffix: str, tmp_path: Path) -> None:
         torch.save(state, file)
     run("factorise", file, "--architecture", name, "--rank", "0.5", "--output", tmp_path / "half")
     half = lrsurgery.load_model(tmp_path / "half")
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     with torch.no_grad():
         found, wanted = (m(zoo.images(name)) for m in (half, dense))
     assert found.shape == (2, 7)
@@ -292,7 +292,7 @@ def test_dtype_is_kept(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     half = load(type(model), tmp_path / "half")
     assert half.dtype == dtype
     dense = load(type(model), tmp_path / "dense")
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     inputs = zoo.TRANSFORMERS[name].inputs
     assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(dense, inputs))
 
@@ -306,7 +306,7 @@ def test_dtype_that_is_asked_for(dtype: str, tmp_path: Path) -> None:
     run("factorise", tmp_path / "dense", "--rank", "0.5", "--dtype", dtype, "--output", tmp_path / "half")
     half = load(type(model), tmp_path / "half")
     assert {p.dtype for p in half.parameters()} == {stored}
-    lrsurgery.factorise_(model, rank=0.5)
+    lrsurgery.factorise_(model, rank=0.5, form="pivoted")
     reference = model.state_dict()
     for key, value in half.state_dict().items():
         error = (value.double() - reference[key]).abs().max()
@@ -333,7 +333,7 @@ def test_from_scratch_needs_only_a_config(tmp_path: Path) -> None:
     assert any("must be trained" in note for note in made["notes"])
     torch.manual_seed(3)
     wanted: Any = HEAD.from_config(transformers.AutoConfig.from_pretrained(folder)).eval()
-    lrsurgery.factorise_(wanted, rank=0.5)
+    lrsurgery.factorise_(wanted, rank=0.5, form="pivoted")
     inputs = zoo.TRANSFORMERS["llama"].inputs
     found = load(HEAD, tmp_path / "three")
     assert torch.equal(zoo.outputs(found, inputs), zoo.outputs(wanted, inputs))
@@ -351,7 +351,7 @@ def test_from_scratch_by_timm_name(init: str, tmp_path: Path) -> None:
     run(*command, "--output", tmp_path / "out")
     torch.manual_seed(0)
     wanted = timm.create_model("mobilenetv3_small_100").eval()
-    lrsurgery.factorise_(wanted, rank=0.5, init=init)
+    lrsurgery.factorise_(wanted, rank=0.5, init=init, form="pivoted")
     found = lrsurgery.load_model(tmp_path / "out")
     assert found.state_dict().keys() == wanted.state_dict().keys()
     assert all(torch.equal(value, wanted.state_dict()[key]) for key, value in found.state_dict().items())
@@ -414,7 +414,7 @@ def test_hub_quirk(quirk: str, shards: int, tmp_path: Path) -> None:
 
     run("factorise", folder, "--rank", "0.5", "--output", tmp_path / "half")
     half = cls.from_pretrained(tmp_path / "half").eval()
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(dense, inputs))
     run("export", tmp_path / "half", "--to", "dense", "--output", tmp_path / "back")
     back = cls.from_pretrained(tmp_path / "back").eval()
@@ -429,7 +429,7 @@ def test_head_without_its_embedding(tmp_path: Path) -> None:
     rewrite(folder, lambda state: {k.replace("transformer.wte.weight", "lm_head.weight"): v for k, v in state.items()})
     inputs = zoo.TRANSFORMERS["gpt2"].inputs
     run("factorise", folder, "--rank", "0.5", "--output", tmp_path / "half")
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     half = HEAD.from_pretrained(tmp_path / "half").eval()
     assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(dense, inputs))
 
@@ -444,7 +444,7 @@ def test_keys_that_transformers_renames(name: str, tmp_path: Path) -> None:
     assert renamed, "no longer renamed: take another model here"
     run("factorise", folder, "--rank", "0.5", "--output", tmp_path / "half")
     half = load(cls, tmp_path / "half")
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     inputs = zoo.TRANSFORMERS[name].inputs
     assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(dense, inputs))
 
@@ -455,7 +455,7 @@ def test_base_model_of_a_head_checkpoint_and_the_reverse(tmp_path: Path) -> None
     inputs = zoo.TRANSFORMERS["llama"].inputs
     base = load_some(BASE, folder)
     base.save_pretrained(tmp_path / "dense-base")  # type: ignore[operator]
-    lrsurgery.factorise_(base, rank=0.5)
+    lrsurgery.factorise_(base, rank=0.5, form="pivoted")
     with torch.no_grad():
         wanted = base(**inputs).last_hidden_state
 
@@ -507,7 +507,7 @@ def test_layers_fused_in_their_file(tmp_path: Path) -> None:
     pixels = zoo.TRANSFORMERS["vit"].inputs
     run("factorise", tmp_path / "dense", "--rank", "0.5", "--output", tmp_path / "half")
     half = load(transformers.Dinov2Model, tmp_path / "half")
-    lrsurgery.factorise_(dense, rank=0.5)
+    lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     with torch.no_grad():
         wanted = dense(**pixels).last_hidden_state
         assert torch.equal(half(**pixels).last_hidden_state, wanted)

@@ -111,8 +111,19 @@ def test_dry_run_reads_no_weights_and_writes_nothing(model: Path, tmp_path: Path
     rows = {row["name"]: row for row in found["layers"]}
     up = rows["model.layers.0.mlp.up_proj"]
     assert (up["shape"], up["full_rank"], up["rank"]) == ([96, 48], 48, 24)
-    assert (up["parameters_before"], up["parameters_after"]) == (96 * 48, 24 * (96 + 48))
+    assert (up["parameters_before"], up["parameters_after"]) == (96 * 48, 24 * (96 + 48 - 24))
     assert rows["lm_head"]["reason"] == "output head"
+    square = rows["model.layers.0.self_attn.q_proj"]
+    assert (square["status"], square["form"], square["parameters_after"]) == (
+        "factorised",
+        "pivoted",
+        24 * (48 + 48 - 24),
+    )
+    found = json.loads(
+        in_process("factorise", copy, "--rank", "0.5", "--form", "balanced", "--dry-run", "--json").stdout
+    )
+    rows = {row["name"]: row for row in found["layers"]}
+    assert rows["model.layers.0.mlp.up_proj"]["parameters_after"] == 24 * (96 + 48)
     assert rows["model.layers.0.self_attn.q_proj"]["reason"] == "rank 24 is over break-even (23)"
     assert found["totals"]["parameters_before"] == sum(t.numel() for t in tensors.values())
 
@@ -178,7 +189,7 @@ def test_progress_bar_on_a_terminal_names_layers(model: Path, tmp_path: Path) ->
     text = b"".join(chunks).decode(errors="replace")
     assert process.wait() == 0, text
     assert "factorise" in text
-    assert "/10" in text
+    assert "/14" in text
     assert "Written to" in text
 
 

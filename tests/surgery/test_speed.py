@@ -25,6 +25,7 @@ from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.surgery import speed
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, decide_all, make_plan
 from lrsurgery.surgery.ranks import parse_rank
 from lrsurgery.surgery.speed import SpeedTable, make_refusal, measure_speedup
@@ -57,9 +58,9 @@ class Few(nn.Module):
         self.conv = nn.Conv2d(16, 32, 3, stride=2)
 
 
-def fake(dense: Any, kind: str, rank: int) -> float:
+def fake(dense: Any, spec: Spec) -> float:
     """A device on which only the rank costs: 32 / rank times as fast."""
-    return 32 / rank
+    return 32 / spec.rank
 
 
 def plan_at(model: nn.Module, rank: Any, least: float, speedup: speed.Speedup = fake) -> Plan:
@@ -98,8 +99,8 @@ def test_slow_layers_stay_dense_and_say_why(least: float, dense: dict[str, str])
 @pytest.mark.process
 @given(least=st.floats(0.1, 20), more=st.floats(1, 4), rank=st.integers(1, 32))
 def test_a_higher_bar_only_leaves_more_dense(least: float, more: float, rank: int) -> None:
-    def times(dense: Any, kind: str, rank: int) -> float:
-        return float(dense.weight.numel()) / (rank * sum(dense.weight.shape[:2]))
+    def times(dense: Any, spec: Spec) -> float:
+        return float(dense.weight.numel()) / (spec.rank * sum(dense.weight.shape[:2]))
 
     model = Few()
     names = []
@@ -112,7 +113,8 @@ def test_a_higher_bar_only_leaves_more_dense(least: float, more: float, rank: in
         names.append({row.name for row in found.replacements})
         modules = dict(model.named_modules())
         for row in found.rows:
-            fast = times(modules[row.name], row.kind, 1 if row.name == "conv" else min(rank, *row.shape[:2])) >= bar
+            spec = Spec(row.kind, 1 if row.name == "conv" else min(rank, *row.shape[:2]))
+            fast = times(modules[row.name], spec) >= bar
             assert isinstance(row, Replacement) == fast, row
     assert names[1] <= names[0]
 
@@ -123,8 +125,8 @@ def test_ranks_that_come_late_are_judged_when_they_come(rank: str) -> None:
     model = Few()
     asked: list[int] = []
 
-    def noted(dense: Any, kind: str, rank: int) -> float:
-        asked.append(rank)
+    def noted(dense: Any, spec: Spec) -> float:
+        asked.append(spec.rank)
         return 0.5
 
     def values_of(row: Replacement) -> torch.Tensor:
@@ -140,11 +142,25 @@ def test_ranks_that_come_late_are_judged_when_they_come(rank: str) -> None:
     assert [row.rank for row in free.replacements] == asked
 
 
+@pytest.mark.parametrize("layer", [name for name, (dense, kind) in LAYERS.items() if kind != "conv2d-spatial"])
+def test_the_form_that_is_stored_is_measured(layer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, kind = LAYERS[layer]
+    timed: list[Any] = []
+    calls = speed.Workload.calls
+    monkeypatch.setattr(speed.Workload, "calls", lambda module, x: (timed.append(module), calls(module, x))[1])
+    rows, columns = KINDS[kind].matrix_shape(dense.weight.shape)  # type: ignore[arg-type]
+    for side in (None, *KINDS[kind].sides(dense)):
+        timed.clear()
+        assert 0 < measure_speedup(dense, Spec(kind, 2, side), CPU, torch.float32) < math.inf
+        assert timed[0].side == side
+        assert timed[0].u.weight.numel() + timed[0].v.weight.numel() == 2 * (rows + columns - (2 if side else 0))
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_kind_is_measured(layer: str) -> None:
     dense, kind = LAYERS[layer]
     before = torch.get_rng_state()
-    found = measure_speedup(dense, kind, 3, CPU, torch.float32)
+    found = measure_speedup(dense, Spec(kind, 3), CPU, torch.float32)
     assert 0 < found < math.inf
     assert torch.equal(torch.get_rng_state(), before)
     x = torch.zeros(KINDS[kind].sample_input(dense, speed.POSITIONS))
@@ -155,8 +171,8 @@ def test_every_kind_is_measured(layer: str) -> None:
 def count_measurements(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     asked: list[str] = []
 
-    def measured(dense: nn.Module, kind: str, rank: int, device: torch.device, dtype: torch.dtype) -> float:
-        asked.append(f"{dense} {rank} {dtype}")
+    def measured(dense: nn.Module, spec: Spec, device: torch.device, dtype: torch.dtype) -> float:
+        asked.append(f"{dense} {spec} {dtype}")
         return 1.25
 
     monkeypatch.setattr(speed, "measure_speedup", measured)
@@ -167,7 +183,7 @@ def test_alike_layers_are_measured_once_and_never_again(monkeypatch: pytest.Monk
     asked = count_measurements(monkeypatch)
     for _ in range(2):
         table = SpeedTable(CPU)
-        assert {table(nn.Linear(8, 6), "linear", 2) for _ in range(3)} == {1.25}
+        assert {table(nn.Linear(8, 6), Spec("linear", 2)) for _ in range(3)} == {1.25}
     assert len(asked) == 1
     (file,) = folder.glob("*.json")
     assert json.loads(file.read_text())["format_version"] == speed.FORMAT_VERSION
@@ -176,20 +192,23 @@ def test_alike_layers_are_measured_once_and_never_again(monkeypatch: pytest.Monk
 def test_whatever_changes_the_time_is_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = count_measurements(monkeypatch)
     table = SpeedTable(CPU)
-    table(nn.Linear(8, 6), "linear", 2)
-    table(nn.Linear(8, 6), "linear", 3)
-    table(nn.Linear(6, 8), "linear", 2)
-    table(nn.Linear(8, 6, bias=False), "linear", 2)
-    table(nn.Linear(8, 6).bfloat16(), "linear", 2)
-    SpeedTable(CPU, torch.float64)(nn.Linear(8, 6), "linear", 2)
+    table(nn.Linear(8, 6), Spec("linear", 2))
+    table(nn.Linear(8, 6), Spec("linear", 3))
+    table(nn.Linear(6, 8), Spec("linear", 2))
+    table(nn.Linear(8, 6, bias=False), Spec("linear", 2))
+    table(nn.Linear(8, 6).bfloat16(), Spec("linear", 2))
+    SpeedTable(CPU, torch.float64)(nn.Linear(8, 6), Spec("linear", 2))
     conv = nn.Conv2d(3, 4, 3)
-    table(conv, "conv2d-channel", 2)
-    table(conv, "conv2d-spatial", 2)
-    table(nn.Conv2d(3, 4, 3, stride=2), "conv2d-channel", 2)
-    table(nn.Conv2d(3, 4, 3, dilation=2), "conv2d-channel", 2)
+    table(conv, Spec("conv2d-channel", 2))
+    table(conv, Spec("conv2d-spatial", 2))
+    table(conv, Spec("conv2d-channel", 2, "rows"))
+    table(nn.Linear(8, 6), Spec("linear", 2, "rows"))
+    table(nn.Linear(8, 6), Spec("linear", 2, "columns"))
+    table(nn.Conv2d(3, 4, 3, stride=2), Spec("conv2d-channel", 2))
+    table(nn.Conv2d(3, 4, 3, dilation=2), Spec("conv2d-channel", 2))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 77)
-    SpeedTable(CPU)(nn.Linear(8, 6), "linear", 2)
-    assert len(asked) == 11
+    SpeedTable(CPU)(nn.Linear(8, 6), Spec("linear", 2))
+    assert len(asked) == 14
 
 
 @pytest.mark.parametrize(
@@ -199,7 +218,7 @@ def test_a_damaged_table_is_started_anew(monkeypatch: pytest.MonkeyPatch, folder
     asked = count_measurements(monkeypatch)
     (folder / "speed.json").write_text(text)
     for _ in range(2):
-        assert SpeedTable(CPU)(nn.Linear(8, 6), "linear", 2) == 1.25
+        assert SpeedTable(CPU)(nn.Linear(8, 6), Spec("linear", 2)) == 1.25
     assert len(asked) == 1
 
 
@@ -209,15 +228,16 @@ def test_without_a_folder_it_lasts_for_the_run(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("LRSURGERY_CACHE", str(tmp_path / "taken"))
     table = SpeedTable(CPU)
     for _ in range(2):
-        assert table(nn.Linear(8, 6), "linear", 2) == 1.25
+        assert table(nn.Linear(8, 6), Spec("linear", 2)) == 1.25
     assert len(asked) == 1
 
 
 @pytest.mark.process
 def test_processes_side_by_side_find_the_same() -> None:
     code = (
-        "import torch; from torch import nn; from lrsurgery.surgery.speed import SpeedTable;"
-        "print(SpeedTable(torch.device('cpu'))(nn.Linear(96, 64), 'linear', 8))"
+        "import torch; from torch import nn; from lrsurgery.surgery.layers import Spec;"
+        "from lrsurgery.surgery.speed import SpeedTable;"
+        "print(SpeedTable(torch.device('cpu'))(nn.Linear(96, 64), Spec('linear', 8)))"
     )
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     first, second = (process.communicate()[0] for process in both)
@@ -269,7 +289,7 @@ def test_the_run_and_the_dry_run_agree_on_late_ranks(model: Path, tmp_path: Path
 
 
 def test_a_model_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "measure_speedup", lambda dense, kind, rank, device, dtype: dense.weight.numel() / 5000)
+    monkeypatch.setattr(speed, "measure_speedup", lambda dense, spec, device, dtype: dense.weight.numel() / 5000)
     model = Few()
     lrsurgery.factorise_(model, rank=4, min_speedup=1.0, device="cpu")
     assert set(factorised_layers(model)) == {"tall"}  # 8192 numbers; the others have less than 5000

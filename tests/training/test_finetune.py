@@ -245,7 +245,8 @@ def test_weights_keep_the_checkpoints_dtype(bench: Path, tmp_path: Path) -> None
     tiny.save_gpt2(folder)
     tf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     outcome, _ = healed(text(bench, model=str(folder), rank=["0.5"], steps=2), tmp_path / "out")
-    assert {t.dtype for t in load_file(outcome.output / "model.safetensors").values()} == {torch.bfloat16}
+    dtypes = {key: t.dtype for key, t in load_file(outcome.output / "model.safetensors").items()}
+    assert {dtype for key, dtype in dtypes.items() if not key.endswith(".order")} == {torch.bfloat16}
     model = tf.AutoModelForCausalLM.from_pretrained(outcome.output, dtype=torch.float32)
     # what was measured is what was written
     assert plain_loss(model, bench / "valid.txt") == pytest.approx(outcome.stages["healed"]["loss"], rel=1e-5)

@@ -105,3 +105,47 @@ def test_layers_of_a_run_that_an_older_version_began(tmp_path: Path) -> None:
     (run.path / "layers.json").write_text('{"a": ["linear", 3, 4]}')
     with pytest.raises(RecipeError, match="must map layer names to a kind and a rank"):
         run.read_layers()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("dense_steps", [0, 3], ids=["from the first step", "after dense steps"])
+def test_layers_that_the_run_makes_are_published_pivoted(root: Path, dense_steps: int) -> None:
+    """With the ranks of `factorise --rank`, balanced in training where that is no larger than dense."""
+    rank = ["0.5", "*.c_attn=0.9"]
+    folder, notes = heal(root, "dense", f"made-{dense_steps}", rank=rank, dense_steps=dense_steps)
+    lrsurgery.factorise_checkpoint(root / "dense", root / f"alike-{dense_steps}", rank=rank, loss_check=False)
+    found, wanted = (factorised_layers(lrsurgery.load_model(each)) for each in (folder, root / f"alike-{dense_steps}"))
+    assert {name: layer.spec for name, layer in found.items()} == {name: layer.spec for name, layer in wanted.items()}
+    assert any("pivoted layers train balanced" in note and "layers train as they are" in note for note in notes), notes
+    trained = load_file(root / f"made-{dense_steps}.run" / "factorised" / "checkpoint-6" / "model.safetensors")
+    assert {key for key in trained if key.endswith(".order")} == {
+        f"transformer.h.{i}.attn.c_attn.order" for i in range(2)
+    }
+    model = lrsurgery.load_model(root / "dense")
+    layer = factorised_layers(lrsurgery.load_model(folder))["transformer.h.0.attn.c_proj"]
+    low: Any = lrsurgery.load_model(folder)
+    for name in found:  # it is the trained model, to rounding
+        state = {key.removeprefix(f"{name}."): value for key, value in trained.items() if key.startswith(f"{name}.")}
+        if "order" not in state:
+            product = state["v.weight"].T @ state["u.weight"].T  # a Conv1D's weight is (in, out)
+            torch.testing.assert_close(low.get_submodule(name).weight + 0, product, rtol=1e-4, atol=1e-5)
+    assert layer.form == "pivoted"
+    assert model.num_parameters() > low.num_parameters()
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("model", ["dense", "pivoted"])
+def test_balanced_on_request(root: Path, model: str) -> None:
+    settings: dict[str, Any] = {"rank": ["0.4"]} if model == "dense" else {}
+    folder, notes = heal(root, model, f"balanced-{model}", form="balanced", **settings)
+    assert {layer.form for layer in factorised_layers(lrsurgery.load_model(folder)).values()} == {"balanced"}
+    assert not any("pivoted" in note for note in notes)
+
+
+def test_a_run_that_an_older_version_began_stays_balanced(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "out")
+    run.path.mkdir()
+    (run.path / "recipe.yaml").write_text("model: m\ndata: d\nrank: ['0.5']\n")
+    assert run.resumed_recipe({}).form == "balanced"
+    (run.path / "recipe.yaml").write_text("model: m\ndata: d\n")
+    assert run.resumed_recipe({}).form is None

@@ -16,24 +16,31 @@ SETTINGS: dict[str, float] = {"weight_decay": 0.0}
 
 def build() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(6, 9, (3, 2)), nn.Flatten(), nn.Linear(270, 15)).double()
+    return nn.Sequential(nn.Conv2d(6, 9, (3, 2)), nn.Flatten(), nn.Linear(270, 15), nn.Linear(15, 40)).double()
 
 
 def names_of(model: nn.Module) -> list[tuple[list[str], dict[str, float]]]:
     return [([name for name, _ in model.named_parameters()], SETTINGS)]
 
 
-@pytest.mark.parametrize("conv", ["channel", "spatial"])
-def test_first_moments_are_those_of_the_factors_gradients(conv: str) -> None:
+@pytest.mark.parametrize(("conv", "form"), [("channel", "balanced"), ("spatial", "balanced"), ("channel", "pivoted")])
+def test_first_moments_are_those_of_the_factors_gradients(conv: str, form: str) -> None:
     """One step from rest: exp_avg is (1 - beta1) times the gradient, of the dense weight and of the factors."""
     x = torch.randn(5, 6, 7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     model = build()
+    how: Any = {"rank": 1.0, "conv": conv, "allow_larger": True}
+    if form == "pivoted":  # below full rank, of a model that has no higher rank
+        how = {"rank": ["8", "2=14"], "form": form}
+        lrsurgery.factorise_(model, **how)
+        lrsurgery.densify_(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
     model(x).sin().sum().backward()
     optimizer.step()
     before = names_of(model)
     saved = optimizer.state_dict()
-    lrsurgery.factorise_(model, rank=1.0, conv=conv, allow_larger=True)  # the same function, so the same gradients
+    lrsurgery.factorise_(model, **how)  # the same function, so the same gradients
+    sides = {layer.side for layer in lrsurgery.factorised_layers(model).values()}
+    assert sides == ({None} if form == "balanced" else {"rows", "columns"})
     after = names_of(model)
     switched, reset = switch_optimizer(saved, model, before, after, 0.5)
     assert reset == []

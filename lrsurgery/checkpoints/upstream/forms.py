@@ -153,9 +153,20 @@ def specs_from(layers: Mapping[str, LayerSpec]) -> dict[str, Spec]:
     return {name: Spec(spec["kind"], spec["rank"], spec.get("side")) for name, spec in layers.items()}
 
 
-def layers_entry(specs: Mapping[str, Spec]) -> Json:
-    """`format_version` and `layers` of a config: the oldest version that knows the layers' forms."""
-    if not any(spec.side for spec in specs.values()):
+def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
+    """`format_version` and `layers` of a config; the oldest version that knows the layers' forms by default.
+
+    Raises SurgeryError for a version that there is not, or that a layer's form is too new for.
+    """
+    if version not in (None, *range(1, FORMAT_VERSION + 1)):
+        raise SurgeryError(f"format {version}: write 1, which has balanced layers alone, or {FORMAT_VERSION}")
+    pivoted = [name for name, spec in specs.items() if spec.side]
+    if version == 1 and pivoted:
+        raise SurgeryError(
+            f"{pivoted[0]}: is pivoted, as {len(pivoted)} of {len(specs)} layers are, and format 1 has balanced layers"
+            " alone; add --form balanced"
+        )
+    if not pivoted and version != FORMAT_VERSION:
         return {"format_version": 1, "layers": {n: LayerSpec(kind=s.kind, rank=s.rank) for n, s in specs.items()}}
     layers = {}
     for name, spec in specs.items():

@@ -164,7 +164,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         title="break-even",
         form="count",
         group="Rank",
-        hint="The largest rank at which two factors have fewer parameters than the matrix",
+        hint="The largest rank at which the layer, in its form, has fewer parameters than the matrix",
         value=lambda row: row.break_even,
     ),
     Column(
@@ -301,6 +301,15 @@ COLUMNS: tuple[Column[Row], ...] = (
         terse=Terse("damage", lambda row: "" if row.damage is None else f"{row.damage:.1f}"),
     ),
 )
+
+
+def form_words(report: Report) -> str:
+    """What the pivoted form saves of a report's model, where it saves anything."""
+    saved, share = report.saved_by_form, report.share_saved_by_form
+    return (
+        f"the pivoted form saves {saved:,} parameters ({share:.1%} of the model) against the balanced one at the same"
+        " ranks"
+    )
 
 
 class Step(NamedTuple):

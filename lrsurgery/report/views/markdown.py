@@ -14,6 +14,7 @@ from lrsurgery.report.views.columns import (
     Column,
     T,
     columns_with_values,
+    form_words,
     plain_text,
     sorted_rows,
     steps_of,
@@ -32,6 +33,8 @@ def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
     if report.command:
         lines += [code(report.command), ""]
     lines += [f"- {line}" for line in _totals(body)]
+    if report.share_saved_by_form is not None:
+        lines.append(f"- {form_words(report)}")
     if report.loss_check is not None:
         lines.append(f"- loss: {markdown(report.loss_check['text'])}")
     lines += ["", *(f"> {markdown(note)}\n" for note in report.notes)]

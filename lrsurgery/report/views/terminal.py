@@ -25,6 +25,7 @@ from lrsurgery.report.views.columns import (
     QUALITY,
     QualityName,
     course,
+    form_words,
     sorted_rows,
     steps_of,
 )
@@ -148,7 +149,7 @@ def dense_table(rows: Sequence[Row], width: int = 160) -> Table:
             *((f"{rung.damage:.1f}" if rung else "",) if wide else ()),
             sparkline(_spectrum(row)),
         )
-    table.caption = f"even: break-even rank; energy and error: at {SHOWN}"
+    table.caption = f"even: break-even rank of the balanced form; energy and error: at {SHOWN}"
     table.caption_justify = "left"
     return table
 
@@ -286,6 +287,8 @@ def totals_lines(report: Report) -> list[str]:
     else:
         share = "" if totals["share"] is None else f" ({totals['share']:.1%})"
         lines.append(f"parameters: {before:,} -> {after:,}{share}")
+    if report.share_saved_by_form is not None:
+        lines.append(f"form:       {form_words(report)}")
     if totals["bytes_before"] and totals["bytes_after"]:
         share = totals["bytes_after"] / totals["bytes_before"]
         lines.append(f"bytes:      {totals['bytes_before']:,} -> {totals['bytes_after']:,} ({share:.1%})")

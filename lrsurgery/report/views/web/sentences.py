@@ -203,6 +203,10 @@ def _size_words(report: Report) -> list[Part]:
         Figure(totals["share"], share(totals["share"])),
         " of the original.",
     ]
+    if report.share_saved_by_form is not None:
+        said += [" Their pivoted form saves ", Figure(report.saved_by_form, whole(report.saved_by_form))]
+        said += [" parameters (", Figure(report.share_saved_by_form, share(report.share_saved_by_form))]
+        said += [" of the model) against the balanced one at the same ranks."]
     old, new = totals["bytes_before"], totals["bytes_after"]
     if old is not None and new is not None:
         verb = "shrink" if new < old else "go"
