@@ -7,9 +7,8 @@ weight the error of a rank and predict the increase of the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,14 +19,16 @@ from lrsurgery.errors import BudgetError, SurgeryError
 from lrsurgery.linalg.weighted import second_order
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
-from lrsurgery.surgery.budget import Budget, Curve, Layer, allocate, cheapest
+from lrsurgery.surgery.budget import SHARES, Budget, Curve, Layer, allocate, cheapest
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all, losses
 from lrsurgery.surgery.ranks import ParameterShare, break_even_rank
+from lrsurgery.surgery.speed import Timer
 
 # Least rank of a layer, as a share of its uniform rank, where nothing compares layers by the loss. Inputs alone compare
 # them worse than not at all (examples/guides/calibration.md), so no layer goes below its uniform rank then.
 LEAST = {"activations": 1.0, "none": 0.75}
 DENSE = "worth its parameters dense, within the budget"
+PICO = 1e12  # a budget's costs are integers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,7 @@ class Weights:
     parameters: int
     stored_bytes: int
     device: torch.device | None = None  # device for computation; None: that of each weight
+    timer: Timer | None = None  # of the layers, for a budget of time
 
 
 def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: Statistics | None = None) -> Plan:
@@ -111,11 +113,12 @@ def apply_budget(
     whole = sum(layer.dense_cost for layer in layers)
     if rows and not whole:
         raise BudgetError(
-            f"budget {budget}: no layer received calibration input, so FLOPs are unknown; calibrate with other data"
+            f"budget {budget}: no layer received calibration input, so {SHARES[budget.kind]} is unknown; calibrate with"
+            " other data"
         )
-    total = {"params": weights.parameters, "bytes": weights.stored_bytes, "flops": whole}[budget.kind]
-    if budget.of == "model" and budget.kind == "flops":
-        raise BudgetError(f"budget {budget}: FLOPs are counted for the layers only; remove --budget-of")
+    total = {"params": weights.parameters, "bytes": weights.stored_bytes}.get(budget.kind, whole)
+    if budget.of == "model" and budget.kind in ("flops", "time"):
+        raise BudgetError(f"budget {budget}: {SHARES[budget.kind]} is counted for the layers only; remove --budget-of")
     rest = total - whole if budget.of == "model" else 0  # cost of parameters in no planned layer
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
     share = max(1e-9, min(1.0, (asked - rest) / whole))
@@ -162,32 +165,27 @@ def _round_up(share: float) -> float:
     return math.ceil(share * digits) / digits
 
 
-class _Cost(NamedTuple):
-    """In the unit of the budget: of the dense matrix, of a unit of rank, and what pivots save per rank squared."""
-
-    dense: int
-    rank: int
-    saving: int
-
-    def at(self, rank: int) -> int:
-        return rank * self.rank - rank * rank * self.saving
-
-
-def _cost(budget: Budget, row: Replacement, statistics: Statistics | None, widths: Mapping[str, int]) -> _Cost:
-    pivoted = int(row.side is not None)
+def _costs(
+    budget: Budget, row: Replacement, ranks: Sequence[int], statistics: Statistics | None, weights: Weights
+) -> tuple[int, list[int]]:
+    """In the unit of the budget, what the dense matrix costs and what each of these ranks does."""
     if budget.kind in ("params", "bytes"):
-        width = 1 if budget.kind == "params" else widths[row.name]
-        return _Cost(width * row.rows * row.columns, width * (row.rows + row.columns), width * pivoted)
+        width = 1 if budget.kind == "params" else weights.stored_widths[row.name]
+        return width * row.rows * row.columns, [width * row.cost(rank) for rank in ranks]
     if statistics is None and not row.layout.takes_tokens:
         raise BudgetError(
             f"budget {budget}: the number of positions of a convolution is unknown; add --calibration, or use a share"
             " of the parameters"
         )
-    if statistics is None:
-        return _Cost(row.flops, 2 * (row.rows + row.columns), 2 * pivoted)
-    use = statistics.use(row)
-    per_rank = 2 * (use.outputs * row.rows + use.positions * row.columns)
-    return _Cost(use.outputs * row.flops, per_rank, 2 * use.outputs * pivoted)
+    use = None if statistics is None else statistics.use(row)
+    outputs, positions = (1, 1) if use is None else (use.outputs, use.positions)
+    if budget.kind == "time":
+        assert weights.timer is not None
+        times = weights.timer(row, ranks)
+        return round(outputs * times.dense * PICO), [round(outputs * each * PICO) for each in times.ranks]
+    saving = 0 if row.side is None else 1  # a pivoted layer has as many positions in v as in u
+    each = [r * (outputs * row.rows + positions * row.columns - r * outputs * saving) for r in ranks]
+    return outputs * row.flops, [2 * cost for cost in each]
 
 
 def _make_layer(
@@ -197,14 +195,14 @@ def _make_layer(
     weights: Weights,
     statistics: Statistics | None,
 ) -> Layer:
-    curves = []
+    curves, dense_cost = [], 0
     for option in row.options:
-        cost = _cost(budget, option, statistics, weights.stored_widths)
         tails = losses(values_of(option), in_loss=statistics is not None and statistics.has_gradients)
         most = min(break_even_rank(option.rows, option.columns, pivoted=option.side is not None), option.full_rank)
         ranks = range(budget.multiple_of, most + 1, budget.multiple_of)
-        curves.append(Curve(ranks, [cost.at(rank) for rank in ranks], tails))
-    return Layer(row.name, _cost(budget, row, statistics, weights.stored_widths).dense, tuple(curves))
+        dense_cost, costs = _costs(budget, option, ranks, statistics, weights)
+        curves.append(Curve(ranks, costs, tails))
+    return Layer(row.name, dense_cost, tuple(curves))
 
 
 def _keep_share(row: Replacement, layer: Layer, share: float) -> Layer:

@@ -31,7 +31,7 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.check import check_loss, warnings
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
-from lrsurgery.factorise.work.folder import WorkFolder, keep_work
+from lrsurgery.factorise.work.folder import SPEEDS, WorkFolder, keep_work
 from lrsurgery.factorise.work.jobs import find_pending
 from lrsurgery.factorise.work.rewrite import Rewriter
 from lrsurgery.files.digests import file_digests, fingerprint
@@ -46,7 +46,7 @@ from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import Processes, versions
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.plan import Kept, Plan, Replacement
-from lrsurgery.surgery.speed import plan_layers
+from lrsurgery.surgery.speed import POSITIONS, SpeedTable, describe, make_timer, plan_layers
 
 
 def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listener = SILENT) -> Report:
@@ -107,8 +107,14 @@ def _calibrate(
     )
 
 
-def _weights(checkpoint: Checkpoint, entries: list[Entry], options: FactoriseOptions) -> Weights:
-    """Access to the dense weights in a checkpoint's files."""
+def _weights(
+    checkpoint: Checkpoint, entries: list[Entry], options: FactoriseOptions, speeds: Path | None = None
+) -> Weights:
+    """Access to the dense weights in a checkpoint's files; `speeds` keeps the times that a budget of time uses."""
+    timer = None
+    if _is_timed(options):
+        table = SpeedTable(options.compute.device, options.output.dtype, kept=speeds)
+        timer = make_timer(checkpoint.model, options.surgery.conv, table)
     output = options.output
     by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
     return Weights(
@@ -118,7 +124,13 @@ def _weights(checkpoint: Checkpoint, entries: list[Entry], options: FactoriseOpt
         parameters=checkpoint.parameters,
         stored_bytes=sum(torch.Size(e.shape).numel() * output.stored(e.dtype).itemsize for e in entries),
         device=options.compute.device,
+        timer=timer,
     )
+
+
+def _is_timed(options: FactoriseOptions) -> bool:
+    budget = options.surgery.budget
+    return budget is not None and budget.kind == "time"
 
 
 def factorise_checkpoint(
@@ -254,7 +266,8 @@ def _decide(
     schemes = any(row.others for row in plan.replacements)
     early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential or schemes
     if plan.needs_spectra and early:
-        plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
+        weights = _weights(checkpoint, entries, options, work.path / SPEEDS)
+        plan = allocate_ranks(plan, weights, options.compute, statistics)
     if sequential and statistics is not None:
         assert options.calibration is not None
         statistics = recalibrate(
@@ -304,6 +317,7 @@ def _task(source: Source, options: FactoriseOptions) -> Json:
     return {
         **{name.replace("_", " "): value for name, value in options.recorded().items()},
         "source": [source.name, *map(list, files)],
+        **({"device of the times": describe(options.compute.device)} if _is_timed(options) else {}),
         "calibration data": None if options.calibration is None else _digest_data(options.calibration),
         "version of lrsurgery or torch": [__version__, torch.__version__],
     }
@@ -322,6 +336,11 @@ def _list_reasons(rewriter: Rewriter) -> str:
 
 def _notes(options: FactoriseOptions, checkpoint: Checkpoint) -> tuple[str, ...]:
     notes = list(checkpoint.notes)
+    if _is_timed(options):
+        notes.append(
+            f"the budget is of the time of the layers alone, for {POSITIONS} tokens or positions at once on"
+            f" {describe(options.compute.device)}; lrsurgery bench measures the whole model"
+        )
     from_scratch = options.source.from_scratch_seed is not None
     if options.surgery.init != "spectral" and not from_scratch:
         notes.append(f"--init {options.surgery.init} gives up the pretrained values: the model must be trained again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from lrsurgery.runtime import Compute, pick_device
 from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, pivot_layers_
 from lrsurgery.surgery.plan import Plan, SurgeryOptions
 from lrsurgery.surgery.ranks import BALANCED, RankLike
-from lrsurgery.surgery.speed import plan_layers
+from lrsurgery.surgery.speed import SpeedTable, make_timer, plan_layers
 
 
 def factorise_(
@@ -85,7 +86,10 @@ def factorise_module_(
     plan = plan_layers(module, options, tied=tied_weights(module), device=runs_on)
     if statistics is not None:
         statistics.check_for(plan.replacements)
-    weights = _weights(module, plan, device)
+    timed = options.budget is not None and options.budget.kind == "time"
+    clock = pick_device("auto" if device is None else str(device))
+    timer = make_timer(module, options.conv, SpeedTable(clock)) if timed else None
+    weights = replace(_weights(module, plan, device), timer=timer)
     if plan.needs_spectra:
         computes_on = device or next((m.device for m in _dense(module, plan).values()), torch.device("cpu"))
         plan = allocate_ranks(plan, weights, Compute(device=computes_on, cache=cache), statistics)

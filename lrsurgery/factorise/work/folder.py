@@ -22,8 +22,10 @@ from lrsurgery.files.writing import replace_file
 
 WORK = "work"  # what a work folder's mark says
 PUBLISHED = "published"  # fingerprint of the whole output
+SPEEDS = "speed.json"  # times of layers, for a budget of time
+FOLDERS = ("statistics", "sequential")
 # what a job writes beside PUBLISHED; the last says what the others are
-ENTRIES = ("to_do.json", "ranks.json", "failed", "statistics", "sequential", "*.safetensors", "*.half", "job.json")
+ENTRIES = ("to_do.json", "ranks.json", SPEEDS, "failed", *FOLDERS, "*.safetensors", "*.half", "job.json")
 
 # of a layer: its kind and rank (None if its spectrum decides), or the reason to stay dense
 Decision: TypeAlias = tuple[str, int | None] | str
