@@ -36,6 +36,23 @@ def is_permutation(order: Tensor) -> bool:
     return torch.equal(order.long().sort().values, torch.arange(len(order), device=order.device))
 
 
+def inverse_of(order: Tensor) -> Tensor:
+    """The inverse (n,) int64 of a permutation (n,)."""
+    # not kept between calls of a layer: it costs microseconds, and a stale one would be silently wrong
+    places = torch.arange(order.shape[0], device=order.device)
+    return torch.empty_like(places).scatter_(0, order.long(), places)
+
+
+def take(x: Tensor, places: Tensor, axis: int) -> Tensor:
+    """The entries `places` (int64) of x along an axis, -1 or that of the channels of images, in its memory format."""
+    if axis == -1:
+        # gather takes 1/5 of index_select's time on batches, forward and backward on a CPU, and uses several threads
+        return x.gather(-1, places.expand_as(x))
+    if x.stride(axis) == 1:  # channels last
+        return take(x.movedim(axis, -1), places, -1).movedim(-1, axis)
+    return x.index_select(axis, places)  # copies whole images
+
+
 def side_of(rows: int, columns: int) -> Side:
     """The side of a matrix whose reordering is cheaper: that with fewer entries."""
     return "rows" if rows <= columns else "columns"

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lrsurgery.linalg.factors import Factors, working_dtype
-from lrsurgery.linalg.pivot import Pivoted, Side, pivot, product, side_of, unpivot
+from lrsurgery.linalg.pivot import Pivoted, Side, inverse_of, pivot, product, side_of, take, unpivot
 
 # a dense module of some kind; only the functions of its kind know its attributes
 Dense: TypeAlias = Any
@@ -92,6 +92,7 @@ class FactorisedLayer(nn.Module):
     u: nn.Linear | nn.Conv2d
     v: nn.Linear | nn.Conv2d
     order: Tensor | None
+    rank: int
     axis: int  # of the channels in inputs and outputs
 
     def __init__(self, layout: Kind, v: nn.Module, u: nn.Module, side: Side | None = None) -> None:
@@ -99,6 +100,7 @@ class FactorisedLayer(nn.Module):
         self.layout = layout
         self.v = v  # type: ignore[assignment]
         self.u = u  # type: ignore[assignment]
+        self.rank = self.v.weight.shape[0]  # here: quantisers pack weights into other shapes
         self.side: Side | None = side
         rows, columns = self.matrix_shape
         length = {"rows": rows, "columns": columns}
@@ -110,8 +112,8 @@ class FactorisedLayer(nn.Module):
             return self.u(self.v(x))  # type: ignore[no-any-return]
         if self.side == "rows":
             kept = self.v(x)
-            return torch.cat([kept, self.u(kept)], self.axis).index_select(self.axis, _inverse(self.order))
-        kept, others = x.index_select(self.axis, self.order).tensor_split([self.rank], self.axis)
+            return take(torch.cat([kept, self.u(kept)], self.axis), inverse_of(self.order), self.axis)
+        kept, others = take(x, self.order.long(), self.axis).tensor_split([self.rank], self.axis)
         return self.u(kept + self.v(others))  # type: ignore[no-any-return]
 
     @property
@@ -127,10 +129,6 @@ class FactorisedLayer(nn.Module):
         return "balanced" if self.side is None else "pivoted"
 
     @property
-    def rank(self) -> int:
-        return self.v.weight.shape[0]
-
-    @property
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix of the weight."""
         u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
@@ -140,8 +138,8 @@ class FactorisedLayer(nn.Module):
     @property
     def pivoted(self) -> Pivoted:
         """The parts of a pivoted layer as matrices."""
-        assert self.side is not None
-        assert self.order is not None
+        if self.side is None or self.order is None:
+            raise AttributeError("a balanced layer has no pivots")  # as torch.jit.trace asks with hasattr
         u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
         return Pivoted(self.side, self.order, *((v, u) if self.side == "rows" else (u, v)))
 
@@ -178,18 +176,13 @@ class FactorisedLayer(nn.Module):
         assert self.v.bias is not None
         mixing = self.pivoted.mixing
         assert self.order is not None
-        return torch.cat([self.v.bias, self.u.bias + mixing @ self.v.bias])[_inverse(self.order)]
+        return torch.cat([self.v.bias, self.u.bias + mixing @ self.v.bias])[inverse_of(self.order)]
 
     def extra_repr(self) -> str:
         return f"{self.kind}, rank={self.rank}{self._form_repr()}"
 
     def _form_repr(self) -> str:
         return f", pivoted {self.side}" if self.side else ""
-
-
-def _inverse(order: Tensor) -> Tensor:
-    places = torch.arange(len(order), dtype=order.dtype, device=order.device)
-    return torch.empty_like(order).scatter_(0, order.long(), places)
 
 
 def _multiply(layer: FactorisedLayer) -> Tensor:
@@ -244,15 +237,17 @@ MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 class FactorisedLinear(FactorisedLayer):
     """A factorised `nn.Linear` or transformers `Conv1D`: `v` (in -> rank, no bias), then `u` (rank -> out)."""
 
+    u: nn.Linear
+    v: nn.Linear
     axis = -1
 
     @property
     def in_features(self) -> int:
-        return self.matrix_shape[1]
+        return self.v.in_features + (self.rank if self.side == "columns" else 0)
 
     @property
     def out_features(self) -> int:
-        return self.matrix_shape[0]
+        return self.u.out_features + (self.rank if self.side == "rows" else 0)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}{self._form_repr()}"
