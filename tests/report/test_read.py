@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,16 @@ DENSE = Path(__file__).parents[2] / "examples" / "pydocs-gpt2"
 
 
 def report(
-    *references: Path, rank: str | list[str] | None = None, against: Path | None = None, cache: bool = True
+    *references: Path,
+    rank: str | list[str] | None = None,
+    against: Path | None = None,
+    cache: bool = True,
+    form: str = "pivoted",
 ) -> Report:
     return read_report(
         [str(reference) for reference in references],
         Compute(device=torch.device("cpu"), cache=cache),
-        profile_options=ProfileOptions(target=None if rank is None else parse_rank(rank)),
+        profile_options=ProfileOptions(target=None if rank is None else parse_rank(rank), form=form),
         against=None if against is None else str(against),
     )
 
@@ -79,9 +84,9 @@ def row_of(found: Report, name: str) -> Row:
 # dense models
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_a_dense_model_is_what_numpy_says(weights: dict[str, Any], cache: bool) -> None:
-    found = report(DENSE, cache=cache)
+@pytest.mark.parametrize(("cache", "form"), [(False, "balanced"), (True, "pivoted")])
+def test_a_dense_model_is_what_numpy_says(weights: dict[str, Any], cache: bool, form: str) -> None:
+    found = report(DENSE, cache=cache, form=form)
     assert found.about == "dense"
     rows = [row for row in found.rows if row.full_rank is not None]
     assert len(rows) == 16
@@ -107,9 +112,10 @@ def test_a_dense_model_is_what_numpy_says(weights: dict[str, Any], cache: bool) 
         whole += row.parameters_before
         assert row.ladder is not None
         for text, rung in zip(LADDER, row.ladder, strict=True):
-            rank = RankSpec(parse_policy(text)).rank_of(row.name, out, columns, torch.tensor(values))
-            smaller = rank * (out + columns) + out  # and the bias
-            if rank > row.break_even:
+            pivoted = form == "pivoted"
+            rank = RankSpec(parse_policy(text)).rank_of(row.name, out, columns, torch.tensor(values), pivoted=pivoted)
+            smaller = rank * (out + columns - (rank if pivoted else 0)) + out  # and the bias
+            if rank > (min(out, columns) - 1 if pivoted else row.break_even):
                 assert (rung.to, rung.parameters, rung.energy_kept) == (None, row.parameters_before, 1.0)
                 continue
             assert (rung.rank, rung.to, rung.parameters) == (text, rank, smaller)
@@ -397,7 +403,7 @@ def test_a_report_of_the_first_format_is_read(folders: Path, tmp_path: Path) -> 
     body = json.loads((folders / "half" / "rank_report.json").read_text())
     new = ("flops_before", "flops_after", "spectrum_before", "spectrum_after", "overlap", "ladder", "break_even")
     for row in body["layers"]:
-        for key in (*new, "damage", "damage_high"):
+        for key in (*new, "damage", "damage_high", "form"):
             del row[key]
         for when in ("before", "after"):
             if row[when]:
@@ -417,7 +423,9 @@ def test_a_report_of_the_first_format_is_read(folders: Path, tmp_path: Path) -> 
 def test_every_kind_has_a_break_even(folders: Path) -> None:
     for row in report(folders / "half").factorised:
         rows, columns = KINDS[row.kind].matrix_shape(torch.Size(row.shape))
-        assert row.break_even == (rows * columns - 1) // (rows + columns)
+        assert row.form == "pivoted"
+        assert row.break_even == min(rows, columns) - 1
+        assert replace(row, form="balanced").break_even == (rows * columns - 1) // (rows + columns)
 
 
 # the command line
