@@ -106,6 +106,8 @@ def apply_budget(
         raise BudgetError(f"budget {budget}: FLOPs are counted for the layers only; remove --budget-of")
     rest = total - whole if budget.of == "model" else 0  # cost of parameters in no planned layer
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
+    if budget.kind == "bytes" and asked < total:  # then layers get pivots, whose orders are int32
+        rest += sum(4 * (row.rows if row.side == "rows" else row.columns) for row in rows if row.side is not None)
     share = max(1e-9, min(1.0, (asked - rest) / whole))
     layers = [_make_layer(budget, row, costs[row.name], values[row.name], statistics, share) for row in rows]
     if statistics is None or not statistics.has_gradients:
