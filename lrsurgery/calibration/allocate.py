@@ -121,6 +121,8 @@ def apply_budget(
         raise BudgetError(f"budget {budget}: {SHARES[budget.kind]} is counted for the layers only; remove --budget-of")
     rest = total - whole if budget.of == "model" else 0  # cost of parameters in no planned layer
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
+    if budget.kind == "bytes" and asked < total:  # then layers get pivots, whose orders are int32
+        rest += sum(4 * (row.rows if row.side == "rows" else row.columns) for row in rows if row.side is not None)
     share = max(1e-9, min(1.0, (asked - rest) / whole))
     if statistics is not None:
         layers = [

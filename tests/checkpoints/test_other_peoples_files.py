@@ -236,7 +236,7 @@ def test_every_command_reads_wrapped_weights_and_says_so(tmp_path: Path, capsys:
 
 def half_of(model: nn.Module) -> nn.Module:
     """The dense model with what surgery leaves of each of its layers."""
-    lrsurgery.factorise_(model, rank="0.5")
+    lrsurgery.factorise_(model, rank="0.5", form="pivoted")
     lrsurgery.densify_(model)
     return model
 

@@ -294,7 +294,9 @@ def test_dtype_is_kept(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     dense = load(type(model), tmp_path / "dense")
     lrsurgery.factorise_(dense, rank=0.5, form="pivoted")
     inputs = zoo.TRANSFORMERS[name].inputs
-    assert torch.equal(zoo.outputs(half, inputs), zoo.outputs(dense, inputs))
+    # in fp64 no rounding hides in which order the products of pivots were summed
+    bound = 1e-12 if dtype == torch.float64 else 0.0
+    torch.testing.assert_close(zoo.outputs(half, inputs), zoo.outputs(dense, inputs), rtol=0, atol=bound)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

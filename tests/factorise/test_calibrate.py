@@ -17,6 +17,7 @@ import transformers as tf
 from safetensors import safe_open
 from safetensors.torch import save_file
 from support import tiny
+from support.checks import multiplied_out
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -81,19 +82,6 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
         with safe_open(file, framework="pt") as opened:
             found |= {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     return found
-
-
-def multiplied_out(tensors: dict[str, torch.Tensor], name: str, rows: int, columns: int) -> Any:
-    """The matrix (rows, columns) of a layer in a folder, by numpy and the words of the format."""
-    u, v = (tensors[f"{name}.{part}.weight"].double().numpy() for part in "uv")
-    if f"{name}.order" not in tensors:
-        return u @ v
-    order, product = tensors[f"{name}.order"].numpy(), np.empty((rows, columns))
-    if len(u) < rows:  # pivots among the rows
-        product[order] = np.concatenate([v, u @ v])
-    else:
-        product[:, order] = np.concatenate([u, u @ v], axis=1)
-    return product
 
 
 def test_what_is_written_is_best_in_the_metric_of_the_statistics(place: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from support import tiny
+from support.checks import multiplied_out
 from support.warm import program
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -35,12 +37,16 @@ DENSE = Path(__file__).parents[2] / "examples" / "pydocs-gpt2"
 
 
 def report(
-    *references: Path, rank: str | list[str] | None = None, against: Path | None = None, cache: bool = True
+    *references: Path,
+    rank: str | list[str] | None = None,
+    against: Path | None = None,
+    cache: bool = True,
+    form: str = "pivoted",
 ) -> Report:
     return read_report(
         [str(reference) for reference in references],
         Compute(device=torch.device("cpu"), cache=cache),
-        profile_options=ProfileOptions(target=None if rank is None else parse_rank(rank)),
+        profile_options=ProfileOptions(target=None if rank is None else parse_rank(rank), form=form),
         against=None if against is None else str(against),
     )
 
@@ -79,9 +85,9 @@ def row_of(found: Report, name: str) -> Row:
 # dense models
 
 
-@pytest.mark.parametrize("cache", [False, True])
-def test_a_dense_model_is_what_numpy_says(weights: dict[str, Any], cache: bool) -> None:
-    found = report(DENSE, cache=cache)
+@pytest.mark.parametrize(("cache", "form"), [(False, "balanced"), (True, "pivoted")])
+def test_a_dense_model_is_what_numpy_says(weights: dict[str, Any], cache: bool, form: str) -> None:
+    found = report(DENSE, cache=cache, form=form)
     assert found.about == "dense"
     rows = [row for row in found.rows if row.full_rank is not None]
     assert len(rows) == 16
@@ -107,9 +113,10 @@ def test_a_dense_model_is_what_numpy_says(weights: dict[str, Any], cache: bool) 
         whole += row.parameters_before
         assert row.ladder is not None
         for text, rung in zip(LADDER, row.ladder, strict=True):
-            rank = RankSpec(parse_policy(text)).rank_of(row.name, out, columns, torch.tensor(values))
-            smaller = rank * (out + columns) + out  # and the bias
-            if rank > row.break_even:
+            pivoted = form == "pivoted"
+            rank = RankSpec(parse_policy(text)).rank_of(row.name, out, columns, torch.tensor(values), pivoted=pivoted)
+            smaller = rank * (out + columns - (rank if pivoted else 0)) + out  # and the bias
+            if rank > (min(out, columns) - 1 if pivoted else row.break_even):
                 assert (rung.to, rung.parameters, rung.energy_kept) == (None, row.parameters_before, 1.0)
                 continue
             assert (rung.rank, rung.to, rung.parameters) == (text, rank, smaller)
@@ -197,15 +204,15 @@ def test_a_healed_model_against_its_dense_one_is_what_numpy_says(folders: Path, 
     tensors = load_file(folders / "frobenius" / "model.safetensors")
     for row in found.factorised:
         dense = weights[row.name].T
-        u, v = (tensors[f"{row.name}.{factor}.weight"].double().numpy() for factor in "uv")
+        product = multiplied_out(tensors, row.name, *dense.shape)
         left, values, right = np.linalg.svd(dense, full_matrices=False)
-        ours_left, ours, ours_right = np.linalg.svd(u @ v, full_matrices=False)
+        ours_left, ours, ours_right = np.linalg.svd(product, full_matrices=False)
         rank = row.rank
         assert rank is not None
         q_u, q_v = ours_left[:, :rank], ours_right[:rank].T
         norm = np.linalg.norm(dense)
-        assert row.relative_error == pytest.approx(np.linalg.norm(dense - u @ v) / norm, rel=1e-4)
-        assert row.spectral_error == pytest.approx(np.linalg.norm(dense - u @ v, 2) / values[0], rel=1e-3)
+        assert row.relative_error == pytest.approx(np.linalg.norm(dense - product) / norm, rel=1e-4)
+        assert row.spectral_error == pytest.approx(np.linalg.norm(dense - product, 2) / values[0], rel=1e-3)
         assert row.energy_kept == pytest.approx((np.linalg.norm(q_u.T @ dense @ q_v) / norm) ** 2, rel=1e-4)
         assert row.overlap is not None
         for side, a, b in (("output", left[:, :rank], q_u), ("input", right[:rank].T, q_v)):
@@ -397,7 +404,7 @@ def test_a_report_of_the_first_format_is_read(folders: Path, tmp_path: Path) -> 
     body = json.loads((folders / "half" / "rank_report.json").read_text())
     new = ("flops_before", "flops_after", "spectrum_before", "spectrum_after", "overlap", "ladder", "break_even")
     for row in body["layers"]:
-        for key in (*new, "damage", "damage_high"):
+        for key in (*new, "damage", "damage_high", "form"):
             del row[key]
         for when in ("before", "after"):
             if row[when]:
@@ -417,7 +424,9 @@ def test_a_report_of_the_first_format_is_read(folders: Path, tmp_path: Path) -> 
 def test_every_kind_has_a_break_even(folders: Path) -> None:
     for row in report(folders / "half").factorised:
         rows, columns = KINDS[row.kind].matrix_shape(torch.Size(row.shape))
-        assert row.break_even == (rows * columns - 1) // (rows + columns)
+        assert row.form == "pivoted"
+        assert row.break_even == min(rows, columns) - 1
+        assert replace(row, form="balanced").break_even == (rows * columns - 1) // (rows + columns)
 
 
 # the command line

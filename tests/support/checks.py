@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from typer.testing import CliRunner
@@ -41,3 +42,16 @@ def assert_same_layers(factorised: nn.Module, dense: nn.Module) -> None:
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def multiplied_out(tensors: dict[str, torch.Tensor], name: str, rows: int, columns: int) -> Any:
+    """The matrix (rows, columns) of a layer in a folder, by numpy and the words of the format."""
+    u, v = (tensors[f"{name}.{part}.weight"].double().numpy() for part in "uv")
+    if f"{name}.order" not in tensors:
+        return u @ v
+    order, product = tensors[f"{name}.order"].numpy(), np.empty((rows, columns))
+    if len(u) < rows:  # pivots among the rows
+        product[order] = np.concatenate([v, u @ v])
+    else:
+        product[:, order] = np.concatenate([u, u @ v], axis=1)
+    return product
