@@ -74,7 +74,7 @@ def factorise(
             "--budget",
             panel=CUT,
             metavar="SHARE",
-            text="In place of --rank: 0.5 of the parameters, flops:0.5 or bytes:500MB, where they lose least.",
+            text="In place of --rank: 0.5 of the parameters, flops:0.5, time:0.7, bytes:500MB, where they lose least.",
             default=False,
         ),
     ] = None,
