@@ -42,10 +42,18 @@ class Weights:
     device: torch.device | None = None  # device for computation; None: that of each weight
 
 
-def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: Statistics | None = None) -> Plan:
+def allocate_ranks(
+    plan: Plan,
+    weights: Weights,
+    compute: Compute,
+    statistics: Statistics | None = None,
+    *,
+    known: dict[str, Tensor] | None = None,
+) -> Plan:
     """Decide every rank of a plan, and predict the increase of the loss if the statistics have gradients.
 
-    Singular values, with statistics those in the layer's metric, go to the cache.
+    Singular values, with statistics those in the layer's metric, go to the cache. `known` holds them by layer from an
+    earlier call with the same weights and statistics, and gets what it lacks.
 
     Raises BudgetError that gives the smallest feasible budget; SurgeryError that names the layer.
     """
@@ -63,8 +71,10 @@ def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: S
         except SurgeryError as e:
             raise type(e)(f"{row.name}: {e}") from e
 
-    needs = [decomposition_bytes(row, weights.widths[row.name], weighted=weighted) for row in rows]
-    values = dict(zip((row.name for row in rows), compute.in_order(values_of, rows, needs), strict=True))
+    values = {} if known is None else known
+    new = [row for row in rows if row.name not in values]
+    needs = [decomposition_bytes(row, weights.widths[row.name], weighted=weighted) for row in new]
+    values.update(zip((row.name for row in new), compute.in_order(values_of, new, needs), strict=True))
     if budget is not None:
         plan = apply_budget(plan, budget, values, weights, statistics)
     else:

@@ -19,7 +19,9 @@ import typer
 
 from lrsurgery import __version__
 from lrsurgery.cli.bench import bench
-from lrsurgery.cli.factorise import cache, export, factorise
+from lrsurgery.cli.factorise import factorise
+from lrsurgery.cli.folders.cache import cache
+from lrsurgery.cli.folders.export import export
 from lrsurgery.cli.report import report
 from lrsurgery.cli.study import study
 from lrsurgery.cli.training import evaluate, finetune

@@ -9,9 +9,10 @@ resumes from its pieces, and the output's bytes do not depend on the distributio
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -48,6 +49,8 @@ from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.plan import Kept, Plan, Replacement
 from lrsurgery.surgery.speed import plan_layers
 
+Complete: TypeAlias = "Callable[[Path, Report], Report]"  # a written folder before it is published, its report
+
 
 def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listener = SILENT) -> Report:
     """Report what `factorise` would do.
@@ -56,15 +59,15 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
     """
     source = options.source.resolve(reference)
     options, note = choose_calibration(source, options)
-    checkpoint, plan = _open(source, options)
+    checkpoint, plan = open_plan(source, options)
     if note is not None:
         listener.note(note)
     statistics = None
     if plan.needs_spectra or options.calibration is not None:
         entries = list_entries(checkpoint, {row.name for row in plan.replacements})
         with tempfile.TemporaryDirectory(prefix="lrsurgery-") as folder:
-            statistics = _calibrate(source, plan, options, Path(folder), "", listener)
-            plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
+            statistics = calibrate_plan(source, plan, options, Path(folder), "", listener)
+            plan = allocate_ranks(plan, weights_of(checkpoint, entries, options), options.compute, statistics)
     return replace(
         plan_report(plan, checkpoint.parameters),
         command=options.output.command,
@@ -76,7 +79,7 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
     )
 
 
-def _open(source: Source, options: FactoriseOptions) -> tuple[Checkpoint, Plan]:
+def open_plan(source: Source, options: FactoriseOptions) -> tuple[Checkpoint, Plan]:
     check_not_converted(source)
     checkpoint = open_checkpoint(source, options.source)
     plan = plan_layers(
@@ -89,7 +92,7 @@ def _open(source: Source, options: FactoriseOptions) -> tuple[Checkpoint, Plan]:
     return checkpoint, plan
 
 
-def _calibrate(
+def calibrate_plan(
     source: Source, plan: Plan, options: FactoriseOptions, folder: Path, owner: str, listener: Listener
 ) -> Statistics | None:
     if options.calibration is None:
@@ -107,7 +110,7 @@ def _calibrate(
     )
 
 
-def _weights(checkpoint: Checkpoint, entries: list[Entry], options: FactoriseOptions) -> Weights:
+def weights_of(checkpoint: Checkpoint, entries: list[Entry], options: FactoriseOptions) -> Weights:
     """Access to the dense weights in a checkpoint's files."""
     output = options.output
     by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
@@ -137,24 +140,31 @@ def run_factorise(
     options: FactoriseOptions,
     *,
     processes: Processes | None = None,
+    complete: Complete | None = None,
     listener: Listener = SILENT,
 ) -> Report:
     """Write the factorised checkpoint of a model; see `factorise_checkpoint`.
 
-    Every process of a job calls it; rank 0 writes the output. Raises SurgeryError; raises Interrupted if Ctrl-C or
+    Every process of a job calls it; rank 0 writes the output. `complete` adds to the report what it measures of the
+    written folder; if it raises, nothing is published. Raises SurgeryError; raises Interrupted if Ctrl-C or
     SIGTERM comes after statistics or layers are finished, which are kept.
     """
     processes, output = processes or Processes(), with_name(output)
     if not processes.is_main:
         # Wait for rank 0, which reports errors once, fills the caches and writes the job list.
         processes.barrier("begin")
-        return _factorise(reference, output, options, processes, listener)
+        return _factorise(reference, output, options, processes, complete, listener)
     with disk_faults(output), locked(output):
-        return _factorise(reference, output, options, processes, listener)
+        return _factorise(reference, output, options, processes, complete, listener)
 
 
 def _factorise(
-    reference: str, output: Path, options: FactoriseOptions, processes: Processes, listener: Listener
+    reference: str,
+    output: Path,
+    options: FactoriseOptions,
+    processes: Processes,
+    complete: Complete | None,
+    listener: Listener,
 ) -> Report:
     source = options.source.resolve(reference)
     options, note = choose_calibration(source, options)
@@ -162,7 +172,7 @@ def _factorise(
     finished = options.output.resume and work.is_published()
     check_output(output, source, options.output.overwrite or finished)
     limit = cache_limit()
-    checkpoint, plan = _open(source, options)
+    checkpoint, plan = open_plan(source, options)
     entries = list_entries(checkpoint, {row.name for row in plan.replacements})
     parameters = checkpoint.parameters
     if not processes.is_main:
@@ -172,7 +182,7 @@ def _factorise(
         processes.barrier("end")  # rank 0 has written the output
         return Report.read(output)
     with keep_work(work, output, len(plan.replacements)):
-        work.open(_task(source, options), resume=options.output.resume)
+        work.open(describe_job(source, options), resume=options.output.resume)
         if finished:
             listener.note(f"{output}: the job is finished")
             for moment in ("begin", "end"):
@@ -218,8 +228,9 @@ def _factorise(
             config = output_config(source, checkpoint.model, layers, options.output.dtype)
             write_text(stage / "config.json", json_text(config))
             rewriter.check(stage, work, options.source, listener)
-            loss_check = check_loss(source, stage, options, listener)
-            report = replace(report, loss_check=loss_check, files=file_digests(stage))
+            report = replace(report, loss_check=check_loss(source, stage, options, listener))
+            report = report if complete is None else complete(stage, report)
+            report = replace(report, files=file_digests(stage))
             write_text(stage / FILE_NAME, report.to_json())
             write_text(stage / "README.md", model_card(report, source, output.name, config))
             work.set_published(stage)
@@ -247,11 +258,11 @@ def _decide(
     speeds cannot be measured beside decompositions, a budget needs the spectra of all layers, and --sequential
     factorises a block before it calibrates the next.
     """
-    statistics = _calibrate(source, plan, options, work.path / "statistics", work.job, listener)
+    statistics = calibrate_plan(source, plan, options, work.path / "statistics", work.job, listener)
     sequential = options.calibration is not None and options.calibration.sequential
     early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential
     if plan.needs_spectra and early:
-        plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
+        plan = allocate_ranks(plan, weights_of(checkpoint, entries, options), options.compute, statistics)
     if sequential and statistics is not None:
         assert options.calibration is not None
         statistics = recalibrate(
@@ -295,7 +306,7 @@ def _rewriter(
     return Rewriter(checkpoint, plan, options.surgery, options.output, options.compute, entries, statistics)
 
 
-def _task(source: Source, options: FactoriseOptions) -> Json:
+def describe_job(source: Source, options: FactoriseOptions) -> Json:
     """Everything that a piece depends on; `WorkFolder.open` names the entry that differs."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
     return {

@@ -20,9 +20,20 @@ from lrsurgery.files.marks import check_ours, remove_entries, write_mark
 from lrsurgery.files.writing import replace_file
 
 WORK = "work"  # what a work folder's mark says
+POINTS = "points.json"  # what a search for a target has measured
 PUBLISHED = "published"  # fingerprint of the whole output
 # what a job writes beside PUBLISHED; the last says what the others are
-ENTRIES = ("to_do.json", "ranks.json", "failed", "statistics", "sequential", "*.safetensors", "*.half", "job.json")
+ENTRIES = (
+    "to_do.json",
+    "ranks.json",
+    "failed",
+    "statistics",
+    "sequential",
+    POINTS,
+    "*.safetensors",
+    "*.half",
+    "job.json",
+)
 
 
 class WorkFolder:
@@ -126,6 +137,7 @@ class WorkFolder:
     def kept(self, layers: int) -> str:
         """What there is to resume from, of so many layers; empty for nothing."""
         parts = ["the statistics"] if (self.path / "statistics" / STATISTICS).exists() else []
+        parts += ["the measured points"] if (self.path / POINTS).exists() else []
         parts += [f"{self.count()} of {layers} layers"] if self.count() else []
         return " and ".join(parts)
 
@@ -147,6 +159,8 @@ def keep_work(work: WorkFolder, output: Path, layers: int) -> Iterator[None]:
     try:
         with disk_faults(output):
             yield
+    except Interrupted:
+        raise  # of a job within this one
     except (KeyboardInterrupt, SystemExit) as e:
         if kept := work.kept(layers):
             raise Interrupted(f"interrupted; {kept} are kept; run the same command with --resume to continue") from e

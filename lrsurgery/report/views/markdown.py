@@ -34,6 +34,8 @@ def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
     lines += [f"- {line}" for line in _totals(body)]
     if report.loss_check is not None:
         lines.append(f"- loss: {markdown(report.loss_check['text'])}")
+    if report.choice is not None:
+        lines += [f"- {markdown(line)}" for line in report.choice["lines"]]
     lines += ["", *(f"> {markdown(note)}\n" for note in report.notes)]
     if report.ladder:
         lines += ["## What each rank would keep", "", *column_lines(LADDER, steps_of(report))]

@@ -294,7 +294,7 @@ def totals_lines(report: Report) -> list[str]:
         lines.append(f"predicted: +{totals['predicted_loss']:.4g} loss a {unit}, to second order")
     if report.loss_check is not None:
         lines.append(f"loss:       {report.loss_check['text']}")
-    return lines
+    return lines if report.choice is None else [*lines, *report.choice["lines"]]
 
 
 def sparkline(values: Sequence[float], length: int = 8) -> str:
