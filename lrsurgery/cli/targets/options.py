@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 from lrsurgery.cli.arguments import option
 
 if TYPE_CHECKING:
     from lrsurgery.data.options import DataOptions
-    from lrsurgery.factorise.options import Calibration
+    from lrsurgery.factorise.options import Calibration, FactoriseOptions
     from lrsurgery.measure.targets.choose import Request
     from lrsurgery.measure.targets.goals import EvalData, Goal, SizeLimit
     from lrsurgery.measure.targets.heal import Healing
+    from lrsurgery.progress import Listener
+    from lrsurgery.report.schema import Report
 
 TARGET = "Target, in place of ranks"  # a panel of help
 
@@ -151,3 +156,69 @@ def request_of(
     if dry_run:
         raise SurgeryError(f"--dry-run measures nothing, and {goal} is found by measuring; leave one out")
     return Request(goal=goal, data=data, test=test, healing=healing)
+
+
+@dataclass(frozen=True)
+class CurveRequest:
+    """A curve that a report of a dense model gets."""
+
+    options: FactoriseOptions
+    data: EvalData
+    healing: Healing | None
+
+    def check(self, model: str) -> None:
+        """Raise SurgeryError for a model that has no curve."""
+        from lrsurgery.measure.targets.trials import Trials
+
+        Trials.open(model, self.options, self.data, self.healing)
+
+    def added_to(self, report: Report, model: str, listener: Listener) -> Report:
+        """The report with the curve, which is measured now."""
+        from dataclasses import replace
+
+        from lrsurgery.measure.targets.curve import measure_curve
+
+        curve = measure_curve(model, self.options, self.data, self.healing, listener)
+        return replace(report, curve=curve, notes=(*report.notes, *curve["notes"]))
+
+
+def curve_request(
+    *,
+    eval_data: str | None,
+    eval_split: str | None,
+    heal: int | None,
+    calibration: str | None,
+    samples: int,
+    statistics: Path | None,
+    split: str | None,
+    how: Mapping[str, Any],
+    labels: Mapping[str, str | None],
+    device: str,
+    **options: Any,
+) -> CurveRequest | None:
+    """The curve that is asked for; None without data to measure on.
+
+    Raises SurgeryError for options of a curve without that data.
+    """
+    from lrsurgery.data.options import DataOptions
+    from lrsurgery.errors import SurgeryError
+    from lrsurgery.factorise.options import parse_calibration, parse_options
+
+    read = DataOptions(**how)
+    usual = DataOptions()
+    if eval_data is None:
+        given = {"--calibration": calibration, "--statistics": statistics, "--heal": heal, "--eval-split": eval_split}
+        given |= {"--split": split, "--label-column": labels["label_column"], "--label-map": labels["label_map"]}
+        given |= {f"--{name.replace('_', '-')}": None if how[name] == vars(usual)[name] else how[name] for name in how}
+        if names := ", ".join(name for name, value in given.items() if value is not None):
+            raise SurgeryError(f"{names}: about a measured curve; add --eval-data DATA, which it is measured on")
+        return None
+    measured = DataOptions(**{**how, **labels})
+    data = eval_data_of(eval_data, eval_split, measured)
+    assert data is not None
+    has_calibration = calibration is not None or statistics is not None
+    calibrated = parse_calibration(
+        calibration, samples=samples, statistics=statistics, split=split, how=read if has_calibration else usual
+    )
+    parsed = parse_options(budget="1.0", calibration=calibrated, device=device, loss_check=False, **options)
+    return CurveRequest(parsed, data, healing_of(heal, calibrated, measured, device))
