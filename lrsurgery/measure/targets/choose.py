@@ -10,7 +10,7 @@ from lrsurgery.checkpoints.output import ShardWriter, check_output
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.factorise.checkpoint import describe_job, run_factorise
-from lrsurgery.factorise.options import FactoriseOptions
+from lrsurgery.factorise.options import FactoriseOptions, choose_calibration
 from lrsurgery.factorise.work.folder import POINTS, WorkFolder, keep_work
 from lrsurgery.files.json import json_text, read_as
 from lrsurgery.files.locks import locked
@@ -106,8 +106,8 @@ class _Job:
             self.work.open(self._describe(), resume=options.resume)
             self._warn()
             self._measure_dense()
-            if self.trials.note is not None:
-                self.listener.note(self.trials.note)
+            if self.trials.note is not None and choose_calibration(self.trials.source, self.options)[1] is None:
+                self.listener.note(self.trials.note)  # else `run_factorise` says it
             return self._write()
 
     def _describe(self) -> dict[str, object]:

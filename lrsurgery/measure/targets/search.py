@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from lrsurgery.errors import SurgeryError
-from lrsurgery.measure.targets.goals import SPEEDUP, Figures, Goal
+from lrsurgery.measure.targets.goals import LOSS, SPEEDUP, Figures, Goal
 from lrsurgery.report.targets.schema import Point
 
+NONE, ALL = "no budget meets it", "the smallest model meets it already"
 STEPS = 500  # of the grid: budgets are multiples of 0.002
 Measure: TypeAlias = Callable[[int], Point | None]  # place on the grid -> point; None where every layer stays dense
 
@@ -62,21 +63,20 @@ class Search:
             else:
                 low = middle
         if self.goal.wants_small and high == self.lowest + 1 and meets(self.lowest):
-            raise self._missed(measured, "the smallest model meets it already")
+            raise self._missed(measured, ALL)
         if not self.goal.wants_small and low == self.lowest:
             meets(self.lowest)
         found = [p for p in measured.values() if p is not None and self.goal.meets(figures_of(p), self.dense)]
         if not found:
-            raise self._missed(measured, "no budget meets it")
+            raise self._missed(measured, NONE)
         return sorted(found, key=lambda point: point["parameters"], reverse=not self.goal.wants_small)
 
     def _missed(self, measured: Mapping[int, Point | None], why: str) -> SurgeryError:
         """The error of a goal that cannot be met, with the nearest figure and the remedy."""
         bound, name = self.goal.bound(self.dense), self.goal.figure
         known = [p for p in measured.values() if p is not None and name in figures_of(p)]
-        remedy = "ask for less" if "no budget" in why else "ask for more"
-        if self.goal.option != SPEEDUP and "no budget" not in why:
-            remedy += ", or take --rank 1"
+        more = (self.goal.option == LOSS) == (why == NONE)
+        remedy = f"write a {'higher' if more else 'lower'} one"
         if not known:
             return SurgeryError(f"{self.goal}: {why}, {self.goal.reading(self.dense)}; {remedy}")
         nearest = min(known, key=lambda point: abs(figures_of(point)[name] - bound))
@@ -110,5 +110,5 @@ def check_dense(goal: Goal, dense: Figures) -> None:
             f" {known}; take --max-loss"
         )
     if not goal.meets(dense, dense):
-        own = goal.written(dense[goal.figure])
-        raise SurgeryError(f"{goal}: the dense model misses it itself, with {goal.figure} {own}; ask for less")
+        own, remedy = goal.written(dense[goal.figure]), f"write a {'higher' if goal.option == LOSS else 'lower'} one"
+        raise SurgeryError(f"{goal}: the dense model misses it itself, with {goal.figure} {own}; {remedy}")

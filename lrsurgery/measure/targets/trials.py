@@ -254,7 +254,7 @@ class Trials:
         for row in plan.replacements:
             width = self._weights.stored_widths[row.name]
             size -= width * (row.parameters - (row.factorised_parameters or 0))
-            size += 4 * max(row.rows, row.columns) * (row.pivots is not None)
+            size += {None: 0, "rows": 4 * row.rows, "columns": 4 * row.columns}[row.pivots]  # the order
         after = report.parameters_after or 0
         share = after / self.checkpoint.parameters
         return Point(budget=budget, layers=len(plan.replacements), parameters=after, share=share, bytes=size, values={})

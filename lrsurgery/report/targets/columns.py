@@ -33,7 +33,8 @@ def _quality(name: QualityName) -> Column[Place]:
 
     form = "share" if name in ("top1", "top5", "f1", "exact_match") else "number"
     text = _text(value, QUALITY[name].format)
-    return Column(key=f"values.{name}", title=HEADINGS[name], form=form, value=value, terse=Terse(HEADINGS[name], text))
+    terse = Terse(HEADINGS[name], text, wide=name in ("perplexity", "top5"))
+    return Column(key=f"values.{name}", title=HEADINGS[name], form=form, value=value, terse=terse)
 
 
 def _text(value: Callable[[Place], Value], form: Callable[[Value], str]) -> Callable[[Place], str]:

@@ -35,7 +35,7 @@ def curve_table(curve: Curve, width: int = 160) -> Table:
 
 
 def curve_plot(curve: Curve) -> list[str]:
-    """Bars of the loss above those of the parameters, so that where one rises the other falls; the knee is marked."""
+    """Bars of the loss over the shares of parameters, the knee marked; nothing without losses."""
     points = curve["points"]
     losses = [point["values"].get("loss", math.nan) for point in points]
     if not any(map(math.isfinite, losses)):
@@ -47,13 +47,15 @@ def curve_plot(curve: Curve) -> list[str]:
 
 
 def bars(values: Sequence[float], height: int = HEIGHT) -> list[str]:
-    """Lines of a bar chart from 0 to the greatest value, the top first; three characters a value and a space before."""
-    most = max(value for value in values if math.isfinite(value)) or 1.0
+    """Lines of a bar chart, the top first; the least finite value is one line high. Four characters a value."""
+    least, most = _ends(values)
+    low = least - (most - least) / max(1, height - 1)
     rows = []
     for row in reversed(range(height)):
         cells = []
         for value in values:
-            full = value / most * height - row if math.isfinite(value) else 0.0
+            part = (value - low) / (most - low) if most > low else 1.0
+            full = part * height - row if math.isfinite(value) else 0.0
             at = min(len(BARS), round(full * len(BARS)))
             cells.append(f" {(BARS[at - 1] if at > 0 else ' ') * 3}")
         rows.append("".join(cells))
@@ -61,5 +63,10 @@ def bars(values: Sequence[float], height: int = HEIGHT) -> list[str]:
 
 
 def _labels(values: Sequence[float]) -> list[str]:
-    most = max(value for value in values if math.isfinite(value))
-    return [f"{most:.3f}", *[""] * (HEIGHT - 2), "0"]
+    least, most = _ends(values)
+    return [f"{most:.3f}", *[""] * (HEIGHT - 2), f"{least:.3f}"]
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    known = [value for value in values if math.isfinite(value)]
+    return min(known), max(known)
