@@ -389,10 +389,10 @@ def test_a_goal_that_no_point_meets_names_the_nearest() -> None:
         return Point(budget=f"0.{place}", layers=1, parameters=place, share=0.5, bytes=1, values=values)
 
     goal = Goal(option=goals.LOSS, text="0%", amount=0.0, relative=True)
-    with pytest.raises(SurgeryError, match="no budget meets it.*the nearest measured is loss 3.0101 at --budget 0.99"):
+    with pytest.raises(SurgeryError, match=r"no budget meets it.*the nearest measured is loss 3.0101 at --budget 0.99"):
         search.Search(goal, {"loss": 3.0}, measure, 5).run()
     fast = Goal(option=goals.SPEEDUP, text="9", amount=9.0)
-    with pytest.raises(SurgeryError, match="no budget meets it.*; write a lower one"):
+    with pytest.raises(SurgeryError, match=r"no budget meets it.*; write a lower one"):
         search.Search(fast, {}, measure, 5).run()
 
 
