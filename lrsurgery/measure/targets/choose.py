@@ -19,7 +19,7 @@ from lrsurgery.measure.bench import BenchOptions, bench
 from lrsurgery.measure.evaluate import evaluate
 from lrsurgery.measure.targets.goals import SPEEDUP, EvalData, Figures, Goal, SizeLimit, check_measured
 from lrsurgery.measure.targets.heal import Healing
-from lrsurgery.measure.targets.search import STEPS, Search, budget_at, check_dense, figures_of, lowest_place
+from lrsurgery.measure.targets.search import STEPS, Search, budget_at, check_dense, lowest_place, title_of
 from lrsurgery.measure.targets.trials import BATCH, Timing, Trials
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import public_name
@@ -199,7 +199,7 @@ class _Job:
                 timing = QUICK if goal.option == SPEEDUP else None
                 self._keep(budget, self.trials.measure(budget, plan, timing, self.listener))
             point = self.points[budget]
-            self.listener.evaluated(f"budget {budget}", done, max(total, done), figures_of(point))
+            self.listener.evaluated(title_of(point), done, max(total, done), point["values"])
             return point
 
         return Search(goal, self.dense, measure, lowest).run()

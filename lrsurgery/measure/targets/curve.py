@@ -11,7 +11,7 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.factorise.options import FactoriseOptions
 from lrsurgery.measure.targets.goals import EvalData
 from lrsurgery.measure.targets.heal import Healing
-from lrsurgery.measure.targets.search import STEPS, budget_at, figures_of, lowest_place
+from lrsurgery.measure.targets.search import STEPS, budget_at, lowest_place, title_of
 from lrsurgery.measure.targets.trials import Timing, Trials
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.targets.schema import Curve, Point
@@ -76,7 +76,7 @@ def _points(trials: Trials, listener: Listener) -> list[Point]:
         if plan is None or not plan.replacements:
             continue
         found.append(trials.measure(budget, plan, SHORT, listener))
-        listener.evaluated(f"budget {budget}", i + 1, POINTS - 1, figures_of(found[-1]))
+        listener.evaluated(title_of(found[-1]), i + 1, POINTS - 1, found[-1]["values"])
     listener.progress("", POINTS - 1, POINTS - 1)
     return found
 

@@ -30,6 +30,12 @@ def figures_of(point: Point) -> dict[str, float]:
     return point["values"] if speedup is None else {**point["values"], "speedup": speedup}
 
 
+def title_of(point: Point) -> str:
+    """What progress calls a point: its budget, and its speedup where that was measured."""
+    speedup = point.get("speedup")
+    return f"budget {point['budget']}" + ("" if speedup is None else f"  speedup {speedup:.2f}")
+
+
 @dataclass
 class Search:
     """The search for one goal among the budgets of one model."""
