@@ -12,6 +12,7 @@ from pathlib import Path
 
 HIDDEN = ("Cc", "Cf", "Cs", "Co", "Zl", "Zp")  # control and format characters, halves of pairs, private use, separators
 JOINERS = "\u200c\u200d"  # format characters that words of some languages and emoji are spelt with
+BARS = "▁▂▃▄▅▆▇█"  # of sketches in the terminal
 MARKDOWN = "\\`*_[]<>|&~$"  # characters that Markdown, or HTML in it, takes for its own
 
 

@@ -44,10 +44,18 @@ class Weights:
     timer: Timer | None = None  # of the layers, for a budget of time
 
 
-def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: Statistics | None = None) -> Plan:
+def allocate_ranks(
+    plan: Plan,
+    weights: Weights,
+    compute: Compute,
+    statistics: Statistics | None = None,
+    *,
+    known: dict[tuple[str, str], Tensor] | None = None,
+) -> Plan:
     """Decide every rank of a plan, and predict the increase of the loss if the statistics have gradients.
 
-    Singular values, with statistics those in the layer's metric, go to the cache.
+    Singular values, with statistics those in the layer's metric, go to the cache. `known` holds them by layer and
+    kind from an earlier call with the same weights and statistics, and gets what it lacks.
 
     Raises BudgetError that gives the smallest feasible budget; SurgeryError that names the layer.
     """
@@ -70,9 +78,11 @@ def allocate_ranks(plan: Plan, weights: Weights, compute: Compute, statistics: S
         except SurgeryError as e:
             raise type(e)(f"{row.name}: {e}") from e
 
-    needs = [decomposition_bytes(row, weights.widths[row.name], weighted=weighted) for row in options]
-    found = compute.in_order(compute_values, options, needs)
-    values = {(row.name, row.kind): each for row, each in zip(options, found, strict=True)}
+    values = {} if known is None else known
+    new = [option for option in options if (option.name, option.kind) not in values]
+    needs = [decomposition_bytes(row, weights.widths[row.name], weighted=weighted) for row in new]
+    found = compute.in_order(compute_values, new, needs)
+    values.update(zip(((row.name, row.kind) for row in new), found, strict=True))
 
     def values_of(row: Replacement) -> Tensor:
         return values[row.name, row.kind]

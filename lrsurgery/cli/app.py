@@ -18,10 +18,12 @@ from typing import Annotated
 import typer
 
 from lrsurgery import __version__
-from lrsurgery.cli.bench import bench, study
-from lrsurgery.cli.export import cache, export
+from lrsurgery.cli.bench import bench
 from lrsurgery.cli.factorise import factorise
+from lrsurgery.cli.folders.cache import cache
+from lrsurgery.cli.folders.export import export
 from lrsurgery.cli.report import report
+from lrsurgery.cli.study import study
 from lrsurgery.cli.training import evaluate, finetune
 from lrsurgery.errors import Interrupted, SurgeryError
 from lrsurgery.files.faults import disk_fault

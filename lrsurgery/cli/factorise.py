@@ -1,4 +1,4 @@
-"""The command that makes a checkpoint low rank: `factorise`."""
+"""The command that writes a factorised checkpoint: `factorise`."""
 
 from __future__ import annotations
 
@@ -55,8 +55,26 @@ from lrsurgery.cli.arguments import (
     option,
 )
 from lrsurgery.cli.report import show_report
+from lrsurgery.cli.targets.options import (
+    EvalDataOption,
+    EvalSplitOption,
+    HealOption,
+    LabelColumnOption,
+    LabelMapOption,
+    MaxLossOption,
+    MaxSizeOption,
+    MinAccuracyOption,
+    SpeedupOption,
+    TestDataOption,
+    TestSplitOption,
+    eval_data_of,
+    healing_of,
+    request_of,
+    stand_in,
+)
 
 if TYPE_CHECKING:
+    from lrsurgery.measure.targets.goals import Goal, SizeLimit
     from lrsurgery.surgery.plan import Target
 
     BudgetOf: TypeAlias = str
@@ -81,6 +99,17 @@ def factorise(
     budget_of: Annotated[
         BudgetOf, option("--budget-of", panel=CUT, text="layers: those that may be factorised; model: all of it.")
     ] = "layers",
+    max_loss: MaxLossOption = None,
+    min_accuracy: MinAccuracyOption = None,
+    max_size: MaxSizeOption = None,
+    speedup: SpeedupOption = None,
+    eval_data: EvalDataOption = None,
+    eval_split: EvalSplitOption = None,
+    test_data: TestDataOption = None,
+    test_split: TestSplitOption = None,
+    label_column: LabelColumnOption = None,
+    label_map: LabelMapOption = None,
+    heal: HealOption = None,
     calibration: CalibrationOption = None,
     importance: ImportanceOption = "fisher",
     metric: MetricOption = None,
@@ -178,17 +207,63 @@ def factorise(
 
       lrsurgery factorise gpt2 --rank params:0.5 --calibration builtin
 
+      lrsurgery factorise gpt2 --max-loss 2% --calibration text.txt --eval-data valid.txt --test-data test.txt
+
       lrsurgery factorise gpt2 --from-scratch --init spectral-ones --rank 0.62
     """
     screen = make_screen(quiet, as_json)
+    from dataclasses import replace
+
     from lrsurgery.data.options import DataOptions
-    from lrsurgery.factorise.checkpoint import plan_checkpoint, run_factorise
+    from lrsurgery.factorise.checkpoint import run_factorise
+    from lrsurgery.factorise.decide import plan_checkpoint
     from lrsurgery.factorise.options import parse_calibration, parse_options
+    from lrsurgery.measure.targets.choose import factorise_to_goal
+    from lrsurgery.measure.targets.goals import parse_goal
     from lrsurgery.runtime import Processes
 
+    goal = parse_goal(
+        max_loss=max_loss,
+        min_accuracy=min_accuracy,
+        max_size=max_size,
+        speedup=speedup,
+        others={"--rank": bool(rank), "--budget": budget is not None},
+    )
+    how = DataOptions(
+        task=str(task) if task else None,
+        subset=subset,
+        text_column=text_column,
+        image_column=image_column,
+        block_size=block_size,
+        bos=str(bos),
+        join=join,
+        image_size=image_size,
+    )
+    measured = replace(how, label_column=label_column, label_map=label_map)
+    data = eval_data_of(eval_data, eval_split, measured)
+    calibrated = parse_calibration(
+        calibration,
+        importance=str(metric or importance),
+        statistics=statistics,
+        samples=samples,
+        fisher_temperature=fisher_temperature,
+        sequential=sequential,
+        save=save_statistics,
+        split=split,
+        # without calibration these options are about the data to measure on alone
+        how=DataOptions() if data is not None and calibration is None and statistics is None else how,
+    )
+    request = request_of(
+        goal,
+        data,
+        eval_data_of(test_data, test_split, measured, "--test-data"),
+        healing_of(heal, calibrated, measured, device),
+        budget_of=str(budget_of),
+        dry_run=dry_run,
+    )
     options = parse_options(
         rank=rank,
-        budget=budget,
+        budget=budget if goal is None else stand_in(goal),
         budget_of=str(budget_of),
         multiple_of=multiple_of,
         init=str(init),
@@ -214,26 +289,7 @@ def factorise(
         resume=resume,
         check=check,
         command=command_line(),
-        calibration=parse_calibration(
-            calibration,
-            importance=str(metric or importance),
-            statistics=statistics,
-            samples=samples,
-            fisher_temperature=fisher_temperature,
-            sequential=sequential,
-            save=save_statistics,
-            split=split,
-            how=DataOptions(
-                task=str(task) if task else None,
-                subset=subset,
-                text_column=text_column,
-                image_column=image_column,
-                block_size=block_size,
-                bos=str(bos),
-                join=join,
-                image_size=image_size,
-            ),
-        ),
+        calibration=calibrated,
         loss_check=not no_loss_check,
     )
     if dry_run:
@@ -242,23 +298,28 @@ def factorise(
         show_report(screen, found)
         screen.say("Nothing was written; leave --dry-run out to do it.")
         return
-    target = output or Path(default_name(model, options.surgery.target))
-    with screen.follow("factorise") as listener:
-        found = run_factorise(model, target, options, processes=Processes.of_environment(), listener=listener)
+    target = output or Path(default_name(model, options.surgery.target if goal is None else goal))
+    processes = Processes.of_environment()
+    with screen.follow("factorise" if request is None else "search") as listener:
+        if request is None:
+            found = run_factorise(model, target, options, processes=processes, listener=listener)
+        else:
+            found = factorise_to_goal(model, target, options, request, processes=processes, listener=listener)
     show_report(screen, found, output=str(target))
     screen.say(f"Written to {target}")
     screen.say(f"Next: lrsurgery report {shlex.quote(str(target))}")
 
 
-def default_name(model: str, target: Target) -> str:
+def default_name(model: str, target: Target | Goal | SizeLimit) -> str:
     """The output folder of a model that is named by nothing but what was asked for."""
     from lrsurgery.checkpoints.source import weight_ending
+    from lrsurgery.surgery.budget import Budget
     from lrsurgery.surgery.ranks import RankSpec
 
-    kind = "rank" if isinstance(target, RankSpec) else "budget"
+    kind = "rank-" if isinstance(target, RankSpec) else "budget-" if isinstance(target, Budget) else ""
     asked = target.default if isinstance(target, RankSpec) else target
-    text = str(asked or "mixed").replace(":", "-").replace(" ", "-")
+    text = str(asked or "mixed").lstrip("-").replace(":", "-").replace(" ", "-").replace("%", "pct")
     stem = Path(model.removeprefix("timm:"))
     ending = weight_ending(stem.name)
     name = stem.name.removesuffix(ending) if ending else stem.resolve().name
-    return f"{name}-{kind}-{text}"
+    return f"{name}-{kind}{text}"

@@ -10,25 +10,45 @@ import typer
 from lrsurgery.cli.arguments import (
     OUTPUT,
     ArchitectureOption,
+    BlockSizeOption,
+    BosOption,
+    CalibrationOption,
     Choice,
     ConvOption,
     DebugOption,
     DeviceOption,
     ExcludeOption,
     FormOption,
+    ImageColumnOption,
+    ImageSizeOption,
     IncludeOption,
     JobsOption,
+    JoinOption,
     JsonOption,
     MultipleOption,
     NoCacheOption,
     OverwriteOption,
     QuietOption,
     RevisionOption,
+    SamplesOption,
+    SplitOption,
+    StatisticsOption,
+    SubsetOption,
+    TaskOption,
+    TextColumnOption,
     TrustOption,
     choice,
     command_line,
     make_screen,
     option,
+)
+from lrsurgery.cli.targets.options import (
+    EvalDataOption,
+    EvalSplitOption,
+    HealOption,
+    LabelColumnOption,
+    LabelMapOption,
+    curve_request,
 )
 from lrsurgery.report.views import VIEWS, render
 from lrsurgery.text import expanded
@@ -101,6 +121,23 @@ def report(
         Path | None,
         option("--plots", panel=OUTPUT, metavar="DIR", default=False, text="Draw figures for a paper, as svg and png."),
     ] = None,
+    eval_data: EvalDataOption = None,
+    eval_split: EvalSplitOption = None,
+    label_column: LabelColumnOption = None,
+    label_map: LabelMapOption = None,
+    heal: HealOption = None,
+    calibration: CalibrationOption = None,
+    samples: SamplesOption = 128,
+    block_size: BlockSizeOption = None,
+    statistics: StatisticsOption = None,
+    task: TaskOption = None,
+    subset: SubsetOption = None,
+    split: SplitOption = None,
+    text_column: TextColumnOption = None,
+    bos: BosOption = "auto",
+    join: JoinOption = False,
+    image_column: ImageColumnOption = None,
+    image_size: ImageSizeOption = None,
     conv: ConvOption = "auto",
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
@@ -119,13 +156,16 @@ def report(
 ) -> None:
     """Show which layers can shrink and at which rank, what surgery cost, whether healing worked, whether it is faster.
 
-    Of a dense model: every layer's spectrum, and what a ladder of ranks would keep, lose and save. Of a factorised one:
+    Of a dense model: every layer's spectrum, and what a ladder of ranks would keep, lose and save; with --eval-data the
+    measured loss and speedup at ten sizes. Of a factorised one:
     what was done to each layer, and with --against what is left of the dense one. Of training runs: their courses side
     by side.
 
     [bold]Examples[/bold]
 
       lrsurgery report gpt2 --rank params:0.5
+
+      lrsurgery report gpt2 --calibration text.txt --eval-data valid.txt --output gpt2-curve.html
 
       lrsurgery report gpt2-rank-0.5 --output gpt2.html
 
@@ -158,7 +198,41 @@ def report(
     from lrsurgery.runtime import Compute, pick_device
     from lrsurgery.surgery.ranks import parse_rank
 
+    asked = curve_request(
+        conv=str(conv),
+        include=include or ("*",),
+        exclude=exclude or (),
+        multiple_of=multiple_of,
+        device=device,
+        jobs=jobs,
+        cache=not no_cache,
+        revision=revision,
+        architecture=architecture,
+        trust_remote_code=trust_remote_code,
+        eval_data=eval_data,
+        eval_split=eval_split,
+        heal=heal,
+        calibration=calibration,
+        samples=samples,
+        statistics=statistics,
+        split=split,
+        how={
+            "task": str(task) if task else None,
+            "subset": subset,
+            "text_column": text_column,
+            "image_column": image_column,
+            "block_size": block_size,
+            "bos": str(bos),
+            "join": join,
+            "image_size": image_size,
+        },
+        labels={"label_column": label_column, "label_map": label_map},
+    )
+    if asked is not None and (len(models) > 1 or against):
+        raise SurgeryError("--eval-data measures the curve of one dense model; name one, without --against")
     with screen.follow("report") as listener:
+        if asked is not None:  # before the spectra, which take a while
+            asked.check(models[0])
         found = read_report(
             models,
             Compute(device=pick_device(device), jobs=jobs, cache=not no_cache),
@@ -177,6 +251,8 @@ def report(
             command=command_line(),
             listener=listener,
         )
+        if asked is not None:
+            found = asked.added_to(found, models[0], listener)
     if output is None and view in ("terminal", "json"):
         show_report(screen, found, sort=str(sort), every=every)
     else:

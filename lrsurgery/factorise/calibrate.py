@@ -97,6 +97,10 @@ def calibrate(
 
     Raises SurgeryError for data, a model or statistics that cannot be used.
     """
+    if calibration.own_statistics is not None:
+        statistics = Statistics.read(calibration.own_statistics)
+        statistics.check_for(rows, str(calibration.own_statistics))
+        return statistics
     kept = _read_own(folder, owner, rows)
     target = calibration.save
     if target is not None and target.exists() and not (kept is not None and _is_own(target, owner)):
@@ -131,7 +135,7 @@ def calibrate(
         by_block=not fisher,
         room=available // 2,
     )
-    named = _match_names(setup.subject, rows)
+    named = match_names(setup.subject, rows)
     planned = [replace(option, name=named[row.name]) for row in rows for option in row.options]
     passes = len(split(planned, limit)) if fisher else 1
     _announce(setup, calibration, planned, passes, listener)
@@ -263,7 +267,7 @@ def recalibrate(
         return kept
     shutil.rmtree(folder, ignore_errors=True)
     setup = _prepare(source, calibration, seed, device, trust_remote_code, folder / "offload", by_block=True)
-    named = _match_names(setup.subject, plan.replacements)
+    named = match_names(setup.subject, plan.replacements)
     original = {new: old for old, new in named.items()}
     renamed = replace(plan, rows=tuple(replace(row, name=named[row.name]) for row in plan.replacements))
 
@@ -422,7 +426,7 @@ def _load_offloaded(
     return with_problem(subject, problem_of(subject.config.problem_type, head_size(subject), None))
 
 
-def _match_names(subject: Subject, rows: Sequence[Replacement]) -> dict[str, str]:
+def match_names(subject: Subject, rows: Sequence[Replacement]) -> dict[str, str]:
     """Map the plan's layer names to those in the model that runs, which may have another head than the checkpoint."""
     modules = {name for name, _ in subject.model.named_modules()}
     prefix = getattr(subject.body, "base_model_prefix", "")

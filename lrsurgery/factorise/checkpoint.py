@@ -8,35 +8,25 @@ resumes from its pieces, and the output's bytes do not depend on the distributio
 
 from __future__ import annotations
 
-import tempfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
-
-from lrsurgery import __version__
-from lrsurgery.calibration.allocate import Weights, allocate_ranks
-from lrsurgery.calibration.statistics import FILE_NAME as STATISTICS
 from lrsurgery.calibration.statistics import Statistics
-from lrsurgery.checkpoints.build import check_not_converted
-from lrsurgery.checkpoints.mapping import Checkpoint, Entry, list_entries, open_checkpoint
+from lrsurgery.checkpoints.mapping import Checkpoint, Entry, list_entries
 from lrsurgery.checkpoints.output import check_output, copy_companions, output_config
-from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.spectra import SpectrumCache, cache_limit
-from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
-from lrsurgery.data.datasets import digest_of
-from lrsurgery.data.tasks import TASKS, is_for
 from lrsurgery.errors import SurgeryError
-from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.check import check_loss, warnings
-from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
-from lrsurgery.factorise.work.folder import SPEEDS, WorkFolder, keep_work
+from lrsurgery.factorise.decide import decide, describe_job, notes_on, open_plan, read_decisions
+from lrsurgery.factorise.options import FactoriseOptions, choose_calibration, parse_options
+from lrsurgery.factorise.work.folder import WorkFolder, keep_work
 from lrsurgery.factorise.work.jobs import find_pending
 from lrsurgery.factorise.work.rewrite import Rewriter
-from lrsurgery.files.digests import file_digests, fingerprint
+from lrsurgery.files.digests import file_digests
 from lrsurgery.files.faults import disk_faults
-from lrsurgery.files.json import Json, json_text
+from lrsurgery.files.json import json_text
 from lrsurgery.files.locks import locked
 from lrsurgery.files.writing import staged, with_name, write_text
 from lrsurgery.progress import SILENT, Listener
@@ -46,91 +36,8 @@ from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import Processes, versions
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.plan import Kept, Plan, Replacement
-from lrsurgery.surgery.speed import POSITIONS, SpeedTable, describe, make_timer, plan_layers
 
-
-def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listener = SILENT) -> Report:
-    """Report what `factorise` would do.
-
-    Reads weights only if the rank policy, a budget or calibration needs their singular values. Raises SurgeryError.
-    """
-    source = options.source.resolve(reference)
-    options, note = choose_calibration(source, options)
-    checkpoint, plan = _open(source, options)
-    if note is not None:
-        listener.note(note)
-    statistics = None
-    if plan.needs_spectra or options.calibration is not None:
-        entries = list_entries(checkpoint, {row.name for row in plan.replacements})
-        with tempfile.TemporaryDirectory(prefix="lrsurgery-") as folder:
-            statistics = _calibrate(source, plan, options, Path(folder), "", listener)
-            plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
-    return replace(
-        plan_report(plan, checkpoint.parameters),
-        command=options.output.command,
-        options=options.recorded(),
-        about="plan",
-        name=checkpoint.source.name,
-        notes=_notes(options, checkpoint),
-        calibration=None if statistics is None else statistics.facts,
-    )
-
-
-def _open(source: Source, options: FactoriseOptions) -> tuple[Checkpoint, Plan]:
-    check_not_converted(source)
-    checkpoint = open_checkpoint(source, options.source)
-    plan = plan_layers(
-        checkpoint.model,
-        options.surgery,
-        tied=checkpoint.tied,
-        device=options.compute.device,
-        dtype=options.output.dtype,
-    )
-    return checkpoint, plan
-
-
-def _calibrate(
-    source: Source, plan: Plan, options: FactoriseOptions, folder: Path, owner: str, listener: Listener
-) -> Statistics | None:
-    if options.calibration is None:
-        return None
-    return calibrate(
-        source,
-        options.calibration,
-        plan.replacements,
-        folder,
-        owner=owner,
-        seed=options.surgery.seed,
-        device=options.compute.device,
-        trust_remote_code=options.source.trust_remote_code,
-        listener=listener,
-    )
-
-
-def _weights(
-    checkpoint: Checkpoint, entries: list[Entry], options: FactoriseOptions, speeds: Path | None = None
-) -> Weights:
-    """Access to the dense weights in a checkpoint's files; `speeds` keeps the times that a budget of time uses."""
-    timer = None
-    if _is_timed(options):
-        table = SpeedTable(options.compute.device, options.output.dtype, kept=speeds)
-        timer = make_timer(checkpoint.model, options.surgery.conv, table)
-    output = options.output
-    by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
-    return Weights(
-        read=lambda name: by_layer[name].read(),
-        widths={name: entry.dtype.itemsize for name, entry in by_layer.items()},
-        stored_widths={name: output.stored(entry.dtype).itemsize for name, entry in by_layer.items()},
-        parameters=checkpoint.parameters,
-        stored_bytes=sum(torch.Size(e.shape).numel() * output.stored(e.dtype).itemsize for e in entries),
-        device=options.compute.device,
-        timer=timer,
-    )
-
-
-def _is_timed(options: FactoriseOptions) -> bool:
-    budget = options.surgery.budget
-    return budget is not None and budget.kind == "time"
+Complete: TypeAlias = "Callable[[Path, Report], Report]"  # a written folder before it is published, its report
 
 
 def factorise_checkpoint(
@@ -149,24 +56,31 @@ def run_factorise(
     options: FactoriseOptions,
     *,
     processes: Processes | None = None,
+    complete: Complete | None = None,
     listener: Listener = SILENT,
 ) -> Report:
     """Write the factorised checkpoint of a model; see `factorise_checkpoint`.
 
-    Every process of a job calls it; rank 0 writes the output. Raises SurgeryError; raises Interrupted if Ctrl-C or
+    Every process of a job calls it; rank 0 writes the output. `complete` adds to the report what it measures of the
+    written folder; if it raises, nothing is published. Raises SurgeryError; raises Interrupted if Ctrl-C or
     SIGTERM comes after statistics or layers are finished, which are kept.
     """
     processes, output = processes or Processes(), with_name(output)
     if not processes.is_main:
         # Wait for rank 0, which reports errors once, fills the caches and writes the job list.
         processes.barrier("begin")
-        return _factorise(reference, output, options, processes, listener)
+        return _factorise(reference, output, options, processes, complete, listener)
     with disk_faults(output), locked(output):
-        return _factorise(reference, output, options, processes, listener)
+        return _factorise(reference, output, options, processes, complete, listener)
 
 
 def _factorise(
-    reference: str, output: Path, options: FactoriseOptions, processes: Processes, listener: Listener
+    reference: str,
+    output: Path,
+    options: FactoriseOptions,
+    processes: Processes,
+    complete: Complete | None,
+    listener: Listener,
 ) -> Report:
     source = options.source.resolve(reference)
     options, note = choose_calibration(source, options)
@@ -174,17 +88,17 @@ def _factorise(
     finished = options.output.resume and work.is_published()
     check_output(output, source, options.output.overwrite or finished)
     limit = cache_limit()
-    checkpoint, plan = _open(source, options)
+    checkpoint, plan = open_plan(source, options)
     entries = list_entries(checkpoint, {row.name for row in plan.replacements})
     parameters = checkpoint.parameters
     if not processes.is_main:
         if not finished:
-            plan, statistics = _read_decisions(plan, options.calibration, work)
+            plan, statistics = read_decisions(plan, options.calibration, work)
             _rewriter(checkpoint, plan, options, entries, statistics).do_jobs(work, processes)
         processes.barrier("end")  # rank 0 has written the output
         return Report.read(output)
     with keep_work(work, output, len(plan.replacements)):
-        work.open(_task(source, options), resume=options.output.resume)
+        work.open(describe_job(source, options), resume=options.output.resume)
         if finished:
             listener.note(f"{output}: the job is finished")
             for moment in ("begin", "end"):
@@ -192,7 +106,7 @@ def _factorise(
             return Report.read(output)
         if note is not None and options.surgery.budget is not None:
             listener.note(note)
-        plan, statistics = _decide(source, checkpoint, plan, options, entries, work, listener)
+        plan, statistics = decide(source, checkpoint, plan, options, entries, work, listener)
         work.set_decisions(
             {row.name: (row.kind, row.rank) if isinstance(row, Replacement) else row.reason for row in plan.rows}
         )
@@ -225,15 +139,16 @@ def _factorise(
                 command=options.output.command,
                 options=options.recorded(),
                 versions=versions(),
-                notes=_notes(options, checkpoint),
+                notes=notes_on(options, checkpoint),
                 calibration=None if statistics is None else statistics.facts,
             )
             copy_companions(source, stage)
             config = output_config(source, checkpoint.model, layers, options.output.dtype)
             write_text(stage / "config.json", json_text(config))
             rewriter.check(stage, work, options.source, listener)
-            loss_check = check_loss(source, stage, options, listener)
-            report = replace(report, loss_check=loss_check, files=file_digests(stage))
+            report = replace(report, loss_check=check_loss(source, stage, options, listener))
+            report = report if complete is None else complete(stage, report)
+            report = replace(report, files=file_digests(stage))
             write_text(stage / FILE_NAME, report.to_json())
             write_text(stage / "README.md", model_card(report, source, output.name, config))
             work.set_published(stage)
@@ -246,114 +161,12 @@ def _factorise(
     return report
 
 
-def _decide(
-    source: Source,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    options: FactoriseOptions,
-    entries: list[Entry],
-    work: WorkFolder,
-    listener: Listener,
-) -> tuple[Plan, Statistics | None]:
-    """Decide ranks as far as needed before decomposition, and collect the statistics of calibration.
-
-    A rank that depends on the layer's own spectrum is decided with its decomposition. It is decided earlier where
-    speeds cannot be measured beside decompositions, where a budget needs the spectra of all layers, where --sequential
-    factorises a block before it calibrates the next, and where convolution schemes compare.
-    """
-    statistics = _calibrate(source, plan, options, work.path / "statistics", work.job, listener)
-    sequential = options.calibration is not None and options.calibration.sequential
-    schemes = any(row.others for row in plan.replacements)
-    early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential or schemes
-    if plan.needs_spectra and early:
-        weights = _weights(checkpoint, entries, options, work.path / SPEEDS)
-        plan = allocate_ranks(plan, weights, options.compute, statistics)
-    if sequential and statistics is not None:
-        assert options.calibration is not None
-        statistics = recalibrate(
-            source,
-            options.calibration,
-            plan,
-            statistics,
-            work.path / "sequential",
-            owner=f"{work.job} sequential",
-            seed=options.surgery.seed,
-            init=options.surgery.init,
-            device=options.compute.device,
-            trust_remote_code=options.source.trust_remote_code,
-            listener=listener,
-        )
-    return plan, statistics
-
-
-def _read_decisions(plan: Plan, calibration: Calibration | None, work: WorkFolder) -> tuple[Plan, Statistics | None]:
-    """Read the decisions and statistics of rank 0 from the work folder, for the other processes."""
-    decisions = work.decisions()
-    rows: dict[str, Replacement | Kept] = {}
-    for row in plan.replacements:
-        decision = decisions[row.name]
-        if isinstance(decision, str):
-            rows[row.name] = Kept(row.name, row.kind, row.shape, row.parameters, decision)
-        else:
-            kind, rank = decision
-            rows[row.name] = replace(next(option for option in row.options if option.kind == kind), rank=rank)
-    plan = plan.with_rows(rows)
-    if calibration is None:
-        return plan, None
-    if calibration.statistics is not None:
-        return plan, calibration.read_statistics()
-    return plan, Statistics.read(work.path / ("sequential" if calibration.sequential else "statistics"))
-
-
 def _rewriter(
     checkpoint: Checkpoint, plan: Plan, options: FactoriseOptions, entries: list[Entry], statistics: Statistics | None
 ) -> Rewriter:
     return Rewriter(checkpoint, plan, options.surgery, options.output, options.compute, entries, statistics)
 
 
-def _task(source: Source, options: FactoriseOptions) -> Json:
-    """Everything that a piece depends on; `WorkFolder.open` names the entry that differs."""
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
-    return {
-        **{name.replace("_", " "): value for name, value in options.recorded().items()},
-        "source": [source.name, *map(list, files)],
-        **({"device of the times": describe(options.compute.device)} if _is_timed(options) else {}),
-        "calibration data": None if options.calibration is None else _digest_data(options.calibration),
-        "version of lrsurgery or torch": [__version__, torch.__version__],
-    }
-
-
-def _digest_data(calibration: Calibration) -> str:
-    if calibration.statistics is not None:
-        return fingerprint([calibration.statistics / STATISTICS])
-    return digest_of(calibration.data, calibration.split, calibration.how.subset)
-
-
 def _list_reasons(rewriter: Rewriter) -> str:
     reasons = sorted({row.reason for row in rewriter.decided.values() if isinstance(row, Kept)})
     return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
-
-
-def _notes(options: FactoriseOptions, checkpoint: Checkpoint) -> tuple[str, ...]:
-    notes = list(checkpoint.notes)
-    if _is_timed(options):
-        notes.append(
-            f"the budget is of the time of the layers alone, for {POSITIONS} tokens or positions at once on"
-            f" {describe(options.compute.device)}; lrsurgery bench measures the whole model"
-        )
-    from_scratch = options.source.from_scratch_seed is not None
-    if options.surgery.init != "spectral" and not from_scratch:
-        notes.append(f"--init {options.surgery.init} gives up the pretrained values: the model must be trained again")
-    if checkpoint.source.library == "transformers" and is_own(checkpoint.model):
-        task = next((TASKS[name] for name in TASKS if is_for(checkpoint.source, name)), None)
-        lacks = lacks_for_measuring(checkpoint.model, (*task.inputs, "labels")) if task is not None else None
-        if lacks is not None:
-            notes.append(f"{type(checkpoint.model).__name__} can be factorised, but not trained and measured: {lacks}")
-    if from_scratch:
-        notes.append("initialised from its config, no pretrained weight is left: the model must be trained")
-    if checkpoint.unused:
-        listed = ", ".join(checkpoint.unused[:3]) + (", ..." if len(checkpoint.unused) > 3 else "")
-        notes.append(
-            f"passed through, though the model class does not use them: {len(checkpoint.unused)} tensors ({listed})"
-        )
-    return tuple(notes)

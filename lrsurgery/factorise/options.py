@@ -40,6 +40,7 @@ class Calibration:
     sequential: bool = False  # calibrate each block after those before it are factorised
     statistics: Path | None = None  # folder of existing statistics
     save: Path | None = None  # folder to keep the statistics in
+    own_statistics: Path | None = None  # folder of the statistics of `data` that an earlier part of the job collected
     split: str | None = None
     how: DataOptions = field(default_factory=DataOptions)
 

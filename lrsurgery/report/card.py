@@ -64,6 +64,8 @@ def model_card(
         paragraphs.append(f"{words[0].upper()}{words[1:]}.")
     if report.loss_check is not None:
         paragraphs.append(f"Loss right after surgery: {markdown(report.loss_check['text'])}.")
+    if report.choice is not None:
+        paragraphs.append("\n".join(f"- {markdown(line)}" for line in report.choice["lines"]))
     paragraphs += [f"Note: {markdown(note)}." for note in report.notes]
     return _filled(
         source,

@@ -23,6 +23,7 @@ from lrsurgery.linalg.spectrum import EffectiveRanks, Points, predicted_damage
 from lrsurgery.linalg.subspaces import Overlap
 from lrsurgery.report.bench import Bench, Count, Size
 from lrsurgery.report.runs import Run
+from lrsurgery.report.targets.schema import Choice, Curve
 from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.ranks import break_even_rank
 from lrsurgery.units import shape_text
@@ -153,6 +154,8 @@ class Report:
     training: tuple[Run, ...] = ()
     bench: Bench | None = None
     calibration: Json | None = None  # the importance, the data and how much of it
+    curve: Curve | None = None  # of a dense model: figures over size
+    choice: Choice | None = None  # how a target chose the size
     loss_check: Json | None = None  # of the quick check after surgery; `text` is its line for people
     files: dict[str, FileDigest] = field(default_factory=dict)  # the folder's others, as they were written
 
@@ -226,6 +229,8 @@ class Report:
             "training": self.training,
             "bench": self.bench,
             "calibration": self.calibration,
+            "curve": self.curve,
+            "choice": self.choice,
             "loss_check": self.loss_check,
             "files": self.files,
             "layers": layers,
@@ -351,6 +356,8 @@ class _File(TypedDict):
     training: NotRequired[list[Run]]
     bench: NotRequired[Bench | None]
     calibration: NotRequired[_Calibration | None]
+    curve: NotRequired[Curve | None]
+    choice: NotRequired[Choice | None]
     loss_check: NotRequired[_LossCheck | None]
     files: NotRequired[dict[str, FileDigest]]
 

@@ -1,4 +1,7 @@
-"""Plans: the rank of each layer to factorise, and the reason why each other layer stays dense. Changes no model."""
+"""Plans: the rank of each layer to factorise, and the reason why each other layer stays dense. Changes no model.
+
+The file is long because what a row of a plan is, and each reason to leave a layer dense, stand together.
+"""
 
 from __future__ import annotations
 

@@ -352,7 +352,7 @@ def test_second_rank_costs_no_decomposition(
 def test_a_plan_by_energy_costs_no_second_decomposition(
     model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from lrsurgery.factorise.checkpoint import plan_checkpoint
+    from lrsurgery.factorise.decide import plan_checkpoint
     from lrsurgery.factorise.options import parse_options
 
     first = plan_checkpoint(str(model), parse_options(rank="energy:0.9"))

@@ -13,6 +13,7 @@ from support.tiny import run, save_gpt2, write_text
 from lrsurgery.report.profile import ProfileOptions
 from lrsurgery.report.read import read_report
 from lrsurgery.report.schema import Report
+from lrsurgery.report.targets.schema import Choice, Curve, Point
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.ranks import parse_rank
 
@@ -76,11 +77,14 @@ class Shop:
             return self._read(self.factorised())
         if which == "hundreds of layers":
             return self._read(self.factorised(70))
+        if which == "a curve":
+            return replace(self.report("before surgery"), curve=_curve("valid.txt"), choice=None)
         if which == "hostile names":
             found = self.report("calibrated")
             first = found.factorised[0]
             rows = tuple(replace(row, name=HOSTILE) if row is first else row for row in found.rows)
-            return replace(found, name=HOSTILE, notes=(HOSTILE,), command=HOSTILE, rows=rows)
+            more = {"curve": _curve(HOSTILE), "choice": _choice(HOSTILE)}
+            return replace(found, name=HOSTILE, notes=(HOSTILE,), command=HOSTILE, rows=rows, **more)
         assert which == "nothing but a name"
         return Report((), 0, None, about="runs", name="bare")
 
@@ -94,12 +98,43 @@ class Shop:
         )
 
 
+def _curve(data: str) -> Curve:
+    """Of ten sizes; one point has no figure, as a wreck has none, and one was not timed."""
+    points: list[Point] = []
+    for i in range(1, 11):
+        values = {"loss": 3 + 2 / i, "perplexity": 20 + 300 / i, "top1": i / 20, "top5": i / 11}
+        at = Point(
+            budget=f"{i / 10:g}", layers=10 - i, parameters=1_000 * i, share=i / 10, bytes=4_000 * i, values=values
+        )
+        points.append({**at, "speedup": 1.5 - i / 20, "interval": [1.4 - i / 20, 1.6 - i / 20]})
+    points[0]["values"] = {}
+    points[1]["speedup"] = points[1]["interval"] = None
+    points[-1]["budget"] = None
+    return Curve(points=points, knee=3, rule="by eye", data=data, setting="prefill of 1 x 8 on cpu", heal=0, notes=[])
+
+
+def _choice(data: str) -> Choice:
+    lines = [f"--max-loss 2%: found by {data}", data]
+    figures = {"loss": 3.0}
+    return Choice(
+        target="--max-loss 2%",
+        lines=lines,
+        budget="0.5",
+        bound=3.1,
+        dense=figures,
+        values=figures,
+        points=[],
+        data=data,
+    )
+
+
 WHICH = (
     "after surgery",
     "before surgery",
     "training runs",
     "a plan",
     "calibrated",
+    "a curve",
     "untrained",
     "hundreds of layers",
     "hostile names",

@@ -21,11 +21,12 @@ from lrsurgery.files.marks import check_ours, remove_entries, write_mark
 from lrsurgery.files.writing import replace_file
 
 WORK = "work"  # what a work folder's mark says
+POINTS = "points.json"  # what a search for a target has measured
 PUBLISHED = "published"  # fingerprint of the whole output
 SPEEDS = "speed.json"  # times of layers, for a budget of time
 FOLDERS = ("statistics", "sequential")
 # what a job writes beside PUBLISHED; the last says what the others are
-ENTRIES = ("to_do.json", "ranks.json", SPEEDS, "failed", *FOLDERS, "*.safetensors", "*.half", "job.json")
+ENTRIES = ("to_do.json", "ranks.json", SPEEDS, POINTS, "failed", *FOLDERS, "*.safetensors", "*.half", "job.json")
 
 # of a layer: its kind and rank (None if its spectrum decides), or the reason to stay dense
 Decision: TypeAlias = tuple[str, int | None] | str
@@ -132,6 +133,7 @@ class WorkFolder:
     def kept(self, layers: int) -> str:
         """What there is to resume from, of so many layers; empty for nothing."""
         parts = ["the statistics"] if (self.path / "statistics" / STATISTICS).exists() else []
+        parts += ["the measured points"] if (self.path / POINTS).exists() else []
         parts += [f"{self.count()} of {layers} layers"] if self.count() else []
         return " and ".join(parts)
 
@@ -153,6 +155,8 @@ def keep_work(work: WorkFolder, output: Path, layers: int) -> Iterator[None]:
     try:
         with disk_faults(output):
             yield
+    except Interrupted:
+        raise  # of a job within this one
     except (KeyboardInterrupt, SystemExit) as e:
         if kept := work.kept(layers):
             raise Interrupted(f"interrupted; {kept} are kept; run the same command with --resume to continue") from e

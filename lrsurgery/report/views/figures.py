@@ -12,6 +12,7 @@ from lrsurgery.errors import OutputError
 from lrsurgery.files.writing import replace_files
 from lrsurgery.report.runs import Measure, Run
 from lrsurgery.report.schema import Report, Row, Rung
+from lrsurgery.report.targets.schema import Curve
 from lrsurgery.report.views.terminal import mean_course
 from lrsurgery.text import one_line
 
@@ -85,12 +86,15 @@ def rendered(name: str, fill: Fill, size: tuple[float, float]) -> dict[str, byte
 
 def _figures(report: Report) -> Iterator[tuple[str, Fill, tuple[float, float]]]:
     """(file name, what fills the figure, inches) of each figure that there are numbers for."""
+    curve = report.curve
     known = [row for row in report.rows if row.spectrum_before or row.spectrum_after]
     if known:
         yield "spectra", lambda figure: _spectra(figure, known), (WIDTH, 2.6)
         yield "effective_ranks", lambda figure: _effective_ranks(figure, known), (WIDTH, 2.2)
     if report.ladder:
         yield "ladder", lambda figure: _ladder(figure, report), (WIDTH, 2.4)
+    if curve:
+        yield "curve", lambda figure: _curve(figure, curve), (WIDTH, 2.4)
     kept = [row for row in report.factorised if row.energy_kept is not None]
     if kept:
         suffixes = {_place(row.name)[0] for row in kept}
@@ -157,6 +161,28 @@ def _ladder(figure: Figure, report: Report) -> None:
     axes[0].set(xlabel="share of parameters", ylabel="energy kept", ylim=(None, 1.02))
     axes[1].set(xlabel="share of parameters", ylabel="relative error", ylim=(0, None))
     axes[0].legend(loc="lower right")
+
+
+def _curve(figure: Figure, curve: Curve) -> None:
+    """Loss and speedup against the share of parameters, the knee marked."""
+    axes = figure.subplots(1, 2)
+    points = curve["points"]
+    losses = [(point["share"], point["values"]["loss"]) for point in points if "loss" in point["values"]]
+    if losses:
+        axes[0].plot(*zip(*losses, strict=True), "o-", color=COLOURS[0], markersize=3)
+    knee = None if curve["knee"] is None else points[curve["knee"]]
+    if knee is not None:
+        axes[0].plot(knee["share"], knee["values"]["loss"], "o", color=COLOURS[1], markersize=5, label="knee")
+        axes[0].legend()
+    for point in points:
+        speedup, interval = point.get("speedup"), point.get("interval")
+        if speedup is not None:
+            axes[1].plot(point["share"], speedup, "o", color=COLOURS[0], markersize=3)
+        if interval is not None:
+            axes[1].plot([point["share"]] * 2, interval, color=COLOURS[0])
+    axes[1].axhline(1, color=COLOURS[-1], linewidth=0.6)
+    axes[0].set(xlabel="share of parameters", ylabel="loss")
+    axes[1].set(xlabel="share of parameters", ylabel="speedup")
 
 
 def drawn_text(name: str) -> str:

@@ -13,6 +13,7 @@ from string import Template
 
 from lrsurgery.files.json import Json
 from lrsurgery.report.schema import Report
+from lrsurgery.report.targets.columns import columns_of, curve_words
 from lrsurgery.report.views import speed, web
 from lrsurgery.report.views.columns import HEADINGS, LADDER, named, page_columns
 from lrsurgery.report.views.web.facts import ABOUT, TERMS, bench_facts, option_facts, origin, slower_words
@@ -21,7 +22,7 @@ from lrsurgery.report.views.web.tiles import tiles
 
 ENDINGS = (".html", ".htm")
 # joined in this order: each may use what stands before it
-PARTS = ("draw", "plots", "table", "layers", "detail", "blocks", "runs", "bench", "summary", "page")
+PARTS = ("draw", "plots", "table", "layers", "detail", "blocks", "curve", "runs", "bench", "summary", "page")
 
 
 def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
@@ -59,6 +60,9 @@ def view(report: Report) -> Json:
         "terms": _listed(TERMS.items()),
         "columns": page_columns(report),
         "ladder": named(LADDER),
+        "curve": named(columns_of(report.curve)) if report.curve else [],
+        "curveWords": curve_words(report.curve) if report.curve else [],
+        "choice": report.choice["lines"] if report.choice else [],
         "runs": named(speed.RUNS),
         "layers": named(speed.LAYERS),
         "works": [work_of(run) for run in bench["runs"]] if bench else [],

@@ -8,6 +8,7 @@ from lrsurgery.files.json import Json
 from lrsurgery.report.bench import Bench
 from lrsurgery.report.runs import Run
 from lrsurgery.report.schema import Report, Row
+from lrsurgery.report.targets.columns import columns_of, curve_words, places_of
 from lrsurgery.report.views.columns import (
     LADDER,
     QUALITY,
@@ -37,9 +38,14 @@ def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
         lines.append(f"- {form_words(report)}")
     if report.loss_check is not None:
         lines.append(f"- loss: {markdown(report.loss_check['text'])}")
+    if report.choice is not None:
+        lines += [f"- {markdown(line)}" for line in report.choice["lines"]]
     lines += ["", *(f"> {markdown(note)}\n" for note in report.notes)]
     if report.ladder:
         lines += ["## What each rank would keep", "", *column_lines(LADDER, steps_of(report))]
+    if report.curve:
+        lines += ["## What each size loses", "", *(f"- {markdown(line)}" for line in curve_words(report.curve)), ""]
+        lines += column_lines(columns_of(report.curve), places_of(report.curve))
     layers = [row for row in sorted_rows(report.rows, sort) if row.status == "factorised" or row.full_rank is not None]
     if layers:
         high = {row["name"] for row in body["layers"] if row["damage_high"]}

@@ -17,6 +17,7 @@ from rich.text import Text
 
 from lrsurgery.report.runs import Measure, Run
 from lrsurgery.report.schema import Report, Row
+from lrsurgery.report.targets.draw import curve_parts
 from lrsurgery.report.views.columns import (
     COLUMNS,
     HEADINGS,
@@ -30,12 +31,11 @@ from lrsurgery.report.views.columns import (
     steps_of,
 )
 from lrsurgery.report.views.speed import slower_lines, speed_table
-from lrsurgery.text import visible
+from lrsurgery.text import BARS, visible
 from lrsurgery.units import shape_text
 
 NARROW = 100  # columns; below, a table shows less
 MANY = 80  # layers; above, they are shown a block at a time
-BARS = "▁▂▃▄▅▆▇█"
 LAST = ("loss", "damage", "unbalanced")  # columns of a table of factorised layers
 SHOWN = "params:0.5"  # the rung of the ladder that the table of a dense model's layers shows
 
@@ -73,6 +73,8 @@ def report_parts(report: Report, width: int, *, sort: str = "model", every: bool
     parts: list[RenderableType] = []
     if report.ladder:
         parts += [ladder_table(report), ""]
+    if report.curve:
+        parts += curve_parts(report.curve, width)
     rows = [row for row in report.rows if row.status == "factorised" or row.full_rank is not None]
     if rows:
         grouped = len(rows) > MANY and not every and sort == "model"
@@ -297,7 +299,7 @@ def totals_lines(report: Report) -> list[str]:
         lines.append(f"predicted: +{totals['predicted_loss']:.4g} loss a {unit}, to second order")
     if report.loss_check is not None:
         lines.append(f"loss:       {report.loss_check['text']}")
-    return lines
+    return lines if report.choice is None else [*lines, *report.choice["lines"]]
 
 
 def sparkline(values: Sequence[float], length: int = 8) -> str:

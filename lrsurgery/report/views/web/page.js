@@ -141,7 +141,9 @@ const factsOf = (pairs) => facts(pairs.map(([term, parts]) => [term, parts.map(p
 const sections = [
   summary(),
   notes(),
+  choiceSection(),
   ladderSection(),
+  curveSection(),
   layersSection(),
   trainingSection(),
   benchSection(),

@@ -1,0 +1,1 @@
+"""Commands on folders that exist: exports of a model, the cache."""

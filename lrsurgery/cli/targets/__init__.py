@@ -1,0 +1,1 @@
+"""Targets on the command line: their options, which `factorise` and `report` share."""
