@@ -102,7 +102,7 @@ def stand_in(goal: Goal | SizeLimit | None) -> str | None:
         return None
     if isinstance(goal, SizeLimit):
         return f"bytes:{goal.bytes}"
-    return "flops:1.0" if goal.option == SPEEDUP else "1.0"
+    return "time:1.0" if goal.option == SPEEDUP else "1.0"
 
 
 def eval_data_of(data: str | None, split: str | None, how: DataOptions, option: str = "--eval-data") -> EvalData | None:

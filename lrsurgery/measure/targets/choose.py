@@ -180,17 +180,17 @@ class _Job:
         return self._factorise(str(found[-1]["budget"]), found[-1])
 
     def _search(self, goal: Goal) -> list[Point]:
-        flops = goal.option == SPEEDUP
+        timed = goal.option == SPEEDUP
         # every layer dense, which this budget allows, is no model of its own
-        self.trials.plan_for(budget_at(STEPS, flops=flops))
-        lowest = lowest_place(lambda place: self.trials.plan_for(budget_at(place, flops=flops)) is not None)
+        self.trials.plan_for(budget_at(STEPS, timed=timed))
+        lowest = lowest_place(lambda place: self.trials.plan_for(budget_at(place, timed=timed)) is not None)
         total = 1 + max(1, STEPS - lowest).bit_length()  # about
         done = 0
 
         def measure(place: int) -> Point | None:
             nonlocal done
             done += 1
-            budget = budget_at(place, flops=flops)
+            budget = budget_at(place, timed=timed)
             self.listener.progress(f"budget {budget}", done - 1, max(total, done))
             if budget not in self.points:
                 plan = self.trials.plan_for(budget)

@@ -19,9 +19,9 @@ STEPS = 500  # of the grid: budgets are multiples of 0.002
 Measure: TypeAlias = Callable[[int], Point | None]  # place on the grid -> point; None where every layer stays dense
 
 
-def budget_at(place: int, *, flops: bool = False) -> str:
+def budget_at(place: int, *, timed: bool = False) -> str:
     """The budget at a place of the grid, as --budget takes it."""
-    return f"{'flops:' if flops else ''}{place / STEPS:g}"
+    return f"{'time:' if timed else ''}{place / STEPS:g}"
 
 
 def figures_of(point: Point) -> dict[str, float]:
