@@ -23,7 +23,7 @@ from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.data.tasks import TASKS, TIMM, is_for, task_of
 from lrsurgery.data.text.padding import position_limit
 from lrsurgery.errors import DataError, SurgeryError
-from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.apply import dense_bias, factorised_layers
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight
 from lrsurgery.timing import Workload
 
@@ -232,7 +232,8 @@ class LayerGroup:
         """The dense layer with the same product and bias."""
         dense = build_dense(self.layer)
         dense.weight = nn.Parameter(dense_weight(self.layer), requires_grad=False)
-        dense.bias = self.layer.bias  # type: ignore[assignment]
+        if (bias := dense_bias(self.layer)) is not None:
+            dense.bias = nn.Parameter(bias.detach(), requires_grad=False)
         return dense
 
     def random_input(self, device: torch.device, seed: int) -> Tensor:

@@ -193,7 +193,7 @@ def test_a_bad_choice_is_one_line(
         ({"temperature": 0.0}, "temperature 0.0: write a number above 0"),
         ({"epochs": float("inf")}, "epochs inf: write a number above 0"),
         ({"teacher_weight": 1.5}, "teacher_weight 1.5: write a number from 0 to 1"),
-        ({"conv": "temporal"}, "unknown conv 'temporal'; known: channel, spatial"),
+        ({"conv": "temporal"}, "unknown conv 'temporal'; known: auto, channel, spatial"),
         ({"precision": "int8"}, "unknown precision 'int8'; known: auto, fp32, bf16, fp16"),
         ({"init": "random"}, "unknown init 'random'; known: spectral"),
         ({"rank": ["half"]}, "half"),
