@@ -4,6 +4,8 @@ Each layer is a job. Several threads and processes decompose layers and write th
 Meanwhile rank 0 writes the output in order: it copies unchanged tensors and inserts the factors of each layer as soon
 as its piece exists. Reading, computation and writing therefore overlap. Only tied copies are read twice, a killed job
 resumes from its pieces, and the output's bytes do not depend on the distribution of jobs.
+
+The file is long because it is one job from its first to its last step.
 """
 
 from __future__ import annotations
