@@ -159,6 +159,11 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice | None]
     return {layer.name: menu.choices[at] for layer, menu, at in zip(layers, menus, chosen, strict=True)}
 
 
+def price_of(layers: Sequence[Layer], budget: float) -> float:
+    """The loss that one more unit of the budget would save by the linear relaxation; 0 if every option fits."""
+    return _relax([_menu(layer) for layer in layers], math.floor(budget))[1]
+
+
 class _Menu(NamedTuple):
     """The undominated options of a layer, by ascending cost and descending loss, and their lower convex hull."""
 

@@ -55,7 +55,7 @@ def _plus_one(square: Tensor, wanted: bool) -> Tensor:
 
 
 class FrobeniusDecay:
-    """Decay of (strength / 2) ||U V||_F^2 for every factorised layer, also those that share their v, at every step of any `torch.optim.Optimizer`.
+    """Decay of (strength / 2) ||U V||_F^2 for every factorised layer, at every step of any `torch.optim.Optimizer`.
 
     Decoupled, as in AdamW: before the step each factor moves by -lr * strength * gradient, with the lr of its parameter
     group. Coupled, as in Khodak et al. (2021): strength * gradient is added to the factor's `.grad`. A factor without a

@@ -3,6 +3,8 @@
 `u` and `v` are plain nn.Linear or nn.Conv2d modules, so quantisers, LoRA, pruning, tensor parallelism, compilers and
 exporters support them. A layer has one of two forms: balanced, y = u(v(x)), and pivoted (`linalg.pivot`), which stores
 r^2 numbers less and has an `order`.
+
+The file is long because all that is true of every layer is in it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ class Spec(NamedTuple):
     kind: str
     rank: int
     side: Side | None = None  # of the pivots; None for the balanced form
-    v_of: str | None = None  # the layer that stores its v, of a layer that shares one (`shared.modules`)
+    v_of: str | None = None  # the layer that stores its v, where it is another's (`shared.modules`)
     pivots: tuple[int, int] | None = None  # start and number of its pivots among v's outputs, where v is shared
 
 

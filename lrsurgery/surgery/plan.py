@@ -68,6 +68,11 @@ class SurgeryOptions:
     def budget(self) -> Budget | None:
         return self.target if isinstance(self.target, Budget) else None
 
+    @property
+    def shares(self) -> bool:
+        """Whether layers may share one v, which is the best of its rank only for the pretrained values."""
+        return self.share == AUTO and self.init == "spectral"
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -387,6 +392,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
             continue
         for key, parameter in own.items():
             yield f"{name}.{key}".lstrip("."), None, parameter
+
+
+def layers_of_several_names(model: nn.Module) -> frozenset[str]:
+    """The first names of the modules that a model holds under several."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return frozenset(each[0] for each in names.values() if len(each) > 1)
 
 
 def _find_shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:

@@ -41,6 +41,10 @@ INPUTS, OUTPUTS = 16, {"q": 12, "k": 5, "v": 20}
 class Attention(nn.Module):
     """Three layers that are called with one tensor."""
 
+    q: Any
+    k: Any
+    v: Any
+
     def __init__(self, bias: bool = True, conv1d: bool = False) -> None:
         super().__init__()
         for name, size in OUTPUTS.items():
