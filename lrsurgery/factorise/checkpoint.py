@@ -33,7 +33,7 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.check import check_loss, warnings
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration, parse_options
-from lrsurgery.factorise.work.folder import SPEEDS, WorkFolder, keep_work
+from lrsurgery.factorise.work.folder import SPEEDS, Decision, WorkFolder, keep_work
 from lrsurgery.factorise.work.jobs import find_pending
 from lrsurgery.factorise.work.rewrite import Rewriter
 from lrsurgery.files.digests import file_digests, fingerprint
@@ -46,8 +46,7 @@ from lrsurgery.report.card import model_card
 from lrsurgery.report.rows import plan_report
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import Processes, versions
-from lrsurgery.surgery.layers import Spec
-from lrsurgery.surgery.plan import Kept, Plan, Replacement
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, join_rows, layers_of_several_names
 from lrsurgery.surgery.speed import POSITIONS, SpeedTable, describe, make_timer, plan_layers
 
 
@@ -66,7 +65,8 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
         entries = list_entries(checkpoint, {row.name for row in plan.replacements})
         with tempfile.TemporaryDirectory(prefix="lrsurgery-") as folder:
             statistics = _calibrate(source, plan, options, Path(folder), "", listener)
-            plan = allocate_ranks(plan, _weights(checkpoint, entries, options), options.compute, statistics)
+            weights = _weights(checkpoint, entries, options)
+            plan = allocate_ranks(plan, weights, options.compute, statistics, share=_shares(options))
     return replace(
         plan_report(plan, checkpoint.parameters),
         command=options.output.command,
@@ -127,7 +127,13 @@ def _weights(
         stored_bytes=sum(torch.Size(e.shape).numel() * output.stored(e.dtype).itemsize for e in entries),
         device=options.compute.device,
         timer=timer,
+        alone=layers_of_several_names(checkpoint.model),
     )
+
+
+def _shares(options: FactoriseOptions) -> bool:
+    """Whether layers may share one v; --sequential calibrates each block again, where no group is known."""
+    return options.surgery.shares and not (options.calibration is not None and options.calibration.sequential)
 
 
 def _is_timed(options: FactoriseOptions) -> bool:
@@ -196,7 +202,7 @@ def _factorise(
             listener.note(note)
         plan, statistics = _decide(source, checkpoint, plan, options, entries, work, listener)
         work.set_decisions(
-            {row.name: (row.kind, row.rank) if isinstance(row, Replacement) else row.reason for row in plan.rows}
+            {row.name: _decision(row) if isinstance(row, Replacement) else row.reason for row in plan.rows}
         )
         rewriter = _rewriter(checkpoint, plan, options, entries, statistics)
         work.set_to_do([job.number for job in find_pending(rewriter.jobs, work)])
@@ -205,7 +211,7 @@ def _factorise(
             rewriter.check_space(stage)
             rewriter.run(stage, work, processes, listener)
             layers = {
-                row.name: Spec(row.kind, row.rank, row.pivots)
+                row.name: row.spec
                 for row in rewriter.decided.values()
                 if isinstance(row, Replacement) and row.rank is not None
             }
@@ -269,7 +275,7 @@ def _decide(
     early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential or schemes
     if plan.needs_spectra and early:
         weights = _weights(checkpoint, entries, options, work.path / SPEEDS)
-        plan = allocate_ranks(plan, weights, options.compute, statistics)
+        plan = allocate_ranks(plan, weights, options.compute, statistics, share=_shares(options))
     if sequential and statistics is not None:
         assert options.calibration is not None
         statistics = recalibrate(
@@ -288,6 +294,12 @@ def _decide(
     return plan, statistics
 
 
+def _decision(row: Replacement) -> Decision:
+    if row.joint is None or row.rank is None:
+        return row.kind, row.rank
+    return row.kind, row.rank, list(row.joint.names)
+
+
 def _read_decisions(plan: Plan, calibration: Calibration | None, work: WorkFolder) -> tuple[Plan, Statistics | None]:
     """Read the decisions and statistics of rank 0 from the work folder, for the other processes."""
     decisions = work.decisions()
@@ -297,8 +309,12 @@ def _read_decisions(plan: Plan, calibration: Calibration | None, work: WorkFolde
         if isinstance(decision, str):
             rows[row.name] = Kept(row.name, row.kind, row.shape, row.parameters, decision)
         else:
-            kind, rank = decision
+            kind, rank, *_ = decision
             rows[row.name] = replace(next(option for option in row.options if option.kind == kind), rank=rank)
+    for name, decision in decisions.items():
+        if isinstance(decision, tuple) and len(decision) == 3 and decision[2][0] == name:
+            unit = [each for each in map(rows.__getitem__, decision[2]) if isinstance(each, Replacement)]
+            rows.update((each.name, each) for each in join_rows(unit, decision[1]))
     plan = plan.with_rows(rows)
     if calibration is None:
         return plan, None

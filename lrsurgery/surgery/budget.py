@@ -26,6 +26,7 @@ READABLE = (
     " such as bytes:500MB"
 )
 SCOPES = ("layers", "model")  # what a share refers to
+SHARING = ("auto", "never")  # whether layers with the same inputs may have one v
 SHARES = {"params": "parameters", "flops": "FLOPs", "time": "time"}
 STATE_LIMIT = 5_000_000  # states after which the search returns its best choice so far: one or two seconds
 

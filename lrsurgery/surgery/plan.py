@@ -19,14 +19,13 @@ from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
-from lrsurgery.surgery.budget import Budget
+from lrsurgery.surgery.budget import SHARING, Budget
 from lrsurgery.surgery.kinds import AUTO, KINDS, check_conv, explain_no_kind, kind_of, kinds_of
 from lrsurgery.surgery.layers import FactorisedLayer, Kind, Spec, side_for
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form, rank_within
 
 Target: TypeAlias = RankSpec | Budget  # a policy decides each layer alone, a budget all layers together
 ALREADY = "already factorised"
-SHARING = (AUTO, "never")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class SurgeryOptions:
     min_speedup: float | None = None  # layers with a lower measured speedup stay dense
     svd: str = "auto"
     form: str = BALANCED  # of the layers, where their kinds have it
-    share: str = AUTO  # whether layers with the same inputs may share one v, where a budget finds that better
+    share: str = SHARING[0]  # whether layers with the same inputs may share one v, where a budget finds that better
 
     def __post_init__(self) -> None:
         get_init(self.init)
@@ -71,7 +70,7 @@ class SurgeryOptions:
     @property
     def shares(self) -> bool:
         """Whether layers may share one v, which is the best of its rank only for the pretrained values."""
-        return self.share == AUTO and self.init == "spectral"
+        return self.share == SHARING[0] and self.init == "spectral"
 
 
 @dataclass(frozen=True)

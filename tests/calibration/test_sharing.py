@@ -196,7 +196,7 @@ def test_against_exhaustive_search(seed: int, share: float) -> None:
     by_groups = {
         taken: least(
             [
-                dict((n[0], s) for i, (n, s) in enumerate(groups) if i in taken).get(layer.name, layer)
+                {n[0]: s for i, (n, s) in enumerate(groups) if i in taken}.get(layer.name, layer)
                 for layer in layers
                 if not any(i in taken and layer.name in n[1:] for i, (n, _) in enumerate(groups))
             ]
