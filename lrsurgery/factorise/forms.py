@@ -107,16 +107,15 @@ def _specs_in(parts: Parts, form: str | None) -> dict[str, Spec]:
         side = side_in(layer, form)
         if side == spec.side:
             continue
-        specs[name] = spec._replace(side=side, pivots=None)
-        if side is not None and isinstance(layer, SharedLinear) and layer.leader is layer:
-            # which layers the pivots are in is known once they are chosen
+        if side is None or not isinstance(layer, SharedLinear):
+            specs[name] = spec._replace(side=side, pivots=None)
+        elif layer.leader is layer:  # which layers the pivots are in is known once they are chosen
             read = read_layer(parts, stems[id(layer)], whole=True)
             assert isinstance(read, SharedLinear)
             reform_(read, side)
             for each, original in zip(read.group, layer.group, strict=True):
-                specs[names[id(original)]] = parts.source.layers[names[id(original)]]._replace(
-                    side=side, pivots=each.spec.pivots
-                )
+                other = names[id(original)]
+                specs[other] = parts.source.layers[other]._replace(side=side, pivots=each.spec.pivots)
     return specs
 
 
