@@ -115,11 +115,12 @@ class FrobeniusDecay:
 
         for us, v, side in self._units():
             if len(us) > 1 and any(id(factor) in groups for factor in (*us, v)):
-                # the squares of the layers' products add up to that of the stacked one
-                of_u, of_v = frobenius_gradients(torch.cat(us), v, side)
-                apply([v], [of_v])
-                for u, part in zip(us, torch.split(of_u, [len(u) for u in us]), strict=True):
-                    apply([u], [part])
+                found = [frobenius_gradients(u, v, side) for u in us]
+                of_v = torch.stack([each for _, each in found]).sum(0)
+                if side == "rows":  # the kept part is that of all of them, and counts once
+                    of_v -= (len(us) - 1) * v.detach().to(of_v.dtype)
+                for factor, gradient in ((v, of_v), *zip(us, (each for each, _ in found), strict=True)):
+                    apply([factor], [gradient])
         for us, vs, side in self._group_alike(groups):
             if len(us) == 1:
                 of_u, of_v = frobenius_gradients(us[0], vs[0], side)

@@ -24,8 +24,6 @@ from lrsurgery.factorise.forms import export_form
 from lrsurgery.report.schema import Report
 from lrsurgery.surgery.apply import factorised_layers, specs_of
 
-SIZES = {"vocab_size": tiny.VOCABULARY, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
 READ = """
 import sys, torch, lrsurgery.hf
 from transformers import AutoModelForCausalLM
@@ -35,24 +33,6 @@ torch.save(model.eval()(torch.arange(2, 34).reshape(2, 16)).logits, sys.argv[2])
 """
 
 
-def save(folder: Path, name: str) -> Path:
-    """A model whose query, key and value, and gate and up, read the same few directions of their input."""
-    torch.manual_seed(0)
-    config = {"llama": tf.LlamaConfig, "qwen2": tf.Qwen2Config}[name](**SIZES, **HEADS)
-    model = tf.AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            if key.endswith("bias"):
-                parameter.normal_()
-            if "_proj.weight" in key and "down" not in key and "o_proj" not in key:
-                low = torch.randn(len(parameter), 12) @ torch.randn(12, 32, generator=torch.manual_seed(5)) / 12
-                parameter.mul_(1).add_(low * 0.3)
-    model.save_pretrained(folder)
-    tiny.tokenizer().save_pretrained(folder)
-    tiny.write_text(folder)
-    return folder
-
-
 def logits(model: nn.Module) -> Tensor:
     with torch.no_grad():
         return model(torch.arange(2, 34).reshape(2, 16)).logits  # type: ignore[no-any-return]
@@ -60,7 +40,7 @@ def logits(model: nn.Module) -> Tensor:
 
 @pytest.fixture(scope="module", params=["llama", "qwen2"])
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp(request.param) / "dense", request.param)
+    return tiny.save_alike(tmp_path_factory.mktemp(request.param) / "dense", request.param)
 
 
 @pytest.fixture(scope="module", params=["pivoted", "balanced"])
