@@ -214,30 +214,44 @@ def test_another_input_or_mode_gets_an_output_of_its_own(shared: Shared) -> None
     other = torch.randn_like(x)
     model.q(x)
     torch.testing.assert_close(model.k(other), dense.k(other), rtol=1e-9, atol=1e-9)
+    x = x.clone()  # nothing is known of a new tensor
     with torch.no_grad():
         model.q(x)
     assert model.k(x).requires_grad  # not the one without a graph
+    x = x.clone()
     model.q(x)
     x.mul_(2)  # in place
     torch.testing.assert_close(model.k(x), dense.k(x), rtol=1e-9, atol=1e-9)
+    x = x.clone()
+    before = len(calls)
+    for layer in (model.q, model.q, model.k):
+        layer(x)
+    assert len(calls) == before + 2  # a layer that comes twice computes its own
+
+
+def test_other_parameters_give_another_output(shared: Shared) -> None:
+    model, dense, x, _ = shared
     model.q(x)
     with torch.no_grad():
         model.q.v.weight.mul_(3)
-    h = F.linear(x, model.q.v.weight, model.q.v.bias)
-    wanted = model.k.u(h)
     found = model.k(x)
-    if model.k.form == "balanced":
-        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
-    else:
-        torch.testing.assert_close(found[..., model.k.order[model.k.own :].long()], wanted, rtol=1e-9, atol=1e-9)
-    with torch.no_grad():
-        model.q.v.weight.div_(3)
-    model.k(x)
-    torch.testing.assert_close(model.v(x), dense.v(x), rtol=1e-9, atol=1e-9)
-    before = len(calls)
-    for layer in (model.q, model.q, model.k):
-        layer(other)
-    assert len(calls) == before + 2  # a layer that comes twice computes its own
+    lrsurgery.densify_(model)
+    torch.testing.assert_close(found, model.k(x), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(found, dense.k(x))
+
+
+def test_another_v_gives_another_output(shared: Shared) -> None:
+    model, _, x, _ = shared
+    model.q(x)
+    held = model.q.v
+    model.q.v = nn.Linear(INPUTS, model.q.rank, bias=held.bias is not None).double()
+    wanted = model.k(x.clone())
+    torch.testing.assert_close(model.k(x), wanted, rtol=1e-9, atol=1e-9)
+    model.q(x)
+    scaled = {"q.v.weight": held.weight}
+    found = torch.func.functional_call(model, scaled, (x,))
+    model.q.v.weight = held.weight
+    torch.testing.assert_close(found, model(x.clone()), rtol=1e-9, atol=1e-9)
 
 
 def test_a_hook_may_change_what_an_output_was_made_of(shared: Shared) -> None:
@@ -262,8 +276,14 @@ def test_inference_autocast_and_mixed_modes(shared: Shared) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         low = model.k(x)
         assert low.dtype == torch.bfloat16
-        model.q(x)
-    assert model.k(x).dtype == torch.float32
+        precise = model.q.v(x)
+        assert precise.dtype == torch.bfloat16
+    y = x.clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        model.q(y)
+    exact = model.k(y)
+    assert exact.dtype == torch.float32
+    torch.testing.assert_close(exact.double(), dense.k(x.double()), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(low.double(), dense.k(x.double()), rtol=0.05, atol=0.6)
 
 
