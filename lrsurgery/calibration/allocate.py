@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from lrsurgery.calibration.statistics import Statistics
-from lrsurgery.checkpoints.spectra import SpectrumLookup
+from lrsurgery.checkpoints.spectra import SpectrumLookup, joint_lookup
 from lrsurgery.errors import BudgetError, SurgeryError
-from lrsurgery.linalg.weighted import second_order
+from lrsurgery.linalg.weighted import joint_values, second_order
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
-from lrsurgery.surgery.budget import SHARES, Budget, Curve, Layer, allocate, cheapest
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all, losses
+from lrsurgery.surgery.budget import UNITS, Budget, Curve, Layer, cheapest
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all, join_rows, losses, whole_of
 from lrsurgery.surgery.ranks import ParameterShare, break_even_rank
+from lrsurgery.surgery.shared.choice import allocate_groups
 from lrsurgery.surgery.speed import Timer
 
 # Least rank of a layer, as a share of its uniform rank, where nothing compares layers by the loss. Inputs alone compare
@@ -42,6 +43,7 @@ class Weights:
     stored_bytes: int
     device: torch.device | None = None  # device for computation; None: that of each weight
     timer: Timer | None = None  # of the layers, for a budget of time
+    alone: frozenset[str] = frozenset()  # layers that can share their v with no other
 
 
 def allocate_ranks(
@@ -50,9 +52,13 @@ def allocate_ranks(
     compute: Compute,
     statistics: Statistics | None = None,
     *,
+    share: bool = False,
     known: dict[tuple[str, str], Tensor] | None = None,
 ) -> Plan:
     """Decide every rank of a plan, and predict the increase of the loss if the statistics have gradients.
+
+    `share` offers a budget groups of layers with the same inputs, which may have one v, where the statistics compare
+    layers by the loss.
 
     Singular values, with statistics those in the layer's metric, go to the cache. `known` holds them by layer and
     kind from an earlier call with the same weights and statistics, and gets what it lacks.
@@ -88,18 +94,59 @@ def allocate_ranks(
         return values[row.name, row.kind]
 
     in_loss = statistics is not None and statistics.has_gradients
+    groups: list[Group] = []
     if budget is not None:
-        plan = apply_budget(plan, budget, values_of, weights, statistics)
+        if share and statistics is not None and in_loss and budget.kind != "time":
+            groups = _find_groups(plan, weights, compute, statistics)
+        plan = apply_budget(plan, budget, values_of, weights, statistics, groups)
     else:
         plan = decide_all(plan, values_of, in_loss=in_loss)
     if not in_loss:
         return plan
-    return plan.with_rows(
-        {
-            row.name: replace(row, predicted_loss=second_order(values_of(row), row.rank or 0))
-            for row in plan.replacements
-        }
-    )
+    predicted = {group.rows[0].name: group.values for group in groups}
+
+    def loss_of(row: Replacement) -> float | None:
+        """Of a group until its layers are known, the loss of all is that of the first."""
+        if row.joint is not None and not row.leads:
+            return None
+        return second_order(values_of(row) if row.joint is None else predicted[row.name], row.rank or 0)
+
+    return plan.with_rows({row.name: replace(row, predicted_loss=loss_of(row)) for row in plan.replacements})
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers that may share one v, in the order of the model, and the values that they have together."""
+
+    rows: tuple[Replacement, ...]
+    values: Tensor
+
+
+def _find_groups(plan: Plan, weights: Weights, compute: Compute, statistics: Statistics) -> list[Group]:
+    rows = {row.name: row for row in plan.replacements if not row.others and row.name not in weights.alone}
+    order = {name: number for number, name in enumerate(rows)}
+    found: list[tuple[Replacement, ...]] = []
+    for names in statistics.groups():
+        held = [rows[name] for name in sorted((name for name in names if name in rows), key=order.__getitem__)]
+        widths = {(weights.widths[row.name], weights.stored_widths[row.name], bool(row.bias)) for row in held}
+        if len(held) > 1 and len(widths) == 1 and held[0].layout.shares_v:
+            found.append(tuple(held))
+
+    def compute_values(unit: tuple[Replacement, ...]) -> Tensor:
+        dense = [weights.read(row.name) for row in unit]
+        device = weights.device or dense[0].device
+        metrics = [metric for row in unit if (metric := statistics.metric(row.name, row.kind)) is not None]
+        digests = [statistics.digests.get(statistics.key(row.name, row.kind)) for row in unit]
+        matrices = [row.layout.to_matrix(weight.to(device)) for row, weight in zip(unit, dense, strict=True)]
+        try:
+            return joint_lookup(dense, digests, compute, lambda: joint_values(matrices, metrics))
+        except SurgeryError as e:
+            raise type(e)(f"{', '.join(row.name for row in unit)}: {e}") from e
+
+    needs = [decomposition_bytes(whole_of(unit), weights.widths[unit[0].name], weighted=True) for unit in found]
+    return [
+        Group(unit, values) for unit, values in zip(found, compute.in_order(compute_values, found, needs), strict=True)
+    ]
 
 
 def apply_budget(
@@ -108,13 +155,14 @@ def apply_budget(
     values_of: Callable[[Replacement], Tensor],
     weights: Weights,
     statistics: Statistics | None = None,
+    groups: Sequence[Group] = (),
 ) -> Plan:
     """Decide the schemes and ranks that minimise the total loss within a budget; layers may stay dense.
 
     `values_of` returns the singular values of a layer by one scheme, with statistics those in its metric. The loss of a
     rank is the predicted increase of the loss if the statistics have gradients, else the share of the layer's squared
     norm (in its metric, if there is one). Such shares say little about the loss, so ranks then stay near or above the
-    uniform ones (`LEAST`).
+    uniform ones (`LEAST`). Layers of `groups` share one v where that loses less.
 
     Raises BudgetError that gives the smallest feasible budget.
     """
@@ -123,12 +171,12 @@ def apply_budget(
     whole = sum(layer.dense_cost for layer in layers)
     if rows and not whole:
         raise BudgetError(
-            f"budget {budget}: no layer received calibration input, so {SHARES[budget.kind]} is unknown; calibrate with"
+            f"budget {budget}: no layer received calibration input, so {UNITS[budget.kind]} is unknown; calibrate with"
             " other data"
         )
     total = {"params": weights.parameters, "bytes": weights.stored_bytes}.get(budget.kind, whole)
     if budget.of == "model" and budget.kind in ("flops", "time"):
-        raise BudgetError(f"budget {budget}: {SHARES[budget.kind]} is counted for the layers only; remove --budget-of")
+        raise BudgetError(f"budget {budget}: {UNITS[budget.kind]} is counted for the layers only; remove --budget-of")
     rest = total - whole if budget.of == "model" else 0  # cost of parameters in no planned layer
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
     if budget.kind == "bytes" and asked < total:  # then layers get pivots, whose orders are int32
@@ -147,9 +195,18 @@ def apply_budget(
         amount = str(least) if budget.kind == "bytes" else f"{_round_up(least / (rest + whole)):g}"
         smallest = amount if budget.kind == "params" else f"{budget.kind}:{amount}"
         raise BudgetError(f"budget {budget}: out of reach; the smallest that can be met is {smallest}")
-    choices = allocate(layers, asked - rest)
+    stacked = [_stack(budget, group, weights, statistics) for group in groups]
+    found = allocate_groups(layers, stacked, asked - rest)
+    choices = dict(found.choices)
     decided: dict[str, Replacement | Kept] = {}
+    for group in (groups[number] for number in sorted(found.together)):
+        choice = choices[group.rows[0].name]
+        choices |= dict.fromkeys(row.name for row in group.rows)
+        if choice is not None:
+            decided |= {row.name: row for row in join_rows(group.rows, choice.rank)}
     for row, layer in zip(rows, layers, strict=True):
+        if row.name in decided:
+            continue
         choice = choices[row.name]
         if choice is None:
             reason = DENSE if any(curve.ranks for curve in layer.curves) else "no rank saves parameters"
@@ -157,6 +214,20 @@ def apply_budget(
         else:
             decided[row.name] = replace(row.options[choice.curve], rank=choice.rank)
     return plan.with_rows(decided)
+
+
+def _stack(budget: Budget, group: Group, weights: Weights, statistics: Statistics | None) -> tuple[list[str], Layer]:
+    """The names of a group, and the layer that it is together."""
+    whole = whole_of(group.rows)
+    layer = _make_layer(budget, whole, lambda row: group.values, weights, statistics)
+    if (
+        budget.kind == "bytes" and whole.side is not None
+    ):  # orders of the layers' rows in the place of those it replaces
+        more = sum(4 * (row.rows - (row.rows if row.side == "rows" else row.columns)) for row in group.rows)
+        layer = replace(
+            layer, curves=tuple(replace(c, costs=[max(1, cost + more) for cost in c.costs]) for c in layer.curves)
+        )
+    return [row.name for row in group.rows], layer
 
 
 def _keep_near_uniform(layers: list[Layer], share: float, least: float, limit: float) -> list[Layer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +24,19 @@ class _Sums:
     gradients: Tensor | None
     positions: int = 0
     outputs: int = 0
+    firsts: set[str] = field(default_factory=set)  # the layers that were first to receive the inputs of this one
+
+
+@dataclass
+class _Input:
+    """An input with its Gram matrix, and the layer that was the first to receive it."""
+
+    x: Tensor
+    version: int
+    kind: str
+    gram: Tensor
+    count: int
+    first: str
 
 
 class Collector:
@@ -40,7 +53,7 @@ class Collector:
         self._watched = [(row, modules[row.name]) for row in rows if row.name in modules]
         self._gradients = gradients
         self._sums: dict[tuple[str, str], _Sums] = {}  # by name and kind
-        self._last: tuple[Tensor, int, str, Tensor, int] | None = None  # the last input with its Gram matrix, for reuse
+        self._last: _Input | None = None  # for reuse: query, key and value have the same
         self._batch = threading.local()  # in a block-by-block pass each batch has its own thread
         self._recomputing = False
 
@@ -80,7 +93,9 @@ class Collector:
     def take(self, row: Replacement) -> tuple[LayerUse, Moments]:
         """Return the moments of a layer and free its sums; zeros if the layer received no input."""
         sums = self._sums.pop((row.name, row.kind), None) or self._new(row, torch.device("cpu"))
-        use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs)
+        first = next(iter(sums.firsts)) if len(sums.firsts) == 1 else row.name
+        same = None if first == row.name else first
+        use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs, same)
         gradients = None if sums.gradients is None else sums.gradients / max(1, self.scored)
         return use, Moments(sums.inputs / max(1, sums.positions), gradients)
 
@@ -125,21 +140,21 @@ class Collector:
     def _add_inputs(self, sums: _Sums, row: Replacement, module: nn.Module, x: Tensor, mask: Tensor | None) -> int:
         last = self._last
         if (
-            last is not None
-            and last[0] is x
-            and last[1] == x._version
-            and last[2] == row.kind
-            and row.layout.plain_product
+            last is None
+            or last.x is not x
+            or last.version != x._version
+            or last.kind != row.kind
+            or not row.layout.shares_v
         ):
-            gram, count = last[3], last[4]  # query, key and value have the same input
-        else:
             gram, count = torch.zeros_like(sums.inputs), 0
             for part in row.layout.inputs(module, x.detach(), mask):
                 gram.addmm_(part.T, part)
                 count += len(part)
             if not bool(torch.isfinite(gram.diagonal()).all()):
                 raise CalibrationError(f"{row.name}: its inputs hold NaN or Inf; check the data or the model")
-            self._last = (x, x._version, row.kind, gram, count)
+            last = self._last = _Input(x, x._version, row.kind, gram, count, row.name)
+        sums.firsts.add(last.first)
+        gram, count = last.gram, last.count
         sums.inputs += gram
         sums.positions += count
         return count

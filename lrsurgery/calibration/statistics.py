@@ -45,6 +45,7 @@ class LayerUse:
     columns: int
     positions: int  # inputs of its matrix: tokens, or output positions of a convolution (of v, if spatial); 0: unused
     outputs: int  # tokens, or output positions of a convolution
+    same_input: str | None = None  # the first of the layers that received the same inputs, all of them; None: no other
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,17 @@ class Statistics:
         facts = {**self.facts, "metric": "activations"}
         return Statistics(self.uses, facts, lambda name: replace(self._read(name), gradients=None), digests)
 
+    def groups(self) -> list[list[str]]:
+        """Names of layers that received the same inputs, several each; the first that was called comes first."""
+        groups: dict[str, list[str]] = {}
+        for name, use in self.uses.items():
+            first = self.uses.get(use.same_input or "")
+            if use.same_input is None or first is None or not use.positions or first.same_input is not None:
+                continue
+            if (use.kind, use.columns, use.positions) == (first.kind, first.columns, first.positions):
+                groups.setdefault(use.same_input, [use.same_input]).append(name)
+        return list(groups.values())
+
     def unused_layers(self) -> list[str]:
         """Layers that received no input, such as experts that were never selected."""
         return [name for name, use in self.uses.items() if not use.positions and KIND not in name]
@@ -191,6 +203,7 @@ class _Layer(TypedDict):
     columns: Count
     positions: Count
     outputs: Count
+    same_input: NotRequired[str]
     file: Annotated[str, Field(pattern=r"^\d{5,}\.safetensors$")]
     digest: str
 
@@ -203,7 +216,7 @@ class _File(TypedDict):
 
 
 def _use_of(layer: _Layer) -> LayerUse:
-    return LayerUse(**{field.name: layer[field.name] for field in fields(LayerUse)})  # type: ignore[literal-required]
+    return LayerUse(**{field.name: layer[field.name] for field in fields(LayerUse) if field.name in layer})  # type: ignore[literal-required]
 
 
 def _moments_in(folder: Path, layer: _Layer) -> Moments:
@@ -228,7 +241,9 @@ def merge(one: tuple[LayerUse, Moments], other: tuple[LayerUse, Moments]) -> tup
     gradients = None
     if moments.gradients is not None and moments_2.gradients is not None:
         gradients = moments.gradients + moments_2.gradients
-    return replace(use, positions=positions, outputs=use.outputs + use_2.outputs), Moments(inputs, gradients)
+    same = use.same_input if use.same_input == use_2.same_input else None
+    use = replace(use, positions=positions, outputs=use.outputs + use_2.outputs, same_input=same)
+    return use, Moments(inputs, gradients)
 
 
 class StatisticsWriter:
@@ -251,6 +266,8 @@ class StatisticsWriter:
     def add(self, name: str, use: LayerUse, moments: Moments) -> None:
         """Write the moments of one layer as a kind, merged with those added before."""
         name = self._key(name, use.kind)
+        if use.same_input is not None:
+            use = replace(use, same_input=self._original.get(use.same_input, use.same_input))
         if name in self._layers:
             former = self._layers.pop(name)
             kept = _moments_in(self._folder, former)
@@ -262,7 +279,8 @@ class StatisticsWriter:
             tensors["gradients"] = moments.gradients
         digest = piece_digest(name, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
         save_piece(self._folder / file, Piece({"digest": digest}, tensors))
-        self._layers[name] = _Layer(**asdict(use), file=file, digest=digest)  # type: ignore[typeddict-item]
+        counts = {key: value for key, value in asdict(use).items() if value is not None}
+        self._layers[name] = _Layer(**counts, file=file, digest=digest)  # type: ignore[typeddict-item]
 
     def finish(self, facts: Json) -> Statistics:
         """Write `statistics.json` and return the statistics."""

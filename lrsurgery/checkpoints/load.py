@@ -21,8 +21,10 @@ from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.modules import Unfilled
-from lrsurgery.surgery.apply import check_orders, factorised_layers, swap_
+from lrsurgery.surgery.apply import check_orders, factorised_layers, specs_of, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, Stored, product_factors
+from lrsurgery.surgery.shared.forms import Part, product_of
+from lrsurgery.surgery.shared.modules import SharedLinear
 
 
 def load_model(
@@ -144,12 +146,13 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
     tensors = open_tensors(list(source.files))
     keys, modules = key_map(source, model), factorised_layers(model)
     places = {keys.target(key)[0]: key for key in tensors.keys()}  # noqa: SIM118
+    leaders = {id(modules[name]): spec.v_of for name, spec in specs_of(model).items() if spec.v_of is not None}
 
     def reader(name: str, layer: FactorisedLayer) -> Callable[[torch.device], Factors]:
         parts = []
         for place, wanted in (
             (f"{name}.u.weight", layer.u.weight),
-            (f"{name}.v.weight", layer.v.weight),
+            (f"{leaders.get(id(layer), name)}.v.weight", layer.v.weight),
             *([] if layer.order is None else [(f"{name}.order", layer.order)]),
         ):
             key = places.get(place)
@@ -164,6 +167,8 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
             u, v, *order = (tensors.read(key).to(device) for key in parts)
             if order and not is_permutation(order[0]):
                 raise SourceError(f"{source.reference}: {parts[-1]} is no permutation, so the file is damaged")
+            if isinstance(layer, SharedLinear):
+                return product_of(Part(u, v, order[0] if order else None, layer.spec.pivots))
             return product_factors(layer.layout, Stored(u, v, *order), layer.side)
 
         return read

@@ -287,6 +287,8 @@ PARTS = ("u.weight", "v.weight", "u.bias", "v.bias", "order")  # of a factorised
 
 def _any_spec(row: Replacement) -> Spec:
     """The layer at its rank, or at one that stands for a rank which its spectrum decides."""
+    if row.joint is not None:
+        return row.spec
     rank = row.rank or 1
     return Spec(row.kind, rank, row.side if rank < row.full_rank else None)
 

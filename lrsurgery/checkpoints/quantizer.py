@@ -135,13 +135,14 @@ def match_names(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str,
     modules, keys = dict(model.named_modules()), KeyMap(model)
     prefix = model.base_model_prefix + "."
     matched: dict[str, Spec] = {}
+    renamed: dict[str, str] = {}
     left_out: list[str] = []
     for name, spec in layers.items():
         loaded = (keys.target(f"{name}.weight")[0] or "").removesuffix(".weight")
         candidates = (name, name.removeprefix(prefix), prefix + name, loaded)
         here = next((n for n in candidates if n and n in modules), None)
         if here is not None:
-            matched[here] = spec
+            matched[here], renamed[name] = spec, here
         else:
             left_out.append(name)
     own = type(model).__name__ in (model.config.architectures or [type(model).__name__])
@@ -149,14 +150,21 @@ def match_names(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str,
         raise PlanError(
             f"{left_out[0]}: factorised in the checkpoint, but this {type(model).__name__} has no such layer"
         )
-    return matched
+    return {name: _rename_leader(spec, renamed) for name, spec in matched.items()}
+
+
+def _rename_leader(spec: Spec, renamed: Mapping[str, str]) -> Spec:
+    if spec.v_of is None:
+        return spec
+    return spec._replace(v_of=renamed.get(spec.v_of, spec.v_of))
 
 
 def config_names(model: PreTrainedModel, layers: dict[str, Spec]) -> dict[str, Spec]:
     """Rename layers to their names in config.json: those of the model class, or timm's for a wrapped timm model."""
     if model.config.model_type != "timm_wrapper":
         return layers
-    return {name.removeprefix("timm_model."): spec for name, spec in layers.items()}
+    renamed = {name: name.removeprefix("timm_model.") for name in layers}
+    return {renamed[name]: _rename_leader(spec, renamed) for name, spec in layers.items()}
 
 
 def ignore_tripwires(model: PreTrainedModel, names: set[str]) -> None:

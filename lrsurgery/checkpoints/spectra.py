@@ -6,9 +6,10 @@ Every decomposition of a checkpoint's tensor goes through `SpectrumLookup`: dige
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from stat import S_ISREG
 
@@ -115,6 +116,23 @@ class SpectrumCache:
             if S_ISREG(stat.st_mode):
                 entries.append((stat.st_mtime, stat.st_size, file))
         return entries
+
+
+def joint_lookup(
+    weights: Sequence[Tensor], metrics: Sequence[str | None], compute: Compute, values: Callable[[], Tensor]
+) -> Tensor:
+    """Singular values of weights together, from the cache or computed; `metrics` are the digests of their metrics."""
+    if not compute.cache or None in metrics:
+        return values()
+    parts = [tensor_digest(weight.dtype, tuple(weight.shape), [weight.cpu()]) for weight in weights]
+    digest = hashlib.sha256(" ".join([*parts, *map(str, metrics)]).encode()).hexdigest()
+    cache = SpectrumCache()
+    known = cache.get(digest, "joint")
+    if known is not None:
+        return known.values
+    found = values()
+    cache.put(digest, "joint", found.cpu())
+    return found
 
 
 class SpectrumLookup:

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     DtypeName: TypeAlias = str
     EngineName: TypeAlias = str
     Form: TypeAlias = str
+    Share: TypeAlias = str
     Importance: TypeAlias = str
     Init: TypeAlias = str
     Protocol: TypeAlias = str
@@ -80,6 +81,7 @@ else:
     DtypeName = choice("Dtype", "lrsurgery.runtime", "DTYPES")
     EngineName = choice("Engine", "lrsurgery.linalg.svd", "ENGINES")
     Form = choice("Form", "lrsurgery.surgery.ranks", "FORMS")
+    Share = choice("Share", "lrsurgery.surgery.budget", "SHARING")
     Importance = choice("Importance", "lrsurgery.calibration.loss", "IMPORTANCES", "none")
     Init = choice("Init", "lrsurgery.linalg.inits", "INITS")
     Protocol = choice("Protocol", "lrsurgery.measure.evaluate", "PROTOCOLS")
@@ -119,6 +121,8 @@ SCHEMES = "channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw; auto: for eac
 ConvOption = Annotated[Conv, option("--conv", panel=CUT, text=SCHEMES)]
 FORMS = "pivoted: rank^2 numbers less a layer, so smaller than dense below full rank; balanced: as it trains."
 FormOption = Annotated[Form, option("--form", panel=CUT, text=FORMS)]
+SHARING = "auto: layers with the same inputs have one v where a calibrated budget loses less so; never: each its own."
+ShareOption = Annotated[Share, option("--share", panel=CUT, text=SHARING)]
 
 # calibration
 CalibrationOption = Annotated[

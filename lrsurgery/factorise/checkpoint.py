@@ -4,6 +4,8 @@ Each layer is a job. Several threads and processes decompose layers and write th
 Meanwhile rank 0 writes the output in order: it copies unchanged tensors and inserts the factors of each layer as soon
 as its piece exists. Reading, computation and writing therefore overlap. Only tied copies are read twice, a killed job
 resumes from its pieces, and the output's bytes do not depend on the distribution of jobs.
+
+The file is long because it is one job from its first to its last step.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from lrsurgery.checkpoints.output import check_output, copy_companions, output_c
 from lrsurgery.checkpoints.spectra import SpectrumCache, cache_limit
 from lrsurgery.errors import SurgeryError
 from lrsurgery.factorise.check import check_loss, warnings
-from lrsurgery.factorise.decide import decide, describe_job, notes_on, open_plan, read_decisions
+from lrsurgery.factorise.decide import decide, decision_of, describe_job, notes_on, open_plan, read_decisions
 from lrsurgery.factorise.options import FactoriseOptions, choose_calibration, parse_options
 from lrsurgery.factorise.work.folder import WorkFolder, keep_work
 from lrsurgery.factorise.work.jobs import find_pending
@@ -34,7 +36,6 @@ from lrsurgery.report.card import model_card
 from lrsurgery.report.rows import plan_report
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import Processes, versions
-from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.plan import Kept, Plan, Replacement
 
 Complete: TypeAlias = "Callable[[Path, Report], Report]"  # a written folder before it is published, its report
@@ -108,7 +109,7 @@ def _factorise(
             listener.note(note)
         plan, statistics = decide(source, checkpoint, plan, options, entries, work, listener)
         work.set_decisions(
-            {row.name: (row.kind, row.rank) if isinstance(row, Replacement) else row.reason for row in plan.rows}
+            {row.name: decision_of(row) if isinstance(row, Replacement) else row.reason for row in plan.rows}
         )
         rewriter = _rewriter(checkpoint, plan, options, entries, statistics)
         work.set_to_do([job.number for job in find_pending(rewriter.jobs, work)])
@@ -117,7 +118,7 @@ def _factorise(
             rewriter.check_space(stage)
             rewriter.run(stage, work, processes, listener)
             layers = {
-                row.name: Spec(row.kind, row.rank, row.pivots)
+                row.name: row.spec
                 for row in rewriter.decided.values()
                 if isinstance(row, Replacement) and row.rank is not None
             }

@@ -20,13 +20,13 @@ from lrsurgery.data.datasets import digest_of
 from lrsurgery.data.tasks import TASKS, is_for
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration
-from lrsurgery.factorise.work.folder import SPEEDS, WorkFolder
+from lrsurgery.factorise.work.folder import SPEEDS, Decision, WorkFolder
 from lrsurgery.files.digests import fingerprint
 from lrsurgery.files.json import Json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.rows import plan_report
 from lrsurgery.report.schema import Report
-from lrsurgery.surgery.plan import Kept, Plan, Replacement
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, join_rows, layers_of_several_names
 from lrsurgery.surgery.speed import POSITIONS, SpeedTable, describe, make_timer, plan_layers
 
 
@@ -45,7 +45,8 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
         entries = list_entries(checkpoint, {row.name for row in plan.replacements})
         with tempfile.TemporaryDirectory(prefix="lrsurgery-") as folder:
             statistics = calibrate_plan(source, plan, options, Path(folder), "", listener)
-            plan = allocate_ranks(plan, weights_of(checkpoint, entries, options), options.compute, statistics)
+            weights = weights_of(checkpoint, entries, options)
+            plan = allocate_ranks(plan, weights, options.compute, statistics, share=shares(options))
     return replace(
         plan_report(plan, checkpoint.parameters),
         command=options.output.command,
@@ -106,7 +107,13 @@ def weights_of(
         stored_bytes=sum(torch.Size(e.shape).numel() * output.stored(e.dtype).itemsize for e in entries),
         device=options.compute.device,
         timer=timer,
+        alone=layers_of_several_names(checkpoint.model),
     )
+
+
+def shares(options: FactoriseOptions) -> bool:
+    """Whether layers may share one v; --sequential calibrates each block again, where no group is known."""
+    return options.surgery.shares and not (options.calibration is not None and options.calibration.sequential)
 
 
 def _is_timed(options: FactoriseOptions) -> bool:
@@ -135,7 +142,7 @@ def decide(
     early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential or schemes
     if plan.needs_spectra and early:
         weights = weights_of(checkpoint, entries, options, work.path / SPEEDS)
-        plan = allocate_ranks(plan, weights, options.compute, statistics)
+        plan = allocate_ranks(plan, weights, options.compute, statistics, share=shares(options))
     if sequential and statistics is not None:
         assert options.calibration is not None
         statistics = recalibrate(
@@ -154,6 +161,13 @@ def decide(
     return plan, statistics
 
 
+def decision_of(row: Replacement) -> Decision:
+    """What other processes have to know of a row to factorise."""
+    if row.joint is None or row.rank is None:
+        return row.kind, row.rank
+    return row.kind, row.rank, list(row.joint.names)
+
+
 def read_decisions(plan: Plan, calibration: Calibration | None, work: WorkFolder) -> tuple[Plan, Statistics | None]:
     """Read the decisions and statistics of rank 0 from the work folder, for the other processes."""
     decisions = work.decisions()
@@ -163,8 +177,12 @@ def read_decisions(plan: Plan, calibration: Calibration | None, work: WorkFolder
         if isinstance(decision, str):
             rows[row.name] = Kept(row.name, row.kind, row.shape, row.parameters, decision)
         else:
-            kind, rank = decision
+            kind, rank, *_ = decision
             rows[row.name] = replace(next(option for option in row.options if option.kind == kind), rank=rank)
+    for name, decision in decisions.items():
+        if isinstance(decision, tuple) and len(decision) == 3 and decision[2][0] == name:
+            unit = [each for each in map(rows.__getitem__, decision[2]) if isinstance(each, Replacement)]
+            rows.update((each.name, each) for each in join_rows(unit, decision[1]))
     plan = plan.with_rows(rows)
     if calibration is None:
         return plan, None

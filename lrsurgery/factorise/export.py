@@ -34,6 +34,7 @@ from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import dense_card
 from lrsurgery.surgery.apply import dense_bias, factorised_layers, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, dense_weight
+from lrsurgery.surgery.shared.modules import SharedLinear
 from lrsurgery.units import parse_size
 
 
@@ -148,13 +149,32 @@ def _split(place: str, modules: dict[str, FactorisedLayer]) -> tuple[str | None,
     return None, ""
 
 
-def read_layer(parts: Parts, stem: str) -> FactorisedLayer:
-    """A layer with the values of the files; `stem` is what its keys begin with. Raises SourceError."""
-    held = copy.deepcopy(parts.modules[parts.layers[stem]])
-    held.load_state_dict({part: parts.tensors.read(f"{stem}.{part}") for part in held.state_dict()}, assign=True)
-    if held.order is not None and not is_permutation(held.order):
-        raise SourceError(f"{stem}.order is no permutation, so the file is damaged")
+def read_layer(parts: Parts, stem: str, *, whole: bool = False) -> FactorisedLayer:
+    """A layer with the values of the files; `stem` is what its keys begin with. Raises SourceError.
+
+    A layer that shares its v gets it from the layer that stores it; with `whole`, all layers of its group are read.
+    """
+    layer = parts.modules[parts.layers[stem]]
+    held = copy.deepcopy(layer)
+    if not isinstance(held, SharedLinear) or not isinstance(layer, SharedLinear):
+        _read_into(parts, stem, held)
+        return held
+    stems = stems_of(parts)
+    for each, original in zip(held.group, layer.group, strict=True):
+        if whole or each is held or each is held.leader:
+            _read_into(parts, stems[id(original)], each)
     return held
+
+
+def stems_of(parts: Parts) -> dict[int, str]:
+    """What the keys of each layer begin with, by the number of its module."""
+    return {id(parts.modules[layer]): stem for stem, layer in parts.layers.items()}
+
+
+def _read_into(parts: Parts, stem: str, layer: FactorisedLayer) -> None:
+    layer.load_state_dict({part: parts.tensors.read(f"{stem}.{part}") for part in layer.state_dict()}, assign=True)
+    if layer.order is not None and not is_permutation(layer.order):
+        raise SourceError(f"{stem}.order is no permutation, so the file is damaged")
 
 
 def to_dense(
@@ -182,7 +202,7 @@ def to_dense(
         )
         if name is None:
             raise SurgeryError(f"{layer}: transformers would rename its dense weight on loading; it cannot be exported")
-        readers[name] = (tensors.describe(f"{stem}.v.weight")[0], _weight(parts, stem))
+        readers[name] = (tensors.describe(f"{stem}.u.weight")[0], _weight(parts, stem))
         weights.add(name)
         if parts.modules[layer].u.bias is not None:
             readers[f"{stem}.bias"] = (tensors.describe(f"{stem}.u.bias")[0], _bias(parts, stem))

@@ -17,7 +17,7 @@ from lrsurgery.checkpoints.output import OutputOptions, ShardWriter, copy_compan
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.checkpoints.upstream.forms import METHOD, layers_entry
 from lrsurgery.errors import SurgeryError
-from lrsurgery.factorise.export import Parts, open_parts, read_layer
+from lrsurgery.factorise.export import Parts, open_parts, read_layer, stems_of
 from lrsurgery.factorise.work.jobs import check_finite, check_overflow
 from lrsurgery.files.digests import file_digests
 from lrsurgery.files.faults import disk_faults
@@ -34,6 +34,7 @@ from lrsurgery.runtime import versions
 from lrsurgery.surgery.apply import factorised_layers, reform_, side_in, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, Spec
 from lrsurgery.surgery.ranks import check_form
+from lrsurgery.surgery.shared.modules import SharedLinear
 from lrsurgery.units import parse_size
 
 
@@ -74,10 +75,7 @@ def export_in_form(
     output = with_name(output)
     with disk_faults(output, lambda: "nothing is written"), locked(output):
         parts = open_parts(reference, output, source_options, overwrite=options.overwrite)
-        specs = {
-            name: Spec(kind, rank, side_in(parts.modules[name], form) if form else side)
-            for name, (kind, rank, side) in parts.source.layers.items()
-        }
+        specs = _specs_in(parts, form)
         entry = layers_entry(specs, version)  # raises before anything is written
         model = build_model(parts.source, device="meta", trust_remote_code=source_options.trust_remote_code)
         swap_(model, specs)
@@ -95,6 +93,30 @@ def export_in_form(
             write_text(stage / FILE_NAME, report.to_json())
             card = model_card(report, parts.source, output.name, config, lines, options.command)
             write_text(stage / "README.md", card)
+
+
+def _specs_in(parts: Parts, form: str | None) -> dict[str, Spec]:
+    """What the layers are in a form; None keeps that of each."""
+    specs = dict(parts.source.layers)
+    if form is None:
+        return specs
+    names = {id(layer): name for name, layer in parts.modules.items() if name in specs}
+    stems = stems_of(parts)
+    for name, spec in parts.source.layers.items():
+        layer = parts.modules[name]
+        side = side_in(layer, form)
+        if side == spec.side:
+            continue
+        if side is None or not isinstance(layer, SharedLinear):
+            specs[name] = spec._replace(side=side, pivots=None)
+        elif layer.leader is layer:  # which layers the pivots are in is known once they are chosen
+            read = read_layer(parts, stems[id(layer)], whole=True)
+            assert isinstance(read, SharedLinear)
+            reform_(read, side)
+            for each, original in zip(read.group, layer.group, strict=True):
+                other = names[id(original)]
+                specs[other] = parts.source.layers[other]._replace(side=side, pivots=each.spec.pivots)
+    return specs
 
 
 def _choose_names(parts: Parts, model: nn.Module) -> dict[str, str]:
@@ -119,7 +141,8 @@ class _Rewriting:
     model: nn.Module  # on the meta device, with the layers in their new form
     names: Mapping[str, str]
     balances: dict[str, float | None] = field(default_factory=dict)  # of the layers that changed, see `Row.balance`
-    held: tuple[str, FactorisedLayer] | None = None  # the layer read last, in its new form
+    # the layer read last, with those that share its v, in their new form: what its keys begin with -> layer
+    held: dict[str, FactorisedLayer] = field(default_factory=dict)
 
     def write(self, stage: Path, shard_size: int, listener: Listener) -> int:
         """Write the shards and return the bytes of all tensors."""
@@ -162,19 +185,29 @@ class _Rewriting:
     def _add(self, writer: ShardWriter, name: str, stem: str, part: str, new: nn.Module) -> None:
         """Add a part of a layer that changes its form, and its order in front, which is wider than some weights."""
         assert isinstance(new, FactorisedLayer)
-        if self.held is None or self.held[0] != stem:
-            layer = read_layer(self.parts, stem)
-            for key, tensor in layer.state_dict().items():
-                check_finite(tensor, f"{stem}.{key}", self.parts.source.reference)
+        if stem not in self.held:
+            layer = read_layer(self.parts, stem, whole=True)
+            self.held = self._with_group(stem, layer)
+            for each, one in self.held.items():
+                for key, tensor in one.state_dict().items():
+                    check_finite(tensor, f"{each}.{key}", self.parts.source.reference)
             reform_(layer, new.side)
-            self.held = (stem, layer)
-            self.balances[self.parts.layers[stem]] = None if layer.side else _balance_of(layer)
-        layer = self.held[1]
+            for each, one in self.held.items():
+                alone = not isinstance(one, SharedLinear)
+                self.balances[self.parts.layers[each]] = _balance_of(one) if alone and not one.side else None
+        layer = self.held[stem]
         tensor = layer.state_dict()[part]
         check_overflow(tensor, name)
         writer.add(name, tensor)
         if part == "u.weight" and layer.order is not None:
             writer.add_in_front(f"{self.names[stem]}.order", layer.order)
+
+    def _with_group(self, stem: str, layer: FactorisedLayer) -> dict[str, FactorisedLayer]:
+        original = self.parts.modules[self.parts.layers[stem]]
+        if not isinstance(layer, SharedLinear) or not isinstance(original, SharedLinear):
+            return {stem: layer}
+        stems = stems_of(self.parts)
+        return {stems[id(old)]: new for old, new in zip(original.group, layer.group, strict=True)}
 
 
 def _balance_of(layer: FactorisedLayer) -> float:
@@ -200,11 +233,12 @@ def _report(parts: Parts, model: nn.Module, form: str | None, balances: Mapping[
     if folder is None or not (folder / FILE_NAME).is_file():
         return replace(rank_report(model, measured=False), versions=versions())
     written, layers = Report.read(folder), factorised_layers(model)
+    names = {id(layer): name for name, layer in layers.items()}
 
     def row_of(row: Row) -> Row:
         if row.name not in layers or row.status != "factorised":
             return row
-        new = planned_row(replacement_of(row.name, layers[row.name]))
+        new = planned_row(replacement_of(row.name, layers[row.name], names))
         return replace(
             row,
             form=new.form,

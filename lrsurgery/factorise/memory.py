@@ -16,7 +16,8 @@ from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.runtime import Compute, pick_device
 from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, pivot_layers_
-from lrsurgery.surgery.plan import Plan, SurgeryOptions
+from lrsurgery.surgery.kinds import AUTO
+from lrsurgery.surgery.plan import Plan, SurgeryOptions, layers_of_several_names
 from lrsurgery.surgery.ranks import BALANCED, RankLike
 from lrsurgery.surgery.speed import SpeedTable, make_timer, plan_layers
 
@@ -39,6 +40,7 @@ def factorise_(
     svd: str = "auto",
     cache: bool = False,
     form: str = BALANCED,
+    share: str = AUTO,
 ) -> None:
     """Replace the layers of a module in memory by factorised ones. A transformers model then saves as factorised.
 
@@ -48,7 +50,8 @@ def factorise_(
     computed on `device` (by default each layer's own) and stored in the dense layer's dtype on its device. Layers
     whose speedup on `device` (by default the GPU, if there is one) is below `min_speedup` stay dense. `cache` keeps
     singular values on disk, as the CLI does. `form` "pivoted" stores rank^2 numbers less a layer, and saves below every
-    full rank; "balanced" trains better.
+    full rank; "balanced" trains better. With a budget and statistics by the loss, layers with the same inputs share one
+    v where that loses less; `share` "never" keeps them apart.
 
     Raises RankError, PlanError or WeightError that name the layer; BudgetError for an infeasible budget;
     CalibrationError for statistics of another model.
@@ -64,6 +67,7 @@ def factorise_(
         min_speedup=min_speedup,
         svd=svd,
         form=form,
+        share=share,
     )
     factorise_module_(module, options, statistics, torch.device(device) if device is not None else None, cache=cache)
 
@@ -92,7 +96,8 @@ def factorise_module_(
     weights = replace(_weights(module, plan, device), timer=timer)
     if plan.needs_spectra:
         computes_on = device or next((m.device for m in _dense(module, plan).values()), torch.device("cpu"))
-        plan = allocate_ranks(plan, weights, Compute(device=computes_on, cache=cache), statistics)
+        compute = Compute(device=computes_on, cache=cache)
+        plan = allocate_ranks(plan, weights, compute, statistics, share=options.shares)
     plan = change(plan)
     kinds = {row.name: row.kind for row in plan.replacements}
 
@@ -121,6 +126,7 @@ def _weights(module: nn.Module, plan: Plan, device: torch.device | None) -> Weig
         parameters=sum(p.numel() for p in stored),
         stored_bytes=sum(p.numel() * p.element_size() for p in stored),
         device=device,
+        alone=layers_of_several_names(module),
     )
 
 

@@ -279,6 +279,7 @@ def parse_options(
     calibration: Calibration | str | None = None,
     loss_check: bool = True,
     form: str = PIVOTED,
+    share: str = AUTO,
 ) -> FactoriseOptions:
     """Parse the options of the command line and of Python callers. Raises SurgeryError that names the value.
 
@@ -301,6 +302,7 @@ def parse_options(
         min_speedup=min_speedup,
         svd=svd,
         form=form,
+        share=share,
     )
     source = SourceOptions(
         revision=revision,

@@ -6,6 +6,7 @@ product as they are leaves r (m - r) mixing numbers for the others, so nothing i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -79,6 +80,36 @@ def pivot(factors: Factors, side: Side | None = None) -> Pivoted:
     if side == "rows":
         return Pivoted(side, order, (u[pivots] @ v).to(dtype), mixing[others].to(dtype))
     return Pivoted(side, order, (u @ v[:, pivots]).to(dtype), mixing[others].T.contiguous().to(dtype))
+
+
+class Slice(NamedTuple):
+    """One of several matrices (m, n) that share the pivots' rows K (r, n), stacked: W[order] = cat(K[own], mixing @ K).
+
+    own = slice(start, start + number): the pivots among its rows.
+    """
+
+    order: Tensor  # int64 permutation of the rows (m,): its own pivots, then the others ascending
+    start: int
+    number: int
+    mixing: Tensor  # (m - number, r)
+
+
+def pivot_together(factors: Factors, sizes: Sequence[int]) -> tuple[Tensor, list[Slice]]:
+    """The rows (r, n) that are the pivots of stacked matrices u @ v, and what each of them is made of; see `pivot`.
+
+    u (sum of sizes, r); the pivots of one matrix stand together, in the order of the matrices.
+    """
+    _, order, kept, mixing = pivot(factors, "rows")
+    rank = len(kept)
+    pivots, sorting = order[:rank].sort()
+    kept, mixing, others = kept[sorting], mixing[:, sorting], order[rank:]
+    slices, first = [], 0
+    for size in sizes:
+        own, rest = ((each >= first) & (each < first + size) for each in (pivots, others))
+        start, number = int((pivots < first).sum()), int(own.sum())
+        slices.append(Slice(torch.cat([pivots[own], others[rest]]) - first, start, number, mixing[rest]))
+        first += size
+    return kept, slices
 
 
 def unpivot(pivoted: Pivoted) -> Factors:

@@ -10,6 +10,7 @@ eigenvectors of L^T W C W^T L. C is neither inverted nor factorised, so it may b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,62 @@ def weighted_factors(weight: Tensor, rank: RankChoice, metric: Metric) -> Weight
     return WeightedFactors(Factors(*(factor.to(dtype) for factor in balance(Factors(u, v)))), values)
 
 
+def joint_values(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> Tensor:
+    """As `weighted_values`, of weights (rows, columns) that share their inputs and one v.
+
+    (full rank,) singular values in fp64 of the stacked weight, whose G is block diagonal: half the sum of the squares
+    beyond a rank is the loss of all weights together at it, and compares with that of `weighted_values`.
+    """
+    gram, _ = _joint_gram(weights, metrics)
+    try:
+        return _roots(torch.linalg.eigvalsh(gram))[: _joint_rank(weights)]
+    except LinAlgError as e:
+        raise WeightError(f"no LAPACK driver converges on these {len(weights)} matrices in their metric") from e
+
+
+def joint_factors(weights: Sequence[Tensor], rank: int, metrics: Sequence[Metric]) -> WeightedFactors:
+    """Factors u (all rows, rank), v (rank, columns) of weights (rows, columns) that share their inputs, stacked.
+
+    They minimise the sum over the weights of ||G^(1/2) (W - U V) C^(1/2)||_F^2: with C = L L^T and the leading
+    eigenvectors Q of L^T (sum of W^T G W) L, V = Q^T L^-1 and U = W L Q. C is that of the first metric, positive
+    definite.
+
+    Raises WeightError as `weighted_values` does.
+    """
+    gram, root = _joint_gram(weights, metrics)
+    try:
+        eigenvalues, vectors = torch.linalg.eigh(gram)
+    except LinAlgError as e:
+        raise WeightError(f"no LAPACK driver converges on these {len(weights)} matrices in their metric") from e
+    leading = vectors[:, -rank:].flip(1)
+    v = torch.linalg.solve_triangular(root.T, leading, upper=True).T
+    turned = root @ leading
+    u = torch.cat([weight.detach().double() @ turned for weight in weights])
+    dtype = working_dtype(weights[0].dtype)
+    factors = Factors(*(factor.to(dtype) for factor in balance(Factors(u, v))))
+    return WeightedFactors(factors, _roots(eigenvalues)[: _joint_rank(weights)])
+
+
+def _joint_rank(weights: Sequence[Tensor]) -> int:
+    return min(sum(len(weight) for weight in weights), weights[0].shape[1])
+
+
+def _joint_gram(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> tuple[Tensor, Tensor]:
+    """(L^T (sum of W^T G W) L, L) in fp64, both (columns, columns), with C = L L^T."""
+    inputs = metrics[0].inputs
+    assert inputs is not None, "the moment of the inputs is what weights have in common"
+    total = torch.zeros_like(inputs, dtype=torch.float64)
+    for weight, metric in zip(weights, metrics, strict=True):
+        wide = _check(weight, Metric(inputs, metric.gradients))
+        total += wide.T @ (wide if metric.gradients is None else metric.gradients.to(wide) @ wide)
+    try:
+        root = torch.linalg.cholesky(inputs.to(total))
+    except LinAlgError as e:
+        raise WeightError("the second moment of its inputs is not positive definite; damp it") from e
+    gram = root.T @ total @ root
+    return (gram + gram.T) / 2, root
+
+
 def second_order(values: Tensor, rank: int) -> float:
     """Predicted increase of the loss at this rank, from all singular values (full rank,) of G^(1/2) W C^(1/2).
 
@@ -101,7 +158,8 @@ def weighted_norm(weight: Tensor, metric: Metric) -> float:
     return float((wide * product).sum().clamp(min=0).sqrt())
 
 
-def _core(weight: Tensor, metric: Metric) -> _Core:
+def _check(weight: Tensor, metric: Metric) -> Tensor:
+    """The weight in fp64. Raises WeightError if it or the metric is not finite, or if they do not fit each other."""
     rows, columns = weight.shape
     for name, moment, size in (("inputs", metric.inputs, columns), ("gradients", metric.gradients, rows)):
         if moment is not None and tuple(moment.shape) != (size, size):
@@ -111,7 +169,11 @@ def _core(weight: Tensor, metric: Metric) -> _Core:
     wide = weight.detach().double()
     if not bool(torch.isfinite(wide).all()):
         raise WeightError("the weight holds NaN or Inf; repair the checkpoint first")
-    root = None
+    return wide
+
+
+def _core(weight: Tensor, metric: Metric) -> _Core:
+    wide, root = _check(weight, metric), None
     if metric.gradients is not None:
         try:
             root = torch.linalg.cholesky(metric.gradients.to(wide))
@@ -119,7 +181,7 @@ def _core(weight: Tensor, metric: Metric) -> _Core:
             raise WeightError("the second moment of its gradients is not positive definite; damp it") from e
     weighted = wide if root is None else root.T @ wide
     turn, short = None, weighted
-    if rows > columns:  # the R of a QR has the same Gram matrix, and gives a small eigenproblem
+    if wide.shape[0] > wide.shape[1]:  # the R of a QR has the same Gram matrix, and gives a small eigenproblem
         turn, short = torch.linalg.qr(weighted)
     gram = short @ (short.T if metric.inputs is None else metric.inputs.to(wide) @ short.T)
     return _Core((gram + gram.T) / 2, turn, weighted, root)

@@ -160,7 +160,7 @@ def make_workload(
     if work == PREFILL:
         return Workload(functools.partial(_forward, forward, x, {"use_cache": True, **last}))
     prompt = max(1, x.shape[1] - new_tokens)
-    with torch.inference_mode():
+    with torch.no_grad():  # as transformers' generate; in inference mode no layer knows whether its input has changed
         first = model(x[:, :prompt], use_cache=True, **last)
     name = next((name for name in CACHES if name in arguments and getattr(first, name, None) is not None), None)
     if name is None:
@@ -169,7 +169,7 @@ def make_workload(
     prepare = functools.partial(copy.deepcopy, getattr(first, name))
     begin = first.logits[:, -1:].argmax(-1)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def decode(cache: object) -> Iterator[None]:
         token = begin
         for _ in range(x.shape[1] - prompt):
@@ -180,7 +180,7 @@ def make_workload(
     return Workload(decode, prepare)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _forward(forward: Forward, x: Tensor, options: Mapping[str, object], prepared: None) -> Iterator[None]:
     forward(x, **options)
     yield

@@ -17,13 +17,14 @@ from lrsurgery.linalg.factors import Factors, balance_of, largest, power_of_two,
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points
 from lrsurgery.linalg.subspaces import Directions, directions, overlap
 from lrsurgery.linalg.svd import Decomposition, spectral_factors
-from lrsurgery.linalg.weighted import second_order
+from lrsurgery.linalg.weighted import Metric, second_order, weighted_norm
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.layers import FactorisedLayer
-from lrsurgery.surgery.plan import ALREADY, Kept, Plan, Replacement, SurgeryOptions, find_heads, plan_rows
+from lrsurgery.surgery.plan import ALREADY, Joint, Kept, Plan, Replacement, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
+from lrsurgery.surgery.shared.modules import SharedLinear
 
 
 def measured_row(
@@ -58,6 +59,27 @@ def measured_row(
         before=None if unknown else EffectiveRanks.of(values),
         spectrum_before=None if unknown else Points.of(values),
         **_after(kept.sort(descending=True).values),
+    )
+
+
+def shared_row(row: Replacement, matrix: Tensor, factors: Factors, values: Tensor, metric: Metric) -> Row:
+    """As `measured_row`, of a layer that shares its v, with its own singular values and a metric in units of the loss.
+
+    `predicted_loss` is the layer's own part of that of the group.
+    """
+    wide, top = values.double(), float(values[0])
+    whole = weighted_norm(matrix, metric)
+    lost = weighted_norm(matrix.double() - factors.u.double() @ factors.v.double(), metric)
+    return replace(
+        planned_row(row),
+        energy_kept=_finite(_energy_within(matrix, directions(factors), float(wide.square().sum()))),
+        relative_error=_finite(relative_error(matrix, factors)),
+        spectral_error=_finite(_spectral_norm_of_difference(matrix, factors) / top if top else 0.0),
+        weighted_error=_finite(lost / whole if whole else 0.0),
+        predicted_loss=_finite(0.5 * lost**2),
+        before=EffectiveRanks.of(values),
+        spectrum_before=Points.of(values),
+        **_after(product_values(factors)),
     )
 
 
@@ -112,13 +134,14 @@ def planned_row(row: Replacement | Kept) -> Row:
         flops_after=row.factorised_flops,
         predicted_loss=row.predicted_loss,
         form=None if row.rank is None else "pivoted" if row.pivots else "balanced",
+        v_of=None if row.joint is None else row.joint.names[0],
     )
 
 
 def trained_row(row: Row, factors: Factors) -> Row:
     """The row with the spectrum and balance of factors, which training may have left unbalanced."""
-    # the parts of a pivoted layer are not meant to be balanced
-    balance = None if row.form == "pivoted" else _finite(balance_of(factors))
+    # the parts of a pivoted layer are not meant to be balanced, nor each of the layers that share one v
+    balance = None if row.form == "pivoted" or row.v_of is not None else _finite(balance_of(factors))
     return replace(row, balance=balance, **_after(product_values(factors)))
 
 
@@ -129,7 +152,7 @@ def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
     spectral init it equals the sum of the kept squared singular values over that of all.
     """
     assert row.rank is not None
-    dense = spectral_factors(matrix, row.rank)
+    dense = spectral_factors(matrix, min(row.rank, *matrix.shape))  # a v that layers share may have more rows
     values = dense.values.double()
     ours = directions(factors)
     gap = _spectral_norm_of_difference(matrix, factors)
@@ -174,11 +197,13 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
     Raises PlanError where `against` lacks a layer; WeightError where one of its weights is not finite.
     """
     others = dict(against.named_modules()) if against is not None else {}
+    layers = factorised_layers(module)
+    names = {id(layer): name for name, layer in layers.items()}
     rows = [
-        _row_of(name, layer, others.get(name), against is None)
+        _row_of(layer, replacement_of(name, layer, names), others.get(name), against is None)
         if measured
-        else planned_row(replacement_of(name, layer))
-        for name, layer in factorised_layers(module).items()
+        else planned_row(replacement_of(name, layer, names))
+        for name, layer in layers.items()
     ]
     order = {name: i for i, (name, _) in enumerate(module.named_modules())}
     rows = sorted([*rows, *_dense_rows(module)], key=lambda row: order.get(row.name, len(order)))
@@ -187,17 +212,22 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
     return Report(tuple(rows), before, after)
 
 
-def replacement_of(name: str, layer: FactorisedLayer) -> Replacement:
-    """The row of a plan that would give this factorised layer."""
+def replacement_of(name: str, layer: FactorisedLayer, names: Mapping[int, str] | None = None) -> Replacement:
+    """The row of a plan that would give this factorised layer; `names` are those of layers by id, for shared ones."""
     (rows, columns), shape = layer.matrix_shape, tuple(layer.weight.shape)
-    bias = sum(part.bias.numel() for part in (layer.u, layer.v) if part.bias is not None)
+    bias = 0 if layer.bias is None else rows
     per_u = layer.layout.v_per_u(layer)
-    return Replacement(name, layer.kind, shape, rows, columns, layer.rank, bias, per_u, side=layer.side)
+    row = Replacement(name, layer.kind, shape, rows, columns, layer.rank, bias, per_u, side=layer.side)
+    if not isinstance(layer, SharedLinear):
+        return row
+    group = tuple((names or {}).get(id(each), name) for each in layer.group)
+    joint = Joint(group, sum(each.out_features for each in layer.group), (layer.start, layer.own))
+    return replace(row, joint=joint)
 
 
-def _row_of(name: str, layer: FactorisedLayer, dense: nn.Module | None, alone: bool) -> Row:
+def _row_of(layer: FactorisedLayer, planned: Replacement, dense: nn.Module | None, alone: bool) -> Row:
     factors = Factors(*(f.detach() for f in layer.factors))
-    row = planned_row(replacement_of(name, layer))
+    row, name = planned_row(planned), planned.name
     if alone:
         return trained_row(row, factors)
     weight = getattr(dense, "weight", None)
@@ -242,5 +272,6 @@ def recorded_options(
         "min_speedup": surgery.min_speedup,
         "svd": surgery.svd,
         "form": surgery.form,
+        "share": surgery.share,
         "calibration": calibration,
     }

@@ -77,11 +77,14 @@ class Row:
     predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
     balance: float | None = None  # ||U^T U - V V^T||_F / ||U^T U||_F; 0 right after surgery
     form: Literal["balanced", "pivoted"] | None = None  # of a factorised layer; None in reports of older versions
+    # the layer that stores its v, where several share one (its own name for that layer, for which v counts); their rank
+    # and full rank are those of all of them together
+    v_of: str | None = None
 
     @property
     def break_even(self) -> int | None:
         """The largest rank that saves parameters; None for a layer that has no factorised form."""
-        if self.full_rank is None:
+        if self.full_rank is None or self.v_of is not None:
             return None
         shape = KINDS[self.kind].matrix_shape(torch.Size(self.shape))
         return break_even_rank(*shape, pivoted=self.form == "pivoted")
@@ -115,7 +118,7 @@ class Row:
             kind = KINDS.get(self.kind)
             if kind is None or len(self.shape) != kind.weight_axes:
                 raise SourceError(f"{lead}shape {shape_text(self.shape)} is of no '{self.kind[:60]}' layer")
-            if self.full_rank > min(kind.matrix_shape(torch.Size(self.shape))):
+            if self.v_of is None and self.full_rank > min(kind.matrix_shape(torch.Size(self.shape))):
                 raise SourceError(f"{lead}full rank {self.full_rank} is above that of {shape_text(self.shape)}")
             if self.rank is not None and self.rank > self.full_rank:
                 raise SourceError(f"{lead}rank {self.rank} is above full rank, {self.full_rank}")
@@ -172,7 +175,8 @@ class Report:
     @property
     def saved_by_form(self) -> int:
         """Parameters that pivoted layers store less than balanced ones of the same ranks would: rank^2 each."""
-        return sum(row.rank**2 for row in self.factorised if row.form == "pivoted" and row.rank is not None)
+        stored = (row for row in self.factorised if row.v_of in (None, row.name))  # a shared v is pivoted once
+        return sum(row.rank**2 for row in stored if row.form == "pivoted" and row.rank is not None)
 
     @property
     def share_saved_by_form(self) -> float | None:

@@ -1,4 +1,7 @@
-"""Application of a plan to a model in memory. All decisions are in the plan."""
+"""Application of a plan to a model in memory. All decisions are in the plan.
+
+The file is long because all that puts factorised layers into a model, changes their form or takes them out is here.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.layers import (
+    Dense,
     FactorisedLayer,
+    Kind,
     Spec,
     Stored,
     build_dense,
@@ -27,8 +32,18 @@ from lrsurgery.surgery.layers import (
     side_for,
     split_bias,
 )
-from lrsurgery.surgery.plan import Plan, Replacement
+from lrsurgery.surgery.plan import Plan, Replacement, whole_of
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED
+from lrsurgery.surgery.shared.forms import (
+    Part,
+    can_pivot,
+    decompose_together,
+    fill_group_,
+    reform_group_,
+    store_together,
+)
+from lrsurgery.surgery.shared.modules import SharedLinear, build_shared, is_led, join
+from lrsurgery.surgery.shared.specs import groups_in
 
 
 def factorised_layers(model: nn.Module) -> dict[str, FactorisedLayer]:
@@ -46,16 +61,26 @@ def replace_module_(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def specs_of(model: nn.Module) -> dict[str, Spec]:
     """What each factorised layer of a model is, by name."""
-    return {name: layer.spec for name, layer in factorised_layers(model).items()}
+    layers = factorised_layers(model)
+    names = {id(layer): name for name, layer in layers.items()}
+    return {
+        name: layer.spec._replace(v_of=names[id(layer.leader)]) if is_led(layer) else layer.spec  # type: ignore[attr-defined]
+        for name, layer in layers.items()
+    }
 
 
 def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
     """Replace dense layers by factorised ones with weights on the meta device.
 
-    Raises PlanError for an unknown name or kind, or for a layer of another kind or without such a form.
+    Raises PlanError for an unknown name or kind, for a layer of another kind or without such a form, or for layers that
+    cannot share their v.
     """
     modules, references = dict(model.named_modules()), References(model)
-    for name, (kind_name, rank, side) in layers.items():
+    groups = groups_in(layers, PlanError)
+    shared = {name: leader for leader, names in groups.items() for name in names}
+    built: dict[str, SharedLinear] = {}
+    for name, spec in layers.items():
+        kind_name, rank, side, *_ = spec
         kind = KINDS.get(kind_name)
         if kind is None:
             raise PlanError(f"{name}: unknown kind '{kind_name}'; known: {', '.join(KINDS)}")
@@ -65,15 +90,40 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
             raise PlanError(f"{name}: this {type(model).__name__} has no such layer")
         if weight.ndim != kind.weight_axes:
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind_name} layer")
-        if rank > (full := min(kind.matrix_shape(weight.shape))):
-            raise PlanError(f"{name}: rank {rank} exceeds {full}, the full rank of {tuple(weight.shape)}")
-        if side is not None and (side not in kind.sides(dense) or rank == full):
-            raise PlanError(f"{name}: a {type(dense).__name__} of rank {rank} has no pivots among its {side}")
-        with Unfilled():
-            new = kind.make(dense, rank, side)
+        new: FactorisedLayer
+        if name in shared:
+            _check_shared(name, spec, kind, dense, modules[shared[name]])
+            with Unfilled():
+                new = built[name] = build_shared(kind, dense, spec, leads=shared[name] == name)
+        else:
+            if rank > (full := min(kind.matrix_shape(weight.shape))):
+                raise PlanError(f"{name}: rank {rank} exceeds {full}, the full rank of {tuple(weight.shape)}")
+            if side is not None and (side not in kind.sides(dense) or rank == full):
+                raise PlanError(f"{name}: a {type(dense).__name__} of rank {rank} has no pivots among its {side}")
+            with Unfilled():
+                new = kind.make(dense, rank, side)
         if not weight.requires_grad:
             new.requires_grad_(False)
         references.replace_(dense, new)
+    for leader, names in groups.items():
+        group = [built[name] for name in names]
+        rows = sum(layer.out_features for layer in group)
+        join(group)
+        full = min(rows, group[0].in_features)
+        if group[0].rank > full - (1 if group[0].side else 0):
+            raise PlanError(f"{leader}: rank {group[0].rank} is too large for {len(names)} layers of full rank {full}")
+
+
+def _check_shared(name: str, spec: Spec, kind: Kind, dense: Dense, leader: Dense) -> None:
+    """Raise PlanError for a layer that cannot have one v with the layer `leader`."""
+    rows, columns = kind.matrix_shape(dense.weight.shape)
+    of_leader = getattr(leader, "weight", None)
+    if not kind.shares_v or not isinstance(of_leader, Tensor) or of_leader.ndim != kind.weight_axes:
+        raise PlanError(f"{name}: a {type(dense).__name__} cannot share the v of {spec.v_of or name}")
+    if kind.matrix_shape(of_leader.shape)[1] != columns or (leader.bias is None) != (dense.bias is None):
+        raise PlanError(f"{name}: its inputs or its bias are not those of {spec.v_of}, whose v it would have")
+    if spec.pivots is not None and spec.pivots[1] > rows:
+        raise PlanError(f"{name}: {spec.pivots[1]} pivots exceed its {rows} outputs")
 
 
 def decomposition_cost(row: Replacement) -> float:
@@ -158,35 +208,55 @@ def apply_plan_(
     """
     modules, references = dict(model.named_modules()), References(model)
 
-    def factors_of(row: Replacement) -> Stored:
+    def weight_of(row: Replacement) -> Tensor:
         weight: Tensor = modules[row.name].weight.detach()
         if weight.is_meta:
             raise PlanError(f"{row.name}: its weight is on the meta device; load the model first")
-        decomposition = decompose(
-            row, weight.to(device or weight.device), init=init, seed=seed, metric=metric_of(row.name), svd=svd
-        )
-        return factor_weights(row.layout, weight, decomposition.factors, row.pivots)
+        return weight.to(device or weight.device)
 
+    def parts_of(unit: tuple[Replacement, ...]) -> list[Stored] | list[Part]:
+        row, weights = unit[0], [weight_of(each) for each in unit]
+        like = modules[row.name].weight.detach()
+        if row.joint is None:
+            found = decompose(row, weights[0], init=init, seed=seed, metric=metric_of(row.name), svd=svd)
+            return [factor_weights(row.layout, like, found.factors, row.pivots)]
+        metrics = [metric for each in unit if (metric := metric_of(each.name)) is not None]
+        assert row.rank is not None
+        factors, _ = decompose_together(row.joint.names, row.layout, weights, row.rank, metrics)
+        return store_together(factors, [each.rows for each in unit], like, pivoted=row.pivots is not None)
+
+    units = plan.units
     weights: list[Tensor] = [modules[row.name].weight for row in plan.replacements]
     on_cpu = all((device or weight.device).type == "cpu" for weight in weights)
     compute = Compute(device=torch.device("cpu") if on_cpu else torch.device("cuda"))
-    needs = [
-        decomposition_bytes(row, weight.element_size()) for row, weight in zip(plan.replacements, weights, strict=True)
-    ]
-    factors = compute.in_order(factors_of, plan.replacements, needs)
-    for row, stored in zip(plan.replacements, factors, strict=True):
-        dense = modules[row.name]
-        assert row.rank is not None
+    needs = [decomposition_bytes(whole_of(unit), modules[unit[0].name].weight.element_size()) for unit in units]
+    for unit, parts in zip(units, compute.in_order(parts_of, units, needs), strict=True):
+        dense = [modules[row.name] for row in unit]
+        trained, biases = [each.weight.requires_grad for each in dense], [each.bias for each in dense]
+        new: list[FactorisedLayer] = []
         with Unfilled():
-            new = row.layout.make(dense, row.rank, row.pivots)
-        fill_(new, stored, dense.bias, dense.weight.requires_grad)
-        references.replace_(dense, new)
+            for row, each, part in zip(unit, dense, parts, strict=True):
+                assert row.rank is not None
+                new.append(
+                    build_shared(row.layout, each, row.spec_with(part.pivots), leads=row.leads)
+                    if isinstance(part, Part)
+                    else row.layout.make(each, row.rank, row.pivots)
+                )
+        if isinstance(parts[0], Stored):
+            fill_(new[0], parts[0], biases[0], trained[0])
+        else:
+            group = [layer for layer in new if isinstance(layer, SharedLinear)]
+            join(group)
+            fill_group_(group, parts, biases, trained)  # type: ignore[arg-type]
+        for old, layer in zip(dense, new, strict=True):
+            references.replace_(old, layer)
 
 
 def densify_layers_(model: nn.Module) -> None:
     """Replace every factorised layer by a dense layer that holds the product of its factors."""
     references = References(model)
-    for layer in factorised_layers(model).values():
+    # a layer that stores the v of others comes after them
+    for layer in sorted(factorised_layers(model).values(), key=lambda layer: not is_led(layer)):
         with Unfilled():
             dense = build_dense(layer)
         dense.weight = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)
@@ -201,10 +271,12 @@ def dense_bias(layer: FactorisedLayer) -> Tensor | None:
     if layer.side != "rows" or layer.u.bias is None:
         return layer.u.bias
     assert layer.v.bias is not None
-    _, order, _, mixing = layer.pivoted
+    assert layer.order is not None
+    mixing = layer.layout.to_matrices(layer.u.weight, layer.v.weight).u
     first, rest = layer.v.bias.double(), layer.u.bias.double()
-    bias = torch.empty(len(order), dtype=layer.u.bias.dtype, device=rest.device)
-    bias[order.long()] = torch.cat([first, rest + mixing.double() @ first]).to(bias.dtype)
+    bias = torch.empty(len(layer.order), dtype=layer.u.bias.dtype, device=rest.device)
+    own = first[layer.start : layer.start + layer.own]
+    bias[layer.order.long()] = torch.cat([own, rest + mixing.double() @ first]).to(bias.dtype)
     return bias
 
 
@@ -239,6 +311,8 @@ def side_in(layer: FactorisedLayer, form: str) -> Side | None:
     """The side of the pivots that a layer has in a form; None where it is balanced, also for want of another."""
     if form == BALANCED:
         return None
+    if isinstance(layer, SharedLinear):
+        return "rows" if can_pivot(layer.group) else None
     if layer.side is not None or layer.rank == min(layer.matrix_shape):
         return layer.side
     with Unfilled():
@@ -251,17 +325,33 @@ def in_form(model: nn.Module, form: str) -> Iterator[None]:
 
     A layer whose `u` or `v` is another tool's module (quantised, with an adapter, pruned) stays as it is.
     """
-    held: list[tuple[FactorisedLayer, nn.Module, nn.Module, Tensor | None, Side | None]] = []
+    undo: list[Callable[[], None]] = []
     try:
         for layer in factorised_layers(model).values():
-            side = side_in(layer, form) if _is_plain(layer) else layer.side
+            alike = layer.group if isinstance(layer, SharedLinear) else (layer,)
+            side = side_in(layer, form) if all(map(_is_plain, alike)) else layer.side
             if side != layer.side:
-                held.append((layer, layer.u, layer.v, layer.order, layer.side))
+                undo += [_restore(each) for each in alike]
                 reform_(layer, side)
         yield
     finally:
-        for layer, u, v, order, side in held:
-            layer.u, layer.v, layer.order, layer.side = u, v, order, side  # type: ignore[assignment]
+        for restore in undo:
+            restore()
+
+
+def _restore(layer: FactorisedLayer) -> Callable[[], None]:
+    """What gives a layer the modules and the form that it has now."""
+    held, order, side = dict(layer._modules), layer.order, layer.side
+    pivots = layer.spec.pivots
+
+    def restore() -> None:
+        layer._modules.update(held)
+        if isinstance(layer, SharedLinear):
+            layer.set_pivots(pivots, order)
+        else:
+            layer.order, layer.side = order, side
+
+    return restore
 
 
 def _is_plain(layer: FactorisedLayer) -> bool:
@@ -273,7 +363,13 @@ def _is_plain(layer: FactorisedLayer) -> bool:
 
 @torch.no_grad()
 def reform_(layer: FactorisedLayer, side: Side | None) -> None:
-    """Give a layer another form in place: pivots on a side, or balanced (None). Works in fp64 and rounds once."""
+    """Give a layer another form in place: pivots on a side, or balanced (None). Works in fp64 and rounds once.
+
+    A layer that shares its v takes the whole group along.
+    """
+    if isinstance(layer, SharedLinear):
+        reform_group_(layer.group, [dense_bias(each) for each in layer.group], pivoted=side is not None)
+        return
     held, bias = layer.u.weight, dense_bias(layer)
     wide = Factors(*(factor.double() for factor in layer.factors))
     with Unfilled():

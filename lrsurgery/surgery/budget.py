@@ -26,7 +26,9 @@ READABLE = (
     " such as bytes:500MB"
 )
 SCOPES = ("layers", "model")  # what a share refers to
-SHARES = {"params": "parameters", "flops": "FLOPs", "time": "time"}
+SHARING = ("auto", "never")  # whether layers with the same inputs may have one v
+TOGETHER, APART = SHARING
+UNITS = {"params": "parameters", "flops": "FLOPs", "time": "time"}
 STATE_LIMIT = 5_000_000  # states after which the search returns its best choice so far: one or two seconds
 
 Ints: TypeAlias = npt.NDArray[np.int64]
@@ -49,7 +51,7 @@ class Budget:
     def __post_init__(self) -> None:
         if self.multiple_of < 1:
             raise BudgetError(f"multiple of {self.multiple_of}: write a positive integer")
-        assert self.kind in {*SHARES, "bytes"}, self.kind
+        assert self.kind in {*UNITS, "bytes"}, self.kind
         if self.of not in SCOPES:
             raise BudgetError(f"unknown budget scope '{self.of}'; known: {', '.join(SCOPES)}")
         if self.kind == "bytes":
@@ -59,7 +61,7 @@ class Budget:
         elif not 0 < self.amount <= 1:
             prefix = "" if self.kind == "params" else f"{self.kind}:"
             raise BudgetError(
-                f"budget {prefix}{self.amount:g}: the share of {SHARES[self.kind]} lies in (0, 1]; write bytes:500MB"
+                f"budget {prefix}{self.amount:g}: the share of {UNITS[self.kind]} lies in (0, 1]; write bytes:500MB"
                 " for a size"
             )
 
@@ -157,6 +159,11 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, Choice | None]
         start = _greedy(menus, chosen, split, limit)
         chosen = _fill(menus, _search(menus, chosen, price, start, limit), limit)
     return {layer.name: menu.choices[at] for layer, menu, at in zip(layers, menus, chosen, strict=True)}
+
+
+def price_of(layers: Sequence[Layer], budget: float) -> float:
+    """The loss that one more unit of the budget would save by the linear relaxation; 0 if every option fits."""
+    return _relax([_menu(layer) for layer in layers], math.floor(budget))[1]
 
 
 class _Menu(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -103,6 +103,24 @@ class FrobeniusDecay:
         if found_inf is not None and bool(found_inf):
             return
         groups = {id(p): g for g in optimizer.param_groups for p in g["params"] if p.grad is not None}
+
+        def apply(factors: list[Tensor], of_factors: list[Tensor]) -> None:
+            group = groups.get(id(factors[0]))
+            if group is None:
+                return
+            if self.decoupled:
+                _add_(factors, of_factors, -group["lr"] * self.strength)
+            else:
+                _add_([f.grad for f in factors], of_factors, self.strength * (1 if scale is None else scale))
+
+        for us, v, side in self._units():
+            if len(us) > 1 and any(id(factor) in groups for factor in (*us, v)):
+                found = [frobenius_gradients(u, v, side) for u in us]
+                of_v = torch.stack([each for _, each in found]).sum(0)
+                if side == "rows":  # the kept part is that of all of them, and counts once
+                    of_v -= (len(us) - 1) * v.detach().to(of_v.dtype)
+                for factor, gradient in ((v, of_v), *zip(us, (each for each, _ in found), strict=True)):
+                    apply([factor], [gradient])
         for us, vs, side in self._group_alike(groups):
             if len(us) == 1:
                 of_u, of_v = frobenius_gradients(us[0], vs[0], side)
@@ -110,26 +128,30 @@ class FrobeniusDecay:
             else:
                 gradients = [list(g.unbind()) for g in _gradients(torch.stack(us), torch.stack(vs), 1, side)]
             for factors, of_factors in zip((us, vs), gradients, strict=True):
-                group = groups.get(id(factors[0]))
-                if group is None:
-                    continue
-                if self.decoupled:
-                    _add_(factors, of_factors, -group["lr"] * self.strength)
-                else:
-                    _add_([f.grad for f in factors], of_factors, self.strength * (1 if scale is None else scale))
+                apply(factors, of_factors)
+
+    def _units(self) -> Iterator[tuple[list[Tensor], Tensor, Side | None]]:
+        """The factors u of the layers that have one v, the v, and the side of their pivots."""
+        together: dict[int, tuple[list[Tensor], Tensor, Side | None]] = {}
+        for layer in self._layers:
+            us, _, _ = together.setdefault(id(layer.v), ([], layer.v.weight, layer.side))
+            us.append(layer.u.weight)
+        yield from together.values()
 
     def _group_alike(self, groups: dict[int, dict[str, Any]]) -> list[tuple[list[Tensor], list[Tensor], Side | None]]:
         """Group the factors u and v of layers with a gradient in either, so that each group is one batched product."""
         alike: dict[Hashable, tuple[list[Tensor], list[Tensor], Side | None]] = {}
-        for number, layer in enumerate(self._layers):
-            u, v = layer.u.weight, layer.v.weight
+        for number, (factors, v, side) in enumerate(self._units()):
+            if len(factors) > 1:
+                continue
+            u = factors[0]
             of_u, of_v = groups.get(id(u)), groups.get(id(v))
             if of_u is None and of_v is None:
                 continue
             # sharded factors (DTensor) are not batched
             batched = type(u) is type(v) is nn.Parameter and u.numel() + v.numel() <= GROUPED
-            shapes = (u.shape, v.shape, u.dtype, v.dtype, u.device, v.device, id(of_u), id(of_v), layer.side)
-            us, vs, _ = alike.setdefault(shapes if batched else number, ([], [], layer.side))
+            shapes = (u.shape, v.shape, u.dtype, v.dtype, u.device, v.device, id(of_u), id(of_v), side)
+            us, vs, _ = alike.setdefault(shapes if batched else number, ([], [], side))
             us.append(u)
             vs.append(v)
         return list(alike.values())

@@ -358,6 +358,7 @@ LINEAR = Kind(
     outputs=_token_outputs,
     sample_input=_linear_sample,
     sides=_both_sides,
+    shares_v=True,
     plain_product=True,
 )
 CONV1D = Kind(
@@ -378,6 +379,7 @@ CONV1D = Kind(
     outputs=_token_outputs,
     sample_input=_conv1d_sample,
     sides=_both_sides,
+    shares_v=True,
 )
 CONV2D_CHANNEL = Kind(
     name="conv2d-channel",

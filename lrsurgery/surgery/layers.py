@@ -3,6 +3,8 @@
 `u` and `v` are plain nn.Linear or nn.Conv2d modules, so quantisers, LoRA, pruning, tensor parallelism, compilers and
 exporters support them. A layer has one of two forms: balanced, y = u(v(x)), and pivoted (`linalg.pivot`), which stores
 r^2 numbers less and has an `order`.
+
+The file is long because all that is true of every layer is in it.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ class Spec(NamedTuple):
     kind: str
     rank: int
     side: Side | None = None  # of the pivots; None for the balanced form
+    v_of: str | None = None  # the layer that stores its v, where it is another's (`shared.modules`)
+    pivots: tuple[int, int] | None = None  # start and number of its pivots among v's outputs, where v is shared
 
 
 def _one_to_one(module: Dense) -> int:
@@ -69,6 +73,7 @@ class Kind:
     takes_tokens: bool = True  # applied once per token: padding can be masked, and FLOPs per token are known
     no_form: Callable[[Dense], str | None] | None = None  # why a module of this kind cannot be factorised, or None
     plain_product: bool = False  # weight @ x may be computed as u @ (v @ x)
+    shares_v: bool = False  # layers with the same input may have one v
 
     def make(self, dense: Dense, rank: int, side: Side | None) -> FactorisedLayer:
         """Build a factorised layer in a form, on the meta device; `side` is that of the pivots, None for balanced."""
@@ -94,6 +99,7 @@ class FactorisedLayer(nn.Module):
     order: Tensor | None
     rank: int
     axis: int  # of the channels in inputs and outputs
+    start = 0
 
     def __init__(self, layout: Kind, v: nn.Module, u: nn.Module, side: Side | None = None) -> None:
         super().__init__()
@@ -132,7 +138,7 @@ class FactorisedLayer(nn.Module):
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix of the weight."""
         u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
-        more = {"rows": (self.rank, 0), "columns": (0, self.rank)}[self.side] if self.side else (0, 0)
+        more = {"rows": (self.own, 0), "columns": (0, self.rank)}[self.side] if self.side else (0, 0)
         return u.shape[0] + more[0], v.shape[1] + more[1]
 
     @property
@@ -174,9 +180,24 @@ class FactorisedLayer(nn.Module):
         if self.side != "rows" or self.u.bias is None:
             return self.u.bias
         assert self.v.bias is not None
-        mixing = self.pivoted.mixing
         assert self.order is not None
-        return torch.cat([self.v.bias, self.u.bias + mixing @ self.v.bias])[inverse_of(self.order)]
+        mixing = self.layout.to_matrices(self.u.weight, self.v.weight).u
+        first = self.v.bias[self.start : self.start + self.own]
+        return torch.cat([first, self.u.bias + mixing @ self.v.bias])[inverse_of(self.order)]
+
+    @property
+    def own(self) -> int:
+        """How many of v's outputs, from `start` on, are outputs of this layer, where its pivots are rows."""
+        return self.rank
+
+    def wide_matrix(self) -> Tensor:
+        """The matrix of the weight, detached and computed in fp32 or wider."""
+        wide = working_dtype(self.u.weight.dtype)
+        if self.side is None:
+            u, v = self.factors
+            return u.detach().to(wide) @ v.detach().to(wide)
+        parts = self.pivoted
+        return product(parts._replace(kept=parts.kept.detach().to(wide), mixing=parts.mixing.detach().to(wide)))
 
     def extra_repr(self) -> str:
         return f"{self.kind}, rank={self.rank}{self._form_repr()}"
@@ -247,7 +268,7 @@ class FactorisedLinear(FactorisedLayer):
 
     @property
     def out_features(self) -> int:
-        return self.u.out_features + (self.rank if self.side == "rows" else 0)
+        return self.u.out_features + (self.own if self.side == "rows" else 0)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}{self._form_repr()}"
@@ -326,15 +347,7 @@ def split_bias(kind: Kind, bias: Tensor, stored: Stored, side: Side | None) -> t
 
 def dense_weight(layer: FactorisedLayer) -> Tensor:
     """The dense weight: the product in fp32 or wider, rounded once to the layer's dtype."""
-    dtype = layer.u.weight.dtype
-    wide = working_dtype(dtype)
-    if layer.side is None:
-        u, v = layer.factors
-        matrix = u.detach().to(wide) @ v.detach().to(wide)
-    else:
-        parts = layer.pivoted
-        matrix = product(parts._replace(kept=parts.kept.detach().to(wide), mixing=parts.mixing.detach().to(wide)))
-    return layer.layout.to_weight(matrix, layer).to(dtype).contiguous()
+    return layer.layout.to_weight(layer.wide_matrix(), layer).to(layer.u.weight.dtype).contiguous()
 
 
 def build_dense(layer: FactorisedLayer) -> nn.Module:

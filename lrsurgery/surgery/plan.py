@@ -1,6 +1,6 @@
 """Plans: the rank of each layer to factorise, and the reason why each other layer stays dense. Changes no model.
 
-The file is long because what a row of a plan is, and each reason to leave a layer dense, stand together.
+The file is long because it holds all that decides about a layer before its weights are read.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
-from lrsurgery.surgery.budget import Budget
+from lrsurgery.surgery.budget import SHARING, TOGETHER, Budget
 from lrsurgery.surgery.kinds import AUTO, KINDS, check_conv, explain_no_kind, kind_of, kinds_of
-from lrsurgery.surgery.layers import FactorisedLayer, Kind, side_for
+from lrsurgery.surgery.layers import FactorisedLayer, Kind, Spec, side_for
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form, rank_within
 
 Target: TypeAlias = RankSpec | Budget  # a policy decides each layer alone, a budget all layers together
@@ -42,11 +42,14 @@ class SurgeryOptions:
     min_speedup: float | None = None  # layers with a lower measured speedup stay dense
     svd: str = "auto"
     form: str = BALANCED  # of the layers, where their kinds have it
+    share: str = TOGETHER  # whether layers with the same inputs may share one v, where a budget finds that better
 
     def __post_init__(self) -> None:
         get_init(self.init)
         check_form(self.form)
         check_conv(self.conv)
+        if self.share not in SHARING:
+            raise PlanError(f"unknown sharing '{self.share}'; known: {', '.join(SHARING)}")
         check_engine(self.svd)
         if isinstance(self.target, Budget):
             for name, given in (("--min-speedup", self.min_speedup), ("--allow-larger", self.allow_larger or None)):
@@ -64,6 +67,21 @@ class SurgeryOptions:
     def budget(self) -> Budget | None:
         return self.target if isinstance(self.target, Budget) else None
 
+    @property
+    def shares(self) -> bool:
+        """Whether layers may share one v, which is the best of its rank only for the pretrained values."""
+        return self.share == TOGETHER and self.init == "spectral"
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A layer's part in a group that shares its inputs and one v."""
+
+    names: tuple[str, ...]  # of the group; the first stores v
+    rows: int  # of all its layers together
+    # start and number of the layer's pivots among v's outputs; before they are chosen, in proportion to its rows
+    pivots: tuple[int, int] = (0, 0)
+
 
 @dataclass(frozen=True)
 class Replacement:
@@ -80,6 +98,7 @@ class Replacement:
     predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
     side: Side | None = None  # of the pivots, if it gets any below full rank
     others: tuple[Replacement, ...] = ()  # the same layer by other convolution schemes, of which one is taken
+    joint: Joint | None = None  # None for a layer with its own v
 
     reason = None
 
@@ -99,7 +118,23 @@ class Replacement:
 
     @property
     def full_rank(self) -> int:
-        return min(self.rows, self.columns)
+        return min(self.rows if self.joint is None else self.joint.rows, self.columns)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it stores a v that others share."""
+        return self.joint is not None and self.joint.names[0] == self.name
+
+    @property
+    def spec(self) -> Spec:
+        """What it becomes, at a known rank."""
+        return self.spec_with(None if self.joint is None or not self.pivots else self.joint.pivots)
+
+    def spec_with(self, pivots: tuple[int, int] | None) -> Spec:
+        """What it becomes, with these of the pivots of its group."""
+        assert self.rank is not None
+        v_of = None if self.joint is None or self.leads else self.joint.names[0]
+        return Spec(self.kind, self.rank, self.pivots, v_of, pivots)
 
     @property
     def parameters(self) -> int:
@@ -110,7 +145,10 @@ class Replacement:
         return None if self.rank is None else self.cost(self.rank) + self.bias
 
     def cost(self, rank: int) -> int:
-        """Parameters of the factors at a rank."""
+        """Parameters of the factors at a rank; a v that layers share counts for the one that stores it."""
+        if self.joint is not None:
+            own = self.joint.pivots[1] if self.pivots else 0
+            return rank * (self.rows - own + (self.columns if self.leads else 0))
         pivots = self.side is not None and rank < self.full_rank
         return rank * (self.rows + self.columns - (rank if pivots else 0))
 
@@ -137,7 +175,30 @@ class Replacement:
 
     @property
     def factorised_flops(self) -> int | None:
+        if self.joint is not None and self.rank is not None:
+            return 2 * self.cost(self.rank)
         return None if self.rank is None else 2 * self.rank * (self.rows + self.v_per_u * self.columns - self._known)
+
+
+def whole_of(unit: Sequence[Replacement]) -> Replacement:
+    """The stacked layer of a group, under the name of its first; a single layer is its own."""
+    if len(unit) == 1:
+        return unit[0]
+    first, rows = unit[0], sum(row.rows for row in unit)
+    side: Side | None = "rows" if first.side is not None else None
+    return replace(first, rows=rows, bias=sum(row.bias for row in unit), side=side, joint=None)
+
+
+def join_rows(unit: Sequence[Replacement], rank: int) -> list[Replacement]:
+    """The rows of a group at a rank, with the pivots that each has in proportion to its rows."""
+    whole, taken, start, joined = whole_of(unit), 0, 0, []
+    for row in unit:
+        taken += row.rows
+        end = rank * taken // whole.rows
+        joint = Joint(tuple(each.name for each in unit), whole.rows, (start, end - start))
+        joined.append(replace(row, rank=rank, side=whole.side, joint=joint))
+        start = end
+    return joined
 
 
 @dataclass(frozen=True)
@@ -166,6 +227,16 @@ class Plan:
     @property
     def replacements(self) -> tuple[Replacement, ...]:
         return tuple(row for row in self.rows if isinstance(row, Replacement))
+
+    @property
+    def units(self) -> list[tuple[Replacement, ...]]:
+        """The replacements, those of a group together in the place of its first."""
+        rows = {row.name: row for row in self.replacements}
+        return [
+            (row,) if row.joint is None else tuple(rows[name] for name in row.joint.names)
+            for row in rows.values()
+            if row.joint is None or row.leads
+        ]
 
     @property
     def needs_spectra(self) -> bool:
@@ -320,6 +391,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
             continue
         for key, parameter in own.items():
             yield f"{name}.{key}".lstrip("."), None, parameter
+
+
+def layers_of_several_names(model: nn.Module) -> frozenset[str]:
+    """The first names of the modules that a model holds under several."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return frozenset(each[0] for each in names.values() if len(each) > 1)
 
 
 def _find_shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:

@@ -14,7 +14,9 @@ from torch import nn
 
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.apply import factorised_layers, reform_, side_in
+from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import Plan
+from lrsurgery.surgery.shared.modules import SharedLinear, is_led
 from lrsurgery.training.recipe import Recipe
 
 
@@ -25,12 +27,19 @@ def trains_balanced(rank: int, rows: int, columns: int, form: str) -> bool:
 
 def to_train_(model: nn.Module, form: str) -> dict[str, Side | None]:
     """Balance the pivoted layers that train so by a recipe's `train_form`; return the side that each had."""
-    changed: dict[str, Side | None] = {}
-    for name, layer in factorised_layers(model).items():
-        if layer.side is not None and trains_balanced(layer.rank, *layer.matrix_shape, form):
-            changed[name] = layer.side
-            reform_(layer, None)
+    changed: dict[str, Side | None] = {
+        name: layer.side
+        for name, layer in factorised_layers(model).items()
+        if layer.side is not None and trains_balanced(layer.rank, *_whole_shape(layer), form)
+    }
+    to_publish_(model, dict.fromkeys(changed))
     return changed
+
+
+def _whole_shape(layer: FactorisedLayer) -> tuple[int, int]:
+    """(rows, columns) of a layer, together with those that share its v."""
+    rows, columns = layer.matrix_shape
+    return sum(each.out_features for each in layer.group) if isinstance(layer, SharedLinear) else rows, columns
 
 
 def in_training(plan: Plan, form: str) -> Plan:
@@ -62,7 +71,8 @@ def to_publish_(model: nn.Module, sides: Mapping[str, Side | None]) -> None:
     """Put these layers into the form that they are published in."""
     layers = factorised_layers(model)
     for name, side in sides.items():
-        reform_(layers[name], side)
+        if layers[name].side != side:  # or a layer that shares its v has taken it along
+            reform_(layers[name], side)
 
 
 def describe(model: nn.Module, sides: Mapping[str, Side | None]) -> str | None:
@@ -70,7 +80,9 @@ def describe(model: nn.Module, sides: Mapping[str, Side | None]) -> str | None:
     layers = factorised_layers(model)
     left = sum(layer.side is not None and name not in sides for name, layer in layers.items())
     trained = sum(parameter.numel() for parameter in model.parameters())
-    stored = trained - sum((1 if side else -1) * layers[name].rank ** 2 for name, side in sides.items())
+    stored = trained - sum(
+        (1 if side else -1) * layers[name].rank ** 2 for name, side in sides.items() if not is_led(layers[name])
+    )
     pivoted, balanced = sum(side is not None for side in sides.values()), sum(not side for side in sides.values())
     said = []
     if pivoted:

@@ -80,7 +80,7 @@ def give_structure_(subject: Subject, layers: Mapping[str, Spec]) -> None:
     Raises PlanError for a layer that the model does not have, or a rank that it cannot have.
     """
     modules = dict(subject.body.named_modules())
-    for name, (_, rank, _) in layers.items():
+    for name, (_, rank, *_) in layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if isinstance(weight, Tensor) and not 1 <= rank <= weight.numel():
             raise PlanError(f"{name}: rank {rank} exceeds the full rank of {tuple(weight.shape)}")

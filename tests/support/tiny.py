@@ -103,6 +103,27 @@ def save_gpt2(folder: Path, *, dropout: float = 0.1, seed: int = 0, blocks: int 
     return folder
 
 
+def save_alike(folder: Path, name: str = "llama") -> Path:
+    """A language model whose layers with the same inputs read the same few directions of them; text beside it."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0, "eos_token_id": 0}
+    config = {"llama": tf.LlamaConfig, "qwen2": tf.Qwen2Config}[name](**sizes, **heads)
+    model = tf.AutoModelForCausalLM.from_config(config)
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.randn(12, 32, generator=generator) * 0.025
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias"):
+                parameter.normal_()
+            if key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")):
+                parameter.add_(torch.randn(len(parameter), 12, generator=generator) @ basis)
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    write_text(folder)
+    return folder
+
+
 def save_bert(folder: Path, cls: str, **options: Any) -> Path:
     torch.manual_seed(0)
     config = tf.BertConfig(

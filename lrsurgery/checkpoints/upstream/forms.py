@@ -15,6 +15,7 @@ from lrsurgery.files.json import Json, check_version, checked
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.kinds import KINDS
 from lrsurgery.surgery.layers import Spec
+from lrsurgery.surgery.shared.specs import groups_in
 
 METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
 FORMAT_VERSION = 2  # of its quantization_config; 1 knows the balanced form alone
@@ -99,6 +100,11 @@ class LayerSpec(TypedDict):
     rank: Annotated[int, Field(gt=0, lt=LARGEST_RANK)]
     form: NotRequired[Literal["balanced", "pivoted"]]
     side: NotRequired[Side]  # of a pivoted one
+    v_of: NotRequired[str]  # the layer that stores the v of this one
+    # of a pivoted one whose v others share: the first of its pivots among v's outputs, and their number
+    pivots: NotRequired[
+        Annotated[list[Annotated[int, Field(ge=0, lt=LARGEST_RANK)]], Field(min_length=2, max_length=2)]
+    ]
 
 
 def check_config(file: Path, config: Json) -> None:
@@ -145,12 +151,24 @@ def check_layers(
             raise error(f"{where}: {name}: unknown kind '{spec['kind'][:60]}'; known: {', '.join(KINDS)}")
         if (spec.get("form") == "pivoted") != ("side" in spec):
             raise error(f"{where}: {name}: a pivoted layer has a side, rows or columns, and no other has")
+        if ("v_of" in spec or "pivots" in spec) and not KINDS[spec["kind"]].shares_v:
+            raise error(f"{where}: {name}: a {spec['kind']} layer shares its v with no other")
+    groups_in(specs_from(specs), error, f"{where}: ")
     return specs
 
 
 def specs_from(layers: Mapping[str, LayerSpec]) -> dict[str, Spec]:
     """What a config's `layers` say, which `check_layers` has passed."""
-    return {name: Spec(spec["kind"], spec["rank"], spec.get("side")) for name, spec in layers.items()}
+    return {
+        name: Spec(
+            spec["kind"],
+            spec["rank"],
+            spec.get("side"),
+            spec.get("v_of"),
+            (spec["pivots"][0], spec["pivots"][1]) if "pivots" in spec else None,
+        )
+        for name, spec in layers.items()
+    }
 
 
 def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
@@ -161,16 +179,25 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
     if version not in (None, *range(1, FORMAT_VERSION + 1)):
         raise SurgeryError(f"format {version}: write 1, which has balanced layers alone, or {FORMAT_VERSION}")
     pivoted = [name for name, spec in specs.items() if spec.side]
+    led = [name for name, spec in specs.items() if spec.v_of is not None]
+    if version == 1 and led:
+        raise SurgeryError(
+            f"{led[0]}: has the v of {specs[led[0]].v_of}, and in format 1 every layer has its own; write format 2"
+        )
     if version == 1 and pivoted:
         raise SurgeryError(
             f"{pivoted[0]}: is pivoted, as {len(pivoted)} of {len(specs)} layers are, and format 1 has balanced layers"
             " alone; add --form balanced"
         )
-    if not pivoted and version != FORMAT_VERSION:
+    if not pivoted and not led and version != FORMAT_VERSION:
         return {"format_version": 1, "layers": {n: LayerSpec(kind=s.kind, rank=s.rank) for n, s in specs.items()}}
     layers = {}
     for name, spec in specs.items():
         layers[name] = LayerSpec(kind=spec.kind, rank=spec.rank, form="pivoted" if spec.side else "balanced")
         if spec.side:
             layers[name]["side"] = spec.side
+        if spec.v_of is not None:
+            layers[name]["v_of"] = spec.v_of
+        if spec.pivots is not None:
+            layers[name]["pivots"] = list(spec.pivots)
     return {"format_version": FORMAT_VERSION, "layers": layers}

@@ -13,8 +13,7 @@ from lrsurgery.checkpoints.load import load_model, load_timm
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SurgeryError
-from lrsurgery.surgery.apply import factorised_layers, swap_
-from lrsurgery.surgery.layers import Spec
+from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
 
 
 def check_outputs(
@@ -35,7 +34,7 @@ def check_outputs(
     modules = dict(wanted.named_modules())
     layers = {name: layer for name, layer in factorised_layers(found).items() if name in factors}
     biases = {name: modules[name].bias for name in layers}
-    swap_(wanted, {name: Spec(layer.kind, layer.rank) for name, layer in layers.items()})
+    swap_(wanted, {name: specs_of(found)[name]._replace(side=None, pivots=None) for name in layers})
     for name, layer in factorised_layers(wanted).items():
         u, v = factors[name]
         layer.u.weight, layer.v.weight = nn.Parameter(u.float()), nn.Parameter(v.float())

@@ -29,7 +29,8 @@ FOLDERS = ("statistics", "sequential")
 ENTRIES = ("to_do.json", "ranks.json", SPEEDS, POINTS, "failed", *FOLDERS, "*.safetensors", "*.half", "job.json")
 
 # of a layer: its kind and rank (None if its spectrum decides), or the reason to stay dense
-Decision: TypeAlias = tuple[str, int | None] | str
+# kind, rank and the layers that share one v with it; or why it stays dense
+Decision: TypeAlias = tuple[str, int | None] | tuple[str, int, list[str]] | str
 
 
 class WorkFolder:

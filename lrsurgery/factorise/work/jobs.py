@@ -1,4 +1,4 @@
-"""Decomposition jobs, one per layer: scheduling over processes, thread pools, and pieces as results.
+"""Decomposition jobs, one per layer or group that shares one v: scheduling over processes, thread pools, pieces.
 
 A piece is a file in a work folder. The processes share the folder, and it survives a kill.
 """
@@ -27,13 +27,14 @@ from lrsurgery.files.digests import tensor_digest
 from lrsurgery.files.json import Json
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
-from lrsurgery.report.rows import measured_row
+from lrsurgery.report.rows import measured_row, shared_row
 from lrsurgery.report.schema import Row
 from lrsurgery.runtime import Compute, layer_pool, layers_at_once
 from lrsurgery.surgery.apply import decompose, decomposition_bytes, decomposition_cost
 from lrsurgery.surgery.layers import Stored, factor_weights, product_factors
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions
+from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, whole_of
 from lrsurgery.surgery.ranks import RankSpec
+from lrsurgery.surgery.shared.forms import Part, decompose_together, product_of, split_biases, store_together
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,34 @@ class Job:
     number: int
     row: Replacement
     entry: Entry
+    bias: Entry | None = None
+    group: tuple[Job, ...] = ()  # of the first of layers that share one v: all of them, which it decomposes
+
+    @property
+    def layers(self) -> tuple[Job, ...]:
+        """The jobs whose pieces this one writes."""
+        return self.group or (self,)
+
+    @property
+    def is_led(self) -> bool:
+        """Whether another layer's job writes its piece."""
+        return self.row.joint is not None and not self.row.leads
+
+    @property
+    def whole(self) -> Replacement:
+        """What it decomposes, as one layer."""
+        return whole_of([job.row for job in self.layers])
+
+
+def group_jobs(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs, of which the first of each group knows the others."""
+    by_name = {job.row.name: job for job in jobs}
+    return [
+        replace(job, group=tuple(by_name[name] for name in job.row.joint.names))
+        if job.row.joint is not None and job.row.leads
+        else job
+        for job in jobs
+    ]
 
 
 def schedule(jobs: Sequence[Job], processes: int) -> list[list[Job]]:
@@ -52,10 +81,10 @@ def schedule(jobs: Sequence[Job], processes: int) -> list[list[Job]]:
     """
     loads = [(0.0, number) for number in range(processes)]
     shares: list[list[Job]] = [[] for _ in range(processes)]
-    for job in sorted(jobs, key=lambda job: (-decomposition_cost(job.row), job.number)):
+    for job in sorted(jobs, key=lambda job: (-decomposition_cost(job.whole), job.number)):
         load, owner = heapq.heappop(loads)
         shares[owner].append(job)
-        heapq.heappush(loads, (load + decomposition_cost(job.row), owner))
+        heapq.heappush(loads, (load + decomposition_cost(job.whole), owner))
     return [sorted(share, key=lambda job: job.number) for share in shares]
 
 
@@ -78,8 +107,71 @@ class Decomposer:
         self._plan, self._surgery, self._output, self._compute = plan, surgery, output, compute
         self._reference, self._device, self._statistics = reference, device, statistics
 
-    def __call__(self, job: Job) -> Piece:
-        """Decompose the layer. Raises WeightError or another SurgeryError that names the layer or its tensor."""
+    def __call__(self, job: Job) -> list[Piece]:
+        """Decompose the layers of a job. Raises WeightError or another SurgeryError that names the layer or tensor."""
+        return self._together(job) if job.group else [self._alone(job)]
+
+    def _together(self, job: Job) -> list[Piece]:
+        """The pieces of layers that share one v, which stands in that of the first."""
+        assert self._statistics is not None
+        assert job.row.rank is not None
+        tensors = [each.entry.read() for each in job.group]
+        dense = [tensor.to(self._device) for tensor in tensors]
+        names = [each.row.name for each in job.group]
+        metrics = [self._statistics.metric(name, job.row.kind) for name in names]
+        given = [metric for metric in metrics if metric is not None]
+        assert len(given) == len(names)
+        try:
+            factors, _ = decompose_together(names, job.row.layout, dense, job.row.rank, given)
+        except WeightError:
+            for each, tensor in zip(job.group, tensors, strict=True):
+                check_finite(tensor, each.entry.key, self._reference)
+            raise
+        like = torch.empty(0, dtype=self._output.stored(dense[0].dtype), device="meta")
+        sizes = [each.row.rows for each in job.group]
+        parts = store_together(factors, sizes, like, pivoted=job.row.pivots is not None)
+        biases = self._biases(job, parts)
+        pieces = []
+        for each, tensor, part, bias, metric in zip(job.group, tensors, parts, biases, given, strict=True):
+            for factor in (part.u, part.v):
+                check_overflow(factor, each.row.name)
+            lookup = SpectrumLookup(tensor, each.row.layout, self._compute, self._device)
+            row = with_pivots(each.row, part.pivots)
+            matrix = row.layout.to_matrix(tensor.to(self._device))
+            measured = shared_row(row, matrix, product_of(part), lookup.values(), metric)
+            facts: Json = {
+                **identity_of(each, self._owner),
+                "digest": lookup.digest or tensor_digest(tensor.dtype, tensor.shape, [tensor]),
+                "bytes": tensor.numel() * tensor.element_size(),
+                "rank": row.rank,
+                "row": measured.to_dict(),
+                "pivots": part.pivots,
+            }
+            held = {"u": part.u, "order": part.order, "v": part.v if row.leads else None, **bias}
+            pieces.append(Piece(facts, {name: value.cpu() for name, value in held.items() if value is not None}))
+        return pieces
+
+    def _biases(self, job: Job, parts: Sequence[Part]) -> list[dict[str, Tensor]]:
+        """The biases of the pieces of a pivoted group: each has a part of every dense one."""
+        entries = [each.bias for each in job.group]
+        if job.row.pivots is None or None in entries:
+            return [{} for _ in entries]
+        read = []
+        for entry in entries:
+            assert entry is not None
+            bias = entry.read()
+            check_finite(bias, entry.key, self._reference)
+            read.append(bias.to(self._output.stored(entry.dtype)))
+        shared, own = split_biases(read, parts)
+        assert shared is not None
+        found = [{"u_bias": bias} for bias in own]
+        found[0]["v_bias"] = shared
+        for each, biases in zip(job.group, found, strict=True):
+            for bias in biases.values():
+                check_overflow(bias, f"{each.row.name}.bias")
+        return found
+
+    def _alone(self, job: Job) -> Piece:
         tensor, row = job.entry.read(), job.row
         lookup = SpectrumLookup(tensor, row.layout, self._compute, self._device)
         known = lookup.spectrum()
@@ -145,13 +237,23 @@ def identity_of(job: Job, owner: str) -> Json:
         "dtype": str(entry.dtype),
         "asked": row.rank,
         "side": row.side,
+        "together": None if row.joint is None else list(row.joint.names),
     }
+
+
+def with_pivots(row: Replacement, pivots: tuple[int, int] | None) -> Replacement:
+    """The row of a layer that shares its v, with the pivots that were chosen."""
+    assert row.joint is not None
+    return row if pivots is None else replace(row, joint=replace(row.joint, pivots=pivots))
 
 
 def row_of_piece(row: Replacement, piece: Piece) -> tuple[Replacement | Kept, Row | None]:
     """The rows of the plan and of the report for a finished piece; None in the report if the layer stays dense."""
     if "kept" in piece.facts:
         return Kept(row.name, row.kind, row.shape, row.parameters, piece.facts["kept"]), None
+    if row.joint is not None:
+        pivots = piece.facts["pivots"]
+        row = with_pivots(row, None if pivots is None else (pivots[0], pivots[1]))
     return replace(row, rank=piece.facts["rank"]), Row.from_dict(piece.facts["row"])
 
 
@@ -174,7 +276,7 @@ def check_overflow(stored: Tensor, key: str) -> None:
 @contextmanager
 def start_jobs(
     jobs: Sequence[Job],
-    do: Callable[[Job], Piece],
+    do: Callable[[Job], Sequence[Piece]],
     file_of: Callable[[int], Path],
     at_once: int | None,
     *,
@@ -182,19 +284,26 @@ def start_jobs(
 ) -> Iterator[Running]:
     """Start the jobs in a thread pool. On exit, running jobs finish."""
     threads = torch.get_num_threads()
-    needs = [decomposition_bytes(job.row, job.entry.dtype.itemsize, weighted=weighted) for job in jobs]
+    needs = [decomposition_bytes(job.whole, job.entry.dtype.itemsize, weighted=weighted) for job in jobs]
 
     def run(job: Job) -> None:
-        save_piece(file_of(job.number), do(job))
+        for each, piece in zip(job.layers, do(job), strict=True):
+            save_piece(file_of(each.number), piece)
 
     with layer_pool(at_once or layers_at_once(needs, threads), threads) as pool:
-        yield Running({job.number: pool.submit(run, job) for job in jobs})
+        futures = {job.number: pool.submit(run, job) for job in jobs}
+        every = {each.number: futures[job.number] for job in jobs for each in job.layers}
+        yield Running(dict(sorted(every.items())))
 
 
 def find_pending(jobs: Sequence[Job], work: WorkFolder) -> list[Job]:
     """The jobs whose pieces are missing, damaged, or of another job, layer or tensor."""
     owner = work.job
-    return [job for job in jobs if not _has_piece(job, work.file(job.number), owner)]
+    return [
+        job
+        for job in jobs
+        if not job.is_led and not all(_has_piece(each, work.file(each.number), owner) for each in job.layers)
+    ]
 
 
 def _has_piece(job: Job, file: Path, owner: str) -> bool:

@@ -26,6 +26,7 @@ from lrsurgery.factorise.work.jobs import (
     Running,
     check_finite,
     check_overflow,
+    group_jobs,
     row_of_piece,
     schedule,
     start_jobs,
@@ -38,6 +39,7 @@ from lrsurgery.report.schema import Row
 from lrsurgery.runtime import Compute, Processes
 from lrsurgery.surgery.layers import Stored, product_factors, split_bias
 from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions
+from lrsurgery.surgery.shared.forms import Part, product_of
 
 
 def aliases_of(model: nn.Module, rows: dict[str, Replacement]) -> dict[str, str]:
@@ -80,9 +82,12 @@ class Rewriter:
             layer, part = self._layer_of(key)
             if layer is not None and part == "weight":
                 weights.setdefault(layer, self._entries[key])  # a shared layer counts under its first name
-        self.jobs = [
-            Job(number, self._planned_row(layer), entry) for number, (layer, entry) in enumerate(weights.items())
-        ]
+        self.jobs = group_jobs(
+            [
+                Job(number, self._planned_row(layer), entry, self._by_target.get(f"{layer}.bias"))
+                for number, (layer, entry) in enumerate(weights.items())
+            ]
+        )
         self._job_of = {job.row.name: job for job in self.jobs}
 
     def _planned_row(self, layer: str) -> Replacement:
@@ -203,12 +208,19 @@ class Rewriter:
 
     def _factors(self, work: WorkFolder) -> dict[str, tuple[Tensor, Tensor]]:
         """The plan's own factors, layer -> (u.weight, v.weight), from the pieces of a finished job."""
-        found = {}
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        pieces: dict[str, Piece] = {}
         for job in self.jobs:
             piece = load_piece(work.file(job.number))
             assert piece is not None, job.row.name
+            pieces[job.row.name] = piece
+        for job in self.jobs:
+            piece = pieces[job.row.name]
             row, _ = row_of_piece(job.row, piece)
-            if isinstance(row, Replacement):
+            if isinstance(row, Replacement) and row.joint is not None:
+                v = pieces[row.joint.names[0]].tensors["v"]
+                found[row.name] = product_of(Part(piece.tensors["u"], v, piece.tensors.get("order"), row.spec.pivots))
+            elif isinstance(row, Replacement):
                 factors = product_factors(row.layout, Stored(**piece.tensors), row.pivots)
                 found[row.name] = row.layout.to_weights(factors, torch.Size(row.shape))
         return found
@@ -250,7 +262,8 @@ class Rewriter:
             writer.add(names.of("weight"), torch.empty(0, dtype=piece.tensors["u"].dtype))
         self.measured[layer] = measured
         writer.add(names.of("u.weight"), piece.tensors["u"])
-        writer.add(names.of("v.weight"), piece.tensors["v"])
+        if "v" in piece.tensors:  # another layer's piece has that of a layer which shares it
+            writer.add(names.of("v.weight"), piece.tensors["v"])
         if "order" in piece.tensors:  # wider than weights of 2 bytes, and known no sooner
             writer.add_in_front(names.of("order"), piece.tensors["order"])
 
@@ -265,6 +278,11 @@ class Rewriter:
         check_finite(bias, entry.key, self._checkpoint.source.reference)
         self._digests[entry.key] = tensor_digest(entry.dtype, entry.shape, [bias])
         self.bytes_before += bias.numel() * bias.element_size()
+        if row.joint is not None:
+            for name, key in ((names.of("v.bias"), "v_bias"), (names.of("u.bias"), "u_bias")):
+                if key in piece.tensors:
+                    writer.add(name, piece.tensors[key])
+            return
         parts = split_bias(row.layout, bias.to(self._output.stored(entry.dtype)), Stored(**piece.tensors), row.pivots)
         for name, part in zip((names.of("v.bias"), names.of("u.bias")), parts, strict=True):
             assert part is not None

@@ -37,7 +37,7 @@ from lrsurgery.report.rows import plan_report
 from lrsurgery.report.targets.schema import Point
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decompose, decomposition_bytes, fill_
-from lrsurgery.surgery.budget import parse_budget
+from lrsurgery.surgery.budget import APART, parse_budget
 from lrsurgery.surgery.layers import Stored, factor_weights
 from lrsurgery.surgery.plan import Plan, Replacement
 from lrsurgery.timing import Timings, compare
@@ -86,6 +86,8 @@ class Trials:
         if source.is_factorised:
             raise SurgeryError(f"{reference}: is factorised already; targets and curves are for a dense model")
         options, note = choose_calibration(source, options)
+        # a copy decomposes each layer alone, and what is written has to be what was measured
+        options = replace(options, surgery=replace(options.surgery, share=APART))
         checkpoint, plan = open_plan(source, options)
         entries = list_entries(checkpoint, {row.name for row in plan.replacements})
         return Trials(source, options, checkpoint, plan, entries, data, healing, note)

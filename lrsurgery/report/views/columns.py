@@ -108,6 +108,14 @@ def _is_unbalanced(row: Row) -> bool:
     return (row.balance or 0.0) >= UNBALANCED
 
 
+def _leader(row: Row) -> str:
+    """The layer that stores its v, by what tells it from the row's own name."""
+    if row.v_of is None or row.v_of == row.name:
+        return ""
+    parent = row.name.rpartition(".")[0]
+    return row.v_of.removeprefix(f"{parent}.")
+
+
 def _entropy_course(row: Row) -> str:
     return course([f"{ranks.entropy:.1f}" for ranks in (row.before, row.after) if ranks is not None])
 
@@ -283,6 +291,14 @@ COLUMNS: tuple[Column[Row], ...] = (
         title="form",
         hint="balanced: two factors; pivoted: rows or columns of the product, and the others in terms of them",
         value=lambda row: row.form,
+    ),
+    Column(
+        key="v_of",
+        title="v of",
+        form="text",
+        hint="The layer that stores the v of this one: layers with the same inputs may share it, at one rank",
+        value=lambda row: row.v_of if row.v_of != row.name else None,
+        terse=Terse("v of", _leader, wide=True),
     ),
     Column(
         key="balance",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import torch
@@ -12,6 +13,8 @@ from typing_extensions import TypedDict
 from lrsurgery.linalg.factors import Factors, product_values
 from lrsurgery.linalg.spectrum import Points, entropy_rank, nuclear_rank, stable_rank
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.layers import FactorisedLayer
+from lrsurgery.surgery.shared.modules import SharedLinear
 from lrsurgery.training.recipe import Recipe
 
 POINTS = 16  # of a spectrum, at each evaluation
@@ -69,13 +72,22 @@ def steepest_decay(model: nn.Module) -> tuple[str, float]:
     """
     worst, square = "", 0.0
     for name, layer in factorised_layers(model).items():
-        for factor in layer.factors:
+        for factor in _decayed(layer):
             short = whole(factor).float()
             gram = short @ short.T if short.shape[0] < short.shape[1] else short.T @ short
             top = float(torch.linalg.eigvalsh(gram)[-1])
             if top > square:
                 worst, square = name, top
     return worst, square
+
+
+def _decayed(layer: FactorisedLayer) -> Iterator[Tensor]:
+    """The factors of a layer; those that share a v are stacked, as its decay is that of all of them."""
+    if not isinstance(layer, SharedLinear):
+        yield from layer.factors
+    elif layer.leader is layer:
+        yield torch.cat([whole(each.factors.u) for each in layer.group])
+        yield layer.factors.v
 
 
 def overshoot(model: nn.Module, recipe: Recipe, lr: float) -> str | None:
