@@ -132,10 +132,12 @@ def _find_groups(plan: Plan, weights: Weights, compute: Compute, statistics: Sta
         if len(held) > 1 and len(widths) == 1 and held[0].layout.shares_v:
             found.append(tuple(held))
 
-    def compute_values(unit: tuple[Replacement, ...]) -> Tensor:
+    def compute_values(unit: tuple[Replacement, ...]) -> Tensor | None:
         dense = [weights.read(row.name) for row in unit]
         device = weights.device or dense[0].device
         metrics = [metric for row in unit if (metric := statistics.metric(row.name, row.kind)) is not None]
+        if len(metrics) < len(unit) or any(metric.gradients is None for metric in metrics):
+            return None  # the loss does not depend on one of them, so their errors do not compare
         digests = [statistics.digests.get(statistics.key(row.name, row.kind)) for row in unit]
         matrices = [row.layout.to_matrix(weight.to(device)) for row, weight in zip(unit, dense, strict=True)]
         try:
@@ -144,9 +146,8 @@ def _find_groups(plan: Plan, weights: Weights, compute: Compute, statistics: Sta
             raise type(e)(f"{', '.join(row.name for row in unit)}: {e}") from e
 
     needs = [decomposition_bytes(whole_of(unit), weights.widths[unit[0].name], weighted=True) for unit in found]
-    return [
-        Group(unit, values) for unit, values in zip(found, compute.in_order(compute_values, found, needs), strict=True)
-    ]
+    every = zip(found, compute.in_order(compute_values, found, needs), strict=True)
+    return [Group(unit, values) for unit, values in every if values is not None]
 
 
 def apply_budget(

@@ -130,7 +130,7 @@ def _joint_gram(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> tuple[T
     """(L^T (sum of W^T G W) L, L) in fp64, both (columns, columns), with C = L L^T."""
     inputs = metrics[0].inputs
     assert inputs is not None, "the moment of the inputs is what weights have in common"
-    total = torch.zeros_like(inputs, dtype=torch.float64)
+    total = torch.zeros(inputs.shape, dtype=torch.float64, device=weights[0].device)
     for weight, metric in zip(weights, metrics, strict=True):
         wide = _check(weight, Metric(inputs, metric.gradients))
         total += wide.T @ (wide if metric.gradients is None else metric.gradients.to(wide) @ wide)

@@ -68,6 +68,7 @@ def shared_row(row: Replacement, matrix: Tensor, factors: Factors, values: Tenso
     `predicted_loss` is the layer's own part of that of the group.
     """
     wide, top = values.double(), float(values[0])
+    metric = Metric(*(None if moment is None else moment.to(matrix.device) for moment in metric))
     whole = weighted_norm(matrix, metric)
     lost = weighted_norm(matrix.double() - factors.u.double() @ factors.v.double(), metric)
     return replace(
