@@ -130,6 +130,11 @@ class Replacement:
         """What it becomes, at a known rank."""
         return self.spec_with(None if self.joint is None or not self.pivots else self.joint.pivots)
 
+    def with_pivots(self, pivots: tuple[int, int] | None) -> Replacement:
+        """The row of a layer that shares its v, with the pivots that were chosen."""
+        assert self.joint is not None
+        return self if pivots is None else replace(self, joint=replace(self.joint, pivots=pivots))
+
     def spec_with(self, pivots: tuple[int, int] | None) -> Spec:
         """What it becomes, with these of the pivots of its group."""
         assert self.rank is not None

@@ -136,7 +136,7 @@ class Decomposer:
             for factor in (part.u, part.v):
                 check_overflow(factor, each.row.name)
             lookup = SpectrumLookup(tensor, each.row.layout, self._compute, self._device)
-            row = with_pivots(each.row, part.pivots)
+            row = each.row.with_pivots(part.pivots)
             matrix = row.layout.to_matrix(tensor.to(self._device))
             measured = shared_row(row, matrix, product_of(part), lookup.values(), metric)
             facts: Json = {
@@ -241,19 +241,13 @@ def identity_of(job: Job, owner: str) -> Json:
     }
 
 
-def with_pivots(row: Replacement, pivots: tuple[int, int] | None) -> Replacement:
-    """The row of a layer that shares its v, with the pivots that were chosen."""
-    assert row.joint is not None
-    return row if pivots is None else replace(row, joint=replace(row.joint, pivots=pivots))
-
-
 def row_of_piece(row: Replacement, piece: Piece) -> tuple[Replacement | Kept, Row | None]:
     """The rows of the plan and of the report for a finished piece; None in the report if the layer stays dense."""
     if "kept" in piece.facts:
         return Kept(row.name, row.kind, row.shape, row.parameters, piece.facts["kept"]), None
     if row.joint is not None:
         pivots = piece.facts["pivots"]
-        row = with_pivots(row, None if pivots is None else (pivots[0], pivots[1]))
+        row = row.with_pivots(None if pivots is None else (pivots[0], pivots[1]))
     return replace(row, rank=piece.facts["rank"]), Row.from_dict(piece.facts["row"])
 
 
