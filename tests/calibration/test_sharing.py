@@ -60,20 +60,22 @@ def test_layers_with_one_input_are_found(statistics: Statistics) -> None:
 
 
 class Odd(nn.Module):
-    """`b` has the input of `a` in the first batch alone; `c` a copy of it; `d` one changed in place; `e` is called
-    twice."""
+    """`b` has the input of `a` in the first batch alone, `c` a copy of it, `e` that of `d` changed in place; `f` comes
+    twice where `g` comes once.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.c, self.d, self.e = (nn.Linear(6, 5) for _ in range(5))
+        self.a, self.b, self.c, self.d, self.e, self.f, self.g = (nn.Linear(6, 5) for _ in range(7))
         self.calls = 0
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
         y = self.a(x) + self.b(x if self.calls == 1 else x + 0) + self.c(x.clone())
         z = x * 1
-        self.e(z)
-        return y + self.e(z) + self.d(z.mul_(2))
+        y = y + self.d(z) + self.e(z.mul_(2))
+        z = x * 3
+        return y + self.f(z) + self.f(z) + self.g(z)
 
 
 def test_layers_whose_inputs_differ_somewhere_are_none() -> None:
