@@ -34,10 +34,10 @@ def outputs(model: nn.Module) -> torch.Tensor:
 
 @pytest.fixture(scope="module", params=["gpt2", "bert", "timm"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder by default options, whose layers are pivoted, some by rows and some by columns, with biases."""
+    """A folder whose layers are pivoted, some by rows and some by columns, with biases."""
     root: Path = tmp_path_factory.mktemp(request.param)
     save = {"timm": tiny.save_timm, "gpt2": tiny.save_gpt2, "bert": tiny.save_biased_bert}[request.param]
-    lrsurgery.factorise_checkpoint(save(root / "dense"), root / "low", rank=0.6, loss_check=False)
+    lrsurgery.factorise_checkpoint(save(root / "dense"), root / "low", rank=0.6, conv="channel", loss_check=False)
     return root / "low"
 
 
@@ -116,7 +116,8 @@ def test_other_dtypes_and_small_shards(folder: Path, tmp_path: Path, dtype: str)
     """Orders of 4 bytes stand beside weights of 2 and of 4."""
     source = folder.parent / "dense"
     for form in ("balanced", "pivoted"):
-        lrsurgery.factorise_checkpoint(source, tmp_path / form, rank=0.5, form=form, dtype=dtype, loss_check=False)
+        options: dict[str, Any] = {"form": form, "dtype": dtype, "conv": "channel", "loss_check": False}
+        lrsurgery.factorise_checkpoint(source, tmp_path / form, rank=0.5, **options)
         other = "pivoted" if form == "balanced" else "balanced"
         lrsurgery.export_form(tmp_path / form, tmp_path / f"to-{other}", form=other, shard_size="20KB")
         assert len(list((tmp_path / f"to-{other}").glob("*.safetensors"))) > 1
