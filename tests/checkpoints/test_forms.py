@@ -12,7 +12,7 @@ import torch
 import transformers as tf
 from safetensors.torch import load_file, save_file
 from support import tiny
-from torch import nn
+from support.checks import outputs
 
 import lrsurgery
 from lrsurgery.checkpoints.load import open_factorised
@@ -21,15 +21,6 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.report.read import read_report
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import factorised_layers, pivot_layers_
-
-
-def outputs(model: nn.Module) -> torch.Tensor:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        if isinstance(model, tf.PreTrainedModel):
-            found: Any = model(torch.arange(2, 34).reshape(2, 16))
-            return found[0]  # type: ignore[no-any-return]
-        return model(torch.randn(2, 3, 32, 32))  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module", params=["gpt2", "bert", "timm"])

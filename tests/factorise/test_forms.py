@@ -7,22 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import transformers as tf
 from safetensors.torch import load_file, save_file
 from support import tiny
-from torch import nn
+from support.checks import outputs
 
 import lrsurgery
 from lrsurgery.surgery.apply import factorised_layers
-
-
-def outputs(model: nn.Module) -> torch.Tensor:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        if isinstance(model, tf.PreTrainedModel):
-            found: Any = model(torch.arange(2, 34).reshape(2, 16))
-            return found[0].float()  # type: ignore[no-any-return]
-        return model(torch.randn(2, 3, 32, 32, dtype=next(model.parameters()).dtype)).float()  # type: ignore[no-any-return]
 
 
 @pytest.fixture(scope="module", params=["gpt2", "bert", "timm"])

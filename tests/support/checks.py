@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from lrsurgery.cli.app import app
@@ -42,6 +43,16 @@ def assert_same_layers(factorised: nn.Module, dense: nn.Module) -> None:
 
 def assert_close(found: torch.Tensor, wanted: torch.Tensor, tolerance: float) -> None:
     assert (found - wanted).abs().max() <= tolerance * wanted.abs().max()
+
+
+def outputs(model: nn.Module) -> torch.Tensor:
+    """In fp32, of the same tokens or noise at each call, for the models of `tiny`."""
+    torch.manual_seed(0)
+    with torch.no_grad():
+        if isinstance(model, PreTrainedModel):
+            found: Any = model(torch.arange(2, 34).reshape(2, 16))
+            return found[0].float()  # type: ignore[no-any-return]
+        return model(torch.randn(2, 3, 32, 32, dtype=next(model.parameters()).dtype)).float()  # type: ignore[no-any-return]
 
 
 def multiplied_out(tensors: dict[str, torch.Tensor], name: str, rows: int, columns: int) -> Any:
