@@ -54,6 +54,15 @@ def take(x: Tensor, places: Tensor, axis: int) -> Tensor:
     return x.index_select(axis, places)  # copies whole images
 
 
+def put(x: Tensor, order: Tensor, axis: int) -> Tensor:
+    """The reverse of `take`: entry i of x along the axis goes to place order[i], order int32 or int64."""
+    # scattering needs no inverse, which costs as much as the rest on one position; a compiler turns the inverse and
+    # the gather into the reads of one kernel, and would begin a scatter with a copy of its target
+    if axis != -1 or torch.compiler.is_compiling():
+        return take(x, inverse_of(order), axis)
+    return torch.empty_like(x).scatter_(-1, order.long().expand_as(x), x)
+
+
 def side_of(rows: int, columns: int) -> Side:
     """The side of a matrix whose reordering is cheaper: that with fewer entries."""
     return "rows" if rows <= columns else "columns"

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lrsurgery.linalg.factors import Factors, working_dtype
-from lrsurgery.linalg.pivot import Pivoted, Side, inverse_of, pivot, product, side_of, take, unpivot
+from lrsurgery.linalg.pivot import Pivoted, Side, inverse_of, pivot, product, put, side_of, take, unpivot
 
 # a dense module of some kind; only the functions of its kind know its attributes
 Dense: TypeAlias = Any
@@ -118,7 +118,7 @@ class FactorisedLayer(nn.Module):
             return self.u(self.v(x))  # type: ignore[no-any-return]
         if self.side == "rows":
             kept = self.v(x)
-            return take(torch.cat([kept, self.u(kept)], self.axis), inverse_of(self.order), self.axis)
+            return put(torch.cat([kept, self.u(kept)], self.axis), self.order, self.axis)
         kept, others = take(x, self.order.long(), self.axis).tensor_split([self.rank], self.axis)
         return self.u(kept + self.v(others))  # type: ignore[no-any-return]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lrsurgery.errors import SurgeryError
 from lrsurgery.linalg.factors import Factors, working_dtype
-from lrsurgery.linalg.pivot import Pivoted, inverse_of, take
+from lrsurgery.linalg.pivot import Pivoted, inverse_of, put
 from lrsurgery.surgery.layers import Dense, FactorisedLayer, FactorisedLinear, Kind, Spec
 
 
@@ -65,8 +65,7 @@ class SharedLinear(FactorisedLinear):
         kept = self._apply_v(x)
         if self.order is None:
             return self.u(kept)  # type: ignore[no-any-return]
-        y = torch.cat([kept[..., self.start : self.start + self.own], self.u(kept)], -1)
-        return take(y, inverse_of(self.order), -1)
+        return put(torch.cat([kept[..., self.start : self.start + self.own], self.u(kept)], -1), self.order, -1)
 
     def _apply_v(self, x: Tensor) -> Tensor:
         """v(x), computed once for the layers of the group that are called with this x one after the other."""
