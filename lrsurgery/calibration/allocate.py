@@ -20,8 +20,9 @@ from lrsurgery.linalg.weighted import joint_values, second_order
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
 from lrsurgery.surgery.budget import UNITS, Budget, Curve, Layer, cheapest
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, decide_all, join_rows, losses, whole_of
+from lrsurgery.surgery.plan import Plan, decide_all, losses
 from lrsurgery.surgery.ranks import ParameterShare, break_even_rank
+from lrsurgery.surgery.rows import Kept, Replacement, join_rows, whole_of
 from lrsurgery.surgery.shared.choice import allocate_groups
 from lrsurgery.surgery.speed import Timer
 

@@ -30,8 +30,9 @@ from lrsurgery.files.json import Json
 from lrsurgery.modules import for_model
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.surgery.apply import apply_plan_
-from lrsurgery.surgery.plan import Plan, Replacement, SurgeryOptions, find_heads, plan_rows
+from lrsurgery.surgery.plan import Plan, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
+from lrsurgery.surgery.rows import Replacement
 
 
 def collect_statistics(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lrsurgery.calibration.statistics import LayerUse, Moments
 from lrsurgery.errors import CalibrationError
-from lrsurgery.surgery.plan import Replacement
+from lrsurgery.surgery.rows import Replacement
 
 
 @dataclass

@@ -16,7 +16,7 @@ from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.pieces import Piece, load_piece, piece_digest, save_piece
 from lrsurgery.files.writing import replace_file
 from lrsurgery.linalg.weighted import Metric, damp
-from lrsurgery.surgery.plan import Replacement
+from lrsurgery.surgery.rows import Replacement
 
 FORMAT = 1
 KIND = " as "  # between a layer's name and a further kind that it was collected as

@@ -26,7 +26,7 @@ from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.layers import Spec
-from lrsurgery.surgery.plan import Replacement
+from lrsurgery.surgery.rows import Replacement
 
 SAMPLE = 64  # keys that tell whether a file is wrapped; a file has up to some 100,000
 

@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     Task: TypeAlias = str
 else:
     Bos = choice("Bos", "lrsurgery.data.options", "BOS")
-    Conv = choice("Conv", "lrsurgery.surgery.kinds", "CONV_SCHEMES")
+    Conv = choice("Conv", "lrsurgery.surgery.kinds.common", "CONV_SCHEMES")
     DtypeName = choice("Dtype", "lrsurgery.runtime", "DTYPES")
     EngineName = choice("Engine", "lrsurgery.linalg.svd", "ENGINES")
     Form = choice("Form", "lrsurgery.surgery.ranks", "FORMS")

@@ -48,7 +48,8 @@ from lrsurgery.files.writing import staged
 from lrsurgery.modules import model_faults
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
-from lrsurgery.surgery.plan import Plan, Replacement
+from lrsurgery.surgery.plan import Plan
+from lrsurgery.surgery.rows import Replacement
 from lrsurgery.units import duration_text
 
 TOKENS = 2048  # per batch; its logits and their gradients dominate the memory

@@ -36,7 +36,8 @@ from lrsurgery.report.card import model_card
 from lrsurgery.report.rows import plan_report
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import Processes, versions
-from lrsurgery.surgery.plan import Kept, Plan, Replacement
+from lrsurgery.surgery.plan import Plan
+from lrsurgery.surgery.rows import Kept, Replacement
 
 Complete: TypeAlias = "Callable[[Path, Report], Report]"  # a written folder before it is published, its report
 

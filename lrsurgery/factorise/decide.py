@@ -26,7 +26,8 @@ from lrsurgery.files.json import Json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.rows import plan_report
 from lrsurgery.report.schema import Report
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, join_rows, layers_of_several_names
+from lrsurgery.surgery.plan import Plan, layers_of_several_names
+from lrsurgery.surgery.rows import Kept, Replacement, join_rows
 from lrsurgery.surgery.speed import POSITIONS, SpeedTable, describe, make_timer, plan_layers
 
 

@@ -16,7 +16,7 @@ from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.runtime import Compute, pick_device
 from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, pivot_layers_
-from lrsurgery.surgery.kinds import AUTO
+from lrsurgery.surgery.kinds.table import AUTO
 from lrsurgery.surgery.plan import Plan, SurgeryOptions, layers_of_several_names
 from lrsurgery.surgery.ranks import BALANCED, RankLike
 from lrsurgery.surgery.speed import SpeedTable, make_timer, plan_layers

@@ -18,7 +18,7 @@ from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
 from lrsurgery.report.rows import recorded_options
 from lrsurgery.runtime import Compute, check_seed, pick_device, pick_dtype
 from lrsurgery.surgery.budget import parse_budget
-from lrsurgery.surgery.kinds import AUTO, CHANNEL
+from lrsurgery.surgery.kinds.table import AUTO, CHANNEL
 from lrsurgery.surgery.plan import SurgeryOptions, Target
 from lrsurgery.surgery.ranks import PIVOTED, READABLE, RankLike, parse_rank
 from lrsurgery.units import parse_size

@@ -20,8 +20,9 @@ from lrsurgery.report.rows import parameters_after, planned_row, recorded_option
 from lrsurgery.report.schema import Report, Row, Rung
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, find_heads, make_plan, plan_rows
+from lrsurgery.surgery.plan import Plan, SurgeryOptions, find_heads, make_plan, plan_rows
 from lrsurgery.surgery.ranks import PIVOTED, FractionRank, RankSpec, parse_policy
+from lrsurgery.surgery.rows import Kept, Replacement
 
 LADDER = (
     *("0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9"),

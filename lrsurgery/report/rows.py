@@ -22,8 +22,9 @@ from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.layers import FactorisedLayer
-from lrsurgery.surgery.plan import ALREADY, Joint, Kept, Plan, Replacement, SurgeryOptions, find_heads, plan_rows
+from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
+from lrsurgery.surgery.rows import Joint, Kept, Replacement
 from lrsurgery.surgery.shared.modules import SharedLinear
 
 

@@ -24,7 +24,7 @@ from lrsurgery.linalg.subspaces import Overlap
 from lrsurgery.report.bench import Bench, Count, Size
 from lrsurgery.report.runs import Run
 from lrsurgery.report.targets.schema import Choice, Curve
-from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.ranks import break_even_rank
 from lrsurgery.units import shape_text
 

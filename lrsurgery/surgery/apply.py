@@ -19,7 +19,7 @@ from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
-from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import (
     Dense,
     FactorisedLayer,
@@ -32,8 +32,9 @@ from lrsurgery.surgery.layers import (
     side_for,
     split_bias,
 )
-from lrsurgery.surgery.plan import Plan, Replacement, whole_of
+from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED
+from lrsurgery.surgery.rows import Replacement, whole_of
 from lrsurgery.surgery.shared.forms import (
     Part,
     can_pivot,

@@ -81,7 +81,7 @@ class Recipe(DataOptions):
         "auto",
         "Scheme of convolutions; channel: kh x kw then 1x1, spatial: kh x 1 then 1 x kw, auto: what loses less.",
         panel=SURGERY,
-        table=("lrsurgery.surgery.kinds", "CONV_SCHEMES"),
+        table=("lrsurgery.surgery.kinds.common", "CONV_SCHEMES"),
     )
     include: tuple[str, ...] = setting(("*",), "Layers to factorise.", panel=SURGERY, metavar="GLOB")
     exclude: tuple[str, ...] = setting((), "Layers to leave dense.", panel=SURGERY, metavar="GLOB")
@@ -202,7 +202,7 @@ class Recipe(DataOptions):
 
     def _check_surgery(self) -> None:
         from lrsurgery.linalg.inits import get_init
-        from lrsurgery.surgery.kinds import CONV_SCHEMES
+        from lrsurgery.surgery.kinds.table import CONV_SCHEMES
         from lrsurgery.surgery.ranks import parse_rank
 
         check_choice("conv", self.conv, CONV_SCHEMES)

@@ -20,9 +20,10 @@ from lrsurgery.checkpoints.upstream.transformers import checkpoint_blocks_
 from lrsurgery.errors import BudgetError, CalibrationError
 from lrsurgery.linalg.weighted import Metric, weighted_norm
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.kinds import KINDS
-from lrsurgery.surgery.plan import Replacement, SurgeryOptions, plan_rows
+from lrsurgery.surgery.kinds.table import KINDS
+from lrsurgery.surgery.plan import SurgeryOptions, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
+from lrsurgery.surgery.rows import Replacement
 
 CONVS: dict[str, dict[str, Any]] = {
     "padded": {"kernel_size": 3, "padding": 1},

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 import lrsurgery
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.kinds import KINDS, LINEAR, kind_of
+from lrsurgery.surgery.kinds.linear import LINEAR
+from lrsurgery.surgery.kinds.table import KINDS, kind_of
 from lrsurgery.surgery.layers import FactorisedLayer, Kind
 from lrsurgery.surgery.plan import SurgeryOptions, make_plan
 from lrsurgery.surgery.ranks import parse_rank

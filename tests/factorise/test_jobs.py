@@ -31,7 +31,7 @@ from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg import svd as linalg
 from lrsurgery.runtime import POOL_BYTES, in_order, layers_at_once
 from lrsurgery.surgery.apply import decomposition_bytes, decomposition_cost
-from lrsurgery.surgery.plan import Replacement
+from lrsurgery.surgery.rows import Replacement
 
 # a process that does something to itself once, when it is about to keep its nth piece
 RIGGED = """

@@ -21,7 +21,7 @@ from lrsurgery.report.rows import compared_row, measured_row
 from lrsurgery.report.runs import METRICS, read_run
 from lrsurgery.report.schema import FILE_NAME, Report, Row, Rung
 from lrsurgery.report.views import render
-from lrsurgery.surgery.plan import Replacement
+from lrsurgery.surgery.rows import Replacement
 
 RANKS, POINTS = EffectiveRanks(3.0, 2.5, 2.0, None), Points((1, 2, 4), (3.0, 2.0, 1.0))
 VIEWS = ("terminal", "markdown", "csv", "html", "json")

@@ -29,7 +29,7 @@ from lrsurgery.report.read import read_report
 from lrsurgery.report.runs import read_run
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import Compute
-from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.ranks import RankSpec, parse_policy, parse_rank
 from lrsurgery.training.finetune import finetune
 

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lrsurgery
 from lrsurgery.surgery.apply import factorised_layers, replace_module_
-from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import FactorisedConv2d, FactorisedLayer, FactorisedLinear
 
 GEOMETRIES = [

@@ -13,8 +13,9 @@ from torch import nn
 import lrsurgery
 from lrsurgery.checkpoints.mapping import tied_weights
 from lrsurgery.errors import PlanError, RankError
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, find_heads, make_plan
+from lrsurgery.surgery.plan import Plan, SurgeryOptions, find_heads, make_plan
 from lrsurgery.surgery.ranks import parse_rank
+from lrsurgery.surgery.rows import Kept, Replacement
 
 
 def plan(model: nn.Module, rank: Any = 0.5, **given: Any) -> Plan:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lrsurgery.errors import RankError
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.linalg.spectrum import entropy_rank, nuclear_rank, stable_rank
-from lrsurgery.surgery.kinds import LINEAR
+from lrsurgery.surgery.kinds.linear import LINEAR
 from lrsurgery.surgery.ranks import (
     AbsoluteRank,
     EnergyRank,

@@ -30,8 +30,9 @@ from lrsurgery.surgery.apply import (
     swap_,
 )
 from lrsurgery.surgery.decay import FrobeniusDecay
-from lrsurgery.surgery.plan import SurgeryOptions, join_rows, make_plan
+from lrsurgery.surgery.plan import SurgeryOptions, make_plan
 from lrsurgery.surgery.ranks import AbsoluteRank, RankSpec
+from lrsurgery.surgery.rows import join_rows
 from lrsurgery.surgery.shared.modules import SharedLinear
 
 NAMES = ("q", "k", "v")

@@ -24,10 +24,11 @@ from lrsurgery.cli.app import app
 from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.surgery import speed
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import Spec
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, decide_all, make_plan
+from lrsurgery.surgery.plan import Plan, SurgeryOptions, decide_all, make_plan
 from lrsurgery.surgery.ranks import parse_rank
+from lrsurgery.surgery.rows import Kept, Replacement
 from lrsurgery.surgery.speed import SpeedTable, make_refusal, measure_speedup
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from typing_extensions import NotRequired, TypedDict
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.json import Json, check_version, checked
 from lrsurgery.linalg.pivot import Side
-from lrsurgery.surgery.kinds import KINDS
+from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.shared.specs import groups_in
 

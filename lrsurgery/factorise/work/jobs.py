@@ -32,8 +32,9 @@ from lrsurgery.report.schema import Row
 from lrsurgery.runtime import Compute, layer_pool, layers_at_once
 from lrsurgery.surgery.apply import decompose, decomposition_bytes, decomposition_cost
 from lrsurgery.surgery.layers import Stored, factor_weights, product_factors
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions, whole_of
+from lrsurgery.surgery.plan import Plan, SurgeryOptions
 from lrsurgery.surgery.ranks import RankSpec
+from lrsurgery.surgery.rows import Kept, Replacement, whole_of
 from lrsurgery.surgery.shared.forms import Part, decompose_together, product_of, split_biases, store_together
 
 

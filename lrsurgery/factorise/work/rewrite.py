@@ -38,7 +38,8 @@ from lrsurgery.progress import Listener
 from lrsurgery.report.schema import Row
 from lrsurgery.runtime import Compute, Processes
 from lrsurgery.surgery.layers import Stored, product_factors, split_bias
-from lrsurgery.surgery.plan import Kept, Plan, Replacement, SurgeryOptions
+from lrsurgery.surgery.plan import Plan, SurgeryOptions
+from lrsurgery.surgery.rows import Kept, Replacement
 from lrsurgery.surgery.shared.forms import Part, product_of
 
 

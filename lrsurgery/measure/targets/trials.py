@@ -39,7 +39,8 @@ from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decompose, decomposition_bytes, fill_
 from lrsurgery.surgery.budget import APART, parse_budget
 from lrsurgery.surgery.layers import Stored, factor_weights
-from lrsurgery.surgery.plan import Plan, Replacement
+from lrsurgery.surgery.plan import Plan
+from lrsurgery.surgery.rows import Replacement
 from lrsurgery.timing import Timings, compare
 from lrsurgery.training.loop.trainer import quality
 from lrsurgery.training.recipe import Recipe

@@ -1,0 +1,158 @@
+"""Linear layers, and transformers' Conv1D, whose weight is (in, out)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from lrsurgery.linalg.factors import Factors
+from lrsurgery.linalg.pivot import Side
+from lrsurgery.surgery.kinds.common import fan_in, is_one_of, on_meta
+from lrsurgery.surgery.layers import Dense, FactorisedLayer, FactorisedLinear, Kind
+
+# classes identified by name, so that neither library is imported
+LINEAR_CLASSES = {
+    ("timm.layers.linear", "Linear"),  # overrides forward for torchscript only
+    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),  # x @ W.T, then + b
+}
+CONV1D_CLASSES = {("transformers.pytorch_utils", "Conv1D")}
+
+
+def _is_linear(module: nn.Module, conv: str) -> bool:
+    # a subclass may override forward
+    return type(module) is nn.Linear or is_one_of(module, LINEAR_CLASSES)
+
+
+def _is_conv1d(module: nn.Module, conv: str) -> bool:
+    return is_one_of(module, CONV1D_CLASSES)
+
+
+def _linear_shape(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], shape[1]
+
+
+def _conv1d_shape(shape: torch.Size) -> tuple[int, int]:
+    return shape[1], shape[0]
+
+
+def _keep(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _transpose(weight: Tensor) -> Tensor:
+    return weight.T
+
+
+def _linear_weight(matrix: Tensor, layer: FactorisedLayer) -> Tensor:
+    return matrix
+
+
+def _conv1d_weight(matrix: Tensor, layer: FactorisedLayer) -> Tensor:
+    return matrix.T
+
+
+def _linear_factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tensor]:
+    return factors.u.contiguous(), factors.v.contiguous()
+
+
+def _two_linears(kind: Kind, layer: Dense, rank: int, side: Side | None) -> FactorisedLayer:
+    out_features, in_features = kind.matrix_shape(layer.weight.shape)
+    bias, meta = layer.bias is not None, on_meta(layer)
+    more = in_features - (rank if side == "columns" else 0)
+    v = nn.Linear(more, rank, bias=bias and side == "rows", **meta)
+    u = nn.Linear(rank, out_features - (rank if side == "rows" else 0), bias=bias, **meta)
+    return FactorisedLinear(kind, v, u, side)
+
+
+def _build_linear(layer: Dense, rank: int, side: Side | None = None) -> FactorisedLayer:
+    return _two_linears(LINEAR, layer, rank, side)
+
+
+def _build_conv1d(layer: Dense, rank: int, side: Side | None = None) -> FactorisedLayer:
+    return _two_linears(CONV1D, layer, rank, side)
+
+
+def _both_sides(layer: Dense) -> tuple[Side, ...]:
+    return ("rows", "columns")
+
+
+def _dense_linear(layer: FactorisedLayer) -> nn.Module:
+    assert isinstance(layer, FactorisedLinear)
+    return nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, **on_meta(layer.u))
+
+
+def _dense_conv1d(layer: FactorisedLayer) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    assert isinstance(layer, FactorisedLinear)
+    with torch.device("meta"):
+        return Conv1D(layer.out_features, layer.in_features).to(layer.u.weight.dtype)  # type: ignore[no-any-return]
+
+
+def _conv1d_fan_in(shape: torch.Size) -> int:
+    return shape[0]
+
+
+def _token_inputs(module: Dense, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    yield (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
+
+
+def _token_gradients(module: Dense, shape: torch.Size, g: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    yield (g[mask] if mask is not None else g.reshape(-1, g.shape[-1])).float()
+
+
+def _token_outputs(output: Tensor, counted: int) -> int:
+    return counted
+
+
+def _linear_sample(dense: Dense, positions: int) -> tuple[int, ...]:
+    return (positions, _linear_shape(dense.weight.shape)[1])
+
+
+def _conv1d_sample(dense: Dense, positions: int) -> tuple[int, ...]:
+    return (positions, _conv1d_shape(dense.weight.shape)[1])
+
+
+LINEAR = Kind(
+    name="linear",
+    matches=_is_linear,
+    weight_axes=2,
+    matrix_shape=_linear_shape,
+    to_matrix=_keep,
+    to_weight=_linear_weight,
+    to_matrices=Factors,
+    to_weights=_linear_factors,
+    build=_build_linear,
+    build_pivoted=_build_linear,
+    build_dense=_dense_linear,
+    fan_in=fan_in,
+    inputs=_token_inputs,
+    gradients=_token_gradients,
+    outputs=_token_outputs,
+    sample_input=_linear_sample,
+    sides=_both_sides,
+    shares_v=True,
+    plain_product=True,
+)
+CONV1D = Kind(
+    name="conv1d",
+    matches=_is_conv1d,
+    weight_axes=2,
+    matrix_shape=_conv1d_shape,
+    to_matrix=_transpose,
+    to_weight=_conv1d_weight,
+    to_matrices=Factors,
+    to_weights=_linear_factors,
+    build=_build_conv1d,
+    build_pivoted=_build_conv1d,
+    build_dense=_dense_conv1d,
+    fan_in=_conv1d_fan_in,
+    inputs=_token_inputs,
+    gradients=_token_gradients,
+    outputs=_token_outputs,
+    sample_input=_conv1d_sample,
+    sides=_both_sides,
+    shares_v=True,
+)

@@ -1,0 +1,54 @@
+"""The table of kinds. No module outside this folder distinguishes kinds.
+
+To add a kind, write its functions in a file of its family and add it to `KINDS`; the first that matches a module wins.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lrsurgery.errors import PlanError
+from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
+from lrsurgery.surgery.kinds.convolution import CONV2D_CHANNEL
+from lrsurgery.surgery.kinds.linear import CONV1D, LINEAR
+from lrsurgery.surgery.kinds.spatial import CONV2D_SPATIAL
+from lrsurgery.surgery.layers import Kind
+
+__all__ = [
+    "AUTO",
+    "CHANNEL",
+    "CONV_SCHEMES",
+    "KINDS",
+    "SPATIAL",
+    "check_conv",
+    "explain_no_kind",
+    "kind_of",
+    "kinds_of",
+]
+
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, CONV2D_CHANNEL, CONV2D_SPATIAL)}
+
+
+def kinds_of(module: nn.Module, conv: str) -> tuple[Kind, ...]:
+    """The kinds that a dense module may become by convolution scheme `conv`, several by "auto"."""
+    return tuple(kind for kind in KINDS.values() if kind.matches(module, conv))
+
+
+def kind_of(module: nn.Module, conv: str = CHANNEL) -> Kind | None:
+    """The first of `kinds_of`; None if the module has no factorised form."""
+    return next(iter(kinds_of(module, conv)), None)
+
+
+def check_conv(conv: str) -> None:
+    """Raise PlanError that lists the schemes, unless `conv` is one."""
+    if conv not in CONV_SCHEMES:
+        raise PlanError(f"unknown conv scheme '{conv}'; known: {', '.join(CONV_SCHEMES)}")
+
+
+def explain_no_kind(module: nn.Module) -> str:
+    """Why a module with a weight is of no kind."""
+    name = type(module).__name__
+    for base in (nn.Linear, nn.Conv2d):
+        if isinstance(module, base):
+            return f"unknown subclass {name} of {base.__name__}"
+    return f"no factorised form for {name}"

@@ -1,0 +1,155 @@
+"""The rows of a plan: a layer to factorise, alone or with others that share its v, and a layer that stays dense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lrsurgery.linalg.pivot import Side
+from lrsurgery.surgery.kinds.table import KINDS
+from lrsurgery.surgery.layers import Kind, Spec
+from lrsurgery.surgery.ranks import break_even_rank, rank_within
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A layer's part in a group that shares its inputs and one v."""
+
+    names: tuple[str, ...]  # of the group; the first stores v
+    rows: int  # of all its layers together
+    # start and number of the layer's pivots among v's outputs; before they are chosen, in proportion to its rows
+    pivots: tuple[int, int] = (0, 0)
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A layer to factorise. `rank` is None until the policy has the singular values."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]  # of the dense weight
+    rows: int
+    columns: int
+    rank: int | None
+    bias: int  # parameters of the bias, which does not change
+    v_per_u: int = 1  # output positions of v per output position of u: the horizontal stride of a conv2d-spatial layer
+    predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
+    side: Side | None = None  # of the pivots, if it gets any below full rank
+    others: tuple[Replacement, ...] = ()  # the same layer by other convolution schemes, of which one is taken
+    joint: Joint | None = None  # None for a layer with its own v
+
+    reason = None
+
+    @property
+    def options(self) -> tuple[Replacement, ...]:
+        """The layer by each scheme."""
+        return (replace(self, others=()), *self.others)
+
+    @property
+    def undecided(self) -> bool:
+        """Whether singular values decide its rank or its scheme."""
+        return self.rank is None or bool(self.others)
+
+    @property
+    def layout(self) -> Kind:
+        return KINDS[self.kind]
+
+    @property
+    def full_rank(self) -> int:
+        return min(self.rows if self.joint is None else self.joint.rows, self.columns)
+
+    @property
+    def leads(self) -> bool:
+        """Whether it stores a v that others share."""
+        return self.joint is not None and self.joint.names[0] == self.name
+
+    @property
+    def spec(self) -> Spec:
+        """What it becomes, at a known rank."""
+        return self.spec_with(None if self.joint is None or not self.pivots else self.joint.pivots)
+
+    def with_pivots(self, pivots: tuple[int, int] | None) -> Replacement:
+        """The row of a layer that shares its v, with the pivots that were chosen."""
+        assert self.joint is not None
+        return self if pivots is None else replace(self, joint=replace(self.joint, pivots=pivots))
+
+    def spec_with(self, pivots: tuple[int, int] | None) -> Spec:
+        """What it becomes, with these of the pivots of its group."""
+        assert self.rank is not None
+        v_of = None if self.joint is None or self.leads else self.joint.names[0]
+        return Spec(self.kind, self.rank, self.pivots, v_of, pivots)
+
+    @property
+    def parameters(self) -> int:
+        return self.rows * self.columns + self.bias
+
+    @property
+    def factorised_parameters(self) -> int | None:
+        return None if self.rank is None else self.cost(self.rank) + self.bias
+
+    def cost(self, rank: int) -> int:
+        """Parameters of the factors at a rank; a v that layers share counts for the one that stores it."""
+        if self.joint is not None:
+            own = self.joint.pivots[1] if self.pivots else 0
+            return rank * (self.rows - own + (self.columns if self.leads else 0))
+        pivots = self.side is not None and rank < self.full_rank
+        return rank * (self.rows + self.columns - (rank if pivots else 0))
+
+    def rank_within(self, parameters: int, multiple_of: int = 1) -> int:
+        """The largest rank whose factors have at most so many parameters, and fewer than the weight; 0 for none."""
+        pivoted = self.side is not None
+        most = rank_within(parameters, self.rows + self.columns, 1 if pivoted else 0)
+        most = min(most, break_even_rank(self.rows, self.columns, pivoted=pivoted), self.full_rank)
+        return most // multiple_of * multiple_of
+
+    @property
+    def pivots(self) -> Side | None:
+        """The side of its pivots at its rank; None for the balanced form."""
+        return self.side if self.rank is not None and self.rank < self.full_rank else None
+
+    @property
+    def _known(self) -> int:  # rows or columns of the factors that the pivoted form does without
+        return self.rank or 0 if self.pivots else 0
+
+    @property
+    def flops(self) -> int:
+        """FLOPs per token, or per output position of a convolution; a multiply-add counts 2."""
+        return 2 * self.rows * self.columns
+
+    @property
+    def factorised_flops(self) -> int | None:
+        if self.joint is not None and self.rank is not None:
+            return 2 * self.cost(self.rank)
+        return None if self.rank is None else 2 * self.rank * (self.rows + self.v_per_u * self.columns - self._known)
+
+
+def whole_of(unit: Sequence[Replacement]) -> Replacement:
+    """The stacked layer of a group, under the name of its first; a single layer is its own."""
+    if len(unit) == 1:
+        return unit[0]
+    first, rows = unit[0], sum(row.rows for row in unit)
+    side: Side | None = "rows" if first.side is not None else None
+    return replace(first, rows=rows, bias=sum(row.bias for row in unit), side=side, joint=None)
+
+
+def join_rows(unit: Sequence[Replacement], rank: int) -> list[Replacement]:
+    """The rows of a group at a rank, with the pivots that each has in proportion to its rows."""
+    whole, taken, start, joined = whole_of(unit), 0, 0, []
+    for row in unit:
+        taken += row.rows
+        end = rank * taken // whole.rows
+        joint = Joint(tuple(each.name for each in unit), whole.rows, (start, end - start))
+        joined.append(replace(row, rank=rank, side=whole.side, joint=joint))
+        start = end
+    return joined
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A layer or bare parameter that stays dense, with the reason."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    parameters: int
+    reason: str
