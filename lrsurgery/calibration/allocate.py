@@ -76,8 +76,7 @@ def allocate_ranks(
     def compute_values(row: Replacement) -> Tensor:
         metric = digest = None
         if statistics is not None:
-            metric = statistics.metric(row.name, row.kind)
-            digest = statistics.digests.get(statistics.key(row.name, row.kind))
+            metric, digest = statistics.metric_of(row), statistics.digest_of(row)
         weight = weights.read(row.name)
         lookup = SpectrumLookup(weight, row.layout, compute, weights.device or weight.device)
         try:
@@ -268,6 +267,8 @@ def _costs(
         assert weights.timer is not None
         times = weights.timer(row, ranks)
         return round(outputs * times.dense * PICO), [round(outputs * each * PICO) for each in times.ranks]
+    if row.layout.lookup:
+        return outputs * row.flops, [outputs * row.flops_at(rank) for rank in ranks]
     saving = 0 if row.side is None else 1  # a pivoted layer has as many positions in v as in u
     each = [r * (outputs * row.rows + positions * row.columns - r * outputs * saving) for r in ranks]
     return outputs * row.flops, [2 * cost for cost in each]

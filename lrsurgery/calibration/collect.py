@@ -25,6 +25,7 @@ from lrsurgery.calibration.loss import (
     check_temperature,
 )
 from lrsurgery.calibration.statistics import LayerUse, Moments, Statistics, StatisticsWriter, key_of, merge
+from lrsurgery.checkpoints.mapping import tied_weights
 from lrsurgery.errors import CalibrationError
 from lrsurgery.files.json import Json
 from lrsurgery.modules import for_model
@@ -43,6 +44,7 @@ def collect_statistics(
     conv: str = "auto",
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
+    heads: bool = False,
     loss: Loss | None = None,
     seed: int = 0,
     temperature: float = TEMPERATURE,
@@ -50,10 +52,10 @@ def collect_statistics(
     """Run batches through a model in memory and return the statistics for `factorise_(..., statistics=...)`.
 
     `batches` are dicts of keyword arguments (labels are not passed), tensors or tuples. `importance`: "fisher" collects
-    second moments of inputs and output gradients, "activations" those of inputs only. `loss` maps the model's outputs
-    and the batch to a loss that is summed, not averaged, and the number of scored items. By default it is the log
-    likelihood of classes sampled from the model's logits / `temperature` with `seed` (`SampledLoss`), which needs no
-    labels.
+    second moments of inputs and output gradients, "activations" those of inputs only. Tables of tokens are among the
+    layers, output heads and classifiers with `heads`. `loss` maps the model's outputs and the batch to a loss that is
+    summed, not averaged, and the number of scored items. By default it is the log likelihood of classes sampled from
+    the model's logits / `temperature` with `seed` (`SampledLoss`), which needs no labels.
 
     Raises CalibrationError without batches, for an unknown importance, or for inputs or gradients of a layer that are
     not finite; PlanError as `plan_rows` does.
@@ -62,10 +64,16 @@ def collect_statistics(
     check_temperature(temperature)
     facts: Json = {"temperature": temperature} if loss is None and IMPORTANCES[importance] else {}
     whole = SurgeryOptions(
-        target=RankSpec(FractionRank(1.0)), conv=conv, include=include, exclude=exclude, allow_larger=True
+        target=RankSpec(FractionRank(1.0)),
+        conv=conv,
+        include=include,
+        exclude=exclude,
+        allow_larger=True,
+        embeddings=True,
+        heads=heads,
     )
-    planned = plan_rows(model, whole, heads=find_heads(model))
-    rows = [option for row in planned if isinstance(row, Replacement) for option in row.options]
+    planned = plan_rows(model, whole, heads=find_heads(model), tied=tied_weights(model))
+    rows = [each for row in planned if isinstance(row, Replacement) for each in row.watched]
     return collect(
         model,
         list(batches),
@@ -165,7 +173,8 @@ def split(rows: Sequence[Replacement], limit: int | None) -> list[list[Replaceme
 
 def moment_bytes(row: Replacement, *, gradients: bool) -> int:
     """Size of the moments of one layer in bytes, in fp32."""
-    return 4 * (row.columns**2 + (row.rows**2 if gradients else 0))
+    of_rows = row.rows if row.diagonal else row.rows**2
+    return 4 * (row.columns**2 + (of_rows if gradients or row.layout.lookup else 0))
 
 
 def estimate_seconds(
@@ -181,7 +190,7 @@ def estimate_seconds(
         call(model, batches[0])
     forward = time.perf_counter() - start
     products = sum(row.rows * row.columns for row in rows)
-    moments = sum(row.columns**2 + (row.rows**2 if gradients else 0) for row in rows)
+    moments = sum(moment_bytes(row, gradients=gradients) for row in rows) // 4
     return len(batches) * forward * ((2 if gradients else 1) + moments / max(1, products))
 
 
@@ -254,7 +263,7 @@ def _by_block(
 
     def take(row: Replacement) -> tuple[LayerUse, Moments]:
         use, moments = collector.take(row)
-        return use, replace(moments, gradients=gradients_of(row))
+        return use, moments if row.layout.lookup else replace(moments, gradients=gradients_of(row))
 
     def run(batch: Batch) -> Callable[[], None]:
         def forward() -> None:

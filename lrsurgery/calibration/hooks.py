@@ -96,11 +96,13 @@ class Collector:
         first = next(iter(sums.firsts)) if len(sums.firsts) == 1 else row.name
         same = None if first == row.name else first
         use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs, same)
-        gradients = None if sums.gradients is None else sums.gradients / max(1, self.scored)
+        per = self.scored if self._gradients else sums.positions
+        gradients = None if sums.gradients is None else sums.gradients / max(1, per)
         return use, Moments(sums.inputs / max(1, sums.positions), gradients)
 
     def _new(self, row: Replacement, device: torch.device) -> _Sums:
-        gradients = torch.zeros(row.rows, row.rows, device=device) if self._gradients else None
+        shape = (row.rows,) if row.diagonal else (row.rows, row.rows)
+        gradients = torch.zeros(shape, device=device) if self._gradients or row.layout.lookup else None
         return _Sums(torch.zeros(row.columns, row.columns, device=device), gradients)
 
     def _hook(self, row: Replacement) -> Callable[[nn.Module, Any, Any], Any]:
@@ -119,7 +121,8 @@ class Collector:
         key = row.name, row.kind
         sums = self._sums.get(key) or self._sums.setdefault(key, self._new(row, x.device))
         mask = self._mask(x, row)
-        count = self._add_inputs(sums, row, module, x, mask)
+        add = self._add_lookups if row.layout.lookup else self._add_inputs
+        count = add(sums, row, module, x, mask)
         sums.outputs += row.layout.outputs(output, count)
         if self._gradients and output.requires_grad:
 
@@ -133,9 +136,21 @@ class Collector:
         mask: Tensor | None = getattr(self._batch, "mask", None)
         if mask is None or not row.layout.takes_tokens:
             return None
-        if x.shape[:-1] == mask.shape:
+        positions = x.shape if row.layout.lookup else x.shape[:-1]
+        if positions == mask.shape:
             return mask.to(x.device)
-        return mask.to(x.device).flatten() if x.shape[:-1] == (mask.numel(),) else None
+        return mask.to(x.device).flatten() if positions == (mask.numel(),) else None
+
+    def _add_lookups(self, sums: _Sums, row: Replacement, module: nn.Module, x: Tensor, mask: Tensor | None) -> int:
+        count = 0
+        assert sums.gradients is not None
+        for tokens in row.layout.inputs(module, x.detach(), mask):
+            sums.gradients += torch.bincount(tokens.flatten(), minlength=row.rows)
+            count += tokens.numel()
+        sums.positions += count
+        if not self._gradients:  # nothing tells columns apart
+            sums.inputs.diagonal().add_(count)
+        return count
 
     def _add_inputs(self, sums: _Sums, row: Replacement, module: nn.Module, x: Tensor, mask: Tensor | None) -> int:
         last = self._last
@@ -162,10 +177,15 @@ class Collector:
     def _add_gradients(
         self, sums: _Sums, row: Replacement, module: nn.Module, shape: torch.Size, g: Tensor, mask: Tensor | None
     ) -> None:
-        assert sums.gradients is not None
+        # of a table, the errors of a row go with the gradients at its outputs in the place of inputs
+        moment = sums.inputs if row.layout.lookup else sums.gradients
+        assert moment is not None
         for part in row.layout.gradients(module, shape, g, mask):
-            sums.gradients.addmm_(part.T, part)
-        if not bool(torch.isfinite(sums.gradients.diagonal()).all()):
+            if moment.ndim == 1:
+                moment += part.square().sum(0)
+            else:
+                moment.addmm_(part.T, part)
+        if not bool(torch.isfinite(moment if moment.ndim == 1 else moment.diagonal()).all()):
             raise CalibrationError(f"{row.name}: its gradients hold NaN or Inf; --importance activations needs none")
 
 

@@ -15,7 +15,7 @@ from lrsurgery.errors import CalibrationError
 from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.pieces import Piece, load_piece, piece_digest, save_piece
 from lrsurgery.files.writing import replace_file
-from lrsurgery.linalg.weighted import Metric, damp
+from lrsurgery.linalg.weighted import Metric, combine, damp
 from lrsurgery.surgery.rows import Replacement
 
 FORMAT = 1
@@ -53,7 +53,9 @@ class Moments:
     """Second moments of one layer's matrix (rows, columns)."""
 
     inputs: Tensor  # (columns, columns), the mean of x x^T over positions
-    gradients: Tensor | None  # (rows, rows), the sum of g g^T over positions, per scored token or image
+    # (rows, rows), the sum of g g^T over positions, per scored token or image; or its diagonal (rows,). Of a table that
+    # is looked up, `inputs` has g g^T, and this how often each row was looked up.
+    gradients: Tensor | None
 
     def metric(self, use: LayerUse) -> Metric:
         """The damped metric for factorising the layer."""
@@ -96,10 +98,16 @@ class Statistics:
 
         Raises KeyError if it was not collected.
         """
+        key = self._key(name, kind)
+        if key is None:
+            raise KeyError(f"{name} as {kind}")
+        return key
+
+    def _key(self, name: str, kind: str | None) -> str | None:
         for key in (name, key_of(name, kind or "")):
             if key in self.uses and kind in (None, self.uses[key].kind):
                 return key
-        raise KeyError(f"{name} as {kind}")
+        return None
 
     def holds(self, row: Replacement) -> bool:
         """Whether a layer was collected as this kind."""
@@ -119,6 +127,19 @@ class Statistics:
         """The metric of one layer; None if the layer received no input."""
         use = self.uses[self.key(name, kind)]
         return self.moments(name, kind).metric(use) if use.positions else None
+
+    def metric_of(self, row: Replacement) -> Metric | None:
+        """The metric of a layer, for all uses of its weight; None if none received an input."""
+        uses = ((row.name, row.kind), *row.tied)
+        known = [(name, kind) for name, kind in uses if self._key(name, kind) is not None]
+        metrics = [metric for name, kind in known if (metric := self.metric(name, kind)) is not None]
+        return combine(metrics) if len(metrics) > 1 else next(iter(metrics), None)
+
+    def digest_of(self, row: Replacement) -> str | None:
+        """A digest of the moments in `metric_of`; None if they are in memory."""
+        keys = [self._key(name, kind) for name, kind in ((row.name, row.kind), *row.tied)]
+        found = [digest for key in keys if key is not None and (digest := self.digests.get(key)) is not None]
+        return " ".join(found) or None
 
     def of_schemes(self, row: Replacement) -> Replacement:
         """The row with those of its convolution schemes that were collected."""
@@ -227,7 +248,10 @@ def _moments_in(folder: Path, layer: _Layer) -> Moments:
         piece is None
         or piece.facts != {"digest": layer["digest"]}
         or "inputs" not in piece.tensors
-        or any(tuple(moment.shape) != (sizes.get(key),) * 2 for key, moment in piece.tensors.items())
+        or any(
+            moment.ndim not in ((1, 2) if key == "gradients" else (2,)) or {*moment.shape} != {sizes.get(key)}
+            for key, moment in piece.tensors.items()
+        )
     ):
         raise CalibrationError(f"{folder / layer['file']}: damaged, or of other statistics; collect them again")
     return Moments(piece.tensors["inputs"], piece.tensors.get("gradients"))

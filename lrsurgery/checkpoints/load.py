@@ -146,13 +146,14 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
     tensors = open_tensors(list(source.files))
     keys, modules = key_map(source, model), factorised_layers(model)
     places = {keys.target(key)[0]: key for key in tensors.keys()}  # noqa: SIM118
-    leaders = {id(modules[name]): spec.v_of for name, spec in specs_of(model).items() if spec.v_of is not None}
+    specs = specs_of(model)
 
     def reader(name: str, layer: FactorisedLayer) -> Callable[[torch.device], Factors]:
         parts = []
+        stored = specs[name].tied_to or name
         for place, wanted in (
-            (f"{name}.u.weight", layer.u.weight),
-            (f"{leaders.get(id(layer), name)}.v.weight", layer.v.weight),
+            (f"{stored}.u.weight", layer.u.weight),
+            (f"{specs[name].v_of or stored}.v.weight", layer.v.weight),
             *([] if layer.order is None else [(f"{name}.order", layer.order)]),
         ):
             key = places.get(place)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -285,12 +285,9 @@ class Names:
 PARTS = ("u.weight", "v.weight", "u.bias", "v.bias", "order")  # of a factorised layer, as in `Names`
 
 
-def _any_spec(row: Replacement) -> Spec:
+def _any_specs(row: Replacement) -> dict[str, Spec]:
     """The layer at its rank, or at one that stands for a rank which its spectrum decides."""
-    if row.joint is not None:
-        return row.spec
-    rank = row.rank or 1
-    return Spec(row.kind, rank, row.side if rank < row.full_rank else None)
+    return (row if row.rank is not None else replace(row, rank=1)).specs
 
 
 def choose_names(
@@ -302,16 +299,20 @@ def choose_names(
 
     Factorises the skeleton, so call it last. Raises SurgeryError if transformers would rename both.
     """
-    swap_(checkpoint.model, {name: _any_spec(row) for name, row in rows.items()})
+    swap_(checkpoint.model, {name: spec for row in rows.values() for name, spec in _any_specs(row).items()})
+    if is_transformers_model(checkpoint.model):
+        from lrsurgery.checkpoints.upstream.transformers import retie_
+
+        retie_(checkpoint.model)
     keys = key_map(checkpoint.source, checkpoint.model)
     chosen: dict[str, Names] = {}
     for entry in entries:
-        layer = (entry.target or "").removesuffix(".weight")
-        if layer == entry.target or layer not in aliases:
+        layer, _, part = (entry.target or "").rpartition(".")
+        if part not in ("weight", "bias") or layer not in aliases or layer in chosen:
             continue
-        parts = [part for part in PARTS if f"{layer}.{part}" in keys.state]
-        for stem in (entry.key.removesuffix(".weight"), layer):
-            if all(keys.target(Names(stem).of(part)) == (f"{layer}.{part}", None) for part in parts):
+        parts = [each for each in PARTS if f"{layer}.{each}" in keys.state]
+        for stem in (entry.key.removesuffix(f".{part}"), layer):
+            if all(keys.target(Names(stem).of(each)) == (f"{layer}.{each}", None) for each in parts):
                 chosen[layer] = Names(stem)
                 break
         else:

@@ -31,10 +31,11 @@ from lrsurgery.checkpoints.upstream.forms import (
     layers_entry,
     specs_from,
 )
-from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain
+from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain, retie_
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.files.json import check_version
-from lrsurgery.surgery.apply import check_orders, densify_layers_, factorised_layers, specs_of, swap_
+from lrsurgery.surgery.apply import check_orders, copy_orders_, densify_layers_, factorised_layers, specs_of, swap_
+from lrsurgery.surgery.kinds.table import KINDS, kind_of
 from lrsurgery.surgery.layers import Spec
 
 
@@ -74,9 +75,10 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if checkpoint_files:  # none, if weights are given in memory
             files = [Path(file) for file in checkpoint_files]
             check_weights(files[0].parent, [*files, Path("config.json")])
-        layers = match_names(model, self.quantization_config.specs)
+        layers = with_partners(model, match_names(model, self.quantization_config.specs))
         tripwires = {f"{name}.weight" for name in self.quantization_config.layers}
         swap_(model, layers)
+        retie_(model)
         # an AutoModel loaded from a checkpoint with a head, or the reverse, has other names than the config
         self.quantization_config = LowRankConfig.of(config_names(model, layers))
         ignore_tripwires(model, tripwires)
@@ -92,6 +94,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(shape)}; take the config.json"
                     " and the weights of one model"
                 )
+        copy_orders_(model)
         check_orders(model)
         keep_names_plain(model, [f"{name}.weight" for name in factorised_layers(model)])
         return model
@@ -153,10 +156,23 @@ def match_names(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str,
     return {name: _rename_leader(spec, renamed) for name, spec in matched.items()}
 
 
+def with_partners(model: PreTrainedModel, layers: dict[str, Spec]) -> dict[str, Spec]:
+    """The layers, with the heads that this class of model ties to a table among them and the checkpoint's has not."""
+    tied: Mapping[str, str] = model.all_tied_weights_keys or {}
+    modules, found = dict(model.named_modules()), dict(layers)
+    for pair in tied.items():
+        name, other = (key.removesuffix(".weight") for key in pair)
+        for each, leader in ((name, other), (other, name)):
+            if each in modules and each not in found and leader in layers and KINDS[layers[leader].kind].lookup:
+                kind = kind_of(modules[each])
+                assert kind is not None, each
+                found[each] = Spec(kind.name, layers[leader].rank, layers[leader].side, tied_to=leader)
+    return found
+
+
 def _rename_leader(spec: Spec, renamed: Mapping[str, str]) -> Spec:
-    if spec.v_of is None:
-        return spec
-    return spec._replace(v_of=renamed.get(spec.v_of, spec.v_of))
+    v_of, tied_to = (None if name is None else renamed.get(name, name) for name in (spec.v_of, spec.tied_to))
+    return spec._replace(v_of=v_of, tied_to=tied_to)
 
 
 def config_names(model: PreTrainedModel, layers: dict[str, Spec]) -> dict[str, Spec]:
@@ -179,6 +195,7 @@ def ignore_tripwires(model: PreTrainedModel, names: set[str]) -> None:
 
 def attach_(model: nn.Module) -> None:
     """Make `save_pretrained` of a model factorised in memory write a factorised checkpoint."""
+    retie_(model)
     quantizer = LowRankQuantizer(LowRankConfig.of(config_names(model, specs_of(model))))
     quantizer_owner: Any = model
     quantizer_owner.hf_quantizer = quantizer
@@ -190,5 +207,6 @@ def attach_(model: nn.Module) -> None:
 def detach_(model: nn.Module) -> None:
     """Undo `attach_`, for a model that is dense again."""
     quantizer = getattr(model, "hf_quantizer", None)
+    retie_(model)
     if isinstance(quantizer, LowRankQuantizer):
         quantizer.remove_quantization_config(model)

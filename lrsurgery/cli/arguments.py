@@ -123,6 +123,9 @@ FORMS = "pivoted: rank^2 numbers less a layer, so smaller than dense below full 
 FormOption = Annotated[Form, option("--form", panel=CUT, text=FORMS)]
 SHARING = "auto: layers with the same inputs have one v where a calibrated budget loses less so; never: each its own."
 ShareOption = Annotated[Share, option("--share", panel=CUT, text=SHARING)]
+TABLES = "Tables of tokens and the heads tied to them too, as a budget over the model does by itself."
+EmbeddingsOption = Annotated[bool, option("--include-embeddings", panel=CUT, text=TABLES)]
+HeadsOption = Annotated[bool, option("--include-heads", panel=CUT, text="Output heads and classifiers too.")]
 
 # calibration
 CalibrationOption = Annotated[

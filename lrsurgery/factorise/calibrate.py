@@ -137,7 +137,7 @@ def calibrate(
         room=available // 2,
     )
     named = match_names(setup.subject, rows)
-    planned = [replace(option, name=named[row.name]) for row in rows for option in row.options]
+    planned = [replace(each, name=named[each.name]) for row in rows for each in row.watched]
     passes = len(split(planned, limit)) if fisher else 1
     _announce(setup, calibration, planned, passes, listener)
     if fisher:
@@ -433,7 +433,7 @@ def match_names(subject: Subject, rows: Sequence[Replacement]) -> dict[str, str]
     prefix = getattr(subject.body, "base_model_prefix", "")
     outer = "" if subject.model is subject.body else "body."
     names = {}
-    for row in rows:
+    for row in [each for planned in rows for each in planned.watched]:
         candidates = (row.name, f"{prefix}.{row.name}", row.name.removeprefix(f"{prefix}."))
         name = next((outer + c for c in candidates if outer + c in modules), None)
         if name is None:

@@ -119,9 +119,10 @@ def _factorise(
             rewriter.check_space(stage)
             rewriter.run(stage, work, processes, listener)
             layers = {
-                row.name: row.spec
+                name: spec
                 for row in rewriter.decided.values()
                 if isinstance(row, Replacement) and row.rank is not None
+                for name, spec in row.specs.items()
             }
             if not layers:
                 why = _list_reasons(rewriter)

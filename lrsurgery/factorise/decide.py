@@ -100,6 +100,12 @@ def weights_of(
         timer = make_timer(checkpoint.model, options.surgery.conv, table)
     output = options.output
     by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
+    for pair in checkpoint.tied.items():
+        name, other = (key.removesuffix(".weight") for key in pair)
+        if other in by_layer:
+            by_layer.setdefault(name, by_layer[other])
+        elif name in by_layer:
+            by_layer[other] = by_layer[name]
     return Weights(
         read=lambda name: by_layer[name].read(),
         widths={name: entry.dtype.itemsize for name, entry in by_layer.items()},

@@ -32,7 +32,7 @@ from lrsurgery.files.writing import staged, with_name, write_text
 from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import dense_card
-from lrsurgery.surgery.apply import dense_bias, factorised_layers, swap_
+from lrsurgery.surgery.apply import dense_bias, factorised_layers, leaders_of_tied, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, dense_weight
 from lrsurgery.surgery.shared.modules import SharedLinear
 from lrsurgery.units import parse_size
@@ -84,6 +84,7 @@ class Parts:
     layers: dict[str, str]  # what the keys of a layer begin with -> its name in the model
     others: list[str]  # keys of tensors outside of factorised layers
     tripwires: list[str]
+    copies: dict[str, str]  # keys of orders that a tied layer has beside the one it is tied to -> its name
     unused: list[str]  # keys among the others that the model class does not use
 
 
@@ -100,10 +101,13 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
     tensors = open_tensors(list(source.files))
     every = model.named_modules(remove_duplicate=False)
     keys, modules = key_map(source, model), {name: m for name, m in every if isinstance(m, FactorisedLayer)}
+    found = factorised_layers(model)
+    tied = leaders_of_tied(found)
     layers: dict[str, str] = {}
     others: list[str] = []
     tripwires: list[str] = []
     unused: list[str] = []
+    copies: dict[str, str] = {}
     places: set[str] = set()  # state-dict keys of factors and biases in the files
     for key in tensors.keys():  # noqa: SIM118
         dtype, shape = tensors.describe(key)
@@ -111,6 +115,9 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
         if place:
             check_plain(source, key, dtype, keys.state[place])
         layer, part = _split(place, modules)
+        if layer is not None and part == "order" and layer in tied:
+            copies[key] = layer
+            continue
         if layer is not None:
             places.add(place)
             check_shape(source, key, shape, tuple(keys.state[place].shape))
@@ -123,9 +130,10 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
     names_of: dict[int, list[str]] = {}
     for name, module in modules.items():
         names_of.setdefault(id(module), []).append(name)
-    for layer, module in factorised_layers(model).items():
+    for layer, module in found.items():
         for part in module.state_dict():
-            if not any(f"{name}.{part}" in places for name in names_of[id(module)]):
+            own = part.endswith(".bias") or layer not in tied
+            if own and not any(f"{name}.{part}" in places for name in names_of[id(module)]):
                 raise missing(source, f"{layer}.{part}", ())
     return Parts(
         source=source,
@@ -136,6 +144,7 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
         layers=layers,
         others=others,
         tripwires=tripwires,
+        copies=copies,
         unused=unused,
     )
 
@@ -204,7 +213,7 @@ def to_dense(
             raise SurgeryError(f"{layer}: transformers would rename its dense weight on loading; it cannot be exported")
         readers[name] = (tensors.describe(f"{stem}.u.weight")[0], _weight(parts, stem))
         weights.add(name)
-        if parts.modules[layer].u.bias is not None:
+        if parts.modules[layer].bias is not None:
             readers[f"{stem}.bias"] = (tensors.describe(f"{stem}.u.bias")[0], _bias(parts, stem))
     done = 0
     with staged(output, overwrite=options.overwrite) as stage:

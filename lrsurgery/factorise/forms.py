@@ -31,7 +31,7 @@ from lrsurgery.report.rows import planned_row, rank_report, replacement_of
 from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME, Report, Row
 from lrsurgery.runtime import versions
-from lrsurgery.surgery.apply import factorised_layers, reform_, side_in, swap_
+from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied, reform_, side_in, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, Spec
 from lrsurgery.surgery.ranks import check_form
 from lrsurgery.surgery.shared.modules import SharedLinear
@@ -143,6 +143,7 @@ class _Rewriting:
     balances: dict[str, float | None] = field(default_factory=dict)  # of the layers that changed, see `Row.balance`
     # the layer read last, with those that share its v, in their new form: what its keys begin with -> layer
     held: dict[str, FactorisedLayer] = field(default_factory=dict)
+    partners: dict[str, list[str]] = field(default_factory=dict)  # layer -> those that are tied to it
 
     def write(self, stage: Path, shard_size: int, listener: Listener) -> int:
         """Write the shards and return the bytes of all tensors."""
@@ -151,13 +152,17 @@ class _Rewriting:
         changed: dict[str, tuple[torch.dtype, str, str]] = {}  # key in the output -> dtype, stem, part
         every = dict(self.model.named_modules(remove_duplicate=False))
         orders = 0
+        tied = leaders_of_tied(factorised_layers(self.model))
+        self.partners = {leader: [name for name, of in tied.items() if of == leader] for leader in tied.values()}
         for stem, layer in self.parts.layers.items():
             old, new = self.parts.modules[layer], every[layer]
             assert isinstance(new, FactorisedLayer)
             if old.side == new.side:
                 copied |= {f"{self.names[stem]}.{part}": f"{stem}.{part}" for part in old.state_dict()}
+                own = self.partners.get(layer, [])
+                copied |= {key: key for key, name in self.parts.copies.items() if name in own}
                 continue
-            orders += 0 if new.order is None else 4 * len(new.order)
+            orders += 0 if new.order is None else 4 * len(new.order) * (1 + len(self.partners.get(layer, [])))
             for part in new.state_dict():
                 if part != "order":  # known no sooner than the weights; see `_add`
                     dtype = tensors.describe(f"{stem}.u.{part.rpartition('.')[2]}")[0]
@@ -200,7 +205,9 @@ class _Rewriting:
         check_overflow(tensor, name)
         writer.add(name, tensor)
         if part == "u.weight" and layer.order is not None:
-            writer.add_in_front(f"{self.names[stem]}.order", layer.order)
+            partners = self.partners.get(self.parts.layers[stem], [])
+            for each in (self.names[stem], *partners):
+                writer.add_in_front(f"{each}.order", layer.order)
 
     def _with_group(self, stem: str, layer: FactorisedLayer) -> dict[str, FactorisedLayer]:
         original = self.parts.modules[self.parts.layers[stem]]

@@ -41,6 +41,8 @@ def factorise_(
     cache: bool = False,
     form: str = BALANCED,
     share: str = AUTO,
+    embeddings: bool = False,
+    heads: bool = False,
 ) -> None:
     """Replace the layers of a module in memory by factorised ones. A transformers model then saves as factorised.
 
@@ -51,7 +53,8 @@ def factorise_(
     whose speedup on `device` (by default the GPU, if there is one) is below `min_speedup` stay dense. `cache` keeps
     singular values on disk, as the CLI does. `form` "pivoted" stores rank^2 numbers less a layer, and saves below every
     full rank; "balanced" trains better. With a budget and statistics by the loss, layers with the same inputs share one
-    v where that loses less; `share` "never" keeps them apart.
+    v where that loses less; `share` "never" keeps them apart. `embeddings` takes tables of tokens with the heads tied
+    to them, as a budget of bytes does by itself; `heads` takes output heads and classifiers.
 
     Raises RankError, PlanError or WeightError that name the layer; BudgetError for an infeasible budget;
     CalibrationError for statistics of another model.
@@ -68,6 +71,8 @@ def factorise_(
         svd=svd,
         form=form,
         share=share,
+        embeddings=embeddings,
+        heads=heads,
     )
     factorise_module_(module, options, statistics, torch.device(device) if device is not None else None, cache=cache)
 
@@ -99,10 +104,10 @@ def factorise_module_(
         compute = Compute(device=computes_on, cache=cache)
         plan = allocate_ranks(plan, weights, compute, statistics, share=options.shares)
     plan = change(plan)
-    kinds = {row.name: row.kind for row in plan.replacements}
+    rows = {row.name: row for row in plan.replacements}
 
     def metric_of(name: str) -> Metric | None:
-        return statistics.metric(name, kinds[name]) if statistics is not None else None
+        return statistics.metric_of(rows[name]) if statistics is not None else None
 
     apply_plan_(module, plan, init=options.init, seed=options.seed, device=device, metric_of=metric_of, svd=options.svd)
     tell_form(module)

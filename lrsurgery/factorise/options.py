@@ -280,6 +280,8 @@ def parse_options(
     loss_check: bool = True,
     form: str = PIVOTED,
     share: str = AUTO,
+    embeddings: bool = False,
+    heads: bool = False,
 ) -> FactoriseOptions:
     """Parse the options of the command line and of Python callers. Raises SurgeryError that names the value.
 
@@ -303,6 +305,8 @@ def parse_options(
         svd=svd,
         form=form,
         share=share,
+        embeddings=embeddings,
+        heads=heads,
     )
     source = SourceOptions(
         revision=revision,

@@ -27,7 +27,7 @@ class Metric(NamedTuple):
     """Second moments that weight the errors of a weight (rows, columns); None is the identity."""
 
     inputs: Tensor | None  # C (columns, columns), symmetric, positive semidefinite
-    gradients: Tensor | None = None  # G (rows, rows), symmetric, positive definite
+    gradients: Tensor | None = None  # G (rows, rows), symmetric, positive definite; or its diagonal (rows,), positive
 
 
 class WeightedFactors(NamedTuple):
@@ -43,14 +43,36 @@ class _Core(NamedTuple):
     gram: Tensor
     turn: Tensor | None  # orthonormal columns; None unless rows > columns
     weighted: Tensor  # L^T W
-    root: Tensor | None  # L, lower triangular
+    root: Tensor | None  # L, lower triangular; of a diagonal its diagonal
 
 
 def damp(moment: Tensor, share: float) -> Tensor:
-    """Tikhonov damping: the moment (n, n) in fp64, with this share of its mean diagonal added to the diagonal."""
+    """Tikhonov damping: the moment (n, n) in fp64, with this share of its mean diagonal added to the diagonal.
+
+    Of a diagonal (n,) likewise.
+    """
     wide = moment.to(torch.float64, copy=True)
-    wide.diagonal().add_(share * float(wide.diagonal().mean()))
+    diagonal = wide if wide.ndim == 1 else wide.diagonal()
+    diagonal.add_(share * float(diagonal.mean()))
     return wide
+
+
+def combine(metrics: Sequence[Metric]) -> Metric:
+    """One metric for a weight that is used in several ways, as a table of tokens and the head tied to it is.
+
+    Each use is a Kronecker product of its moments C and G, G a diagonal (rows,), and so is the result: rows count with
+    the sum of G trace(C), columns with the sum of C trace(G), which keeps the traces over rows and over columns of the
+    sum of all uses. (The nearest product in the Frobenius norm goes by the few most frequent tokens, and does worse;
+    see examples/guides/embeddings.md.) A moment that one use has not is not in the result's.
+    """
+    inputs = [metric.inputs.double() for metric in metrics if metric.inputs is not None]
+    gradients = [metric.gradients.double() for metric in metrics if metric.gradients is not None]
+    if len(metrics) == 1 or len(inputs) < len(metrics) or len(gradients) < len(metrics):
+        return Metric(inputs[0] if inputs else None, gradients[0] if gradients else None)
+    pairs = [(c, g, c.trace(), g.sum()) for c, g in zip(inputs, gradients, strict=True)]
+    rows = torch.stack([g * trace for _, g, trace, _ in pairs]).sum(0)
+    columns = torch.stack([c * total for c, _, _, total in pairs]).sum(0)
+    return Metric(columns / rows.sum().clamp(min=torch.finfo(rows.dtype).tiny), rows)
 
 
 def weighted_values(weight: Tensor, metric: Metric) -> Tensor:
@@ -81,7 +103,12 @@ def weighted_factors(weight: Tensor, rank: RankChoice, metric: Metric) -> Weight
     leading = vectors[:, -kept:].flip(1)
     basis = leading if core.turn is None else core.turn @ leading
     v = basis.T @ core.weighted
-    u = basis if core.root is None else torch.linalg.solve_triangular(core.root.T, basis, upper=True)
+    if core.root is None:
+        u = basis
+    elif core.root.ndim == 1:
+        u = basis / core.root[:, None]
+    else:
+        u = torch.linalg.solve_triangular(core.root.T, basis, upper=True)
     dtype = working_dtype(weight.dtype)
     return WeightedFactors(Factors(*(factor.to(dtype) for factor in balance(Factors(u, v)))), values)
 
@@ -133,7 +160,7 @@ def _joint_gram(weights: Sequence[Tensor], metrics: Sequence[Metric]) -> tuple[T
     total = torch.zeros(inputs.shape, dtype=torch.float64, device=weights[0].device)
     for weight, metric in zip(weights, metrics, strict=True):
         wide = _check(weight, Metric(inputs, metric.gradients))
-        total += wide.T @ (wide if metric.gradients is None else metric.gradients.to(wide) @ wide)
+        total += wide.T @ (wide if metric.gradients is None else _times(metric.gradients.to(wide), wide))
     try:
         root = torch.linalg.cholesky(inputs.to(total))
     except LinAlgError as e:
@@ -154,7 +181,7 @@ def weighted_norm(weight: Tensor, metric: Metric) -> float:
     """||G^(1/2) W C^(1/2)||_F of a weight W (rows, columns)."""
     wide = weight.double()
     product = wide if metric.inputs is None else wide @ metric.inputs.double()
-    product = product if metric.gradients is None else metric.gradients.double() @ product
+    product = product if metric.gradients is None else _times(metric.gradients.double(), product)
     return float((wide * product).sum().clamp(min=0).sqrt())
 
 
@@ -162,7 +189,8 @@ def _check(weight: Tensor, metric: Metric) -> Tensor:
     """The weight in fp64. Raises WeightError if it or the metric is not finite, or if they do not fit each other."""
     rows, columns = weight.shape
     for name, moment, size in (("inputs", metric.inputs, columns), ("gradients", metric.gradients, rows)):
-        if moment is not None and tuple(moment.shape) != (size, size):
+        allowed = ((size, size), (size,)) if name == "gradients" else ((size, size),)
+        if moment is not None and tuple(moment.shape) not in allowed:
             raise WeightError(f"the second moment of its {name} has shape {tuple(moment.shape)}, not {(size, size)}")
         if moment is not None and not bool(torch.isfinite(moment).all()):
             raise WeightError(f"the second moment of its {name} holds NaN or Inf; repeat the calibration")
@@ -172,19 +200,31 @@ def _check(weight: Tensor, metric: Metric) -> Tensor:
     return wide
 
 
+def _times(moment: Tensor, matrix: Tensor) -> Tensor:
+    return moment[:, None] * matrix if moment.ndim == 1 else moment @ matrix
+
+
 def _core(weight: Tensor, metric: Metric) -> _Core:
     wide, root = _check(weight, metric), None
     if metric.gradients is not None:
-        try:
-            root = torch.linalg.cholesky(metric.gradients.to(wide))
-        except LinAlgError as e:
-            raise WeightError("the second moment of its gradients is not positive definite; damp it") from e
-    weighted = wide if root is None else root.T @ wide
+        root = _root(metric.gradients.to(wide))
+    weighted = wide if root is None else _times(root.T if root.ndim == 2 else root, wide)
     turn, short = None, weighted
     if wide.shape[0] > wide.shape[1]:  # the R of a QR has the same Gram matrix, and gives a small eigenproblem
         turn, short = torch.linalg.qr(weighted)
     gram = short @ (short.T if metric.inputs is None else metric.inputs.to(wide) @ short.T)
     return _Core((gram + gram.T) / 2, turn, weighted, root)
+
+
+def _root(gradients: Tensor) -> Tensor:
+    if gradients.ndim == 1:
+        if not bool((gradients > 0).all()):
+            raise WeightError("the second moment of its gradients is not positive; damp it")
+        return gradients.sqrt()
+    try:
+        return torch.linalg.cholesky(gradients)  # type: ignore[no-any-return]
+    except LinAlgError as e:
+        raise WeightError("the second moment of its gradients is not positive definite; damp it") from e
 
 
 def _roots(eigenvalues: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from lrsurgery.linalg.svd import Decomposition, spectral_factors
 from lrsurgery.linalg.weighted import Metric, second_order, weighted_norm
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
-from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
@@ -200,12 +200,16 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
     """
     others = dict(against.named_modules()) if against is not None else {}
     layers = factorised_layers(module)
-    names = {id(layer): name for name, layer in layers.items()}
+    names, tied = {id(layer): name for name, layer in layers.items()}, leaders_of_tied(layers)
     rows = [
-        _row_of(layer, replacement_of(name, layer, names), others.get(name), against is None)
-        if measured
-        else planned_row(replacement_of(name, layer, names))
+        _row_of(layer, row, others.get(name), against is None) if measured else planned_row(row)
         for name, layer in layers.items()
+        if name not in tied
+        for row in [replacement_of(name, layer, names, _tied_with(name, layers, tied))]
+    ]
+    rows += [
+        planned_row(Kept(name, layers[name].kind, tuple(layers[name].weight.shape), 0, f"tied to {leader}"))
+        for name, leader in tied.items()
     ]
     order = {name: i for i, (name, _) in enumerate(module.named_modules())}
     rows = sorted([*rows, *_dense_rows(module)], key=lambda row: order.get(row.name, len(order)))
@@ -214,17 +218,31 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
     return Report(tuple(rows), before, after)
 
 
-def replacement_of(name: str, layer: FactorisedLayer, names: Mapping[int, str] | None = None) -> Replacement:
-    """The row of a plan that would give this factorised layer; `names` are those of layers by id, for shared ones."""
+def replacement_of(
+    name: str,
+    layer: FactorisedLayer,
+    names: Mapping[int, str] | None = None,
+    tied: tuple[tuple[str, str], ...] = (),
+) -> Replacement:
+    """The row of a plan that would give this factorised layer.
+
+    `names` are those of layers by id, for shared ones; `tied` as in the row.
+    """
     (rows, columns), shape = layer.matrix_shape, tuple(layer.weight.shape)
     bias = 0 if layer.bias is None else rows
     per_u = layer.layout.v_per_u(layer)
     row = Replacement(name, layer.kind, shape, rows, columns, layer.rank, bias, per_u, side=layer.side)
     if not isinstance(layer, SharedLinear):
-        return row
+        return replace(row, tied=tied)
     group = tuple((names or {}).get(id(each), name) for each in layer.group)
     joint = Joint(group, sum(each.out_features for each in layer.group), (layer.start, layer.own))
     return replace(row, joint=joint)
+
+
+def _tied_with(
+    name: str, layers: Mapping[str, FactorisedLayer], tied: Mapping[str, str]
+) -> tuple[tuple[str, str], ...]:
+    return tuple((other, layers[other].kind) for other, leader in tied.items() if leader == name)
 
 
 def _row_of(layer: FactorisedLayer, planned: Replacement, dense: nn.Module | None, alone: bool) -> Row:
@@ -275,5 +293,7 @@ def recorded_options(
         "svd": surgery.svd,
         "form": surgery.form,
         "share": surgery.share,
+        "embeddings": surgery.takes_embeddings,
+        "heads": surgery.heads,
         "calibration": calibration,
     }

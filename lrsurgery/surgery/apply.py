@@ -19,6 +19,7 @@ from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
+from lrsurgery.surgery.kinds.embedding import Projection
 from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import (
     Dense,
@@ -64,10 +65,57 @@ def specs_of(model: nn.Module) -> dict[str, Spec]:
     """What each factorised layer of a model is, by name."""
     layers = factorised_layers(model)
     names = {id(layer): name for name, layer in layers.items()}
+    first = leaders_of_tied(layers)
     return {
-        name: layer.spec._replace(v_of=names[id(layer.leader)]) if is_led(layer) else layer.spec  # type: ignore[attr-defined]
+        name: layer.spec._replace(v_of=names[id(layer.leader)])  # type: ignore[attr-defined]
+        if is_led(layer)
+        else layer.spec._replace(tied_to=first.get(name))
         for name, layer in layers.items()
     }
+
+
+def leaders_of_tied(layers: Mapping[str, FactorisedLayer]) -> dict[str, str]:
+    """Layer -> the layer before it, in the order of the model, that stores its u and v, of those that are tied."""
+    names = {id(layer): name for name, layer in layers.items()}
+    return {
+        name: names[id(layer.tied[0])]
+        for name, layer in layers.items()
+        if layer.tied and layer.tied[0] is not layer and layer.u.weight is layer.tied[0].u.weight
+    }
+
+
+def tie_(model: nn.Module, leaders: Mapping[str, str]) -> None:
+    """Give layers the `u` and `v` of those whose weight is theirs, too: layer -> the layer that stores them.
+
+    Raises PlanError for layers that cannot have the same.
+    """
+    layers = factorised_layers(model)
+    groups: dict[str, list[FactorisedLayer]] = {}
+    for name, leader in leaders.items():
+        if leader not in layers:
+            raise PlanError(f"{name}: tied to {leader}, which is no factorised layer")
+        first, layer = layers[leader], layers[name]
+        shapes = [(each.u.weight.shape, each.v.weight.shape, each.side) for each in (first, layer)]
+        if shapes[0] != shapes[1]:
+            raise PlanError(f"{name}: its shape, rank or form is not that of {leader}, to which it is tied")
+        groups.setdefault(leader, [first]).append(layer)
+        _share(first, layer)
+    for group in groups.values():
+        for layer in group:
+            layer.tied = tuple(group)
+
+
+def _share(first: FactorisedLayer, layer: FactorisedLayer) -> None:
+    layer.u.weight, layer.v.weight = first.u.weight, first.v.weight
+    # a copy: libraries tie parameters and no buffers
+    layer.order = None if first.order is None else first.order.clone()
+
+
+def copy_orders_(model: nn.Module) -> None:
+    """Give layers the order of the layer that they are tied to, which a file of a model without a head lacks."""
+    for layer in factorised_layers(model).values():
+        if layer.tied and layer is not layer.tied[0]:
+            _share(layer.tied[0], layer)
 
 
 def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
@@ -106,6 +154,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
         if not weight.requires_grad:
             new.requires_grad_(False)
         references.replace_(dense, new)
+    tie_(model, {name: spec.tied_to for name, spec in layers.items() if spec.tied_to is not None})
     for leader, names in groups.items():
         group = [built[name] for name in names]
         rows = sum(layer.out_features for layer in group)
@@ -145,7 +194,8 @@ def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = Fa
     pivoting = short * long * item_size + _pivoting_bytes(row, rank, wide) if row.side else 0
     solver = wide * (5 * short**2 + 2 * rank * (short + long))
     if weighted:
-        return max(12 * (row.rows**2 + row.columns**2) + 3 * wide * short * long + solver, pivoting)
+        of_rows = row.rows if row.diagonal else row.rows**2
+        return max(12 * (of_rows + row.columns**2) + 3 * wide * short * long + solver, pivoting)
     return max(short * long * (item_size + wide) + solver, pivoting)
 
 
@@ -233,7 +283,7 @@ def apply_plan_(
     needs = [decomposition_bytes(whole_of(unit), modules[unit[0].name].weight.element_size()) for unit in units]
     for unit, parts in zip(units, compute.in_order(parts_of, units, needs), strict=True):
         dense = [modules[row.name] for row in unit]
-        trained, biases = [each.weight.requires_grad for each in dense], [each.bias for each in dense]
+        trained, biases = [each.weight.requires_grad for each in dense], [getattr(each, "bias", None) for each in dense]
         new: list[FactorisedLayer] = []
         with Unfilled():
             for row, each, part in zip(unit, dense, parts, strict=True):
@@ -251,16 +301,28 @@ def apply_plan_(
             fill_group_(group, parts, biases, trained)  # type: ignore[arg-type]
         for old, layer in zip(dense, new, strict=True):
             references.replace_(old, layer)
+        for name, kind in unit[0].tied:
+            assert unit[0].rank is not None
+            with Unfilled():
+                partner = KINDS[kind].make(modules[name], unit[0].rank, unit[0].pivots)
+            if not KINDS[kind].lookup:
+                partner.u.bias = modules[name].bias
+            references.replace_(modules[name], partner)
+    tie_(model, {name: row.name for row in plan.replacements for name, _ in row.tied})
 
 
 def densify_layers_(model: nn.Module) -> None:
     """Replace every factorised layer by a dense layer that holds the product of its factors."""
     references = References(model)
+    tied: dict[int, nn.Parameter] = {}  # u's weight -> the dense weight of the layers that have it
     # a layer that stores the v of others comes after them
     for layer in sorted(factorised_layers(model).values(), key=lambda layer: not is_led(layer)):
         with Unfilled():
             dense = build_dense(layer)
-        dense.weight = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)
+        key = id(layer.u.weight)
+        if key not in tied:
+            tied[key] = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)
+        dense.weight = tied[key]
         if (bias := dense_bias(layer)) is not None:
             dense.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         references.replace_(layer, dense)
@@ -270,7 +332,7 @@ def densify_layers_(model: nn.Module) -> None:
 def dense_bias(layer: FactorisedLayer) -> Tensor | None:
     """The dense bias (rows,): u's own, or where v has a part of it a new tensor, computed in fp64 and rounded once."""
     if layer.side != "rows" or layer.u.bias is None:
-        return layer.u.bias
+        return layer.bias
     assert layer.v.bias is not None
     assert layer.order is not None
     mixing = layer.layout.to_matrices(layer.u.weight, layer.v.weight).u
@@ -312,6 +374,8 @@ def side_in(layer: FactorisedLayer, form: str) -> Side | None:
     """The side of the pivots that a layer has in a form; None where it is balanced, also for want of another."""
     if form == BALANCED:
         return None
+    if layer.tied and layer.tied[0] is not layer:
+        return side_in(layer.tied[0], form)
     if isinstance(layer, SharedLinear):
         return "rows" if can_pivot(layer.group) else None
     if layer.side is not None or layer.rank == min(layer.matrix_shape):
@@ -329,7 +393,7 @@ def in_form(model: nn.Module, form: str) -> Iterator[None]:
     undo: list[Callable[[], None]] = []
     try:
         for layer in factorised_layers(model).values():
-            alike = layer.group if isinstance(layer, SharedLinear) else (layer,)
+            alike = layer.group if isinstance(layer, SharedLinear) else layer.tied or (layer,)
             side = side_in(layer, form) if all(map(_is_plain, alike)) else layer.side
             if side != layer.side:
                 undo += [_restore(each) for each in alike]
@@ -357,7 +421,9 @@ def _restore(layer: FactorisedLayer) -> Callable[[], None]:
 
 def _is_plain(layer: FactorisedLayer) -> bool:
     return all(
-        type(part) in (nn.Linear, nn.Conv2d) and type(part.weight) is nn.Parameter and part.weight.is_floating_point()
+        (isinstance(part, nn.Embedding) or type(part) in (nn.Linear, nn.Conv2d, Projection))
+        and type(part.weight) is nn.Parameter
+        and part.weight.is_floating_point()
         for part in (layer.u, layer.v)
     )
 
@@ -366,8 +432,10 @@ def _is_plain(layer: FactorisedLayer) -> bool:
 def reform_(layer: FactorisedLayer, side: Side | None) -> None:
     """Give a layer another form in place: pivots on a side, or balanced (None). Works in fp64 and rounds once.
 
-    A layer that shares its v takes the whole group along.
+    A layer that shares its v takes the whole group along, one that is tied to others those.
     """
+    if layer.tied and layer.tied[0] is not layer:
+        layer = layer.tied[0]
     if isinstance(layer, SharedLinear):
         reform_group_(layer.group, [dense_bias(each) for each in layer.group], pivoted=side is not None)
         return
@@ -380,6 +448,14 @@ def reform_(layer: FactorisedLayer, side: Side | None) -> None:
     fill_(new, stored, bias, held.requires_grad)
     layer.u, layer.v, layer.order, layer.side = new.u, new.v, stored.order, side
     layer.train(layer.training)
+    for other in layer.tied[1:]:
+        with Unfilled():
+            new = other.layout.make(build_dense(other), other.rank, side)
+        if other.bias is not None:
+            new.u.bias = other.u.bias
+        other.u, other.v, other.side = new.u, new.v, side
+        _share(layer, other)
+        other.train(other.training)
 
 
 def fill_(layer: FactorisedLayer, stored: Stored, bias: Tensor | None, trained: bool) -> None:

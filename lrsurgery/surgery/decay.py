@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from lrsurgery.errors import SurgeryError
 from lrsurgery.linalg.factors import working_dtype
 from lrsurgery.linalg.pivot import Side
-from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied
 
 # Layers of equal shape with at most this many parameters in both factors are batched into one product.
 # Measured in fp32 on two cores (examples/benchmarks/decay.py), 48 layers, against a loop: 3 to 9 times as fast at 500
@@ -74,7 +74,9 @@ class FrobeniusDecay:
         if not 0 <= strength < float("inf"):
             raise SurgeryError(f"decay strength {strength}: write a number of at least 0")
         self.strength, self.decoupled = strength, decoupled
-        self._layers = list(factorised_layers(module).values())
+        layers = factorised_layers(module)
+        tied = leaders_of_tied(layers)
+        self._layers = [layer for name, layer in layers.items() if name not in tied]  # one product, one decay
         if not self._layers:
             raise SurgeryError("Frobenius decay: the model has no factorised layers; factorise it first")
         self._handle: RemovableHandle | None = None

@@ -32,6 +32,7 @@ class Spec(NamedTuple):
     side: Side | None = None  # of the pivots; None for the balanced form
     v_of: str | None = None  # the layer that stores its v, where it is another's (`shared.modules`)
     pivots: tuple[int, int] | None = None  # start and number of its pivots among v's outputs, where v is shared
+    tied_to: str | None = None  # the layer that stores its u and v, where its weight is another's
 
 
 def _one_to_one(module: Dense) -> int:
@@ -74,6 +75,7 @@ class Kind:
     no_form: Callable[[Dense], str | None] | None = None  # why a module of this kind cannot be factorised, or None
     plain_product: bool = False  # weight @ x may be computed as u @ (v @ x)
     shares_v: bool = False  # layers with the same input may have one v
+    lookup: bool = False  # inputs are numbers of rows, and no product gives the dense layer's outputs
 
     def make(self, dense: Dense, rank: int, side: Side | None) -> FactorisedLayer:
         """Build a factorised layer in a form, on the meta device; `side` is that of the pivots, None for balanced."""
@@ -100,6 +102,7 @@ class FactorisedLayer(nn.Module):
     rank: int
     axis: int  # of the channels in inputs and outputs
     start = 0
+    tied: tuple[FactorisedLayer, ...] = ()  # all layers with the same u and v, first the one that stores them
 
     def __init__(self, layout: Kind, v: nn.Module, u: nn.Module, side: Side | None = None) -> None:
         super().__init__()
@@ -269,6 +272,11 @@ class FactorisedLinear(FactorisedLayer):
     @property
     def out_features(self) -> int:
         return self.u.out_features + (self.own if self.side == "rows" else 0)
+
+    @out_features.setter
+    def out_features(self, count: int) -> None:
+        # transformers sets it after `resize_token_embeddings`
+        self.u.out_features = count - (self.own if self.side == "rows" else 0)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, rank={self.rank}{self._form_repr()}"

@@ -18,7 +18,9 @@ from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
-from lrsurgery.surgery.budget import SHARING, TOGETHER, Budget
+from lrsurgery.surgery.budget import SHARING, TOGETHER, UNITS, Budget
+from lrsurgery.surgery.kinds.embedding import EMBEDDING
+from lrsurgery.surgery.kinds.linear import LINEAR
 from lrsurgery.surgery.kinds.table import AUTO, check_conv, explain_no_kind, kind_of, kinds_of
 from lrsurgery.surgery.layers import FactorisedLayer, Kind, side_for
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
@@ -43,6 +45,8 @@ class SurgeryOptions:
     svd: str = "auto"
     form: str = BALANCED  # of the layers, where their kinds have it
     share: str = TOGETHER  # whether layers with the same inputs may share one v, where a budget finds that better
+    embeddings: bool = False  # factorise tables of tokens, with the heads tied to them
+    heads: bool = False  # factorise output heads and classifiers
 
     def __post_init__(self) -> None:
         get_init(self.init)
@@ -66,6 +70,11 @@ class SurgeryOptions:
     @property
     def budget(self) -> Budget | None:
         return self.target if isinstance(self.target, Budget) else None
+
+    @property
+    def takes_embeddings(self) -> bool:
+        """Whether tables of tokens are factorised: a budget over the whole model takes them like any other layer."""
+        return self.embeddings or (self.budget is not None and self.budget.of == "model")
 
     @property
     def shares(self) -> bool:
@@ -169,6 +178,7 @@ def plan_rows(
                 near = f"; layers are named like '{names[len(names) // 2]}'" if names else ""
                 raise PlanError(f"{option} '{pattern}' matches no layer{near}")
     shared, references = _find_shared(model, tied or {}), References(model)
+    tables = find_tables(model)
     rows: list[Replacement | Kept] = []
     for name, module, weight in layers:
         kinds = kinds_of(module, options.conv) if module is not None else ()
@@ -176,7 +186,7 @@ def plan_rows(
         own = sum(p.numel() for p in module.parameters(recurse=False)) if module is not None else weight.numel()
         reason = (
             _no_layer_reason(name, module, weight)
-            or _reason_to_keep(name, module, weight, kind, heads or {}, shared, options)
+            or _reason_to_keep(name, model, module, weight, kind, heads or {}, shared, tables, options)
             or (references.reason_to_keep(module) if module is not None else None)
         )
         if reason is not None:
@@ -187,11 +197,13 @@ def plan_rows(
         # an init without directions gives no reason to prefer a scheme
         taken = kinds if options.init not in WITHOUT_DIRECTIONS else kinds[:1]
         first, *others = (_row(name, module, weight, each, own - weight.numel(), options.form) for each in taken)
+        first = replace(first, tied=tuple(partners_of(f"{name}.weight", model, shared)) if kind.lookup else ())
         policy = spec.policy_for(name) if spec else None
         if spec and policy and not policy.needs_spectrum:
             rank = spec.rank_of(name, first.rows, first.columns, pivoted=first.side is not None)
             first = replace(first, rank=rank)
-        decided = _apply_refusal(first, options.allow_larger, refuse if not others else None)
+        refuses = None if others or kind.lookup else refuse  # what it times is a layer by itself
+        decided = _apply_refusal(first, options.allow_larger, refuses)
         rows.append(replace(decided, others=tuple(others)) if isinstance(decided, Replacement) else decided)
     return rows
 
@@ -286,26 +298,29 @@ def _no_layer_reason(name: str, module: nn.Module | None, weight: Tensor) -> str
 
 def _reason_to_keep(
     name: str,
+    model: nn.Module,
     module: nn.Module | None,
     weight: Tensor,
     kind: Kind | None,
     heads: Mapping[str, str],
     shared: Mapping[str, str],
+    tables: Sequence[str],
     options: SurgeryOptions,
 ) -> str | None:
     assert module is not None
     spec = options.target if isinstance(options.target, RankSpec) else None
-    if f"{name}.weight" in shared:
+    is_table = kind is not None and kind.lookup
+    if is_table and (reason := _reason_to_keep_table(name, model, shared, tables, options)) is not None:
+        return reason
+    if f"{name}.weight" in shared and not is_table:
         return f"tied to {shared[f'{name}.weight'].removesuffix('.weight')}"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
     if kind is None:
         return explain_no_kind(module)
     if not weight.is_floating_point() or weight.element_size() < 2:
         return f"quantised weight ({str(weight.dtype).removeprefix('torch.')})"
     if kind.no_form is not None and (reason := kind.no_form(module)) is not None:
         return reason
-    if name in heads and not (spec and spec.names(name)):
+    if name in heads and not (options.heads or (spec and spec.names(name))):
         return heads[name]
     if not any(fnmatchcase(name, pattern) for pattern in options.include):
         return "not included"
@@ -314,6 +329,70 @@ def _reason_to_keep(
     if spec and spec.policy_for(name) is None:
         return "no rank given for it"
     return None
+
+
+def _reason_to_keep_table(
+    name: str, model: nn.Module, shared: Mapping[str, str], tables: Sequence[str], options: SurgeryOptions
+) -> str | None:
+    spec, budget = options.target if isinstance(options.target, RankSpec) else None, options.budget
+    if not (options.takes_embeddings or (spec and spec.names(name))):
+        return "embedding"
+    if name not in tables:
+        return "embedding of positions or types"
+    partners = list(partners_of(f"{name}.weight", model, shared))
+    for partner, kind in partners:
+        if kind not in (EMBEDDING.name, LINEAR.name):
+            return f"tied to {partner}, a {type(model.get_submodule(partner)).__name__}"
+        if partner in tables[: tables.index(name)]:
+            return f"tied to {partner}"
+    products = any(kind == LINEAR.name for _, kind in partners)
+    if budget is not None and (budget.kind == "time" or (budget.kind == "flops" and not products)):
+        return f"embedding: a lookup has no {UNITS[budget.kind]} to save"
+    return None
+
+
+def find_tables(model: nn.Module) -> list[str]:
+    """Names of the tables of tokens of a model, in its order: not those of positions or types.
+
+    Of a model with a config they are the input embeddings, and tables with as many rows as a vocabulary; of another
+    model every table, since nothing tells them apart.
+    """
+    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    sizes = {
+        size
+        for module in model.modules()
+        if (config := getattr(module, "config", None)) is not None
+        for key, size in vars(config).items()
+        if "vocab_size" in key and isinstance(size, int)
+    }
+    inputs = {id(table) for module in model.modules() if (table := _input_table(module)) is not None}
+    known = bool(sizes or inputs)
+    return [name for name, each in tables.items() if not known or each.num_embeddings in sizes or id(each) in inputs]
+
+
+def _input_table(module: nn.Module) -> nn.Module | None:
+    if not hasattr(module, "get_input_embeddings"):
+        return None
+    try:
+        found = module.get_input_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):  # of a model whose inputs are no tokens
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
+def partners_of(weight: str, model: nn.Module, shared: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """(name, kind) of the other layers with a shared weight, in the order of the model; `shared` as `_find_shared`."""
+    names, waiting = {weight}, [weight]
+    while waiting:
+        current = waiting.pop()
+        near = {other for name, other in shared.items() if name == current}
+        near |= {name for name, other in shared.items() if other == current}
+        waiting += near - names
+        names |= near
+    for name, module in model.named_modules():
+        if f"{name}.weight" in names - {weight}:
+            kind = kind_of(module)
+            yield name, "" if kind is None else kind.name
 
 
 def find_heads(model: nn.Module) -> dict[str, str]:

@@ -10,6 +10,8 @@ from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import Kind, Spec
 from lrsurgery.surgery.ranks import break_even_rank, rank_within
 
+MOST_ROWS = 32768  # of a whole moment of output gradients: 4 GB in fp32
+
 
 @dataclass(frozen=True)
 class Joint:
@@ -37,6 +39,7 @@ class Replacement:
     side: Side | None = None  # of the pivots, if it gets any below full rank
     others: tuple[Replacement, ...] = ()  # the same layer by other convolution schemes, of which one is taken
     joint: Joint | None = None  # None for a layer with its own v
+    tied: tuple[tuple[str, str], ...] = ()  # (name, kind) of the layers with the same weight, which become its factors
 
     reason = None
 
@@ -49,6 +52,24 @@ class Replacement:
     def undecided(self) -> bool:
         """Whether singular values decide its rank or its scheme."""
         return self.rank is None or bool(self.others)
+
+    @property
+    def watched(self) -> tuple[Replacement, ...]:
+        """What calibration collects for the layer: each scheme, and each use of a weight that others have, too."""
+        uses = (replace(self, name=name, kind=kind, tied=((self.name, self.kind),)) for name, kind in self.tied)
+        return (*self.options, *uses)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether of the moment of its output gradients the diagonal alone is kept: a vocabulary has too many rows."""
+        return self.layout.lookup or bool(self.tied) or self.rows > MOST_ROWS
+
+    @property
+    def specs(self) -> dict[str, Spec]:
+        """What the layer becomes at a known rank, with those that have the same weight."""
+        assert self.rank is not None
+        others = {name: Spec(kind, self.rank, self.pivots, tied_to=self.name) for name, kind in self.tied}
+        return {self.name: self.spec, **others}
 
     @property
     def layout(self) -> Kind:
@@ -108,19 +129,31 @@ class Replacement:
         return self.side if self.rank is not None and self.rank < self.full_rank else None
 
     @property
-    def _known(self) -> int:  # rows or columns of the factors that the pivoted form does without
-        return self.rank or 0 if self.pivots else 0
+    def products(self) -> int:
+        """How many layers apply the matrix as a product: of a table that is looked up, the heads tied to it."""
+        kinds = (self.layout, *(KINDS[kind] for _, kind in self.tied))
+        return sum(not kind.lookup for kind in kinds)
+
+    @property
+    def lookups(self) -> int:
+        return 1 + len(self.tied) - self.products
 
     @property
     def flops(self) -> int:
         """FLOPs per token, or per output position of a convolution; a multiply-add counts 2."""
-        return 2 * self.rows * self.columns
+        return 2 * self.products * self.rows * self.columns
 
     @property
     def factorised_flops(self) -> int | None:
         if self.joint is not None and self.rank is not None:
             return 2 * self.cost(self.rank)
-        return None if self.rank is None else 2 * self.rank * (self.rows + self.v_per_u * self.columns - self._known)
+        return None if self.rank is None else self.flops_at(self.rank)
+
+    def flops_at(self, rank: int) -> int:
+        """FLOPs at a rank; a lookup has the product with v alone."""
+        pivots = rank if self.side is not None and rank < self.full_rank else 0
+        one = self.rows + self.v_per_u * self.columns - pivots
+        return 2 * rank * (self.products * one + self.lookups * (self.columns - pivots))
 
 
 def whole_of(unit: Sequence[Replacement]) -> Replacement:

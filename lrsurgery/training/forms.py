@@ -13,7 +13,7 @@ from dataclasses import replace
 from torch import nn
 
 from lrsurgery.linalg.pivot import Side
-from lrsurgery.surgery.apply import factorised_layers, reform_, side_in
+from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied, reform_, side_in
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.shared.modules import SharedLinear, is_led
@@ -78,10 +78,11 @@ def to_publish_(model: nn.Module, sides: Mapping[str, Side | None]) -> None:
 def describe(model: nn.Module, sides: Mapping[str, Side | None]) -> str | None:
     """A note on what trains in which form; None for a model whose layers are balanced throughout."""
     layers = factorised_layers(model)
+    follow = {name for name, layer in layers.items() if is_led(layer)} | leaders_of_tied(layers).keys()
     left = sum(layer.side is not None and name not in sides for name, layer in layers.items())
     trained = sum(parameter.numel() for parameter in model.parameters())
     stored = trained - sum(
-        (1 if side else -1) * layers[name].rank ** 2 for name, side in sides.items() if not is_led(layers[name])
+        (1 if side else -1) * layers[name].rank ** 2 for name, side in sides.items() if name not in follow
     )
     pivoted, balanced = sum(side is not None for side in sides.values()), sum(not side for side in sides.values())
     said = []

@@ -19,6 +19,7 @@ from lrsurgery.surgery.shared.specs import groups_in
 
 METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
 FORMAT_VERSION = 2  # of its quantization_config; 1 knows the balanced form alone
+FIRST_KINDS = ("linear", "conv1d", "conv2d-channel", "conv2d-spatial")  # of format 1
 LARGEST_RANK = 1 << 31
 
 Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 31)]  # of an image or a tensor
@@ -101,6 +102,7 @@ class LayerSpec(TypedDict):
     form: NotRequired[Literal["balanced", "pivoted"]]
     side: NotRequired[Side]  # of a pivoted one
     v_of: NotRequired[str]  # the layer that stores the v of this one
+    tied_to: NotRequired[str]  # the layer that stores the u and v of this one
     # of a pivoted one whose v others share: the first of its pivots among v's outputs, and their number
     pivots: NotRequired[
         Annotated[list[Annotated[int, Field(ge=0, lt=LARGEST_RANK)]], Field(min_length=2, max_length=2)]
@@ -153,8 +155,22 @@ def check_layers(
             raise error(f"{where}: {name}: a pivoted layer has a side, rows or columns, and no other has")
         if ("v_of" in spec or "pivots" in spec) and not KINDS[spec["kind"]].shares_v:
             raise error(f"{where}: {name}: a {spec['kind']} layer shares its v with no other")
+        _check_tied(name, spec, specs, f"{where}: {name}", error)
     groups_in(specs_from(specs), error, f"{where}: ")
     return specs
+
+
+def _check_tied(
+    name: str, spec: LayerSpec, specs: Mapping[str, LayerSpec], where: str, error: type[SurgeryError]
+) -> None:
+    leader = spec.get("tied_to")
+    if leader is None:
+        return
+    other = specs.get(leader)
+    if other is None or leader == name or "tied_to" in other:
+        raise error(f"{where}: tied to {leader[:60]}, which is no layer that stores factors")
+    if other["rank"] != spec["rank"] or other.get("side") != spec.get("side") or "v_of" in (spec | other):
+        raise error(f"{where}: tied to {leader}, whose rank or form is another")
 
 
 def specs_from(layers: Mapping[str, LayerSpec]) -> dict[str, Spec]:
@@ -166,6 +182,7 @@ def specs_from(layers: Mapping[str, LayerSpec]) -> dict[str, Spec]:
             spec.get("side"),
             spec.get("v_of"),
             (spec["pivots"][0], spec["pivots"][1]) if "pivots" in spec else None,
+            spec.get("tied_to"),
         )
         for name, spec in layers.items()
     }
@@ -178,6 +195,9 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
     """
     if version not in (None, *range(1, FORMAT_VERSION + 1)):
         raise SurgeryError(f"format {version}: write 1, which has balanced layers alone, or {FORMAT_VERSION}")
+    newer = [name for name, spec in specs.items() if spec.kind not in FIRST_KINDS]
+    if version == 1 and newer:
+        raise SurgeryError(f"{newer[0]}: format 1 has no layers of kind {specs[newer[0]].kind}; write format 2")
     pivoted = [name for name, spec in specs.items() if spec.side]
     led = [name for name, spec in specs.items() if spec.v_of is not None]
     if version == 1 and led:
@@ -189,7 +209,7 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
             f"{pivoted[0]}: is pivoted, as {len(pivoted)} of {len(specs)} layers are, and format 1 has balanced layers"
             " alone; add --form balanced"
         )
-    if not pivoted and not led and version != FORMAT_VERSION:
+    if not (pivoted or led or newer) and version != FORMAT_VERSION:
         return {"format_version": 1, "layers": {n: LayerSpec(kind=s.kind, rank=s.rank) for n, s in specs.items()}}
     layers = {}
     for name, spec in specs.items():
@@ -200,4 +220,6 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
             layers[name]["v_of"] = spec.v_of
         if spec.pivots is not None:
             layers[name]["pivots"] = list(spec.pivots)
+        if spec.tied_to is not None:
+            layers[name]["tied_to"] = spec.tied_to
     return {"format_version": FORMAT_VERSION, "layers": layers}

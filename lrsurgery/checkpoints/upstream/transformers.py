@@ -6,6 +6,7 @@ Written against transformers 5.17 to 5.24.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lrsurgery.surgery.apply import factorised_layers, reform_
+from lrsurgery.surgery.layers import FactorisedLayer
+
+DENSE_TIES = "_tied_weights_keys_of_dense_layers"
 
 
 class KeyMap:
@@ -53,6 +59,63 @@ def keep_names_plain(model: PreTrainedModel, dense_keys: Iterable[str]) -> None:
     converters = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
     if any(converter.rename_source_key(key)[1] is not None for converter in converters for key in dense_keys):
         model._weight_conversions = []
+
+
+def retie_(model: PreTrainedModel) -> None:
+    """Tell transformers which tensors are tied, after layers of a model have become factorised or dense again."""
+    for module in model.modules():
+        if not isinstance(module, PreTrainedModel):
+            continue
+        own = vars(module)
+        if DENSE_TIES in own:  # an earlier call put others in front of what the class or its constructor says
+            before = own.pop(DENSE_TIES)
+            own.pop("_tied_weights_keys") if before is None else own.update(_tied_weights_keys=before)
+        every = factorised_layers(module)
+        layers = {name: layer for name, layer in every.items() if layer.tied}
+        if layers:
+            ties: Mapping[str, str] = module._tied_weights_keys or {}
+            own[DENSE_TIES] = own.get("_tied_weights_keys")
+            module._tied_weights_keys = {
+                key: other for pair in ties.items() for key, other in zip(*_keys_of(pair, layers), strict=True)
+            }
+        for method, resize in RESIZED.items():
+            own.pop(method, None)
+            if any(layer.layout.lookup for layer in every.values()):
+                own[method] = functools.partial(resize, module)
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _resize_table(model: PreTrainedModel, table: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """As the method of `model`: of a factorised table u is resized, which stays low rank; its new rows are means."""
+    inner = table.u if isinstance(table, FactorisedLayer) else table
+    resized: Any = type(model)._get_resized_embeddings(model, inner, *args, **kwargs)
+    if not isinstance(table, FactorisedLayer):
+        return resized  # type: ignore[no-any-return]
+    table.u = resized
+    return table
+
+
+def _resize_head(model: PreTrainedModel, head: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """As the method of `model`: of a factorised head u is resized, in a form whose outputs are in their order."""
+    if not isinstance(head, FactorisedLayer):
+        return type(model)._get_resized_lm_head(model, head, *args, **kwargs)  # type: ignore[no-any-return]
+    if head.side == "rows":
+        reform_(head, None)
+    head.u = type(model)._get_resized_lm_head(model, head.u, *args, **kwargs)
+    return head
+
+
+RESIZED = {"_get_resized_embeddings": _resize_table, "_get_resized_lm_head": _resize_head}
+
+
+def _keys_of(keys: Iterable[str], layers: Mapping[str, FactorisedLayer]) -> Iterator[list[str]]:
+    """The keys of tied tensors of layers, factorised ones among them."""
+    for key in keys:
+        name, _, part = key.rpartition(".")
+        if name not in layers:
+            yield [key]
+        else:
+            yield [f"{name}.u.weight", f"{name}.v.weight"] if part == "weight" else [f"{name}.u.{part}"]
 
 
 def ignore_unexpected(model: PreTrainedModel, patterns: set[str]) -> None:

@@ -13,7 +13,7 @@ from lrsurgery.checkpoints.load import load_model, load_timm
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SurgeryError
-from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
+from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied, specs_of, swap_
 
 
 def check_outputs(
@@ -32,13 +32,17 @@ def check_outputs(
     """
     found, wanted = (_load_wide(each, trust_remote_code) for each in (resolve(str(folder)), source))
     modules = dict(wanted.named_modules())
-    layers = {name: layer for name, layer in factorised_layers(found).items() if name in factors}
-    biases = {name: modules[name].bias for name in layers}
-    swap_(wanted, {name: specs_of(found)[name]._replace(side=None, pivots=None) for name in layers})
+    every = factorised_layers(found)
+    tied = leaders_of_tied(every)
+    layers = {name: layer for name, layer in every.items() if tied.get(name, name) in factors}
+    biases = {name: getattr(modules[name], "bias", None) for name in layers}
+    specs = specs_of(found)
+    swap_(wanted, {name: specs[name]._replace(side=None, pivots=None) for name in layers})
     for name, layer in factorised_layers(wanted).items():
-        u, v = factors[name]
+        u, v = factors[tied.get(name, name)]
         layer.u.weight, layer.v.weight = nn.Parameter(u.float()), nn.Parameter(v.float())
-        layer.u.bias = biases[name]  # type: ignore[assignment]
+        if not layer.layout.lookup:
+            layer.u.bias = biases[name]  # type: ignore[assignment]
     reason = ""
     for inputs in sample_inputs(wanted):
         try:

@@ -194,7 +194,7 @@ class Decomposer:
                 init=self._surgery.init,
                 seed=self._surgery.seed,
                 rank=choose,
-                metric=self._statistics.metric(row.name, row.kind) if self._statistics is not None else None,
+                metric=self._statistics.metric_of(row) if self._statistics is not None else None,
                 svd=self._surgery.svd,
                 known=known,
                 keep=self._compute.keep_vectors,

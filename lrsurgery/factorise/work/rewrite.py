@@ -44,10 +44,11 @@ from lrsurgery.surgery.shared.forms import Part, product_of
 
 
 def aliases_of(model: nn.Module, rows: dict[str, Replacement]) -> dict[str, str]:
-    """Map every name of a planned layer to its name in the plan; a shared layer has several names."""
+    """Map every name of a planned layer to its name in the plan; a shared or tied layer has several names."""
     named = {id(module): name for name, module in model.named_modules()}
     every = model.named_modules(remove_duplicate=False)
-    return {name: named[id(module)] for name, module in every if named[id(module)] in rows}
+    found = {name: named[id(module)] for name, module in every if named[id(module)] in rows}
+    return found | {name: row.name for row in rows.values() for name, _ in row.tied}
 
 
 class Rewriter:
@@ -170,7 +171,11 @@ class Rewriter:
 
     def run(self, stage: Path, work: WorkFolder, processes: Processes, listener: Listener) -> None:
         """Write the shards of the output into `stage`."""
-        orders = sum(4 * max(row.rows, row.columns) for row in self._plan.replacements if row.side is not None)
+        orders = sum(
+            4 * max(row.rows, row.columns) * (1 + len(row.tied))
+            for row in self._plan.replacements
+            if row.side is not None
+        )
         writer = ShardWriter(stage, shard_size=self._output.shard_size, in_front=orders)
         written: set[str] = set()
         try:
@@ -179,6 +184,9 @@ class Rewriter:
                     entry, (layer, part) = self._entries[key], self._layer_of(key)
                     if layer is None or (part == "bias" and isinstance(self._decide(layer, work, running), Kept)):
                         self._copy(writer, entry, key)
+                        continue
+                    if part == "weight" and self._is_tied_copy(entry):
+                        self._skip(entry)
                         continue
                     piece = self._wait_for_piece(self._job_of[layer], work, running)
                     if part == "weight":
@@ -266,7 +274,8 @@ class Rewriter:
         if "v" in piece.tensors:  # another layer's piece has that of a layer which shares it
             writer.add(names.of("v.weight"), piece.tensors["v"])
         if "order" in piece.tensors:  # wider than weights of 2 bytes, and known no sooner
-            writer.add_in_front(names.of("order"), piece.tensors["order"])
+            for each in (names.of("order"), *(f"{name}.order" for name, _ in self._job_of[layer].row.tied)):
+                writer.add_in_front(each, piece.tensors["order"])
 
     def _write_bias(self, writer: ShardWriter, entry: Entry, piece: Piece, layer: str) -> None:
         """Write the bias of a factorised layer: of its u, and a part of its v where the pivots are rows."""
@@ -293,8 +302,7 @@ class Rewriter:
     def _copy(self, writer: ShardWriter, entry: Entry, key: str) -> None:
         """Copy a tensor to the output under this key, slice by slice; skip a copy of the tensor it is tied to."""
         if self._is_tied_copy(entry):
-            self._digests[entry.key] = tensor_digest(entry.dtype, entry.shape, entry.slices())
-            self.bytes_before += int(torch.Size(entry.shape).numel()) * entry.dtype.itemsize
+            self._skip(entry)
             return
         dtype = self._output.stored(entry.dtype)
         is_weight = entry.target is not None and entry.target not in self._buffers
@@ -313,6 +321,10 @@ class Rewriter:
 
         writer.add_slices(key, dtype, entry.shape, slices())
         self._digests[entry.key] = hasher.hexdigest()
+
+    def _skip(self, entry: Entry) -> None:
+        self._digests[entry.key] = tensor_digest(entry.dtype, entry.shape, entry.slices())
+        self.bytes_before += int(torch.Size(entry.shape).numel()) * entry.dtype.itemsize
 
     def _is_tied_copy(self, entry: Entry) -> bool:
         """Whether this tensor equals the one it is tied to, so that the loader restores it."""

@@ -191,7 +191,7 @@ class Trials:
 
         def factors_of(row: Replacement) -> Stored:
             weight = modules[self.names[row.name]].weight
-            metric = self.statistics.metric(row.name, row.kind) if self.statistics is not None else None
+            metric = self.statistics.metric_of(row) if self.statistics is not None else None
             found = decompose(
                 row,
                 weight.detach().to(self.options.compute.device),

@@ -10,6 +10,7 @@ from torch import nn
 from lrsurgery.errors import PlanError
 from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
 from lrsurgery.surgery.kinds.convolution import CONV2D_CHANNEL
+from lrsurgery.surgery.kinds.embedding import EMBEDDING
 from lrsurgery.surgery.kinds.linear import CONV1D, LINEAR
 from lrsurgery.surgery.kinds.spatial import CONV2D_SPATIAL
 from lrsurgery.surgery.layers import Kind
@@ -26,7 +27,7 @@ __all__ = [
     "kinds_of",
 ]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, CONV2D_CHANNEL, CONV2D_SPATIAL)}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, CONV2D_CHANNEL, CONV2D_SPATIAL, EMBEDDING)}
 
 
 def kinds_of(module: nn.Module, conv: str) -> tuple[Kind, ...]:
