@@ -52,7 +52,8 @@ from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.rows import Replacement
 from lrsurgery.units import duration_text
 
-TOKENS = 2048  # per batch; its logits and their gradients dominate the memory
+TOKENS = 2048  # per batch
+LOGITS = 1 << 26  # per batch, 268 MB: they, their gradients and what the loss makes of them dominate the memory
 IMAGES = 16  # per batch
 NOTABLE = 1 << 30  # statistics above this size, in bytes, are announced
 LEAST_UNCERTAINTY = 1e-3  # below this the curvature at the weights says little about the loss at a distance
@@ -328,7 +329,7 @@ def _prepare(
     examples, chosen = calibration_examples(
         subject, rows, how, calibration.samples, seed, trust_remote_code=trust_remote_code
     )
-    size = max(1, TOKENS // examples.size) if TASKS[task].is_language else IMAGES
+    size = max(1, _tokens_at_a_time(subject) // examples.size) if TASKS[task].is_language else IMAGES
     batches = [
         dict(examples.collate([examples.dataset[i] for i in chosen[at : at + size]]))
         for at in range(0, len(chosen), size)
@@ -345,6 +346,11 @@ def _prepare(
     }
     notes = (*subject.notes, *examples.notes)
     return _Setup(replace(subject, notes=notes), batches, facts, offloaded, bare is not None)
+
+
+def _tokens_at_a_time(subject: Subject) -> int:
+    text = getattr(subject.config, "get_text_config", lambda: subject.config)()
+    return min(TOKENS, LOGITS // max(1, getattr(text, "vocab_size", None) or 1))
 
 
 def rows_of(data: str, task: str, how: DataOptions, part: str | None, *, characters: int | None = None) -> Rows:

@@ -108,6 +108,7 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
     tripwires: list[str] = []
     unused: list[str] = []
     copies: dict[str, str] = {}
+    names = set(tensors.keys())
     places: set[str] = set()  # state-dict keys of factors and biases in the files
     for key in tensors.keys():  # noqa: SIM118
         dtype, shape = tensors.describe(key)
@@ -115,8 +116,15 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
         if place:
             check_plain(source, key, dtype, keys.state[place])
         layer, part = _split(place, modules)
-        if layer is not None and part == "order" and layer in tied:
+        if layer is not None and (leader := tied.get(layer, layer)) != layer and part != "u.bias":
+            # the files have the tensors of tied layers under one of their names, and orders under each
+            if part == "order":
+                copies[key] = layer
+                continue
+            layer, place = leader, f"{leader}.{part}"
+        elif layer is not None and part == "order" and f"{key.removesuffix('order')}u.weight" not in names:
             copies[key] = layer
+            places.add(place)
             continue
         if layer is not None:
             places.add(place)

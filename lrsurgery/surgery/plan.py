@@ -357,13 +357,18 @@ def find_tables(model: nn.Module) -> list[str]:
     Of a model with a config they are the input embeddings, and tables with as many rows as a vocabulary; of another
     model every table, since nothing tells them apart.
     """
-    tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
+    inside = {id(module.u) for module in model.modules() if isinstance(module, FactorisedLayer)}
+    tables = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and id(module) not in inside
+    }
     sizes = {
         size
         for module in model.modules()
         if (config := getattr(module, "config", None)) is not None
         for key, size in vars(config).items()
-        if "vocab_size" in key and isinstance(size, int)
+        if "vocab_size" in key and key != "type_vocab_size" and isinstance(size, int)
     }
     inputs = {id(table) for module in model.modules() if (table := _input_table(module)) is not None}
     known = bool(sizes or inputs)

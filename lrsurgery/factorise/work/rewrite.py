@@ -274,8 +274,10 @@ class Rewriter:
         if "v" in piece.tensors:  # another layer's piece has that of a layer which shares it
             writer.add(names.of("v.weight"), piece.tensors["v"])
         if "order" in piece.tensors:  # wider than weights of 2 bytes, and known no sooner
-            for each in (names.of("order"), *(f"{name}.order" for name, _ in self._job_of[layer].row.tied)):
-                writer.add_in_front(each, piece.tensors["order"])
+            # each layer that is tied has an order of its own; the files have one of their names
+            alike = [name for name, _ in self._job_of[layer].row.tied]
+            for key in dict.fromkeys([names.of("order"), *(f"{name}.order" for name in alike and [layer, *alike])]):
+                writer.add_in_front(key, piece.tensors["order"])
 
     def _write_bias(self, writer: ShardWriter, entry: Entry, piece: Piece, layer: str) -> None:
         """Write the bias of a factorised layer: of its u, and a part of its v where the pivots are rows."""
