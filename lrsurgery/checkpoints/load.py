@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from lrsurgery.linalg.factors import Factors
 from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.modules import Unfilled
 from lrsurgery.surgery.apply import check_orders, factorised_layers, specs_of, swap_
-from lrsurgery.surgery.layers import FactorisedLayer, Stored, product_factors
+from lrsurgery.surgery.layers import FactorisedLayer, Spec, Stored, product_factors
 from lrsurgery.surgery.shared.forms import Part, product_of
 from lrsurgery.surgery.shared.modules import SharedLinear
 
@@ -150,7 +150,7 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
 
     def reader(name: str, layer: FactorisedLayer) -> Callable[[torch.device], Factors]:
         parts = []
-        stored = specs[name].tied_to or name
+        stored = stored_name(name, specs, places)
         for place, wanted in (
             (f"{stored}.u.weight", layer.u.weight),
             (f"{specs[name].v_of or stored}.v.weight", layer.v.weight),
@@ -175,6 +175,13 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
         return read
 
     return FactorisedCheckpoint(model, modules, {name: reader(name, layer) for name, layer in modules.items()})
+
+
+def stored_name(name: str, specs: Mapping[str, Spec], places: Container[str | None]) -> str:
+    """Under which name the files have the factors of a layer: its own, or that of one of those it is tied to."""
+    leader = specs[name].tied_to or name
+    alike = (leader, *(other for other, spec in specs.items() if spec.tied_to == leader))
+    return next((each for each in alike if f"{each}.u.weight" in places), name)
 
 
 def load_with_head(

@@ -214,6 +214,17 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
     return entries
 
 
+def weights_by_layer(checkpoint: Checkpoint, entries: Iterable[Entry]) -> dict[str, Entry]:
+    """Layer -> its weight in the files, where a tied one may stand under the name of its partner."""
+    found = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
+    for pair in checkpoint.tied.items():
+        name, other = (key.removesuffix(".weight") for key in pair)
+        for one, partner in ((name, other), (other, name)):
+            if partner in found:
+                found.setdefault(one, found[partner])
+    return found
+
+
 def is_wide(dtype: torch.dtype) -> bool:
     """Whether a dtype holds weights as they are: floating point of two bytes or more."""
     return dtype.is_floating_point and dtype.itemsize > 1

@@ -13,7 +13,7 @@ from lrsurgery.calibration.allocate import Weights, allocate_ranks
 from lrsurgery.calibration.statistics import FILE_NAME as STATISTICS
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.build import check_not_converted
-from lrsurgery.checkpoints.mapping import Checkpoint, Entry, list_entries, open_checkpoint
+from lrsurgery.checkpoints.mapping import Checkpoint, Entry, list_entries, open_checkpoint, weights_by_layer
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
 from lrsurgery.data.datasets import digest_of
@@ -99,13 +99,7 @@ def weights_of(
         table = SpeedTable(options.compute.device, options.output.dtype, kept=speeds)
         timer = make_timer(checkpoint.model, options.surgery.conv, table)
     output = options.output
-    by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
-    for pair in checkpoint.tied.items():
-        name, other = (key.removesuffix(".weight") for key in pair)
-        if other in by_layer:
-            by_layer.setdefault(name, by_layer[other])
-        elif name in by_layer:
-            by_layer[other] = by_layer[name]
+    by_layer = weights_by_layer(checkpoint, entries)
     return Weights(
         read=lambda name: by_layer[name].read(),
         widths={name: entry.dtype.itemsize for name, entry in by_layer.items()},

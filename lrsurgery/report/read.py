@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lrsurgery.checkpoints.load import FactorisedCheckpoint, open_factorised
-from lrsurgery.checkpoints.mapping import digest_of_entries, list_entries, open_checkpoint
+from lrsurgery.checkpoints.mapping import digest_of_entries, list_entries, open_checkpoint, weights_by_layer
 from lrsurgery.checkpoints.source import Source, SourceOptions, resolve
 from lrsurgery.errors import PlanError, SurgeryError, WeightError
 from lrsurgery.progress import SILENT, Listener
@@ -18,7 +18,7 @@ from lrsurgery.report.rows import compared_row, rank_report, replacement_of, tra
 from lrsurgery.report.runs import is_run, read_run
 from lrsurgery.report.schema import FILE_NAME, Report, Row
 from lrsurgery.runtime import Compute
-from lrsurgery.surgery.apply import decomposition_bytes
+from lrsurgery.surgery.apply import decomposition_bytes, leaders_of_tied
 from lrsurgery.text import expanded
 
 
@@ -93,7 +93,8 @@ def _factorised(
         except WeightError as e:
             raise WeightError(f"{against or source.reference}: {name}: {e}") from e
 
-    names = list(checkpoint.factors)
+    tied = leaders_of_tied(checkpoint.layers)
+    names = [name for name in checkpoint.factors if name not in tied]
     needs = [decomposition_bytes(replacement_of(name, checkpoint.layers[name]), WIDEST) for name in names]
     found = {}
     for done, (name, row) in enumerate(zip(names, compute.in_order(row_of, names, needs), strict=True), 1):
@@ -116,9 +117,12 @@ def _dense_weights(
         raise SurgeryError(f"{reference}: is factorised itself; --against takes the dense model")
     dense = open_checkpoint(source, source_options)
     listed = list_entries(dense, set(checkpoint.layers))
-    entries = {e.target.removesuffix(".weight"): e for e in listed if e.target}
+    entries = weights_by_layer(dense, listed)
     found = {}
+    tied = leaders_of_tied(checkpoint.layers)
     for name, layer in checkpoint.layers.items():
+        if name in tied:
+            continue
         shape = replacement_of(name, layer).shape
         entry = entries.get(name)
         if entry is None or entry.shape != shape:
