@@ -21,6 +21,7 @@ from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import (
+    PARTS,
     Dense,
     FactorisedLayer,
     Kind,
@@ -357,7 +358,7 @@ def _restore(layer: FactorisedLayer) -> Callable[[], None]:
 
 def _is_plain(layer: FactorisedLayer) -> bool:
     return all(
-        type(part) in (nn.Linear, nn.Conv2d) and type(part.weight) is nn.Parameter and part.weight.is_floating_point()
+        type(part) in PARTS and type(part.weight) is nn.Parameter and part.weight.is_floating_point()
         for part in (layer.u, layer.v)
     )
 

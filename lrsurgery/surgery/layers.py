@@ -1,8 +1,8 @@
 """Factorised layers: two ordinary modules, `v` then `u`, in place of one.
 
-`u` and `v` are plain nn.Linear or nn.Conv2d modules, so quantisers, LoRA, pruning, tensor parallelism, compilers and
-exporters support them. A layer has one of two forms: balanced, y = u(v(x)), and pivoted (`linalg.pivot`), which stores
-r^2 numbers less and has an `order`.
+`u` and `v` are plain nn.Linear or nn.Conv1d to 3d modules, so quantisers, LoRA, pruning, tensor parallelism,
+compilers and exporters support them. A layer has one of two forms: balanced, y = u(v(x)), and pivoted
+(`linalg.pivot`), which stores r^2 numbers less and has an `order`.
 
 The file is long because all that is true of every layer is in it.
 """
@@ -22,6 +22,7 @@ from lrsurgery.linalg.pivot import Pivoted, Side, inverse_of, pivot, product, pu
 
 # a dense module of some kind; only the functions of its kind know its attributes
 Dense: TypeAlias = Any
+PARTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # classes of `u` and `v`
 
 
 class Spec(NamedTuple):
@@ -94,8 +95,8 @@ class FactorisedLayer(nn.Module):
     where x_P, x_rest are the parts of x[order].
     """
 
-    u: nn.Linear | nn.Conv2d
-    v: nn.Linear | nn.Conv2d
+    u: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    v: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     order: Tensor | None
     rank: int
     axis: int  # of the channels in inputs and outputs
@@ -274,28 +275,68 @@ class FactorisedLinear(FactorisedLayer):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}{self._form_repr()}"
 
 
-class FactorisedConv2d(FactorisedLayer):
-    """A factorised `nn.Conv2d`: kh x kw then 1 x 1 (channel), or kh x 1 then 1 x kw (spatial)."""
+class FactorisedConv(FactorisedLayer):
+    """A factorised convolution: its kernel then a kernel of 1 (channel), or kh x 1 then 1 x kw (spatial)."""
 
-    u: nn.Conv2d
-    v: nn.Conv2d
-    axis = -3
+    u: Dense
+    v: Dense
 
     @property
     def in_channels(self) -> int:
-        return self.v.in_channels + (self.rank if self.side == "columns" else 0)
+        return int(self.v.in_channels) + (self.rank if self.side == "columns" else 0)
 
     @property
     def out_channels(self) -> int:
-        return self.u.out_channels + (self.rank if self.side == "rows" else 0)
+        return int(self.u.out_channels) + (self.rank if self.side == "rows" else 0)
+
+    # those of the dense layer, which some models read (Whisper's stride)
 
     @property
-    def kernel_size(self) -> tuple[int, int]:
-        return (self.v.kernel_size[0], max(self.v.kernel_size[1], self.u.kernel_size[1]))
+    def kernel_size(self) -> tuple[int, ...]:
+        return self._together("kernel_size")
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self._together("stride")
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return self._together("dilation")
+
+    @property
+    def padding(self) -> str | tuple[int, ...]:
+        if isinstance(self.v.padding, str):
+            return self.v.padding
+        return tuple(max(pair) for pair in zip(self.v.padding, self.u.padding, strict=True))
+
+    @property
+    def padding_mode(self) -> str:
+        return str(self.v.padding_mode)
+
+    def _together(self, what: str) -> tuple[int, ...]:  # along each axis, one of both does nothing
+        return tuple(max(pair) for pair in zip(getattr(self.v, what), getattr(self.u, what), strict=True))
 
     def extra_repr(self) -> str:
         shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
         return f"{shape}, rank={self.rank}{self._form_repr()}"
+
+
+class FactorisedConv1d(FactorisedConv):
+    """A factorised `nn.Conv1d`; see `FactorisedConv`."""
+
+    axis = -2
+
+
+class FactorisedConv2d(FactorisedConv):
+    """A factorised `nn.Conv2d`; see `FactorisedConv`."""
+
+    axis = -3
+
+
+class FactorisedConv3d(FactorisedConv):
+    """A factorised `nn.Conv3d`; see `FactorisedConv`."""
+
+    axis = -4
 
 
 def side_for(kind: Kind, dense: Dense, matrix: tuple[int, int]) -> Side | None:

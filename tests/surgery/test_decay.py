@@ -20,6 +20,8 @@ from lrsurgery.surgery.layers import FactorisedLayer
 KINDS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(10, 14), "channel", (3, 10)),
     "conv1d": (lambda: Conv1D(14, 10), "channel", (3, 10)),
+    "conv1d-channel": (lambda: nn.Conv1d(6, 9, 3), "channel", (2, 6, 7)),
+    "conv3d-channel": (lambda: nn.Conv3d(6, 9, (1, 3, 2)), "channel", (2, 6, 3, 4, 5)),
     "conv2d-channel": (lambda: nn.Conv2d(6, 9, (3, 2)), "channel", (2, 6, 7, 7)),
     "conv2d-spatial": (lambda: nn.Conv2d(6, 9, (3, 2)), "spatial", (2, 6, 7, 7)),
 }

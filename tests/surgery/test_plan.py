@@ -46,7 +46,7 @@ class Mixed(nn.Module):
 
 def test_what_stays_dense_says_why() -> None:
     found = plan(Mixed())
-    assert [row.name for row in found.replacements] == ["wide"]
+    assert [row.name for row in found.replacements] == ["wide", "conv1d"]
     assert reasons(found) == {
         "table": "a bare parameter, not a layer",
         "embed": "embedding",
@@ -54,7 +54,6 @@ def test_what_stays_dense_says_why() -> None:
         "attention.out_proj": "unknown subclass NonDynamicallyQuantizableLinear of Linear",
         "grouped": "grouped convolution",
         "depthwise": "depthwise convolution",
-        "conv1d": "no factorised form for Conv1d",
         "tiny": "no rank saves parameters",
         "normed.parametrizations.weight.original0": "a bare parameter, not a layer",
         "normed.parametrizations.weight.original1": "a bare parameter, not a layer",

@@ -9,7 +9,7 @@ from torch import nn
 
 from lrsurgery.errors import PlanError
 from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
-from lrsurgery.surgery.kinds.convolution import CONV2D_CHANNEL
+from lrsurgery.surgery.kinds.convolution import CONV1D_CHANNEL, CONV2D_CHANNEL, CONV3D_CHANNEL
 from lrsurgery.surgery.kinds.linear import CONV1D, LINEAR
 from lrsurgery.surgery.kinds.spatial import CONV2D_SPATIAL
 from lrsurgery.surgery.layers import Kind
@@ -26,7 +26,9 @@ __all__ = [
     "kinds_of",
 ]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, CONV2D_CHANNEL, CONV2D_SPATIAL)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind for kind in (LINEAR, CONV1D, CONV1D_CHANNEL, CONV2D_CHANNEL, CONV2D_SPATIAL, CONV3D_CHANNEL)
+}
 
 
 def kinds_of(module: nn.Module, conv: str) -> tuple[Kind, ...]:
@@ -48,7 +50,7 @@ def check_conv(conv: str) -> None:
 def explain_no_kind(module: nn.Module) -> str:
     """Why a module with a weight is of no kind."""
     name = type(module).__name__
-    for base in (nn.Linear, nn.Conv2d):
+    for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if isinstance(module, base):
             return f"unknown subclass {name} of {base.__name__}"
     return f"no factorised form for {name}"
