@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, fan_in, on_meta
+from lrsurgery.surgery.kinds.subclasses import behaves_as
 from lrsurgery.surgery.layers import (
     Dense,
     FactorisedConv,
@@ -38,15 +39,15 @@ CONVS: dict[int, tuple[type[Any], type[FactorisedConv]]] = {  # by dimensions
 
 
 def _is_conv1d(module: nn.Module, conv: str) -> bool:
-    return type(module) is nn.Conv1d
+    return behaves_as(module, nn.Conv1d)
 
 
 def _is_conv2d(module: nn.Module, conv: str) -> bool:
-    return type(module) is nn.Conv2d and (conv in (AUTO, CHANNEL) or module.kernel_size == (1, 1))
+    return behaves_as(module, nn.Conv2d) and (conv in (AUTO, CHANNEL) or module.kernel_size == (1, 1))
 
 
 def _is_conv3d(module: nn.Module, conv: str) -> bool:
-    return type(module) is nn.Conv3d
+    return behaves_as(module, nn.Conv3d)
 
 
 def explain_groups(module: Dense) -> str | None:

@@ -19,11 +19,12 @@ from lrsurgery.surgery.kinds.convolution import (
     pad_mode,
     patches,
 )
+from lrsurgery.surgery.kinds.subclasses import behaves_as
 from lrsurgery.surgery.layers import Dense, FactorisedConv2d, FactorisedLayer, Kind
 
 
 def _is_spatial(module: nn.Module, conv: str) -> bool:
-    return type(module) is nn.Conv2d and conv in (AUTO, SPATIAL) and module.kernel_size != (1, 1)
+    return conv in (AUTO, SPATIAL) and behaves_as(module, nn.Conv2d) and module.kernel_size != (1, 1)
 
 
 # the matrix of the spatial scheme: (out kw, in kh), rows (o, w), columns (i, h); a bare reshape would mix the axes

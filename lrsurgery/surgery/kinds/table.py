@@ -12,6 +12,7 @@ from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
 from lrsurgery.surgery.kinds.convolution import CONV1D_CHANNEL, CONV2D_CHANNEL, CONV3D_CHANNEL
 from lrsurgery.surgery.kinds.linear import CONV1D, LINEAR
 from lrsurgery.surgery.kinds.spatial import CONV2D_SPATIAL
+from lrsurgery.surgery.kinds.subclasses import explain_subclass
 from lrsurgery.surgery.layers import Kind
 
 __all__ = [
@@ -49,8 +50,7 @@ def check_conv(conv: str) -> None:
 
 def explain_no_kind(module: nn.Module) -> str:
     """Why a module with a weight is of no kind."""
-    name = type(module).__name__
     for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if isinstance(module, base):
-            return f"unknown subclass {name} of {base.__name__}"
-    return f"no factorised form for {name}"
+            return explain_subclass(module, base)
+    return f"no factorised form for {type(module).__name__}"
