@@ -21,6 +21,7 @@ from lrsurgery.linalg.weighted import Metric, second_order, weighted_norm
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.kinds.folds import fold_of, weight_of
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
@@ -232,7 +233,7 @@ def _row_of(layer: FactorisedLayer, planned: Replacement, dense: nn.Module | Non
     row, name = planned_row(planned), planned.name
     if alone:
         return trained_row(row, factors)
-    weight = getattr(dense, "weight", None)
+    weight = None if dense is None else weight_of(dense) if fold_of(dense) else getattr(dense, "weight", None)
     if not isinstance(weight, Tensor) or tuple(weight.shape) != row.shape:
         raise PlanError(f"{name}: the model to compare with has no such layer of shape {row.shape}")
     try:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.errors import PlanError, SurgeryError
+from lrsurgery.errors import OutputError, PlanError, SurgeryError
 from lrsurgery.linalg.factors import Factors, balance
 from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
 from lrsurgery.linalg.pivot import Side, is_permutation
@@ -19,6 +19,7 @@ from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
+from lrsurgery.surgery.kinds.folds import fold_of, plain_of, weight_of
 from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import (
     PARTS,
@@ -86,9 +87,10 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
         kind = KINDS.get(kind_name)
         if kind is None:
             raise PlanError(f"{name}: unknown kind '{kind_name}'; known: {', '.join(KINDS)}")
-        dense = modules.get(name)
+        held = modules.get(name)
+        dense = None if held is None else plain_of(held)
         weight = getattr(dense, "weight", None)
-        if dense is None or not isinstance(weight, Tensor):
+        if held is None or dense is None or not isinstance(weight, Tensor):
             raise PlanError(f"{name}: this {type(model).__name__} has no such layer")
         if weight.ndim != kind.weight_axes:
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind_name} layer")
@@ -106,7 +108,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
                 new = kind.make(dense, rank, side)
         if not weight.requires_grad:
             new.requires_grad_(False)
-        references.replace_(dense, new)
+        _take_place_(references, held, new)
     for leader, names in groups.items():
         group = [built[name] for name in names]
         rows = sum(layer.out_features for layer in group)
@@ -114,6 +116,12 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
         full = min(rows, group[0].in_features)
         if group[0].rank > full - (1 if group[0].side else 0):
             raise PlanError(f"{leader}: rank {group[0].rank} is too large for {len(names)} layers of full rank {full}")
+
+
+def _take_place_(references: References, dense: nn.Module, new: FactorisedLayer) -> None:
+    if fold_of(dense) is not None:
+        new.folded = type(dense).__name__
+    references.replace_(dense, new)
 
 
 def _check_shared(name: str, spec: Spec, kind: Kind, dense: Dense, leader: Dense) -> None:
@@ -210,15 +218,15 @@ def apply_plan_(
     """
     modules, references = dict(model.named_modules()), References(model)
 
-    def weight_of(row: Replacement) -> Tensor:
-        weight: Tensor = modules[row.name].weight.detach()
+    def read(row: Replacement) -> Tensor:
+        weight = weight_of(modules[row.name])
         if weight.is_meta:
             raise PlanError(f"{row.name}: its weight is on the meta device; load the model first")
         return weight.to(device or weight.device)
 
     def parts_of(unit: tuple[Replacement, ...]) -> list[Stored] | list[Part]:
-        row, weights = unit[0], [weight_of(each) for each in unit]
-        like = modules[row.name].weight.detach()
+        row, weights = unit[0], [read(each) for each in unit]
+        like = weight_of(modules[row.name])
         if row.joint is None:
             found = decompose(row, weights[0], init=init, seed=seed, metric=metric_of(row.name), svd=svd)
             return [factor_weights(row.layout, like, found.factors, row.pivots)]
@@ -228,12 +236,15 @@ def apply_plan_(
         return store_together(factors, [each.rows for each in unit], like, pivoted=row.pivots is not None)
 
     units = plan.units
-    weights: list[Tensor] = [modules[row.name].weight for row in plan.replacements]
-    on_cpu = all((device or weight.device).type == "cpu" for weight in weights)
+    devices = {device or each.device for row in plan.replacements for each in modules[row.name].parameters()}
+    on_cpu = all(each.type == "cpu" for each in devices)
     compute = Compute(device=torch.device("cpu") if on_cpu else torch.device("cuda"))
-    needs = [decomposition_bytes(whole_of(unit), modules[unit[0].name].weight.element_size()) for unit in units]
+    needs = [
+        decomposition_bytes(whole_of(unit), plain_of(modules[unit[0].name]).weight.element_size()) for unit in units
+    ]
     for unit, parts in zip(units, compute.in_order(parts_of, units, needs), strict=True):
-        dense = [modules[row.name] for row in unit]
+        held = [modules[row.name] for row in unit]
+        dense = [plain_of(each) for each in held]
         trained, biases = [each.weight.requires_grad for each in dense], [each.bias for each in dense]
         new: list[FactorisedLayer] = []
         with Unfilled():
@@ -250,8 +261,8 @@ def apply_plan_(
             group = [layer for layer in new if isinstance(layer, SharedLinear)]
             join(group)
             fill_group_(group, parts, biases, trained)  # type: ignore[arg-type]
-        for old, layer in zip(dense, new, strict=True):
-            references.replace_(old, layer)
+        for old, layer in zip(held, new, strict=True):
+            _take_place_(references, old, layer)
 
 
 def densify_layers_(model: nn.Module) -> None:
@@ -264,7 +275,20 @@ def densify_layers_(model: nn.Module) -> None:
         dense.weight = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)
         if (bias := dense_bias(layer)) is not None:
             dense.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        if layer.folded is not None:
+            dense.folded = layer.folded  # type: ignore[assignment]
         references.replace_(layer, dense)
+
+
+def check_storable(model: nn.Module) -> None:
+    """Raise OutputError that names a layer made dense which its class, once loaded, would give another weight."""
+    for name, module in model.named_modules():
+        was = None if isinstance(module, FactorisedLayer) else getattr(module, "folded", None)
+        if was is not None:
+            raise OutputError(
+                f"{name}: was made dense, and the {was} that loads it computes its weight from other tensors; save the"
+                " model before densify_"
+            )
 
 
 @torch.no_grad()

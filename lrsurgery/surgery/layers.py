@@ -101,6 +101,7 @@ class FactorisedLayer(nn.Module):
     rank: int
     axis: int  # of the channels in inputs and outputs
     start = 0
+    folded: str | None = None  # the class that computed the dense weight from other tensors (`kinds.folds`)
 
     def __init__(self, layout: Kind, v: nn.Module, u: nn.Module, side: Side | None = None) -> None:
         super().__init__()

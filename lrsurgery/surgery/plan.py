@@ -19,8 +19,9 @@ from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
 from lrsurgery.surgery.budget import SHARING, TOGETHER, Budget
+from lrsurgery.surgery.kinds.folds import fold_of, plain_of
 from lrsurgery.surgery.kinds.table import AUTO, check_conv, explain_no_kind, kind_of, kinds_of
-from lrsurgery.surgery.layers import FactorisedLayer, Kind, side_for
+from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind, side_for
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
 from lrsurgery.surgery.rows import Kept, Replacement
 
@@ -173,7 +174,8 @@ def plan_rows(
     for name, module, weight in layers:
         kinds = kinds_of(module, options.conv) if module is not None else ()
         kind = next(iter(kinds), None)
-        own = sum(p.numel() for p in module.parameters(recurse=False)) if module is not None else weight.numel()
+        inside = not isinstance(module, FactorisedLayer)
+        own = sum(p.numel() for p in module.parameters(inside)) if module is not None else weight.numel()
         reason = (
             _no_layer_reason(name, module, weight)
             or _reason_to_keep(name, module, weight, kind, heads or {}, shared, options)
@@ -196,10 +198,13 @@ def plan_rows(
     return rows
 
 
-def _row(name: str, module: nn.Module | None, weight: Tensor, kind: Kind, bias: int, form: str) -> Replacement:
+def _row(name: str, module: Dense, weight: Tensor, kind: Kind, more: int, form: str) -> Replacement:
+    """The row of a layer; `more` counts its parameters beside the weight."""
     matrix = kind.matrix_shape(weight.shape)
     side = side_for(kind, module, matrix) if form == PIVOTED else None
-    return Replacement(name, kind.name, tuple(weight.shape), *matrix, None, bias, kind.v_per_u(module), side=side)
+    bias = 0 if module.bias is None else module.bias.numel()
+    per_u, shape = kind.v_per_u(module), tuple(weight.shape)
+    return Replacement(name, kind.name, shape, *matrix, None, bias, per_u, side=side, folded=more - bias)
 
 
 def losses(values: Tensor, *, in_loss: bool) -> Tensor:
@@ -237,13 +242,17 @@ def make_plan(
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
     """Yield (name, module, matrix) for everything that holds a matrix; module is None for a container's parameter."""
-    inside: str | None = None  # of the last factorised layer, whose own modules follow it
+    inside: str | None = None  # of the last factorised layer, or of one with parts, whose own modules follow it
     for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
         if isinstance(module, FactorisedLayer):
             inside = f"{name}."
             yield name, module, module.v.weight
             continue
-        if inside is not None and name.startswith(inside):
+        if name and fold_of(module) is not None:
+            inside = f"{name}."
+            yield name, module, plain_of(module).weight
             continue
         own = {key: p for key, p in module.named_parameters(recurse=False) if p is not None and p.ndim >= 2}
         if "weight" in own and not any(True for _ in module.children()):
@@ -295,8 +304,10 @@ def _reason_to_keep(
 ) -> str | None:
     assert module is not None
     spec = options.target if isinstance(options.target, RankSpec) else None
-    if f"{name}.weight" in shared:
-        return f"tied to {shared[f'{name}.weight'].removesuffix('.weight')}"
+    fold = fold_of(module)
+    for part in ("weight",) if fold is None else fold.parts:
+        if f"{name}.{part}" in shared:
+            return f"tied to {shared[f'{name}.{part}'].removesuffix('.weight')}"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if kind is None:

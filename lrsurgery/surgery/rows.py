@@ -37,6 +37,7 @@ class Replacement:
     side: Side | None = None  # of the pivots, if it gets any below full rank
     others: tuple[Replacement, ...] = ()  # the same layer by other convolution schemes, of which one is taken
     joint: Joint | None = None  # None for a layer with its own v
+    folded: int = 0  # parameters, beside as many as the weight has, that its weight is computed from
 
     reason = None
 
@@ -81,7 +82,7 @@ class Replacement:
 
     @property
     def parameters(self) -> int:
-        return self.rows * self.columns + self.bias
+        return self.rows * self.columns + self.bias + self.folded
 
     @property
     def factorised_parameters(self) -> int | None:

@@ -22,6 +22,7 @@ from lrsurgery.files.json import json_text, read_json
 from lrsurgery.files.writing import replace_file
 from lrsurgery.runtime import cache_folder, processor
 from lrsurgery.surgery.kinds.convolution import SIDE
+from lrsurgery.surgery.kinds.folds import plain_of
 from lrsurgery.surgery.kinds.table import KINDS, kind_of
 from lrsurgery.surgery.layers import Kind, Spec, build_dense
 from lrsurgery.surgery.plan import Plan, Refusal, SurgeryOptions, find_heads, make_plan
@@ -79,8 +80,9 @@ def _shapes(model: nn.Module, conv: str) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         kind = kind_of(module, conv)
-        if kind is not None and module.weight.is_floating_point():
-            found[name] = build_dense(kind.build(module, 1))
+        plain = plain_of(module)
+        if kind is not None and plain.weight.is_floating_point():
+            found[name] = build_dense(kind.build(plain, 1))
     return found
 
 

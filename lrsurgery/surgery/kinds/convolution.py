@@ -155,7 +155,7 @@ def _inputs(module: Dense, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
 
 
 def image_gradients(module: Dense, shape: torch.Size, g: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    g = g if len(shape) == module.weight.ndim else g.unsqueeze(0)
+    g = g if len(shape) == len(module.kernel_size) + 2 else g.unsqueeze(0)
     yield g.float().flatten(2).transpose(1, 2).flatten(0, 1)
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from lrsurgery.errors import PlanError
 from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
 from lrsurgery.surgery.kinds.convolution import CONV1D_CHANNEL, CONV2D_CHANNEL, CONV3D_CHANNEL
+from lrsurgery.surgery.kinds.folds import explain_fold, plain_of
 from lrsurgery.surgery.kinds.linear import CONV1D, LINEAR
 from lrsurgery.surgery.kinds.spatial import CONV2D_SPATIAL
 from lrsurgery.surgery.kinds.subclasses import explain_subclass
@@ -34,7 +35,8 @@ KINDS: dict[str, Kind] = {
 
 def kinds_of(module: nn.Module, conv: str) -> tuple[Kind, ...]:
     """The kinds that a dense module may become by convolution scheme `conv`, several by "auto"."""
-    return tuple(kind for kind in KINDS.values() if kind.matches(module, conv))
+    plain = plain_of(module)
+    return tuple(kind for kind in KINDS.values() if kind.matches(plain, conv))
 
 
 def kind_of(module: nn.Module, conv: str = CHANNEL) -> Kind | None:
@@ -50,6 +52,8 @@ def check_conv(conv: str) -> None:
 
 def explain_no_kind(module: nn.Module) -> str:
     """Why a module with a weight is of no kind."""
+    if (reason := explain_fold(module)) is not None:
+        return reason
     for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
         if isinstance(module, base):
             return explain_subclass(module, base)
