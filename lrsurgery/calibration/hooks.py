@@ -95,13 +95,15 @@ class Collector:
         sums = self._sums.pop((row.name, row.kind), None) or self._new(row, torch.device("cpu"))
         first = next(iter(sums.firsts)) if len(sums.firsts) == 1 else row.name
         same = None if first == row.name else first
-        use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs, same)
+        use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs, same, row.groups)
         gradients = None if sums.gradients is None else sums.gradients / max(1, self.scored)
         return use, Moments(sums.inputs / max(1, sums.positions), gradients)
 
     def _new(self, row: Replacement, device: torch.device) -> _Sums:
-        gradients = torch.zeros(row.rows, row.rows, device=device) if self._gradients else None
-        return _Sums(torch.zeros(row.columns, row.columns, device=device), gradients)
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(*(() if row.groups == 1 else (row.groups,)), size, size, device=device)
+
+        return _Sums(zeros(row.columns), zeros(row.rows) if self._gradients else None)
 
     def _hook(self, row: Replacement) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -148,9 +150,9 @@ class Collector:
         ):
             gram, count = torch.zeros_like(sums.inputs), 0
             for part in row.layout.inputs(module, x.detach(), mask):
-                gram.addmm_(part.T, part)
+                _add_products_(gram, part)
                 count += len(part)
-            if not bool(torch.isfinite(gram.diagonal()).all()):
+            if not bool(torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all()):
                 raise CalibrationError(f"{row.name}: its inputs hold NaN or Inf; check the data or the model")
             last = self._last = _Input(x, x._version, row.kind, gram, count, row.name)
         sums.firsts.add(last.first)
@@ -164,9 +166,18 @@ class Collector:
     ) -> None:
         assert sums.gradients is not None
         for part in row.layout.gradients(module, shape, g, mask):
-            sums.gradients.addmm_(part.T, part)
-        if not bool(torch.isfinite(sums.gradients.diagonal()).all()):
+            _add_products_(sums.gradients, part)
+        if not bool(torch.isfinite(sums.gradients.diagonal(dim1=-2, dim2=-1)).all()):
             raise CalibrationError(f"{row.name}: its gradients hold NaN or Inf; --importance activations needs none")
+
+
+def _add_products_(gram: Tensor, x: Tensor) -> None:
+    """Add x x^T of x (positions, n) to gram (n, n), or of each group to gram (groups, n, n)."""
+    if gram.ndim == 2:
+        gram.addmm_(x.T, x)
+        return
+    parts = x.reshape(len(x), *gram.shape[:2]).transpose(0, 1)
+    gram.baddbmm_(parts.mT, parts)
 
 
 @contextmanager

@@ -317,7 +317,7 @@ def _any_spec(row: Replacement) -> Spec:
     if row.joint is not None:
         return row.spec
     rank = row.rank or 1
-    return Spec(row.kind, rank, row.side if rank < row.full_rank else None)
+    return Spec(row.kind, rank, row.side if rank < row.full_rank else None, groups=row.groups)
 
 
 def choose_names(

@@ -80,14 +80,15 @@ class Row:
     # the layer that stores its v, where several share one (its own name for that layer, for which v counts); their rank
     # and full rank are those of all of them together
     v_of: str | None = None
+    groups: int = 1  # of a grouped convolution: one matrix each, one rank and their singular values stacked
 
     @property
     def break_even(self) -> int | None:
         """The largest rank that saves parameters; None for a layer that has no factorised form."""
         if self.full_rank is None or self.v_of is not None:
             return None
-        shape = KINDS[self.kind].matrix_shape(torch.Size(self.shape))
-        return break_even_rank(*shape, pivoted=self.form == "pivoted")
+        rows, columns = KINDS[self.kind].matrix_shape(torch.Size(self.shape))
+        return break_even_rank(rows // self.groups, columns, pivoted=self.form == "pivoted")
 
     @property
     def damage(self) -> float | None:

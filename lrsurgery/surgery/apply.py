@@ -5,18 +5,20 @@ The file is long because all that puts factorised layers into a model, changes t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lrsurgery.errors import OutputError, PlanError, SurgeryError
-from lrsurgery.linalg.factors import Factors, balance
+from lrsurgery.linalg.factors import Factors, balance, stacked_values
 from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
 from lrsurgery.linalg.pivot import Side, is_permutation
-from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
-from lrsurgery.linalg.weighted import Metric
+from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum, singular_values
+from lrsurgery.linalg.weighted import Metric, weighted_values
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of, weight_of
@@ -100,7 +102,10 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
             with Unfilled():
                 new = built[name] = build_shared(kind, dense, spec, leads=shared[name] == name)
         else:
-            if rank > (full := min(kind.matrix_shape(weight.shape))):
+            rows, columns = kind.matrix_shape(weight.shape)
+            if (found := getattr(dense, "groups", 1)) != spec.groups:
+                raise PlanError(f"{name}: has {found} groups, and {spec.groups} in the checkpoint")
+            if rank > (full := min(rows // spec.groups, columns)):
                 raise PlanError(f"{name}: rank {rank} exceeds {full}, the full rank of {tuple(weight.shape)}")
             if side is not None and (side not in kind.sides(dense) or rank == full):
                 raise PlanError(f"{name}: a {type(dense).__name__} of rank {rank} has no pivots among its {side}")
@@ -151,6 +156,9 @@ def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = Fa
     """
     short, long = sorted((row.rows, row.columns))
     rank, wide = row.rank or short, max(8 if weighted else 4, item_size)
+    if row.groups > 1:  # one after the other, beside the tensor, its matrices and the factors of all
+        one = decomposition_bytes(replace(row, groups=1), item_size, weighted=weighted)
+        return one + row.groups * (short * long * (item_size + wide) + 2 * wide * rank * (short + long))
     pivoting = short * long * item_size + _pivoting_bytes(row, rank, wide) if row.side else 0
     solver = wide * (5 * short**2 + 2 * rank * (short + long))
     if weighted:
@@ -184,6 +192,8 @@ def decompose(
     """
     choice = row.rank if row.rank is not None else rank
     assert choice is not None
+    if row.groups > 1:
+        return _decompose_groups(row, weight, init, seed, choice, metric, svd)
     problem = InitProblem(
         row.layout.to_matrix(weight),
         choice,
@@ -198,6 +208,33 @@ def decompose(
         return get_init(init)(problem)
     except SurgeryError as e:
         raise type(e)(f"{row.name}: {e}") from e
+
+
+def _decompose_groups(
+    row: Replacement, weight: Tensor, init: str, seed: int, rank: RankChoice, metric: Metric | None, svd: str
+) -> Decomposition:
+    """As `decompose`, group by group: factors with the groups as a first axis, and stacked values."""
+    matrices = row.layout.matrix_of(weight, row.groups)
+    metrics: list[Metric | None] = [None] * row.groups
+    if metric is not None:
+        metrics = [*metric.groups(row.groups)]
+    generator, fan_in = layer_generator(seed, row.name), row.layout.fan_in(weight.shape)
+    try:
+        if callable(rank):
+            rank = rank(singular_values(matrices) if metric is None else weighted_values(matrices, metric))
+        found = [
+            get_init(init)(InitProblem(matrix, rank, fan_in, generator, each, svd=svd))
+            for matrix, each in zip(matrices, metrics, strict=True)
+        ]
+    except SurgeryError as e:
+        raise type(e)(f"{row.name}: {e}") from e
+    weighted = [each.weighted for each in found if each.weighted is not None]
+    return Decomposition(
+        Factors(*(torch.stack(part) for part in zip(*(each.factors for each in found), strict=True))),
+        stacked_values([each.values for each in found]),
+        math.fsum(each.energy for each in found),
+        weighted=stacked_values(weighted) if weighted else None,
+    )
 
 
 def apply_plan_(

@@ -26,14 +26,19 @@ Pair: TypeAlias = "tuple[Tensor, Tensor]"
 def frobenius_gradients(u: Tensor, v: Tensor, side: Side | None = None) -> Pair:
     """Gradients of (1/2) ||U V||_F^2: U (V V^T) and (U^T U) V, in O((m + n) r^2) without forming the product.
 
-    `u` (out, rank, ...) and `v` (rank, ...) are the weights of a factorised layer of any kind. Computes and returns
-    fp32 or wider, in the weights' shapes.
+    `u` (out, rank, ...) and `v` (rank, ...) are the weights of a factorised layer of any kind, `v` (groups rank, ...)
+    of a grouped one. Computes and returns fp32 or wider, in the weights' shapes.
 
     Of a pivoted layer the product holds the kept part beside U V. On the side of the rows that is V, so its square is
     ||V||_F^2 + ||U V||_F^2 and U^T U + 1 takes the place of U^T U; of the columns it is U, and V V^T + 1.
 
     Source: Khodak et al. 2021 (arXiv 2105.01029); Kamalakara et al. 2022 (arXiv 2209.13569).
     """
+    if len(v) > (rank := u.shape[1]):  # of a grouped layer
+        groups = len(v) // rank
+        by_group = [weight.reshape(groups, -1, *weight.shape[1:]) for weight in (u, v)]
+        found = _gradients(by_group[0], by_group[1], 1, side)
+        return found[0].flatten(0, 1), found[1].flatten(0, 1)
     return _gradients(u, v, 0, side)
 
 
@@ -149,7 +154,7 @@ class FrobeniusDecay:
             if of_u is None and of_v is None:
                 continue
             # sharded factors (DTensor) are not batched
-            batched = type(u) is type(v) is nn.Parameter and u.numel() + v.numel() <= GROUPED
+            batched = type(u) is type(v) is nn.Parameter and u.numel() + v.numel() <= GROUPED and len(v) == u.shape[1]
             shapes = (u.shape, v.shape, u.dtype, v.dtype, u.device, v.device, id(of_u), id(of_v), side)
             us, vs, _ = alike.setdefault(shapes if batched else number, ([], [], side))
             us.append(u)

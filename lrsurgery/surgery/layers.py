@@ -33,6 +33,7 @@ class Spec(NamedTuple):
     side: Side | None = None  # of the pivots; None for the balanced form
     v_of: str | None = None  # the layer that stores its v, where it is another's (`shared.modules`)
     pivots: tuple[int, int] | None = None  # start and number of its pivots among v's outputs, where v is shared
+    groups: int = 1  # of a grouped convolution, each with a matrix of its own
 
 
 def _one_to_one(module: Dense) -> int:
@@ -48,7 +49,8 @@ class Kind:
     """The properties of one kind of layer; `kinds.KINDS` holds one entry per kind.
 
     The matrix of a layer is (rows, columns): rows are outputs, columns are inputs. Functions between weights and
-    matrices only view or reshape. No field is a lambda, so that models can be pickled.
+    matrices only view or reshape. No field is a lambda, so that models can be pickled. Of a layer with groups,
+    `matrix_shape` and `to_matrix` give the rows of all, and factors have the groups as a first axis (`linalg.factors`).
     """
 
     name: str
@@ -75,6 +77,11 @@ class Kind:
     no_form: Callable[[Dense], str | None] | None = None  # why a module of this kind cannot be factorised, or None
     plain_product: bool = False  # weight @ x may be computed as u @ (v @ x)
     shares_v: bool = False  # layers with the same input may have one v
+
+    def matrix_of(self, weight: Tensor, groups: int = 1) -> Tensor:
+        """The matrix (rows, columns) of a dense weight; with several groups (groups, rows, columns)."""
+        matrix = self.to_matrix(weight)
+        return matrix if groups == 1 else matrix.reshape(groups, -1, matrix.shape[1])
 
     def make(self, dense: Dense, rank: int, side: Side | None) -> FactorisedLayer:
         """Build a factorised layer in a form, on the meta device; `side` is that of the pivots, None for balanced."""
@@ -108,7 +115,8 @@ class FactorisedLayer(nn.Module):
         self.layout = layout
         self.v = v  # type: ignore[assignment]
         self.u = u  # type: ignore[assignment]
-        self.rank = self.v.weight.shape[0]  # here: quantisers pack weights into other shapes
+        # here: quantisers pack weights into other shapes
+        self.rank = layout.to_matrices(self.u.weight, self.v.weight).u.shape[-1]
         self.side: Side | None = side
         rows, columns = self.matrix_shape
         length = {"rows": rows, "columns": columns}
@@ -130,7 +138,12 @@ class FactorisedLayer(nn.Module):
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.kind, self.rank, self.side)
+        return Spec(self.kind, self.rank, self.side, groups=self.groups)
+
+    @property
+    def groups(self) -> int:
+        """How many matrices it has, each of a group of its inputs and outputs."""
+        return 1
 
     @property
     def form(self) -> str:
@@ -138,10 +151,10 @@ class FactorisedLayer(nn.Module):
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the matrix of the weight."""
+        """(rows, columns) of the matrix of the weight, or of each group's."""
         u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
         more = {"rows": (self.own, 0), "columns": (0, self.rank)}[self.side] if self.side else (0, 0)
-        return u.shape[0] + more[0], v.shape[1] + more[1]
+        return u.shape[-2] + more[0], v.shape[-1] + more[1]
 
     @property
     def pivoted(self) -> Pivoted:
@@ -154,6 +167,8 @@ class FactorisedLayer(nn.Module):
     @property
     def factors(self) -> Factors:
         """Matrices u (rows, rank), v (rank, columns) whose product is the matrix of the weight; balanced in that form.
+
+        With several groups these are a first axis of both.
 
         In the other they are the kept part, and the mixing with an identity in the pivots' place.
         """
@@ -220,7 +235,8 @@ class Product(Tensor):
     @staticmethod
     def __new__(cls, layer: FactorisedLayer) -> Product:
         u, v = layer.u.weight, layer.v.weight
-        rows_columns = torch.empty(layer.matrix_shape, device="meta")
+        rows, columns = layer.matrix_shape
+        rows_columns = torch.empty(layer.groups * rows, columns, device="meta")
         product: Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             layer.layout.to_weight(rows_columns, layer).shape,
@@ -277,7 +293,10 @@ class FactorisedLinear(FactorisedLayer):
 
 
 class FactorisedConv(FactorisedLayer):
-    """A factorised convolution: its kernel then a kernel of 1 (channel), or kh x 1 then 1 x kw (spatial)."""
+    """A factorised convolution: its kernel then a kernel of 1 (channel), or kh x 1 then 1 x kw (spatial).
+
+    With groups, both have them: rank channels and one matrix a group.
+    """
 
     u: Dense
     v: Dense
@@ -289,6 +308,10 @@ class FactorisedConv(FactorisedLayer):
     @property
     def out_channels(self) -> int:
         return int(self.u.out_channels) + (self.rank if self.side == "rows" else 0)
+
+    @property
+    def groups(self) -> int:
+        return int(self.v.groups)
 
     # those of the dense layer, which some models read (Whisper's stride)
 

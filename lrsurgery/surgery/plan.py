@@ -200,11 +200,13 @@ def plan_rows(
 
 def _row(name: str, module: Dense, weight: Tensor, kind: Kind, more: int, form: str) -> Replacement:
     """The row of a layer; `more` counts its parameters beside the weight."""
-    matrix = kind.matrix_shape(weight.shape)
+    groups = getattr(module, "groups", 1)
+    rows, columns = kind.matrix_shape(weight.shape)
+    matrix = rows // groups, columns
     side = side_for(kind, module, matrix) if form == PIVOTED else None
     bias = 0 if module.bias is None else module.bias.numel()
     per_u, shape = kind.v_per_u(module), tuple(weight.shape)
-    return Replacement(name, kind.name, shape, *matrix, None, bias, per_u, side=side, folded=more - bias)
+    return Replacement(name, kind.name, shape, *matrix, None, bias, per_u, side=side, groups=groups, folded=more - bias)
 
 
 def losses(values: Tensor, *, in_loss: bool) -> Tensor:

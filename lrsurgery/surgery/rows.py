@@ -37,6 +37,7 @@ class Replacement:
     side: Side | None = None  # of the pivots, if it gets any below full rank
     others: tuple[Replacement, ...] = ()  # the same layer by other convolution schemes, of which one is taken
     joint: Joint | None = None  # None for a layer with its own v
+    groups: int = 1  # of a grouped convolution, each with its own matrix (rows, columns)
     folded: int = 0  # parameters, beside as many as the weight has, that its weight is computed from
 
     reason = None
@@ -78,11 +79,11 @@ class Replacement:
         """What it becomes, with these of the pivots of its group."""
         assert self.rank is not None
         v_of = None if self.joint is None or self.leads else self.joint.names[0]
-        return Spec(self.kind, self.rank, self.pivots, v_of, pivots)
+        return Spec(self.kind, self.rank, self.pivots, v_of, pivots, self.groups)
 
     @property
     def parameters(self) -> int:
-        return self.rows * self.columns + self.bias + self.folded
+        return self.groups * self.rows * self.columns + self.bias + self.folded
 
     @property
     def factorised_parameters(self) -> int | None:
@@ -94,12 +95,12 @@ class Replacement:
             own = self.joint.pivots[1] if self.pivots else 0
             return rank * (self.rows - own + (self.columns if self.leads else 0))
         pivots = self.side is not None and rank < self.full_rank
-        return rank * (self.rows + self.columns - (rank if pivots else 0))
+        return self.groups * rank * (self.rows + self.columns - (rank if pivots else 0))
 
     def rank_within(self, parameters: int, multiple_of: int = 1) -> int:
         """The largest rank whose factors have at most so many parameters, and fewer than the weight; 0 for none."""
         pivoted = self.side is not None
-        most = rank_within(parameters, self.rows + self.columns, 1 if pivoted else 0)
+        most = rank_within(parameters // self.groups, self.rows + self.columns, 1 if pivoted else 0)
         most = min(most, break_even_rank(self.rows, self.columns, pivoted=pivoted), self.full_rank)
         return most // multiple_of * multiple_of
 
@@ -115,13 +116,15 @@ class Replacement:
     @property
     def flops(self) -> int:
         """FLOPs per token, or per output position of a convolution; a multiply-add counts 2."""
-        return 2 * self.rows * self.columns
+        return 2 * self.groups * self.rows * self.columns
 
     @property
     def factorised_flops(self) -> int | None:
         if self.joint is not None and self.rank is not None:
             return 2 * self.cost(self.rank)
-        return None if self.rank is None else 2 * self.rank * (self.rows + self.v_per_u * self.columns - self._known)
+        if self.rank is None:
+            return None
+        return 2 * self.groups * self.rank * (self.rows + self.v_per_u * self.columns - self._known)
 
 
 def whole_of(unit: Sequence[Replacement]) -> Replacement:

@@ -66,7 +66,7 @@ def make_refusal(model: nn.Module, conv: str, least: float, device: torch.device
 
     def refuse(row: Replacement) -> str | None:
         assert row.rank is not None
-        ratio = speedup(shapes[row.name], Spec(row.kind, row.rank, row.pivots))
+        ratio = speedup(shapes[row.name], Spec(row.kind, row.rank, row.pivots, groups=row.groups))
         if ratio >= least:
             return None
         size = f"{1 / ratio:.2f}x slower" if ratio < 1 else f"{ratio:.2f}x as fast, under {least:g}x,"
@@ -107,7 +107,8 @@ def make_timer(model: nn.Module, conv: str, table: SpeedTable) -> Timer:
             return LayerTimes(whole, [])
         timed = sorted({ranks[0], *(ranks[(len(ranks) - 1) * k // TIMED] for k in range(1, TIMED + 1))})
         pivoted = row.side is not None
-        specs = [Spec(row.kind, r, row.side if pivoted and r < row.full_rank else None) for r in timed]
+        sides = [row.side if pivoted and r < row.full_rank else None for r in timed]
+        specs = [Spec(row.kind, r, side, groups=row.groups) for r, side in zip(timed, sides, strict=True)]
         measured = np.maximum.accumulate([whole / table(dense, spec) for spec in specs])
         return LayerTimes(whole, np.interp(ranks, timed, measured).tolist())
 

@@ -169,7 +169,9 @@ def switch_optimizer(
     reset = []
     for name, layer in factorised_layers(model).items():
         state = new.pop(f"{name}.weight", {})
-        if layer.folded is not None:  # it is of the tensors that the weight was computed from
+        if (
+            layer.folded is not None or layer.groups > 1
+        ):  # of the tensors that the weight was computed from, or of several
             reset.append(name)
             state = {}
         bias = new.get(f"{name}.bias", {})

@@ -53,7 +53,7 @@ def test_what_stays_dense_says_why() -> None:
         "embed": "embedding",
         "attention.in_proj_weight": "a bare parameter, not a layer",
         "attention.out_proj": "output of nn.MultiheadAttention, which reads its weight and never calls it",
-        "grouped": "grouped convolution",
+        "grouped": "grouped convolution with 4 outputs a group (16 needed)",
         "depthwise": "depthwise convolution",
         "tiny": "no rank saves parameters",
         "fc": "output head",

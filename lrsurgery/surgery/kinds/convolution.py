@@ -29,6 +29,7 @@ from lrsurgery.surgery.layers import (
 )
 
 PATCHES = 1 << 24  # entries of unfolded patches at a time: 64 MB
+GROUP = 16  # outputs that a group has at least
 SIDE = 16  # height and width of a convolution's output when it is timed
 SIDES = {1: (SIDE * SIDE,), 2: (SIDE, SIDE), 3: (SIDE // 4, SIDE // 2, SIDE // 2)}  # the same number of positions
 CONVS: dict[int, tuple[type[Any], type[FactorisedConv]]] = {  # by dimensions
@@ -42,8 +43,10 @@ def _is_conv1d(module: nn.Module, conv: str) -> bool:
     return behaves_as(module, nn.Conv1d)
 
 
-def _is_conv2d(module: nn.Module, conv: str) -> bool:
-    return behaves_as(module, nn.Conv2d) and (conv in (AUTO, CHANNEL) or module.kernel_size == (1, 1))
+def _is_conv2d(module: Dense, conv: str) -> bool:
+    if not behaves_as(module, nn.Conv2d):
+        return False
+    return conv in (AUTO, CHANNEL) or module.kernel_size == (1, 1) or module.groups > 1  # which have no other scheme
 
 
 def _is_conv3d(module: nn.Module, conv: str) -> bool:
@@ -53,7 +56,10 @@ def _is_conv3d(module: nn.Module, conv: str) -> bool:
 def explain_groups(module: Dense) -> str | None:
     if module.groups == 1:
         return None
-    return "depthwise convolution" if module.groups == module.in_channels else "grouped convolution"
+    if module.groups == module.in_channels:
+        return "depthwise convolution"
+    outputs = module.out_channels // module.groups
+    return f"grouped convolution with {outputs} outputs a group ({GROUP} needed)" if outputs < GROUP else None
 
 
 def _shape(shape: torch.Size) -> tuple[int, int]:
@@ -66,16 +72,22 @@ def _matrix(weight: Tensor) -> Tensor:
 
 def _weight(matrix: Tensor, layer: FactorisedLayer) -> Tensor:
     assert isinstance(layer, FactorisedConv)
-    return matrix.reshape(-1, layer.in_channels, *layer.kernel_size)
+    return matrix.reshape(-1, layer.in_channels // layer.groups, *layer.kernel_size)
 
 
 def _matrices(u: Tensor, v: Tensor) -> Factors:
-    return Factors(u.flatten(1), v.flatten(1))
+    rank = u.shape[1]
+    factors = Factors(u.flatten(1), v.flatten(1))
+    if len(v) == rank:
+        return factors
+    return Factors(*(factor.reshape(len(v) // rank, -1, factor.shape[1]) for factor in factors))
 
 
 def _factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tensor]:
-    v = factors.v.reshape(len(factors.v), -1, *dense[2:])  # of fewer inputs where some are pivots
-    u = factors.u.reshape(*factors.u.shape, *(1 for _ in dense[2:]))
+    v = factors.v.flatten(0, -2)
+    v = v.reshape(len(v), -1, *dense[2:])  # of fewer inputs where some are pivots
+    u = factors.u.flatten(0, -2)
+    u = u.reshape(*u.shape, *(1 for _ in dense[2:]))
     return u.contiguous(), v.contiguous()
 
 
@@ -84,21 +96,25 @@ def _build(layer: Dense, rank: int, side: Side | None = None) -> FactorisedLayer
     conv, factorised = CONVS[dimensions]
     v = conv(
         layer.in_channels - (rank if side == "columns" else 0),
-        rank,
+        rank * layer.groups,
         layer.kernel_size,
         layer.stride,
         layer.padding,
         layer.dilation,
+        layer.groups,
         bias=bias and side == "rows",
         padding_mode=layer.padding_mode,
         **meta,
     )
-    u = conv(rank, layer.out_channels - (rank if side == "rows" else 0), 1, bias=bias, **meta)
+    more = layer.out_channels - (rank if side == "rows" else 0)
+    u = conv(rank * layer.groups, more, 1, groups=layer.groups, bias=bias, **meta)
     return factorised(CHANNEL_KINDS[dimensions], v, u, side)
 
 
 def _sides(layer: Dense) -> tuple[Side, ...]:
     # pivots among the inputs skip v, so it must not move positions
+    if layer.groups > 1:
+        return ()
     padded = not isinstance(layer.padding, str) and any(layer.padding)
     moves = any(side != 1 for side in (*layer.kernel_size, *layer.stride)) or padded
     return ("rows",) if moves else ("rows", "columns")
@@ -114,6 +130,7 @@ def dense_conv(layer: FactorisedLayer) -> nn.Module:
         layer.stride,
         layer.padding,
         layer.dilation,
+        layer.groups,
         bias=layer.bias is not None,
         padding_mode=layer.padding_mode,
         **on_meta(layer.u),

@@ -23,8 +23,9 @@ from lrsurgery.surgery.kinds.subclasses import behaves_as
 from lrsurgery.surgery.layers import Dense, FactorisedConv2d, FactorisedLayer, Kind
 
 
-def _is_spatial(module: nn.Module, conv: str) -> bool:
-    return conv in (AUTO, SPATIAL) and behaves_as(module, nn.Conv2d) and module.kernel_size != (1, 1)
+def _is_spatial(module: Dense, conv: str) -> bool:
+    splits = conv in (AUTO, SPATIAL) and behaves_as(module, nn.Conv2d)
+    return splits and module.groups == 1 and module.kernel_size != (1, 1)
 
 
 # the matrix of the spatial scheme: (out kw, in kh), rows (o, w), columns (i, h); a bare reshape would mix the axes
