@@ -237,7 +237,7 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
 def replacement_of(name: str, layer: FactorisedLayer, names: Mapping[int, str] | None = None) -> Replacement:
     """The row of a plan that would give this factorised layer; `names` are those of layers by id, for shared ones."""
     (rows, columns), shape = layer.matrix_shape, tuple(layer.weight.shape)
-    bias = 0 if layer.bias is None else layer.groups * rows
+    bias = 0 if layer.bias is None else layer.bias.numel()
     per_u = layer.layout.v_per_u(layer)
     groups = layer.groups
     row = Replacement(name, layer.kind, shape, rows, columns, layer.rank, bias, per_u, side=layer.side, groups=groups)

@@ -67,7 +67,8 @@ class Row:
     spectral_error: float | None = None  # largest singular value left out / largest; measured: ||W - U V||_2 / ||W||_2
     before: EffectiveRanks | None = None
     after: EffectiveRanks | None = None
-    flops_before: Count | None = None  # of a token, or of a position of a convolution's output: 2 a multiply-add
+    # of a token, or of a position of a convolution's output (a transposed one's input): 2 a multiply-add
+    flops_before: Count | None = None
     flops_after: Count | None = None
     spectrum_before: Points | None = None
     spectrum_after: Points | None = None

@@ -22,7 +22,8 @@ from lrsurgery.linalg.pivot import Pivoted, Side, inverse_of, pivot, product, pu
 
 # a dense module of some kind; only the functions of its kind know its attributes
 Dense: TypeAlias = Any
-PARTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)  # classes of `u` and `v`
+# classes of `u` and `v`
+PARTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 class Spec(NamedTuple):
@@ -76,6 +77,7 @@ class Kind:
     takes_tokens: bool = True  # applied once per token: padding can be masked, and FLOPs per token are known
     no_form: Callable[[Dense], str | None] | None = None  # why a module of this kind cannot be factorised, or None
     plain_product: bool = False  # weight @ x may be computed as u @ (v @ x)
+    u_turned: bool = False  # u.weight is (rank, out, ...), not (out, rank, ...)
     shares_v: bool = False  # layers with the same input may have one v
 
     def matrix_of(self, weight: Tensor, groups: int = 1) -> Tensor:

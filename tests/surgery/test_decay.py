@@ -25,6 +25,8 @@ KINDS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
     "conv2d-channel": (lambda: nn.Conv2d(6, 9, (3, 2)), "channel", (2, 6, 7, 7)),
     "conv2d-channel, grouped": (lambda: nn.Conv2d(6, 48, (3, 2), groups=3), "channel", (2, 6, 7, 7)),
     "conv1d-channel, grouped": (lambda: nn.Conv1d(8, 32, 3, groups=2), "channel", (2, 8, 7)),
+    "conv-transpose1d-channel": (lambda: nn.ConvTranspose1d(10, 6, 3), "channel", (2, 10, 7)),
+    "conv-transpose2d-channel": (lambda: nn.ConvTranspose2d(10, 6, (3, 2)), "channel", (2, 10, 7, 7)),
     "conv2d-spatial": (lambda: nn.Conv2d(6, 9, (3, 2)), "spatial", (2, 6, 7, 7)),
 }
 RATE, STRENGTH = 0.1, 0.3

@@ -38,6 +38,8 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "pointwise 1-d": (lambda: nn.Conv1d(12, 20, 1), (2, 12, 9), "columns"),
     "3-d": (lambda: nn.Conv3d(4, 20, (2, 3, 3), (2, 1, 1), (0, 1, 1)), (2, 4, 4, 5, 6), "rows"),
     "pointwise 3-d": (lambda: nn.Conv3d(12, 20, 1), (2, 12, 3, 4, 5), "columns"),
+    "transposed 1-d": (lambda: nn.ConvTranspose1d(20, 4, 6, 3, 1, 2), (2, 20, 5), "columns"),
+    "transposed 2-d": (lambda: nn.ConvTranspose2d(20, 4, (3, 2), 2, (1, 0), bias=False), (2, 20, 4, 5), "columns"),
     "reflected": (lambda: nn.Conv2d(4, 20, 3, padding=1, padding_mode="reflect"), (2, 4, 9, 9), "rows"),
     "1x1": (lambda: nn.Conv2d(12, 20, 1), (2, 12, 5, 4), "columns"),
     "1x1 with stride": (lambda: nn.Conv2d(12, 20, 1, stride=2), (2, 12, 5, 4), "rows"),

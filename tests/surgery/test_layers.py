@@ -141,6 +141,8 @@ def test_every_kind_at_full_rank(kind: str, bias: bool, dtype: torch.dtype) -> N
         "conv2d-channel": lambda: nn.Conv2d(4, 6, 3, bias=bias),
         "conv2d-spatial": lambda: nn.Conv2d(4, 6, 3, bias=bias),
         "conv3d-channel": lambda: nn.Conv3d(4, 6, 3, bias=bias),
+        "conv-transpose1d-channel": lambda: nn.ConvTranspose1d(4, 6, 3, bias=bias),
+        "conv-transpose2d-channel": lambda: nn.ConvTranspose2d(4, 6, 3, bias=bias),
     }[kind]()
     dense.to(dtype)
     layer = factorised(dense, conv="spatial" if kind == "conv2d-spatial" else "channel")
@@ -213,6 +215,7 @@ LAYERS: dict[str, tuple[nn.Module, str]] = {
     "spatial": (nn.Conv2d(4, 6, (3, 2)), "spatial"),
     "1-d": (nn.Conv1d(4, 6, 3), "channel"),
     "3-d": (nn.Conv3d(4, 6, (1, 3, 2)), "channel"),
+    "transposed": (nn.ConvTranspose2d(6, 4, (3, 2)), "channel"),
 }
 
 

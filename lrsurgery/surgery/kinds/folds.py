@@ -18,7 +18,10 @@ from lrsurgery.linalg.factors import working_dtype
 from lrsurgery.surgery.kinds.common import copy_as, is_one_of
 from lrsurgery.surgery.layers import Dense
 
-BASES: tuple[type[nn.Module], ...] = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+BASES: tuple[type[nn.Module], ...] = (
+    *(nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d),
+)
 STANDARDISED = {
     ("timm.layers.std_conv", "StdConv2d"),
     ("timm.layers.std_conv", "StdConv2dSame"),

@@ -10,10 +10,11 @@ from torch import nn
 from lrsurgery.errors import PlanError
 from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
 from lrsurgery.surgery.kinds.convolution import CONV1D_CHANNEL, CONV2D_CHANNEL, CONV3D_CHANNEL
-from lrsurgery.surgery.kinds.folds import explain_fold, plain_of
+from lrsurgery.surgery.kinds.folds import BASES, explain_fold, plain_of
 from lrsurgery.surgery.kinds.linear import CONV1D, LINEAR
 from lrsurgery.surgery.kinds.spatial import CONV2D_SPATIAL
 from lrsurgery.surgery.kinds.subclasses import explain_subclass
+from lrsurgery.surgery.kinds.transposed import CONV_TRANSPOSE1D, CONV_TRANSPOSE2D
 from lrsurgery.surgery.layers import Kind
 
 __all__ = [
@@ -29,7 +30,12 @@ __all__ = [
 ]
 
 KINDS: dict[str, Kind] = {
-    kind.name: kind for kind in (LINEAR, CONV1D, CONV1D_CHANNEL, CONV2D_CHANNEL, CONV2D_SPATIAL, CONV3D_CHANNEL)
+    kind.name: kind
+    for kind in (
+        *(LINEAR, CONV1D),
+        *(CONV1D_CHANNEL, CONV2D_CHANNEL, CONV2D_SPATIAL, CONV3D_CHANNEL),
+        *(CONV_TRANSPOSE1D, CONV_TRANSPOSE2D),
+    )
 }
 
 
@@ -54,7 +60,7 @@ def explain_no_kind(module: nn.Module) -> str:
     """Why a module with a weight is of no kind."""
     if (reason := explain_fold(module)) is not None:
         return reason
-    for base in (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    for base in BASES:
         if isinstance(module, base):
             return explain_subclass(module, base)
     return f"no factorised form for {type(module).__name__}"
