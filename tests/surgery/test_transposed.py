@@ -120,7 +120,7 @@ def test_moments(conv: Any, size: Any, options: dict[str, Any], sized: bool) -> 
 
 
 def test_operations_are_those_that_torch_counts() -> None:
-    model = nn.Sequential(nn.ConvTranspose2d(24, 16, (4, 3), stride=(2, 1), bias=False))
+    model = nn.Sequential(nn.ConvTranspose2d(24, 16, (4, 3), stride=(2, 1)))
     x = torch.randn(1, 24, 5, 6)
 
     def operations(layer: nn.Module) -> int:
