@@ -4,7 +4,7 @@
 compilers and exporters support them. A layer has one of two forms: balanced, y = u(v(x)), and pivoted
 (`linalg.pivot`), which stores r^2 numbers less and has an `order`.
 
-The file is long because all that is true of every layer is in it.
+The file is long because all that is true of every layer, and of linear ones and convolutions, is in it.
 """
 
 from __future__ import annotations

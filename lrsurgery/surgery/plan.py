@@ -290,6 +290,8 @@ def _find_shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
 def _no_layer_reason(name: str, module: nn.Module | None, weight: Tensor) -> str | None:
     """The reason why a parameter is no layer to factorise, or None."""
     if module is None:
+        if ".parametrizations." in name:
+            return "part of a weight that is parametrised in another way than weight norm"
         experts = ".experts." in f".{name}" and weight.ndim == 3
         return "fused experts: one parameter of 3 axes" if experts else "a bare parameter, not a layer"
     return ALREADY if isinstance(module, FactorisedLayer) else None

@@ -41,6 +41,7 @@ class Mixed(nn.Module):
         self.conv1d = nn.Conv1d(16, 16, 3)
         self.tiny = nn.Linear(1, 8)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 64))
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 64))
         self.table = nn.Parameter(torch.zeros(4, 5))
         self.fc = nn.Linear(16, 10)
 
@@ -56,6 +57,8 @@ def test_what_stays_dense_says_why() -> None:
         "grouped": "grouped convolution with 4 outputs a group (16 needed)",
         "depthwise": "depthwise convolution",
         "tiny": "no rank saves parameters",
+        "spectral.parametrizations.weight.original": "part of a weight that is parametrised in another way than weight"
+        " norm",
         "fc": "output head",
     }
 
@@ -123,7 +126,12 @@ def test_subclasses_that_compute_the_same_are_factorised() -> None:
     wanted = model(x)
     assert not reasons(plan(model, 1.0, allow_larger=True))
     with torch.device("meta"):
-        assert not reasons(plan(nn.Sequential(Same(16, 64), SameConv(3, 16, 3)), 1.0, allow_larger=True))
+        assert not reasons(plan(nn.Sequential(Same(16, 65), SameConv(3, 17, 3)), 1.0, allow_larger=True))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert not reasons(plan(nn.Sequential(Same(16, 66), SameConv(3, 18, 3)), 1.0, allow_larger=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
     lrsurgery.factorise_(model, rank=1.0, allow_larger=True)
     assert (model(x) - wanted).abs().max() <= 1e-5
 

@@ -43,6 +43,8 @@ class Fold:
 
 def fold_of(module: nn.Module) -> Fold | None:
     """The fold of a module; None if its weight is stored as it is applied."""
+    if type(module) in BASES and not module._forward_pre_hooks:  # most layers of a model
+        return None
     return next((fold for fold in FOLDS if fold.matches(module)), None)
 
 

@@ -15,6 +15,7 @@ from lrsurgery.surgery.layers import Dense
 LARGEST = 1 << 26  # entries of a weight that is tried: 256 MB
 SIDE = 256  # rows and columns of the copy of a linear layer that has no settings of its own
 SEED = 0
+PLAIN: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever the defaults are
 _verdicts: dict[Any, bool] = {}
 
 
@@ -116,7 +117,7 @@ def _random(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Values that repeat in memory, with another stride along each axis, so that a large weight costs little."""
     strides = (1, 3, 5, 7, 11)[: len(shape)]
     length = 1 + sum(stride * (size - 1) for stride, size in zip(strides, shape, strict=True))
-    return torch.randn(max(1, length), generator=generator, device="cpu").as_strided(shape, strides)
+    return torch.randn(max(1, length), generator=generator, **PLAIN).as_strided(shape, strides)
 
 
 def _inputs(module: Dense, generator: torch.Generator) -> Iterator[Tensor]:
@@ -124,10 +125,10 @@ def _inputs(module: Dense, generator: torch.Generator) -> Iterator[Tensor]:
     if isinstance(module, nn.Linear):
         for shape in ((3,), (2, 2)):
             for scale in (1.0, 1000.0):
-                yield scale * torch.randn(*shape, module.weight.shape[1], generator=generator, device="cpu")
+                yield scale * torch.randn(*shape, module.weight.shape[1], generator=generator, **PLAIN)
         return
     windows = list(zip(module.kernel_size, module.stride, module.dilation, strict=True))
     for more in range(max(module.stride) + 1):  # padding that hangs on the size shows at one of these
         size = [d * (k - 1) + 1 + s + more for k, s, d in windows]
         for scale in (1.0, 1000.0):
-            yield scale * torch.randn(2, module.in_channels, *size, generator=generator, device="cpu")
+            yield scale * torch.randn(2, module.in_channels, *size, generator=generator, **PLAIN)
