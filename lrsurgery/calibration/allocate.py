@@ -78,7 +78,7 @@ def allocate_ranks(
         if statistics is not None:
             metric, digest = statistics.metric_of(row), statistics.digest_of(row)
         weight = weights.read(row.name)
-        lookup = SpectrumLookup(weight, row.layout, compute, weights.device or weight.device)
+        lookup = SpectrumLookup(weight, row.layout, compute, weights.device or weight.device, row.groups)
         try:
             return lookup.values(metric, digest)
         except SurgeryError as e:
@@ -255,7 +255,7 @@ def _costs(
     """In the unit of the budget, what the dense matrix costs and what each of these ranks does."""
     if budget.kind in ("params", "bytes"):
         width = 1 if budget.kind == "params" else weights.stored_widths[row.name]
-        return width * row.rows * row.columns, [width * row.cost(rank) for rank in ranks]
+        return width * row.groups * row.rows * row.columns, [width * row.cost(rank) for rank in ranks]
     if statistics is None and not row.layout.takes_tokens:
         raise BudgetError(
             f"budget {budget}: the number of positions of a convolution is unknown; add --calibration, or use a share"
@@ -270,7 +270,7 @@ def _costs(
     if row.layout.lookup:
         return outputs * row.flops, [outputs * row.flops_at(rank) for rank in ranks]
     saving = 0 if row.side is None else 1  # a pivoted layer has as many positions in v as in u
-    each = [r * (outputs * row.rows + positions * row.columns - r * outputs * saving) for r in ranks]
+    each = [row.groups * r * (outputs * row.rows + positions * row.columns - r * outputs * saving) for r in ranks]
     return outputs * row.flops, [2 * cost for cost in each]
 
 

@@ -95,15 +95,17 @@ class Collector:
         sums = self._sums.pop((row.name, row.kind), None) or self._new(row, torch.device("cpu"))
         first = next(iter(sums.firsts)) if len(sums.firsts) == 1 else row.name
         same = None if first == row.name else first
-        use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs, same)
+        use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs, same, row.groups)
         per = self.scored if self._gradients else sums.positions
         gradients = None if sums.gradients is None else sums.gradients / max(1, per)
         return use, Moments(sums.inputs / max(1, sums.positions), gradients)
 
     def _new(self, row: Replacement, device: torch.device) -> _Sums:
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(*(() if row.groups == 1 else (row.groups,)), *size, device=device)
+
         shape = (row.rows,) if row.diagonal else (row.rows, row.rows)
-        gradients = torch.zeros(shape, device=device) if self._gradients or row.layout.lookup else None
-        return _Sums(torch.zeros(row.columns, row.columns, device=device), gradients)
+        return _Sums(zeros(row.columns, row.columns), zeros(*shape) if self._gradients or row.layout.lookup else None)
 
     def _hook(self, row: Replacement) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -163,9 +165,9 @@ class Collector:
         ):
             gram, count = torch.zeros_like(sums.inputs), 0
             for part in row.layout.inputs(module, x.detach(), mask):
-                gram.addmm_(part.T, part)
+                _add_products_(gram, part)
                 count += len(part)
-            if not bool(torch.isfinite(gram.diagonal()).all()):
+            if not bool(torch.isfinite(gram.diagonal(dim1=-2, dim2=-1)).all()):
                 raise CalibrationError(f"{row.name}: its inputs hold NaN or Inf; check the data or the model")
             last = self._last = _Input(x, x._version, row.kind, gram, count, row.name)
         sums.firsts.add(last.first)
@@ -181,12 +183,21 @@ class Collector:
         moment = sums.inputs if row.layout.lookup else sums.gradients
         assert moment is not None
         for part in row.layout.gradients(module, shape, g, mask):
-            if moment.ndim == 1:
-                moment += part.square().sum(0)
-            else:
-                moment.addmm_(part.T, part)
-        if not bool(torch.isfinite(moment if moment.ndim == 1 else moment.diagonal()).all()):
+            _add_products_(moment, part)
+        if not bool(torch.isfinite(moment if moment.ndim == 1 else moment.diagonal(dim1=-2, dim2=-1)).all()):
             raise CalibrationError(f"{row.name}: its gradients hold NaN or Inf; --importance activations needs none")
+
+
+def _add_products_(gram: Tensor, x: Tensor) -> None:
+    """Add x x^T of x (positions, n) to gram (n, n) or its diagonal (n,), or of each group to gram (groups, n, n)."""
+    if gram.ndim == 1:
+        gram += x.square().sum(0)
+        return
+    if gram.ndim == 2:
+        gram.addmm_(x.T, x)
+        return
+    parts = x.reshape(len(x), *gram.shape[:2]).transpose(0, 1)
+    gram.baddbmm_(parts.mT, parts)
 
 
 @contextmanager

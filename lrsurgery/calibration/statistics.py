@@ -46,13 +46,14 @@ class LayerUse:
     positions: int  # inputs of its matrix: tokens, or output positions of a convolution (of v, if spatial); 0: unused
     outputs: int  # tokens, or output positions of a convolution
     same_input: str | None = None  # the first of the layers that received the same inputs, all of them; None: no other
+    groups: int = 1  # each with its own matrix and moments
 
 
 @dataclass(frozen=True)
 class Moments:
     """Second moments of one layer's matrix (rows, columns)."""
 
-    inputs: Tensor  # (columns, columns), the mean of x x^T over positions
+    inputs: Tensor  # (columns, columns), the mean of x x^T over positions; with several groups, these come first
     # (rows, rows), the sum of g g^T over positions, per scored token or image; or its diagonal (rows,). Of a table that
     # is looked up, `inputs` has g g^T, and this how often each row was looked up.
     gradients: Tensor | None
@@ -180,7 +181,7 @@ class Statistics:
                     f"{where}: {row.name} was calibrated as {use.kind}, but is planned as {row.kind}; pass the same"
                     " --conv"
                 )
-            if (use.rows, use.columns) != (row.rows, row.columns):
+            if (use.rows, use.columns, use.groups) != (row.rows, row.columns, row.groups):
                 raise CalibrationError(
                     f"{where}: {row.name} was ({use.rows}, {use.columns}) and is ({row.rows}, {row.columns}) here:"
                     " they belong to another model"
@@ -225,6 +226,7 @@ class _Layer(TypedDict):
     positions: Count
     outputs: Count
     same_input: NotRequired[str]
+    groups: NotRequired[Annotated[int, Field(ge=1, lt=1 << 31)]]
     file: Annotated[str, Field(pattern=r"^\d{5,}\.safetensors$")]
     digest: str
 
@@ -244,13 +246,16 @@ def _moments_in(folder: Path, layer: _Layer) -> Moments:
     """Read the moments of a layer. Raises CalibrationError for a damaged file."""
     piece = load_piece(folder / layer["file"])
     sizes = {"inputs": layer["columns"], "gradients": layer["rows"]}
+    groups = layer.get("groups", 1)
+    first = () if groups == 1 else (groups,)
     if (
         piece is None
         or piece.facts != {"digest": layer["digest"]}
         or "inputs" not in piece.tensors
         or any(
-            moment.ndim not in ((1, 2) if key == "gradients" else (2,)) or {*moment.shape} != {sizes.get(key)}
+            tuple(moment.shape) not in {(*first, size, size), *([(size,)] if key == "gradients" else [])}
             for key, moment in piece.tensors.items()
+            for size in [sizes.get(key)]
         )
     ):
         raise CalibrationError(f"{folder / layer['file']}: damaged, or of other statistics; collect them again")
@@ -303,7 +308,9 @@ class StatisticsWriter:
             tensors["gradients"] = moments.gradients
         digest = piece_digest(name, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
         save_piece(self._folder / file, Piece({"digest": digest}, tensors))
-        counts = {key: value for key, value in asdict(use).items() if value is not None}
+        counts = {
+            key: value for key, value in asdict(use).items() if value is not None and (key, value) != ("groups", 1)
+        }
         self._layers[name] = _Layer(**counts, file=file, digest=digest)  # type: ignore[typeddict-item]
 
     def finish(self, facts: Json) -> Statistics:

@@ -25,6 +25,7 @@ from lrsurgery.checkpoints.upstream.layouts import check_shape, holds_inner, mis
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.kinds.folds import Fold, fold_of, folded
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.rows import Replacement
 
@@ -41,6 +42,7 @@ class Entry:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     slices: Callable[[], Iterator[Tensor]]  # its elements in order, flat, some at a time
+    parts: tuple[Entry, ...] = ()  # of a weight that is computed from several tensors: those, as they are stored
 
 
 @dataclass
@@ -121,8 +123,10 @@ def with_tripwire(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
 
     A load without `import lrsurgery.hf` then fails on its shape; otherwise it would initialise the layers randomly.
     """
-    for name, layer in factorised_layers(model).items():
-        return {**state, f"{name}.weight": torch.empty(0, dtype=layer.u.weight.dtype)}
+    layers = factorised_layers(model)
+    # a layer that computes its dense weight may store no tensor of that name
+    for name in sorted(layers, key=lambda name: layers[name].folded is not None):
+        return {**state, f"{name}.weight": torch.empty(0, dtype=layers[name].u.weight.dtype)}
     return state
 
 
@@ -211,7 +215,30 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             for (key, _), (dtype, shape) in zip(members, described, strict=True):
                 entries.append(Entry(key, None, dtype, shape, *_readers(tensors, key)))
     _check_complete(checkpoint, keys.state, covered)
-    return entries
+    return _fold(checkpoint.model, entries, planned)
+
+
+def _fold(model: nn.Module, entries: list[Entry], planned: set[str]) -> list[Entry]:
+    """The entries with one weight in place of the tensors that a planned layer's weight is computed from."""
+    every = model.named_modules(remove_duplicate=False)
+    folds = {name: (module, fold) for name, module in every if name in planned and (fold := fold_of(module))}
+    names = {f"{name}.{part}": name for name, (_, fold) in folds.items() for part in fold.parts}
+    parts = {entry.target: entry for entry in entries if entry.target in names}
+    kept = [entry for entry in entries if entry.target not in names]
+    for name, (module, fold) in folds.items():
+        own = tuple(parts[place] for part in fold.parts if (place := f"{name}.{part}") in parts)
+        if len(own) < len(fold.parts):  # of a module with several names, stored under another
+            kept += own
+            continue
+        kept.append(_folded_entry(f"{name}.weight", module, fold, own))
+    return kept
+
+
+def _folded_entry(key: str, module: nn.Module, fold: Fold, parts: tuple[Entry, ...]) -> Entry:
+    def read() -> Tensor:
+        return folded(fold, module, [part.read() for part in parts]).contiguous()
+
+    return Entry(key, key, parts[-1].dtype, parts[-1].shape, read, lambda: in_slices(read()), parts)
 
 
 def weights_by_layer(checkpoint: Checkpoint, entries: Iterable[Entry]) -> dict[str, Entry]:

@@ -26,7 +26,7 @@ from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.locks import locked
 from lrsurgery.files.marks import MARK
 from lrsurgery.files.writing import check_free, staged, with_name, write_text
-from lrsurgery.surgery.apply import factorised_layers, in_form, specs_of
+from lrsurgery.surgery.apply import check_storable, factorised_layers, in_form, specs_of
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.ranks import PIVOTED, check_form
 from lrsurgery.text import expanded
@@ -170,9 +170,8 @@ def write_timm(model: nn.Module, config: Json, stage: Path) -> None:
 
 def write_transformers(model: nn.Module, stage: Path) -> None:
     """Write a transformers model by `save_pretrained`, as a factorised checkpoint if it has factorised layers."""
-    saved: Any = model
     tell_form(model)
-    saved.save_pretrained(stage)
+    model.save_pretrained(stage)  # type: ignore[operator]
 
 
 def tell_form(model: nn.Module) -> None:
@@ -190,6 +189,7 @@ def save_model(module: nn.Module, folder: str | Path, *, overwrite: bool = False
     OutputError if the folder exists, cannot be written or is being written, or if the module is of neither library.
     """
     check_form(form)
+    check_storable(module)
     output = with_name(Path(folder))
     with disk_faults(output), locked(output), staged(output, overwrite=overwrite) as stage:
         if is_transformers_model(module):

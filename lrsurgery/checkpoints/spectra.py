@@ -138,24 +138,27 @@ def joint_lookup(
 class SpectrumLookup:
     """Spectra of one dense weight as a layer of some kind, from the cache or computed."""
 
-    def __init__(self, weight: Tensor, kind: Kind, compute: Compute, device: torch.device | None = None) -> None:
+    def __init__(
+        self, weight: Tensor, kind: Kind, compute: Compute, device: torch.device | None = None, groups: int = 1
+    ) -> None:
         """`weight` is the dense weight as stored; computation runs on `device`, by default that of `compute`."""
         self.digest = tensor_digest(weight.dtype, tuple(weight.shape), [weight.cpu()]) if compute.cache else ""
-        self._weight, self._kind, self._compute = weight, kind, compute
+        self._weight, self._kind, self._compute, self._groups = weight, kind, compute, groups
+        self._name = kind.name if groups == 1 else f"{kind.name}-{groups}-groups"
         self._device = device or compute.device
         self._cache = SpectrumCache() if compute.cache else None
 
     def spectrum(self) -> Spectrum | None:
         """The cached spectrum of the weight, or None."""
-        return self._cache.get(self.digest, self._kind.name) if self._cache else None
+        return self._cache.get(self.digest, self._name) if self._cache else None
 
     def keep(self, decomposition: Decomposition) -> None:
         """Store the spectrum of a decomposition of the weight."""
         if self._cache:
-            self._cache.put(self.digest, self._kind.name, decomposition)
+            self._cache.put(self.digest, self._name, decomposition)
 
     def matrix(self) -> Tensor:
-        return self._kind.to_matrix(self._weight.to(self._device))
+        return self._kind.matrix_of(self._weight.to(self._device), self._groups)
 
     def values(self, metric: Metric | None = None, metric_digest: str | None = None) -> Tensor:
         """Singular values (full rank,) of the weight, or in a metric, which are cached under the digest of the metric.
@@ -169,10 +172,10 @@ class SpectrumLookup:
 
     def wide_values(self) -> Tensor:
         """Singular values computed in fp64, which resolves small ones."""
-        return self._cached_values("", lambda: singular_values(self.matrix().double()), kind=f"{self._kind.name}-fp64")
+        return self._cached_values("", lambda: singular_values(self.matrix().double()), kind=f"{self._name}-fp64")
 
     def _cached_values(self, suffix: str, compute: Callable[[], Tensor], *, kind: str | None = None) -> Tensor:
-        kind = kind or self._kind.name
+        kind = kind or self._name
         known = self._cache.get(self.digest + suffix, kind) if self._cache else None
         if known is not None:
             return known.values

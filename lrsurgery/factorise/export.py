@@ -33,6 +33,7 @@ from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import dense_card
 from lrsurgery.surgery.apply import dense_bias, factorised_layers, leaders_of_tied, swap_
+from lrsurgery.surgery.kinds.folds import Fold, fold_of
 from lrsurgery.surgery.layers import FactorisedLayer, dense_weight
 from lrsurgery.surgery.shared.modules import SharedLinear
 from lrsurgery.units import parse_size
@@ -86,6 +87,7 @@ class Parts:
     tripwires: list[str]
     copies: dict[str, str]  # keys of orders that a tied layer has beside the one it is tied to -> its name
     unused: list[str]  # keys among the others that the model class does not use
+    folds: dict[str, tuple[nn.Module, Fold]]  # layer -> the module that computed its dense weight, and how
 
 
 def open_parts(reference: str, output: Path, source_options: SourceOptions, *, overwrite: bool) -> Parts:
@@ -97,6 +99,8 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
     check_weights(source.folder, source.files)
     model = build_model(source, device="meta", trust_remote_code=source_options.trust_remote_code)
     dense_keys = key_map(source, model)
+    modules_before = model.named_modules(remove_duplicate=False)
+    folds = {name: (module, fold) for name, module in modules_before if (fold := fold_of(module))}
     swap_(model, source.layers)
     tensors = open_tensors(list(source.files))
     every = model.named_modules(remove_duplicate=False)
@@ -154,6 +158,7 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
         tripwires=tripwires,
         copies=copies,
         unused=unused,
+        folds=folds,
     )
 
 
@@ -209,18 +214,10 @@ def to_dense(
     }
     weights = set()
     for stem, layer in parts.layers.items():
-        name = next(
-            (
-                n
-                for n in (f"{stem}.weight", f"{layer}.weight")
-                if parts.dense_keys.target(n) == (f"{layer}.weight", None)
-            ),
-            None,
-        )
-        if name is None:
-            raise SurgeryError(f"{layer}: transformers would rename its dense weight on loading; it cannot be exported")
-        readers[name] = (tensors.describe(f"{stem}.u.weight")[0], _weight(parts, stem))
-        weights.add(name)
+        names = _dense_names(parts, stem, layer)
+        for number, name in enumerate(names):
+            readers[name] = (tensors.describe(f"{stem}.u.weight")[0], _weight(parts, stem, number))
+        weights.add(names[-1])
         if parts.modules[layer].bias is not None:
             readers[f"{stem}.bias"] = (tensors.describe(f"{stem}.u.bias")[0], _bias(parts, stem))
     done = 0
@@ -242,12 +239,44 @@ def to_dense(
         write_text(stage / "README.md", dense_card(source, output.name, config, options.command))
 
 
+def _dense_names(parts: Parts, stem: str, layer: str) -> list[str]:
+    """The keys of a layer's dense weight, or of the tensors that it is computed from.
+
+    Raises SurgeryError where there are none.
+    """
+    wanted: tuple[str, ...] = ("weight",)
+    names = []
+    if layer in parts.folds:
+        module, fold = parts.folds[layer]
+        if fold.store is None:
+            raise SurgeryError(
+                f"{layer}: a {type(module).__name__} standardises its weight, so it can hold no product of factors; it"
+                " cannot be exported"
+            )
+        wanted = fold.parts
+    for part in wanted:
+        for name in (f"{stem}.{part}", f"{layer}.{part}"):
+            if parts.dense_keys.target(name) == (f"{layer}.{part}", None):
+                names.append(name)
+                break
+        else:
+            raise SurgeryError(f"{layer}: transformers would rename its dense weight on loading; it cannot be exported")
+    return names
+
+
 def _reader(tensors: TensorSource, key: str) -> Callable[[], Tensor]:
     return lambda: tensors.read(key)
 
 
-def _weight(parts: Parts, stem: str) -> Callable[[], Tensor]:
-    return lambda: dense_weight(read_layer(parts, stem))
+def _weight(parts: Parts, stem: str, number: int) -> Callable[[], Tensor]:
+    """What reads a layer's dense weight; or the tensor of this number, of those that it is computed from."""
+    module, fold = parts.folds.get(parts.layers[stem], (None, None))
+
+    def read() -> Tensor:
+        weight = dense_weight(read_layer(parts, stem))
+        return weight if fold is None or fold.store is None else fold.store(module, weight)[number]
+
+    return read
 
 
 def _bias(parts: Parts, stem: str) -> Callable[[], Tensor]:

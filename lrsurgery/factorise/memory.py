@@ -16,6 +16,7 @@ from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric
 from lrsurgery.runtime import Compute, pick_device
 from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, pivot_layers_
+from lrsurgery.surgery.kinds.folds import weight_of
 from lrsurgery.surgery.kinds.table import AUTO
 from lrsurgery.surgery.plan import Plan, SurgeryOptions, layers_of_several_names
 from lrsurgery.surgery.ranks import BALANCED, RankLike
@@ -116,7 +117,7 @@ def factorise_module_(
 def _dense(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """The dense weight of each layer of a plan."""
     modules = dict(module.named_modules())
-    return {row.name: modules[row.name].weight.detach() for row in plan.replacements}  # type: ignore[operator, union-attr]
+    return {row.name: weight_of(modules[row.name]) for row in plan.replacements}
 
 
 def _weights(module: nn.Module, plan: Plan, device: torch.device | None) -> Weights:

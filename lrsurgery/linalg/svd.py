@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrsurgery.errors import RankError, SurgeryError, WeightError
-from lrsurgery.linalg.factors import Factors, largest, power_of_two, times, working_dtype
+from lrsurgery.linalg.factors import Factors, largest, power_of_two, stacked_values, times, working_dtype
 from lrsurgery.linalg.krylov import krylov
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs leave it out
@@ -122,8 +122,12 @@ def direction_factors(
 def singular_values(weight: Tensor) -> Tensor:
     """All singular values (full rank,) of weight (rows, columns), descending, in the working dtype.
 
+    Those of weight (groups, rows, columns) are stacked.
+
     Raises WeightError if the weight is not finite, or if no LAPACK driver converges.
     """
+    if weight.ndim > 2:
+        return stacked_values([singular_values(each) for each in weight])
     matrix, scale, _ = _normalise(weight)
     for precision in (torch.float32, torch.float64):
         if torch.finfo(precision).eps <= torch.finfo(matrix.dtype).eps:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lrsurgery.errors import WeightError
-from lrsurgery.linalg.factors import Factors, balance, working_dtype
+from lrsurgery.linalg.factors import Factors, balance, stacked_values, working_dtype
 from lrsurgery.linalg.svd import RankChoice
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs leave it out
@@ -28,6 +28,11 @@ class Metric(NamedTuple):
 
     inputs: Tensor | None  # C (columns, columns), symmetric, positive semidefinite
     gradients: Tensor | None = None  # G (rows, rows), symmetric, positive definite; or its diagonal (rows,), positive
+
+    def groups(self, count: int) -> list[Metric]:
+        """The metrics of a grouped layer's groups, whose moments have these as a first axis."""
+        every = ([None] * count if moment is None else list(moment) for moment in self)
+        return [Metric(*each) for each in zip(*every, strict=True)]
 
 
 class WeightedFactors(NamedTuple):
@@ -47,13 +52,13 @@ class _Core(NamedTuple):
 
 
 def damp(moment: Tensor, share: float) -> Tensor:
-    """Tikhonov damping: the moment (n, n) in fp64, with this share of its mean diagonal added to the diagonal.
+    """Tikhonov damping: the moment (..., n, n) in fp64, with this share of its mean diagonal added to the diagonal.
 
     Of a diagonal (n,) likewise.
     """
     wide = moment.to(torch.float64, copy=True)
-    diagonal = wide if wide.ndim == 1 else wide.diagonal()
-    diagonal.add_(share * float(diagonal.mean()))
+    diagonal = wide if wide.ndim == 1 else wide.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_(share * diagonal.mean(-1, keepdim=True))
     return wide
 
 
@@ -80,6 +85,9 @@ def weighted_values(weight: Tensor, metric: Metric) -> Tensor:
 
     Raises WeightError if the weight is not finite, if the metric does not fit it, or if G is not positive definite.
     """
+    if weight.ndim > 2:
+        each = zip(weight, metric.groups(len(weight)), strict=True)
+        return stacked_values([weighted_values(*one) for one in each])
     try:
         return _roots(torch.linalg.eigvalsh(_core(weight, metric).gram))
     except LinAlgError as e:

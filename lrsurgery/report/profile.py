@@ -209,7 +209,7 @@ def _all_values(checkpoint: Checkpoint, layers: Sequence[Replacement], compute: 
     }
 
     def values_of(row: Replacement) -> Tensor:
-        lookup = SpectrumLookup(entries[row.name].read(), row.layout, compute)
+        lookup = SpectrumLookup(entries[row.name].read(), row.layout, compute, groups=row.groups)
         try:
             values = lookup.values().cpu()
             # fp32's Gram matrix does not resolve the small ones

@@ -88,7 +88,8 @@ def _factorised(
         try:
             if dense is None:
                 return trained_row(rows[name], factors)
-            matrix = checkpoint.layers[name].layout.to_matrix(dense[name]().to(compute.device))
+            layer = checkpoint.layers[name]
+            matrix = layer.layout.matrix_of(dense[name]().to(compute.device), layer.groups)
             return compared_row(rows[name], matrix, factors)
         except WeightError as e:
             raise WeightError(f"{against or source.reference}: {name}: {e}") from e

@@ -13,14 +13,24 @@ from torch import Tensor, nn
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.errors import PlanError, WeightError
 from lrsurgery.files.json import Json
-from lrsurgery.linalg.factors import Factors, balance_of, largest, power_of_two, product_values, relative_error
+from lrsurgery.linalg.factors import (
+    Factors,
+    balance_of,
+    blocks_of,
+    largest,
+    power_of_two,
+    product_values,
+    relative_error,
+    stacked_values,
+)
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points
-from lrsurgery.linalg.subspaces import Directions, directions, overlap
-from lrsurgery.linalg.svd import Decomposition, spectral_factors
+from lrsurgery.linalg.subspaces import directions, overlap
+from lrsurgery.linalg.svd import Decomposition, singular_values, spectral_factors
 from lrsurgery.linalg.weighted import Metric, second_order, weighted_norm
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied
+from lrsurgery.surgery.kinds.folds import fold_of, weight_of
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
@@ -42,12 +52,12 @@ def measured_row(
     unknown = not bool(values.isfinite().all())  # "fast" computes the largest alone
     # every init gives balanced factors: the product's singular values are the norms of u's columns times v's rows
     even = factors if row.pivots is None else found.factors
-    kept = _norms(even.u, 0) * _norms(even.v, 1)
+    kept = stacked_values(list((_norms(even.u, -2) * _norms(even.v, -1)).reshape(-1, row.rank)))
     energy_kept = float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0
     spectral_error = None if math.isnan(left_out) else left_out / top if top else 0.0
     weighted_error, predicted = _in_metric(found.weighted, row.rank, in_loss)
     if found.weighted is not None:  # the directions kept are the metric's, not the weight's own leading ones
-        energy_kept = _energy_within(matrix, directions(factors), found.energy)
+        energy_kept = _energy_within(matrix, factors, found.energy)
         spectral_error = _spectral_norm_of_difference(matrix, factors) / top if top else 0.0
     return replace(
         planned_row(row),
@@ -74,7 +84,7 @@ def shared_row(row: Replacement, matrix: Tensor, factors: Factors, values: Tenso
     lost = weighted_norm(matrix.double() - factors.u.double() @ factors.v.double(), metric)
     return replace(
         planned_row(row),
-        energy_kept=_finite(_energy_within(matrix, directions(factors), float(wide.square().sum()))),
+        energy_kept=_finite(_energy_within(matrix, factors, float(wide.square().sum()))),
         relative_error=_finite(relative_error(matrix, factors)),
         spectral_error=_finite(_spectral_norm_of_difference(matrix, factors) / top if top else 0.0),
         weighted_error=_finite(lost / whole if whole else 0.0),
@@ -106,10 +116,13 @@ def _in_metric(values: Tensor | None, rank: int, in_loss: bool) -> tuple[float |
     return math.sqrt(lost / whole) if whole else 0.0, second_order(values, rank) if in_loss else None
 
 
-def _energy_within(matrix: Tensor, ours: Directions, energy: float) -> float:
+def _energy_within(matrix: Tensor, factors: Factors, energy: float) -> float:
     """||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces."""
-    within = ours.u.T @ matrix.to(ours.u.dtype) @ ours.v
-    kept = float(torch.linalg.vector_norm(within, dtype=torch.float64)) ** 2
+    kept = 0.0
+    for part, each in zip([matrix] if matrix.ndim == 2 else matrix, blocks_of(factors), strict=True):
+        ours = directions(each)
+        within = ours.u.T @ part.to(ours.u.dtype) @ ours.v
+        kept += float(torch.linalg.vector_norm(within, dtype=torch.float64)) ** 2
     return min(1.0, kept / energy) if energy else 1.0
 
 
@@ -137,6 +150,7 @@ def planned_row(row: Replacement | Kept) -> Row:
         predicted_loss=row.predicted_loss,
         form=None if row.rank is None else "pivoted" if row.pivots else "balanced",
         v_of=None if row.joint is None else row.joint.names[0],
+        groups=row.groups,
     )
 
 
@@ -154,22 +168,28 @@ def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
     spectral init it equals the sum of the kept squared singular values over that of all.
     """
     assert row.rank is not None
-    dense = spectral_factors(matrix, min(row.rank, *matrix.shape))  # a v that layers share may have more rows
-    values = dense.values.double()
-    ours = directions(factors)
+    if matrix.ndim > 2:
+        values, energy, shared = singular_values(matrix).double(), float(matrix.double().square().sum()), None
+    else:
+        dense = spectral_factors(matrix, min(row.rank, *matrix.shape))  # a v that layers share may have more rows
+        values, energy = dense.values.double(), dense.energy
+        shared = overlap(directions(dense.factors), directions(factors)) if energy else None
     gap = _spectral_norm_of_difference(matrix, factors)
     return replace(
         trained_row(row, factors),
-        energy_kept=_finite(_energy_within(matrix, ours, dense.energy)),
+        energy_kept=_finite(_energy_within(matrix, factors, energy)),
         relative_error=_finite(relative_error(matrix, factors)),
         spectral_error=_finite(gap / float(values[0])) if values[0] > 0 else 0.0,
         before=EffectiveRanks.of(values),
         spectrum_before=Points.of(values),
-        overlap=overlap(directions(dense.factors), ours) if dense.energy else None,
+        overlap=shared,
     )
 
 
 def _spectral_norm_of_difference(matrix: Tensor, factors: Factors) -> float:
+    """||W - U V||_2; of several groups the root of the sum of their squares, as their singular values are stacked."""
+    if matrix.ndim > 2:
+        return math.hypot(*map(_spectral_norm_of_difference, matrix, blocks_of(factors)))
     wide = factors.u.to(torch.promote_types(matrix.dtype, torch.float32))
     scale = power_of_two(largest(matrix))  # keeps squares in the range of fp32
     rest = torch.addmm(matrix.to(wide.dtype) / scale, wide / scale, factors.v.to(wide.dtype), alpha=-1)
@@ -229,9 +249,10 @@ def replacement_of(
     `names` are those of layers by id, for shared ones; `tied` as in the row.
     """
     (rows, columns), shape = layer.matrix_shape, tuple(layer.weight.shape)
-    bias = 0 if layer.bias is None else rows
+    bias = 0 if layer.bias is None else layer.bias.numel()
     per_u = layer.layout.v_per_u(layer)
-    row = Replacement(name, layer.kind, shape, rows, columns, layer.rank, bias, per_u, side=layer.side)
+    groups = layer.groups
+    row = Replacement(name, layer.kind, shape, rows, columns, layer.rank, bias, per_u, side=layer.side, groups=groups)
     if not isinstance(layer, SharedLinear):
         return replace(row, tied=tied)
     group = tuple((names or {}).get(id(each), name) for each in layer.group)
@@ -250,11 +271,11 @@ def _row_of(layer: FactorisedLayer, planned: Replacement, dense: nn.Module | Non
     row, name = planned_row(planned), planned.name
     if alone:
         return trained_row(row, factors)
-    weight = getattr(dense, "weight", None)
+    weight = None if dense is None else weight_of(dense) if fold_of(dense) else getattr(dense, "weight", None)
     if not isinstance(weight, Tensor) or tuple(weight.shape) != row.shape:
         raise PlanError(f"{name}: the model to compare with has no such layer of shape {row.shape}")
     try:
-        return compared_row(row, layer.layout.to_matrix(weight.detach()), factors)
+        return compared_row(row, layer.layout.matrix_of(weight.detach(), layer.groups), factors)
     except WeightError as e:
         raise WeightError(f"{name}: {e}") from e
 

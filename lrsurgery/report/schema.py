@@ -67,7 +67,8 @@ class Row:
     spectral_error: float | None = None  # largest singular value left out / largest; measured: ||W - U V||_2 / ||W||_2
     before: EffectiveRanks | None = None
     after: EffectiveRanks | None = None
-    flops_before: Count | None = None  # of a token, or of a position of a convolution's output: 2 a multiply-add
+    # of a token, or of a position of a convolution's output (a transposed one's input): 2 a multiply-add
+    flops_before: Count | None = None
     flops_after: Count | None = None
     spectrum_before: Points | None = None
     spectrum_after: Points | None = None
@@ -80,14 +81,15 @@ class Row:
     # the layer that stores its v, where several share one (its own name for that layer, for which v counts); their rank
     # and full rank are those of all of them together
     v_of: str | None = None
+    groups: int = 1  # of a grouped convolution: one matrix each, one rank and their singular values stacked
 
     @property
     def break_even(self) -> int | None:
         """The largest rank that saves parameters; None for a layer that has no factorised form."""
         if self.full_rank is None or self.v_of is not None:
             return None
-        shape = KINDS[self.kind].matrix_shape(torch.Size(self.shape))
-        return break_even_rank(*shape, pivoted=self.form == "pivoted")
+        rows, columns = KINDS[self.kind].matrix_shape(torch.Size(self.shape))
+        return break_even_rank(rows // self.groups, columns, pivoted=self.form == "pivoted")
 
     @property
     def damage(self) -> float | None:

@@ -5,23 +5,27 @@ The file is long because all that puts factorised layers into a model, changes t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.errors import PlanError, SurgeryError
-from lrsurgery.linalg.factors import Factors, balance
+from lrsurgery.errors import OutputError, PlanError, SurgeryError
+from lrsurgery.linalg.factors import Factors, balance, stacked_values
 from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
 from lrsurgery.linalg.pivot import Side, is_permutation
-from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
-from lrsurgery.linalg.weighted import Metric
+from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum, singular_values
+from lrsurgery.linalg.weighted import Metric, weighted_values
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.kinds.embedding import Projection
+from lrsurgery.surgery.kinds.folds import fold_of, plain_of, weight_of
 from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import (
+    PARTS,
     Dense,
     FactorisedLayer,
     Kind,
@@ -133,9 +137,10 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
         kind = KINDS.get(kind_name)
         if kind is None:
             raise PlanError(f"{name}: unknown kind '{kind_name}'; known: {', '.join(KINDS)}")
-        dense = modules.get(name)
+        held = modules.get(name)
+        dense = None if held is None else plain_of(held)
         weight = getattr(dense, "weight", None)
-        if dense is None or not isinstance(weight, Tensor):
+        if held is None or dense is None or not isinstance(weight, Tensor):
             raise PlanError(f"{name}: this {type(model).__name__} has no such layer")
         if weight.ndim != kind.weight_axes:
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind_name} layer")
@@ -145,7 +150,10 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
             with Unfilled():
                 new = built[name] = build_shared(kind, dense, spec, leads=shared[name] == name)
         else:
-            if rank > (full := min(kind.matrix_shape(weight.shape))):
+            rows, columns = kind.matrix_shape(weight.shape)
+            if (found := getattr(dense, "groups", 1)) != spec.groups:
+                raise PlanError(f"{name}: has {found} groups, and {spec.groups} in the checkpoint")
+            if rank > (full := min(rows // spec.groups, columns)):
                 raise PlanError(f"{name}: rank {rank} exceeds {full}, the full rank of {tuple(weight.shape)}")
             if side is not None and (side not in kind.sides(dense) or rank == full):
                 raise PlanError(f"{name}: a {type(dense).__name__} of rank {rank} has no pivots among its {side}")
@@ -153,7 +161,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
                 new = kind.make(dense, rank, side)
         if not weight.requires_grad:
             new.requires_grad_(False)
-        references.replace_(dense, new)
+        _take_place_(references, held, new)
     tie_(model, {name: spec.tied_to for name, spec in layers.items() if spec.tied_to is not None})
     for leader, names in groups.items():
         group = [built[name] for name in names]
@@ -162,6 +170,12 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
         full = min(rows, group[0].in_features)
         if group[0].rank > full - (1 if group[0].side else 0):
             raise PlanError(f"{leader}: rank {group[0].rank} is too large for {len(names)} layers of full rank {full}")
+
+
+def _take_place_(references: References, dense: nn.Module, new: FactorisedLayer) -> None:
+    if fold_of(dense) is not None:
+        new.folded = type(dense).__name__
+    references.replace_(dense, new)
 
 
 def _check_shared(name: str, spec: Spec, kind: Kind, dense: Dense, leader: Dense) -> None:
@@ -191,6 +205,9 @@ def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = Fa
     """
     short, long = sorted((row.rows, row.columns))
     rank, wide = row.rank or short, max(8 if weighted else 4, item_size)
+    if row.groups > 1:  # one after the other, beside the tensor, its matrices and the factors of all
+        one = decomposition_bytes(replace(row, groups=1), item_size, weighted=weighted)
+        return one + row.groups * (short * long * (item_size + wide) + 2 * wide * rank * (short + long))
     pivoting = short * long * item_size + _pivoting_bytes(row, rank, wide) if row.side else 0
     solver = wide * (5 * short**2 + 2 * rank * (short + long))
     if weighted:
@@ -225,6 +242,8 @@ def decompose(
     """
     choice = row.rank if row.rank is not None else rank
     assert choice is not None
+    if row.groups > 1:
+        return _decompose_groups(row, weight, init, seed, choice, metric, svd)
     problem = InitProblem(
         row.layout.to_matrix(weight),
         choice,
@@ -239,6 +258,33 @@ def decompose(
         return get_init(init)(problem)
     except SurgeryError as e:
         raise type(e)(f"{row.name}: {e}") from e
+
+
+def _decompose_groups(
+    row: Replacement, weight: Tensor, init: str, seed: int, rank: RankChoice, metric: Metric | None, svd: str
+) -> Decomposition:
+    """As `decompose`, group by group: factors with the groups as a first axis, and stacked values."""
+    matrices = row.layout.matrix_of(weight, row.groups)
+    metrics: list[Metric | None] = [None] * row.groups
+    if metric is not None:
+        metrics = [*metric.groups(row.groups)]
+    generator, fan_in = layer_generator(seed, row.name), row.layout.fan_in(weight.shape)
+    try:
+        if callable(rank):
+            rank = rank(singular_values(matrices) if metric is None else weighted_values(matrices, metric))
+        found = [
+            get_init(init)(InitProblem(matrix, rank, fan_in, generator, each, svd=svd))
+            for matrix, each in zip(matrices, metrics, strict=True)
+        ]
+    except SurgeryError as e:
+        raise type(e)(f"{row.name}: {e}") from e
+    weighted = [each.weighted for each in found if each.weighted is not None]
+    return Decomposition(
+        Factors(*(torch.stack(part) for part in zip(*(each.factors for each in found), strict=True))),
+        stacked_values([each.values for each in found]),
+        math.fsum(each.energy for each in found),
+        weighted=stacked_values(weighted) if weighted else None,
+    )
 
 
 def apply_plan_(
@@ -259,15 +305,15 @@ def apply_plan_(
     """
     modules, references = dict(model.named_modules()), References(model)
 
-    def weight_of(row: Replacement) -> Tensor:
-        weight: Tensor = modules[row.name].weight.detach()
+    def read(row: Replacement) -> Tensor:
+        weight = weight_of(modules[row.name])
         if weight.is_meta:
             raise PlanError(f"{row.name}: its weight is on the meta device; load the model first")
         return weight.to(device or weight.device)
 
     def parts_of(unit: tuple[Replacement, ...]) -> list[Stored] | list[Part]:
-        row, weights = unit[0], [weight_of(each) for each in unit]
-        like = modules[row.name].weight.detach()
+        row, weights = unit[0], [read(each) for each in unit]
+        like = weight_of(modules[row.name])
         if row.joint is None:
             found = decompose(row, weights[0], init=init, seed=seed, metric=metric_of(row.name), svd=svd)
             return [factor_weights(row.layout, like, found.factors, row.pivots)]
@@ -277,12 +323,15 @@ def apply_plan_(
         return store_together(factors, [each.rows for each in unit], like, pivoted=row.pivots is not None)
 
     units = plan.units
-    weights: list[Tensor] = [modules[row.name].weight for row in plan.replacements]
-    on_cpu = all((device or weight.device).type == "cpu" for weight in weights)
+    devices = {device or each.device for row in plan.replacements for each in modules[row.name].parameters()}
+    on_cpu = all(each.type == "cpu" for each in devices)
     compute = Compute(device=torch.device("cpu") if on_cpu else torch.device("cuda"))
-    needs = [decomposition_bytes(whole_of(unit), modules[unit[0].name].weight.element_size()) for unit in units]
+    needs = [
+        decomposition_bytes(whole_of(unit), plain_of(modules[unit[0].name]).weight.element_size()) for unit in units
+    ]
     for unit, parts in zip(units, compute.in_order(parts_of, units, needs), strict=True):
-        dense = [modules[row.name] for row in unit]
+        held = [modules[row.name] for row in unit]
+        dense = [plain_of(each) for each in held]
         trained, biases = [each.weight.requires_grad for each in dense], [getattr(each, "bias", None) for each in dense]
         new: list[FactorisedLayer] = []
         with Unfilled():
@@ -299,8 +348,8 @@ def apply_plan_(
             group = [layer for layer in new if isinstance(layer, SharedLinear)]
             join(group)
             fill_group_(group, parts, biases, trained)  # type: ignore[arg-type]
-        for old, layer in zip(dense, new, strict=True):
-            references.replace_(old, layer)
+        for old, layer in zip(held, new, strict=True):
+            _take_place_(references, old, layer)
         for name, kind in unit[0].tied:
             assert unit[0].rank is not None
             with Unfilled():
@@ -325,7 +374,20 @@ def densify_layers_(model: nn.Module) -> None:
         dense.weight = tied[key]
         if (bias := dense_bias(layer)) is not None:
             dense.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        if layer.folded is not None:
+            dense.folded = layer.folded  # type: ignore[assignment]
         references.replace_(layer, dense)
+
+
+def check_storable(model: nn.Module) -> None:
+    """Raise OutputError that names a layer made dense which its class, once loaded, would give another weight."""
+    for name, module in model.named_modules():
+        was = None if isinstance(module, FactorisedLayer) else getattr(module, "folded", None)
+        if was is not None:
+            raise OutputError(
+                f"{name}: was made dense, and the {was} that loads it computes its weight from other tensors; save the"
+                " model before densify_"
+            )
 
 
 @torch.no_grad()
@@ -421,7 +483,7 @@ def _restore(layer: FactorisedLayer) -> Callable[[], None]:
 
 def _is_plain(layer: FactorisedLayer) -> bool:
     return all(
-        (isinstance(part, nn.Embedding) or type(part) in (nn.Linear, nn.Conv2d, Projection))
+        (isinstance(part, nn.Embedding) or type(part) in (*PARTS, Projection))
         and type(part.weight) is nn.Parameter
         and part.weight.is_floating_point()
         for part in (layer.u, layer.v)

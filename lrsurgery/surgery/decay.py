@@ -23,17 +23,26 @@ GROUPED = 16384
 Pair: TypeAlias = "tuple[Tensor, Tensor]"
 
 
-def frobenius_gradients(u: Tensor, v: Tensor, side: Side | None = None) -> Pair:
+def frobenius_gradients(u: Tensor, v: Tensor, side: Side | None = None, *, turned: bool = False) -> Pair:
     """Gradients of (1/2) ||U V||_F^2: U (V V^T) and (U^T U) V, in O((m + n) r^2) without forming the product.
 
-    `u` (out, rank, ...) and `v` (rank, ...) are the weights of a factorised layer of any kind. Computes and returns
-    fp32 or wider, in the weights' shapes.
+    `u` (out, rank, ...) and `v` (rank, ...) are the weights of a factorised layer of any kind, `v` (groups rank, ...)
+    of a grouped one; where `turned`, `u` is (rank, out, ...). Computes and returns fp32 or wider, in the shapes of the
+    weights.
 
     Of a pivoted layer the product holds the kept part beside U V. On the side of the rows that is V, so its square is
     ||V||_F^2 + ||U V||_F^2 and U^T U + 1 takes the place of U^T U; of the columns it is U, and V V^T + 1.
 
     Source: Khodak et al. 2021 (arXiv 2105.01029); Kamalakara et al. 2022 (arXiv 2209.13569).
     """
+    if turned:
+        of_u, of_v = _gradients(u.transpose(0, 1), v, 0, side)
+        return of_u.transpose(0, 1), of_v
+    if len(v) > (rank := u.shape[1]):  # of a grouped layer
+        groups = len(v) // rank
+        by_group = [weight.reshape(groups, -1, *weight.shape[1:]) for weight in (u, v)]
+        found = _gradients(by_group[0], by_group[1], 1, side)
+        return found[0].flatten(0, 1), found[1].flatten(0, 1)
     return _gradients(u, v, 0, side)
 
 
@@ -115,7 +124,7 @@ class FrobeniusDecay:
             else:
                 _add_([f.grad for f in factors], of_factors, self.strength * (1 if scale is None else scale))
 
-        for us, v, side in self._units():
+        for us, v, side, _ in self._units():
             if len(us) > 1 and any(id(factor) in groups for factor in (*us, v)):
                 found = [frobenius_gradients(u, v, side) for u in us]
                 of_v = torch.stack([each for _, each in found]).sum(0)
@@ -123,27 +132,29 @@ class FrobeniusDecay:
                     of_v -= (len(us) - 1) * v.detach().to(of_v.dtype)
                 for factor, gradient in ((v, of_v), *zip(us, (each for each, _ in found), strict=True)):
                     apply([factor], [gradient])
-        for us, vs, side in self._group_alike(groups):
+        for us, vs, side, turned in self._group_alike(groups):
             if len(us) == 1:
-                of_u, of_v = frobenius_gradients(us[0], vs[0], side)
+                of_u, of_v = frobenius_gradients(us[0], vs[0], side, turned=turned)
                 gradients = [[of_u], [of_v]]
             else:
                 gradients = [list(g.unbind()) for g in _gradients(torch.stack(us), torch.stack(vs), 1, side)]
             for factors, of_factors in zip((us, vs), gradients, strict=True):
                 apply(factors, of_factors)
 
-    def _units(self) -> Iterator[tuple[list[Tensor], Tensor, Side | None]]:
-        """The factors u of the layers that have one v, the v, and the side of their pivots."""
-        together: dict[int, tuple[list[Tensor], Tensor, Side | None]] = {}
+    def _units(self) -> Iterator[tuple[list[Tensor], Tensor, Side | None, bool]]:
+        """The factors u of the layers that have one v, the v, the side of their pivots, and whether u is turned."""
+        together: dict[int, tuple[list[Tensor], Tensor, Side | None, bool]] = {}
         for layer in self._layers:
-            us, _, _ = together.setdefault(id(layer.v), ([], layer.v.weight, layer.side))
+            us, *_ = together.setdefault(id(layer.v), ([], layer.v.weight, layer.side, layer.layout.u_turned))
             us.append(layer.u.weight)
         yield from together.values()
 
-    def _group_alike(self, groups: dict[int, dict[str, Any]]) -> list[tuple[list[Tensor], list[Tensor], Side | None]]:
+    def _group_alike(
+        self, groups: dict[int, dict[str, Any]]
+    ) -> list[tuple[list[Tensor], list[Tensor], Side | None, bool]]:
         """Group the factors u and v of layers with a gradient in either, so that each group is one batched product."""
-        alike: dict[Hashable, tuple[list[Tensor], list[Tensor], Side | None]] = {}
-        for number, (factors, v, side) in enumerate(self._units()):
+        alike: dict[Hashable, tuple[list[Tensor], list[Tensor], Side | None, bool]] = {}
+        for number, (factors, v, side, turned) in enumerate(self._units()):
             if len(factors) > 1:
                 continue
             u = factors[0]
@@ -152,8 +163,9 @@ class FrobeniusDecay:
                 continue
             # sharded factors (DTensor) are not batched
             batched = type(u) is type(v) is nn.Parameter and u.numel() + v.numel() <= GROUPED
+            batched = batched and not turned and len(v) == u.shape[1]  # not of a grouped layer
             shapes = (u.shape, v.shape, u.dtype, v.dtype, u.device, v.device, id(of_u), id(of_v), side)
-            us, vs, _ = alike.setdefault(shapes if batched else number, ([], [], side))
+            us, vs, *_ = alike.setdefault(shapes if batched else number, ([], [], side, turned))
             us.append(u)
             vs.append(v)
         return list(alike.values())

@@ -1,10 +1,10 @@
 """Factorised layers: two ordinary modules, `v` then `u`, in place of one.
 
-`u` and `v` are plain nn.Linear or nn.Conv2d modules, so quantisers, LoRA, pruning, tensor parallelism, compilers and
-exporters support them. A layer has one of two forms: balanced, y = u(v(x)), and pivoted (`linalg.pivot`), which stores
-r^2 numbers less and has an `order`.
+`u` and `v` are plain nn.Linear or nn.Conv1d to 3d modules, so quantisers, LoRA, pruning, tensor parallelism,
+compilers and exporters support them. A layer has one of two forms: balanced, y = u(v(x)), and pivoted
+(`linalg.pivot`), which stores r^2 numbers less and has an `order`.
 
-The file is long because all that is true of every layer is in it.
+The file is long because all that is true of every layer, and of linear ones and convolutions, is in it.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lrsurgery.linalg.pivot import Pivoted, Side, inverse_of, pivot, product, pu
 
 # a dense module of some kind; only the functions of its kind know its attributes
 Dense: TypeAlias = Any
+# classes of `u` and `v`
+PARTS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 class Spec(NamedTuple):
@@ -32,6 +34,7 @@ class Spec(NamedTuple):
     side: Side | None = None  # of the pivots; None for the balanced form
     v_of: str | None = None  # the layer that stores its v, where it is another's (`shared.modules`)
     pivots: tuple[int, int] | None = None  # start and number of its pivots among v's outputs, where v is shared
+    groups: int = 1  # of a grouped convolution, each with a matrix of its own
     tied_to: str | None = None  # the layer that stores its u and v, where its weight is another's
 
 
@@ -48,7 +51,8 @@ class Kind:
     """The properties of one kind of layer; `kinds.KINDS` holds one entry per kind.
 
     The matrix of a layer is (rows, columns): rows are outputs, columns are inputs. Functions between weights and
-    matrices only view or reshape. No field is a lambda, so that models can be pickled.
+    matrices only view or reshape. No field is a lambda, so that models can be pickled. Of a layer with groups,
+    `matrix_shape` and `to_matrix` give the rows of all, and factors have the groups as a first axis (`linalg.factors`).
     """
 
     name: str
@@ -74,8 +78,14 @@ class Kind:
     takes_tokens: bool = True  # applied once per token: padding can be masked, and FLOPs per token are known
     no_form: Callable[[Dense], str | None] | None = None  # why a module of this kind cannot be factorised, or None
     plain_product: bool = False  # weight @ x may be computed as u @ (v @ x)
+    u_turned: bool = False  # u.weight is (rank, out, ...), not (out, rank, ...)
     shares_v: bool = False  # layers with the same input may have one v
     lookup: bool = False  # inputs are numbers of rows, and no product gives the dense layer's outputs
+
+    def matrix_of(self, weight: Tensor, groups: int = 1) -> Tensor:
+        """The matrix (rows, columns) of a dense weight; with several groups (groups, rows, columns)."""
+        matrix = self.to_matrix(weight)
+        return matrix if groups == 1 else matrix.reshape(groups, -1, matrix.shape[1])
 
     def make(self, dense: Dense, rank: int, side: Side | None) -> FactorisedLayer:
         """Build a factorised layer in a form, on the meta device; `side` is that of the pivots, None for balanced."""
@@ -96,20 +106,22 @@ class FactorisedLayer(nn.Module):
     where x_P, x_rest are the parts of x[order].
     """
 
-    u: nn.Linear | nn.Conv2d
-    v: nn.Linear | nn.Conv2d
+    u: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+    v: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
     order: Tensor | None
     rank: int
     axis: int  # of the channels in inputs and outputs
     start = 0
     tied: tuple[FactorisedLayer, ...] = ()  # all layers with the same u and v, first the one that stores them
+    folded: str | None = None  # the class that computed the dense weight from other tensors (`kinds.folds`)
 
     def __init__(self, layout: Kind, v: nn.Module, u: nn.Module, side: Side | None = None) -> None:
         super().__init__()
         self.layout = layout
         self.v = v  # type: ignore[assignment]
         self.u = u  # type: ignore[assignment]
-        self.rank = self.v.weight.shape[0]  # here: quantisers pack weights into other shapes
+        # here: quantisers pack weights into other shapes
+        self.rank = layout.to_matrices(self.u.weight, self.v.weight).u.shape[-1]
         self.side: Side | None = side
         rows, columns = self.matrix_shape
         length = {"rows": rows, "columns": columns}
@@ -131,7 +143,12 @@ class FactorisedLayer(nn.Module):
 
     @property
     def spec(self) -> Spec:
-        return Spec(self.kind, self.rank, self.side)
+        return Spec(self.kind, self.rank, self.side, groups=self.groups)
+
+    @property
+    def groups(self) -> int:
+        """How many matrices it has, each of a group of its inputs and outputs."""
+        return 1
 
     @property
     def form(self) -> str:
@@ -139,10 +156,10 @@ class FactorisedLayer(nn.Module):
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """(rows, columns) of the matrix of the weight."""
+        """(rows, columns) of the matrix of the weight, or of each group's."""
         u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
         more = {"rows": (self.own, 0), "columns": (0, self.rank)}[self.side] if self.side else (0, 0)
-        return u.shape[0] + more[0], v.shape[1] + more[1]
+        return u.shape[-2] + more[0], v.shape[-1] + more[1]
 
     @property
     def pivoted(self) -> Pivoted:
@@ -155,6 +172,8 @@ class FactorisedLayer(nn.Module):
     @property
     def factors(self) -> Factors:
         """Matrices u (rows, rank), v (rank, columns) whose product is the matrix of the weight; balanced in that form.
+
+        With several groups these are a first axis of both.
 
         In the other they are the kept part, and the mixing with an identity in the pivots' place.
         """
@@ -221,7 +240,8 @@ class Product(Tensor):
     @staticmethod
     def __new__(cls, layer: FactorisedLayer) -> Product:
         u, v = layer.u.weight, layer.v.weight
-        rows_columns = torch.empty(layer.matrix_shape, device="meta")
+        rows, columns = layer.matrix_shape
+        rows_columns = torch.empty(layer.groups * rows, columns, device="meta")
         product: Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             layer.layout.to_weight(rows_columns, layer).shape,
@@ -282,28 +302,75 @@ class FactorisedLinear(FactorisedLayer):
         return f"{self.in_features}, {self.out_features}, rank={self.rank}{self._form_repr()}"
 
 
-class FactorisedConv2d(FactorisedLayer):
-    """A factorised `nn.Conv2d`: kh x kw then 1 x 1 (channel), or kh x 1 then 1 x kw (spatial)."""
+class FactorisedConv(FactorisedLayer):
+    """A factorised convolution: its kernel then a kernel of 1 (channel), or kh x 1 then 1 x kw (spatial).
 
-    u: nn.Conv2d
-    v: nn.Conv2d
-    axis = -3
+    With groups, both have them: rank channels and one matrix a group.
+    """
+
+    u: Dense
+    v: Dense
 
     @property
     def in_channels(self) -> int:
-        return self.v.in_channels + (self.rank if self.side == "columns" else 0)
+        return int(self.v.in_channels) + (self.rank if self.side == "columns" else 0)
 
     @property
     def out_channels(self) -> int:
-        return self.u.out_channels + (self.rank if self.side == "rows" else 0)
+        return int(self.u.out_channels) + (self.rank if self.side == "rows" else 0)
 
     @property
-    def kernel_size(self) -> tuple[int, int]:
-        return (self.v.kernel_size[0], max(self.v.kernel_size[1], self.u.kernel_size[1]))
+    def groups(self) -> int:
+        return int(self.v.groups)
+
+    # those of the dense layer, which some models read (Whisper's stride)
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        return self._together("kernel_size")
+
+    @property
+    def stride(self) -> tuple[int, ...]:
+        return self._together("stride")
+
+    @property
+    def dilation(self) -> tuple[int, ...]:
+        return self._together("dilation")
+
+    @property
+    def padding(self) -> str | tuple[int, ...]:
+        if isinstance(self.v.padding, str):
+            return self.v.padding
+        return tuple(max(pair) for pair in zip(self.v.padding, self.u.padding, strict=True))
+
+    @property
+    def padding_mode(self) -> str:
+        return str(self.v.padding_mode)
+
+    def _together(self, what: str) -> tuple[int, ...]:  # along each axis, one of both does nothing
+        return tuple(max(pair) for pair in zip(getattr(self.v, what), getattr(self.u, what), strict=True))
 
     def extra_repr(self) -> str:
         shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}"
         return f"{shape}, rank={self.rank}{self._form_repr()}"
+
+
+class FactorisedConv1d(FactorisedConv):
+    """A factorised `nn.Conv1d`; see `FactorisedConv`."""
+
+    axis = -2
+
+
+class FactorisedConv2d(FactorisedConv):
+    """A factorised `nn.Conv2d`; see `FactorisedConv`."""
+
+    axis = -3
+
+
+class FactorisedConv3d(FactorisedConv):
+    """A factorised `nn.Conv3d`; see `FactorisedConv`."""
+
+    axis = -4
 
 
 def side_for(kind: Kind, dense: Dense, matrix: tuple[int, int]) -> Side | None:

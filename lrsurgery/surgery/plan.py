@@ -20,9 +20,10 @@ from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
 from lrsurgery.surgery.budget import SHARING, TOGETHER, UNITS, Budget
 from lrsurgery.surgery.kinds.embedding import EMBEDDING
+from lrsurgery.surgery.kinds.folds import fold_of, plain_of
 from lrsurgery.surgery.kinds.linear import LINEAR
 from lrsurgery.surgery.kinds.table import AUTO, check_conv, explain_no_kind, kind_of, kinds_of
-from lrsurgery.surgery.layers import FactorisedLayer, Kind, side_for
+from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind, side_for
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
 from lrsurgery.surgery.rows import Kept, Replacement
 
@@ -183,7 +184,8 @@ def plan_rows(
     for name, module, weight in layers:
         kinds = kinds_of(module, options.conv) if module is not None else ()
         kind = next(iter(kinds), None)
-        own = sum(p.numel() for p in module.parameters(recurse=False)) if module is not None else weight.numel()
+        inside = not isinstance(module, FactorisedLayer)
+        own = sum(p.numel() for p in module.parameters(inside)) if module is not None else weight.numel()
         reason = (
             _no_layer_reason(name, module, weight)
             or _reason_to_keep(name, model, module, weight, kind, heads or {}, shared, tables, options)
@@ -208,10 +210,16 @@ def plan_rows(
     return rows
 
 
-def _row(name: str, module: nn.Module | None, weight: Tensor, kind: Kind, bias: int, form: str) -> Replacement:
-    matrix = kind.matrix_shape(weight.shape)
+def _row(name: str, module: Dense, weight: Tensor, kind: Kind, more: int, form: str) -> Replacement:
+    """The row of a layer; `more` counts its parameters beside the weight."""
+    groups = getattr(module, "groups", 1)
+    rows, columns = kind.matrix_shape(weight.shape)
+    matrix = rows // groups, columns
     side = side_for(kind, module, matrix) if form == PIVOTED else None
-    return Replacement(name, kind.name, tuple(weight.shape), *matrix, None, bias, kind.v_per_u(module), side=side)
+    held = getattr(module, "bias", None)
+    bias = 0 if held is None else held.numel()
+    per_u, shape = kind.v_per_u(module), tuple(weight.shape)
+    return Replacement(name, kind.name, shape, *matrix, None, bias, per_u, side=side, groups=groups, folded=more - bias)
 
 
 def losses(values: Tensor, *, in_loss: bool) -> Tensor:
@@ -249,13 +257,17 @@ def make_plan(
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
     """Yield (name, module, matrix) for everything that holds a matrix; module is None for a container's parameter."""
-    inside: str | None = None  # of the last factorised layer, whose own modules follow it
+    inside: str | None = None  # of the last factorised layer, or of one with parts, whose own modules follow it
     for name, module in model.named_modules():
+        if inside is not None and name.startswith(inside):
+            continue
         if isinstance(module, FactorisedLayer):
             inside = f"{name}."
             yield name, module, module.v.weight
             continue
-        if inside is not None and name.startswith(inside):
+        if name and fold_of(module) is not None:
+            inside = f"{name}."
+            yield name, module, plain_of(module).weight
             continue
         own = {key: p for key, p in module.named_parameters(recurse=False) if p is not None and p.ndim >= 2}
         if "weight" in own and not any(True for _ in module.children()):
@@ -291,6 +303,8 @@ def _find_shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
 def _no_layer_reason(name: str, module: nn.Module | None, weight: Tensor) -> str | None:
     """The reason why a parameter is no layer to factorise, or None."""
     if module is None:
+        if ".parametrizations." in name:
+            return "part of a weight that is parametrised in another way than weight norm"
         experts = ".experts." in f".{name}" and weight.ndim == 3
         return "fused experts: one parameter of 3 axes" if experts else "a bare parameter, not a layer"
     return ALREADY if isinstance(module, FactorisedLayer) else None
@@ -312,8 +326,10 @@ def _reason_to_keep(
     is_table = kind is not None and kind.lookup
     if is_table and (reason := _reason_to_keep_table(name, model, shared, tables, options)) is not None:
         return reason
-    if f"{name}.weight" in shared and not is_table:
-        return f"tied to {shared[f'{name}.weight'].removesuffix('.weight')}"
+    fold = fold_of(module)
+    for part in ("weight",) if fold is None else fold.parts:
+        if f"{name}.{part}" in shared and not is_table:
+            return f"tied to {shared[f'{name}.{part}'].removesuffix('.weight')}"
     if kind is None:
         return explain_no_kind(module)
     if not weight.is_floating_point() or weight.element_size() < 2:

@@ -40,6 +40,8 @@ class Replacement:
     others: tuple[Replacement, ...] = ()  # the same layer by other convolution schemes, of which one is taken
     joint: Joint | None = None  # None for a layer with its own v
     tied: tuple[tuple[str, str], ...] = ()  # (name, kind) of the layers with the same weight, which become its factors
+    groups: int = 1  # of a grouped convolution, each with its own matrix (rows, columns)
+    folded: int = 0  # parameters, beside as many as the weight has, that its weight is computed from
 
     reason = None
 
@@ -98,11 +100,11 @@ class Replacement:
         """What it becomes, with these of the pivots of its group."""
         assert self.rank is not None
         v_of = None if self.joint is None or self.leads else self.joint.names[0]
-        return Spec(self.kind, self.rank, self.pivots, v_of, pivots)
+        return Spec(self.kind, self.rank, self.pivots, v_of, pivots, self.groups)
 
     @property
     def parameters(self) -> int:
-        return self.rows * self.columns + self.bias
+        return self.groups * self.rows * self.columns + self.bias + self.folded
 
     @property
     def factorised_parameters(self) -> int | None:
@@ -114,12 +116,12 @@ class Replacement:
             own = self.joint.pivots[1] if self.pivots else 0
             return rank * (self.rows - own + (self.columns if self.leads else 0))
         pivots = self.side is not None and rank < self.full_rank
-        return rank * (self.rows + self.columns - (rank if pivots else 0))
+        return self.groups * rank * (self.rows + self.columns - (rank if pivots else 0))
 
     def rank_within(self, parameters: int, multiple_of: int = 1) -> int:
         """The largest rank whose factors have at most so many parameters, and fewer than the weight; 0 for none."""
         pivoted = self.side is not None
-        most = rank_within(parameters, self.rows + self.columns, 1 if pivoted else 0)
+        most = rank_within(parameters // self.groups, self.rows + self.columns, 1 if pivoted else 0)
         most = min(most, break_even_rank(self.rows, self.columns, pivoted=pivoted), self.full_rank)
         return most // multiple_of * multiple_of
 
@@ -141,7 +143,7 @@ class Replacement:
     @property
     def flops(self) -> int:
         """FLOPs per token, or per output position of a convolution; a multiply-add counts 2."""
-        return 2 * self.products * self.rows * self.columns
+        return 2 * self.groups * self.products * self.rows * self.columns
 
     @property
     def factorised_flops(self) -> int | None:
@@ -153,7 +155,7 @@ class Replacement:
         """FLOPs at a rank; a lookup has the product with v alone."""
         pivots = rank if self.side is not None and rank < self.full_rank else 0
         one = self.rows + self.v_per_u * self.columns - pivots
-        return 2 * rank * (self.products * one + self.lookups * (self.columns - pivots))
+        return 2 * self.groups * rank * (self.products * one + self.lookups * (self.columns - pivots))
 
 
 def whole_of(unit: Sequence[Replacement]) -> Replacement:

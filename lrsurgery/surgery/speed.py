@@ -22,6 +22,7 @@ from lrsurgery.files.json import json_text, read_json
 from lrsurgery.files.writing import replace_file
 from lrsurgery.runtime import cache_folder, processor
 from lrsurgery.surgery.kinds.convolution import SIDE
+from lrsurgery.surgery.kinds.folds import plain_of
 from lrsurgery.surgery.kinds.table import KINDS, kind_of
 from lrsurgery.surgery.layers import Kind, Spec, build_dense
 from lrsurgery.surgery.plan import Plan, Refusal, SurgeryOptions, find_heads, make_plan
@@ -65,7 +66,7 @@ def make_refusal(model: nn.Module, conv: str, least: float, device: torch.device
 
     def refuse(row: Replacement) -> str | None:
         assert row.rank is not None
-        ratio = speedup(shapes[row.name], Spec(row.kind, row.rank, row.pivots))
+        ratio = speedup(shapes[row.name], Spec(row.kind, row.rank, row.pivots, groups=row.groups))
         if ratio >= least:
             return None
         size = f"{1 / ratio:.2f}x slower" if ratio < 1 else f"{ratio:.2f}x as fast, under {least:g}x,"
@@ -79,8 +80,9 @@ def _shapes(model: nn.Module, conv: str) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         kind = kind_of(module, conv)
-        if kind is not None and module.weight.is_floating_point():
-            found[name] = build_dense(kind.build(module, 1))
+        plain = plain_of(module)
+        if kind is not None and plain.weight.is_floating_point():
+            found[name] = build_dense(kind.build(plain, 1))
     return found
 
 
@@ -105,7 +107,8 @@ def make_timer(model: nn.Module, conv: str, table: SpeedTable) -> Timer:
             return LayerTimes(whole, [])
         timed = sorted({ranks[0], *(ranks[(len(ranks) - 1) * k // TIMED] for k in range(1, TIMED + 1))})
         pivoted = row.side is not None
-        specs = [Spec(row.kind, r, row.side if pivoted and r < row.full_rank else None) for r in timed]
+        sides = [row.side if pivoted and r < row.full_rank else None for r in timed]
+        specs = [Spec(row.kind, r, side, groups=row.groups) for r, side in zip(timed, sides, strict=True)]
         measured = np.maximum.accumulate([whole / table(dense, spec) for spec in specs])
         return LayerTimes(whole, np.interp(ranks, timed, measured).tolist())
 

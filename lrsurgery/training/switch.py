@@ -169,6 +169,11 @@ def switch_optimizer(
     reset = []
     for name, layer in factorised_layers(model).items():
         state = new.pop(f"{name}.weight", {})
+        if (
+            layer.folded is not None or layer.groups > 1
+        ):  # of the tensors that the weight was computed from, or of several
+            reset.append(name)
+            state = {}
         bias = new.get(f"{name}.bias", {})
         factors = {f"{name}.{part}.weight": _projected(state, bias, layer, part) for part in ("u", "v")}
         if state and not any(factors.values()):

@@ -82,6 +82,43 @@ def test_a_convolution_is_the_matrix_of_its_scheme(scheme: str, options: dict[st
     torch.testing.assert_close(u.detach().T @ moments.gradients @ u.detach(), wanted, rtol=1e-3, atol=1e-3)
 
 
+OTHER_CONVS: dict[str, tuple[Any, tuple[int, ...], dict[str, Any]]] = {
+    "1-d": (nn.Conv1d, (11,), {"kernel_size": 3, "stride": 2, "padding": 1, "dilation": 2}),
+    "1-d, circular": (nn.Conv1d, (11,), {"kernel_size": 4, "padding": 2, "padding_mode": "circular"}),
+    "3-d": (nn.Conv3d, (5, 6, 7), {"kernel_size": (2, 3, 1), "stride": (1, 2, 2), "padding": (1, 0, 2)}),
+    "3-d, same": (nn.Conv3d, (5, 6, 7), {"kernel_size": (2, 3, 1), "padding": "same", "dilation": (1, 2, 1)}),
+}
+
+
+@pytest.mark.parametrize("most", [1, 100, 1 << 24], ids=["a row at a time", "some", "all at once"])
+@pytest.mark.parametrize("name", OTHER_CONVS)
+def test_convolutions_of_other_dimensions(name: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Gram matrix of the inputs is the Jacobian of the outputs in the weight, that of the gradients autograd's."""
+    monkeypatch.setattr("lrsurgery.surgery.kinds.convolution.PATCHES", most)
+    torch.manual_seed(0)
+    conv, size, options = OTHER_CONVS[name]
+    model = nn.Sequential(conv(2, 4, **options))
+    x, alone = torch.randn(3, 2, *size), torch.randn(2, *size)
+    statistics = lrsurgery.collect_statistics(model, [x, alone], loss=lambda out, _: (out.square().sum() / 2, 1))
+    moments, use = statistics.moments("0"), statistics.uses["0"]
+
+    one = conv(2, 1, bias=False, **options)  # the outputs of one channel are the patches times its weight
+    patches = []
+    for images in (x, alone[None]):
+        jacobian = torch.autograd.functional.jacobian(
+            lambda weight, images=images: torch.func.functional_call(one, {"weight": weight}, images).flatten(),
+            one.weight.detach(),
+        )
+        patches.append(jacobian.flatten(1))
+    inputs = torch.cat(patches)
+    outputs = [model(images).detach().transpose(0, 1).flatten(1) for images in (x, alone[None])]
+    whole = torch.cat(outputs, 1)
+    assert (use.positions, use.outputs) == (len(inputs), whole.shape[1])
+    torch.testing.assert_close(moments.inputs, inputs.T @ inputs / len(inputs), rtol=1e-4, atol=1e-4)
+    assert moments.gradients is not None
+    torch.testing.assert_close(moments.gradients, whole @ whole.T / 2, rtol=1e-4, atol=1e-4)
+
+
 def test_a_linear_layer_is_sums_of_outer_products() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3, bias=False))

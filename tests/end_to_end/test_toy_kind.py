@@ -189,7 +189,8 @@ def test_from_checkpoint_to_checkpoint_and_back(dense: Path, images: Path, tmp_p
 
     config = json.loads((tmp_path / "half" / "config.json").read_text())
     assert config["quantization_config"]["layers"] == {
-        name: {"kind": "folded", "rank": layer.rank} for name, layer in factorised_layers(half).items()
+        name: {"kind": "folded", "rank": layer.rank, "form": "balanced"}
+        for name, layer in factorised_layers(half).items()
     }
     compared = run("report", tmp_path / "half", "--against", dense)
     assert {row["name"]: row["rank"] for row in compared["layers"] if row["status"] == "factorised"} == {

@@ -119,6 +119,11 @@ TRANSFORMERS: dict[str, Case] = {
         {"input_features": _noise(2, 16, 40), "decoder_input_ids": IDS},
     ),
     "vit": Case("ViTForImageClassification", lambda: tf.ViTConfig(**VIT, image_size=32, patch_size=8), _image(32)),
+    "vivit": Case(
+        "VivitForVideoClassification",
+        lambda: tf.VivitConfig(**VIT, image_size=16, num_frames=4, tubelet_size=[2, 8, 8]),
+        {"pixel_values": _noise(2, 4, 3, 16, 16)},
+    ),
     "swin": Case(
         "SwinForImageClassification",
         lambda: tf.SwinConfig(image_size=32, embed_dim=24, depths=[2, 2], num_heads=[2, 4], window_size=4),

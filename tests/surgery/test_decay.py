@@ -20,7 +20,13 @@ from lrsurgery.surgery.layers import FactorisedLayer
 KINDS: dict[str, tuple[Callable[[], nn.Module], str, tuple[int, ...]]] = {
     "linear": (lambda: nn.Linear(10, 14), "channel", (3, 10)),
     "conv1d": (lambda: Conv1D(14, 10), "channel", (3, 10)),
+    "conv1d-channel": (lambda: nn.Conv1d(6, 9, 3), "channel", (2, 6, 7)),
+    "conv3d-channel": (lambda: nn.Conv3d(6, 9, (1, 3, 2)), "channel", (2, 6, 3, 4, 5)),
     "conv2d-channel": (lambda: nn.Conv2d(6, 9, (3, 2)), "channel", (2, 6, 7, 7)),
+    "conv2d-channel, grouped": (lambda: nn.Conv2d(6, 48, (3, 2), groups=3), "channel", (2, 6, 7, 7)),
+    "conv1d-channel, grouped": (lambda: nn.Conv1d(8, 32, 3, groups=2), "channel", (2, 8, 7)),
+    "conv-transpose1d-channel": (lambda: nn.ConvTranspose1d(10, 6, 3), "channel", (2, 10, 7)),
+    "conv-transpose2d-channel": (lambda: nn.ConvTranspose2d(10, 6, (3, 2)), "channel", (2, 10, 7, 7)),
     "conv2d-spatial": (lambda: nn.Conv2d(6, 9, (3, 2)), "spatial", (2, 6, 7, 7)),
 }
 RATE, STRENGTH = 0.1, 0.3
@@ -32,7 +38,7 @@ def build(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Fac
     model = nn.Sequential(make()).to(dtype)
     lrsurgery.factorise_(model, rank=4, conv=conv)
     (layer,) = factorised_layers(model).values()
-    assert layer.kind == kind
+    assert layer.kind == kind.partition(",")[0]
     return model, layer, torch.randn(shape, dtype=dtype)
 
 

@@ -27,6 +27,27 @@ GEOMETRIES = [
 ]
 
 
+OTHER_DIMENSIONS: list[tuple[type[nn.Module], tuple[int, ...], dict[str, Any]]] = [
+    *(
+        (nn.Conv1d, (13,), {"kernel_size": k, "stride": s, "padding": p, "dilation": d})
+        for k, s, p, d in itertools.product([1, 4, 5], [1, 3], [0, 2, "same"], [1, 2])
+        if not (p == "same" and s > 1)
+    ),
+    *(
+        (nn.Conv3d, (6, 7, 9), {"kernel_size": k, "stride": s, "padding": p, "dilation": d})
+        for k, s, p, d in itertools.product(
+            [(2, 3, 3), (1, 1, 1)], [(1, 1, 1), (2, 1, 3)], [(0, 0, 0), (1, 0, 2), "same"], [(1, 1, 1), (1, 2, 1)]
+        )
+        if not (p == "same" and s != (1, 1, 1))
+    ),
+    *(
+        (conv, size, {"kernel_size": 3, "padding": 2, "padding_mode": mode})
+        for conv, size in ((nn.Conv1d, (9,)), (nn.Conv3d, (5, 6, 7)))
+        for mode in ("reflect", "replicate", "circular")
+    ),
+]
+
+
 def sentence(geometry: dict[str, Any]) -> str:
     return " ".join(f"{key} {value}" for key, value in geometry.items())
 
@@ -49,6 +70,39 @@ def test_conv_at_full_rank_is_the_dense_conv(geometry: dict[str, Any], conv: str
     assert layer(x).shape == wanted.shape
     assert torch.allclose(layer(x), wanted, atol=1e-10)
     assert torch.allclose(layer.weight, dense.weight, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("conv", "size", "options"), OTHER_DIMENSIONS, ids=[f"{c.__name__} {sentence(o)}" for c, _, o in OTHER_DIMENSIONS]
+)
+def test_convolutions_of_1_and_3_dimensions(conv: Any, size: tuple[int, ...], options: dict[str, Any]) -> None:
+    """At full rank the dense layer; below it that of the product, in both forms, also on one input without a batch."""
+    torch.manual_seed(0)
+    dense = conv(5, 7, **options).double()
+    x = torch.randn(2, 5, *size, dtype=torch.float64)
+    layer = factorised(dense)
+    assert layer.kind == f"{conv.__name__.lower()}-channel"
+    torch.testing.assert_close(layer(x), dense(x), atol=1e-10, rtol=1e-10)
+    for form in ("balanced", "pivoted"):
+        low = factorised(dense, rank=3, form=form)
+        product = conv(5, 7, **options).double()
+        product.load_state_dict({"weight": low.weight + 0, "bias": dense.bias})
+        assert low.side == (None if form == "balanced" else lrsurgery_side(dense))
+        torch.testing.assert_close(low(x), product(x), atol=1e-10, rtol=1e-10)
+        torch.testing.assert_close(low(x[0]), product(x[0]), atol=1e-10, rtol=1e-10)
+        # by Eckart and Young
+        left_out = torch.linalg.svdvals(dense.weight.detach().flatten(1))[3:].norm()
+        torch.testing.assert_close((low.weight - dense.weight).norm().detach(), left_out)
+
+
+def lrsurgery_side(dense: Any) -> str:
+    """Columns only where no position moves and the input has fewer channels."""
+    moved = (
+        dense.weight[0, 0].numel() > 1
+        or set(dense.stride) != {1}
+        or dense.padding not in ("same", (0,) * len(dense.stride))
+    )
+    return "columns" if not moved else "rows"
 
 
 @pytest.mark.parametrize("mode", ["zeros", "reflect", "replicate", "circular"])
@@ -83,8 +137,12 @@ def test_every_kind_at_full_rank(kind: str, bias: bool, dtype: torch.dtype) -> N
     dense: Any = {
         "linear": lambda: nn.Linear(12, 20, bias=bias),
         "conv1d": lambda: Conv1D(20, 12),
+        "conv1d-channel": lambda: nn.Conv1d(4, 6, 3, bias=bias),
         "conv2d-channel": lambda: nn.Conv2d(4, 6, 3, bias=bias),
         "conv2d-spatial": lambda: nn.Conv2d(4, 6, 3, bias=bias),
+        "conv3d-channel": lambda: nn.Conv3d(4, 6, 3, bias=bias),
+        "conv-transpose1d-channel": lambda: nn.ConvTranspose1d(4, 6, 3, bias=bias),
+        "conv-transpose2d-channel": lambda: nn.ConvTranspose2d(4, 6, 3, bias=bias),
     }[kind]()
     dense.to(dtype)
     layer = factorised(dense, conv="spatial" if kind == "conv2d-spatial" else "channel")
@@ -95,7 +153,11 @@ def test_every_kind_at_full_rank(kind: str, bias: bool, dtype: torch.dtype) -> N
     assert (layer.weight.double() - dense.weight.double()).norm() <= tolerance * dense.weight.double().norm()
     assert layer.bias is dense.bias
     if dtype in (torch.float32, torch.float64):
-        x = torch.randn(2, 4, 8, 8, dtype=dtype) if "conv2d" in kind else torch.randn(2, 5, 12, dtype=dtype)
+        x = (
+            torch.randn(2, 5, 12, dtype=dtype)
+            if dense.weight.ndim == 2
+            else torch.randn(2, 4, *(8,) * (dense.weight.ndim - 2)).to(dtype)
+        )
         assert torch.allclose(layer(x), dense(x), atol=100 * torch.finfo(dtype).eps)
 
 
@@ -151,6 +213,9 @@ LAYERS: dict[str, tuple[nn.Module, str]] = {
     "conv1d": (Conv1D(12, 8), "channel"),
     "channel": (nn.Conv2d(4, 6, (3, 2)), "channel"),
     "spatial": (nn.Conv2d(4, 6, (3, 2)), "spatial"),
+    "1-d": (nn.Conv1d(4, 6, 3), "channel"),
+    "3-d": (nn.Conv3d(4, 6, (1, 3, 2)), "channel"),
+    "transposed": (nn.ConvTranspose2d(6, 4, (3, 2)), "channel"),
 }
 
 

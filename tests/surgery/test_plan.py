@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import zoo
 from torch import nn
 
@@ -40,24 +41,24 @@ class Mixed(nn.Module):
         self.conv1d = nn.Conv1d(16, 16, 3)
         self.tiny = nn.Linear(1, 8)
         self.normed = nn.utils.parametrizations.weight_norm(nn.Linear(16, 64))
+        self.spectral = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 64))
         self.table = nn.Parameter(torch.zeros(4, 5))
         self.fc = nn.Linear(16, 10)
 
 
 def test_what_stays_dense_says_why() -> None:
     found = plan(Mixed())
-    assert [row.name for row in found.replacements] == ["wide"]
+    assert [row.name for row in found.replacements] == ["wide", "conv1d", "normed"]
     assert reasons(found) == {
         "table": "a bare parameter, not a layer",
         "embed": "embedding",
         "attention.in_proj_weight": "a bare parameter, not a layer",
-        "attention.out_proj": "unknown subclass NonDynamicallyQuantizableLinear of Linear",
-        "grouped": "grouped convolution",
+        "attention.out_proj": "output of nn.MultiheadAttention, which reads its weight and never calls it",
+        "grouped": "grouped convolution with 4 outputs a group (16 needed)",
         "depthwise": "depthwise convolution",
-        "conv1d": "no factorised form for Conv1d",
         "tiny": "no rank saves parameters",
-        "normed.parametrizations.weight.original0": "a bare parameter, not a layer",
-        "normed.parametrizations.weight.original1": "a bare parameter, not a layer",
+        "spectral.parametrizations.weight.original": "part of a weight that is parametrised in another way than weight"
+        " norm",
         "fc": "output head",
     }
 
@@ -71,7 +72,8 @@ def test_every_matrix_of_a_model_is_in_its_plan() -> None:
         for key, parameter in model.named_parameters():
             if parameter.ndim >= 2 and id(parameter) not in seen:
                 seen.add(id(parameter))
-                assert key in rows or key.removesuffix(".weight") in rows, (name, key)
+                layer = key.removesuffix(".weight").partition(".parametrizations.")[0]
+                assert key in rows or layer in rows, (name, key)
 
 
 def test_counts_match_the_model_after_surgery() -> None:
@@ -93,21 +95,145 @@ def test_tied_head_and_embedding_stay_dense() -> None:
     assert found["transformer.wte"] == "tied to lm_head"
 
 
-def test_harmless_subclasses_are_factorised_and_unknown_ones_are_not() -> None:
-    """timm's Linear and Falcon's compute what nn.Linear does; a subclass of theirs may not."""
+class Same(nn.Linear):
+    """Another order of operations, and a setting of its own."""
+
+    def __init__(self, inputs: int, outputs: int, bias: bool = True, **options: Any) -> None:
+        super().__init__(inputs, outputs, bias, **options)
+        self.note = "same"
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = (x.unsqueeze(-2) * self.weight).sum(-1)
+        return y if self.bias is None else y + self.bias
+
+
+class SameConv(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+def test_subclasses_that_compute_the_same_are_factorised() -> None:
     from timm.layers import Linear
     from transformers.models.falcon.modeling_falcon import FalconLinear
 
-    class Other(Linear):  # type: ignore[misc]
-        pass
-
     torch.manual_seed(0)
-    model = nn.Sequential(Linear(16, 64), FalconLinear(64, 16), Other(16, 64)).eval()
-    x = torch.randn(3, 16)
+    model = nn.Sequential(
+        SameConv(3, 16, 3, stride=2, padding_mode="circular", padding=1),
+        nn.Flatten(),
+        *(Linear(64, 64), FalconLinear(64, 16), Same(16, 64), Same(64, 16, bias=False)),
+    ).eval()
+    x = torch.randn(3, 3, 4, 4)
     wanted = model(x)
-    assert reasons(plan(model, 1.0, allow_larger=True)) == {"2": "unknown subclass Other of Linear"}
+    assert not reasons(plan(model, 1.0, allow_larger=True))
+    with torch.device("meta"):
+        assert not reasons(plan(nn.Sequential(Same(16, 65), SameConv(3, 17, 3)), 1.0, allow_larger=True))
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert not reasons(plan(nn.Sequential(Same(16, 66), SameConv(3, 18, 3)), 1.0, allow_larger=True))
+    finally:
+        torch.set_default_dtype(torch.float32)
     lrsurgery.factorise_(model, rank=1.0, allow_larger=True)
     assert (model(x) - wanted).abs().max() <= 1e-5
+
+
+class Changed(Same):
+    """Computes something else where one of its settings says so."""
+
+    def __init__(self, how: str, square: int = 16) -> None:
+        super().__init__(square, square)
+        self.how = how
+        if how == "parameter":
+            self.scale = nn.Parameter(torch.ones(square))
+        elif how == "buffer":
+            self.register_buffer("mask", torch.ones(square))
+        elif how == "child":
+            self.act = nn.Identity()
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x) * scale
+
+
+class Differs(Same):
+    def __init__(self, how: str, square: int = 16) -> None:
+        super().__init__(square, square)
+        self.how = how
+        self.seen: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        if self.how == "raises":
+            raise RuntimeError
+        return {
+            "transposed": lambda: x @ self.weight + self.bias,
+            "only in training": lambda: y * 2 if self.training else y,
+            "only in eval": lambda: y if self.training else y * 2,
+            "clamped": lambda: y.clamp(max=100),
+            "tuple": lambda: (y, y),
+            "flattened": lambda: y.reshape(-1, y.shape[-1]),
+            "slightly": lambda: y * 1.0001,
+            "without bias": lambda: y - self.bias,
+            "the last output": lambda: torch.cat([y[..., :-1], y[..., -1:] * 2], -1),
+            "after a call": lambda: y if self.seen.append(1) or len(self.seen) > 2 else y * 2,  # type: ignore[func-returns-value]
+        }[self.how]()
+
+
+DIFFERENT = ("raises", "transposed", "only in training", "only in eval", "clamped", "tuple", "flattened", "slightly")
+DIFFERENT += ("without bias", "the last output", "after a call")
+
+
+@pytest.mark.parametrize("how", DIFFERENT)
+def test_subclasses_that_compute_something_else_stay_dense(how: str) -> None:
+    # one that computes the same, with other settings, is no proof of it
+    model = nn.Sequential(Same(16, 16), Differs(how))
+    assert reasons(plan(model, 3)) == {"1": "subclass Differs of Linear that computes something else"}
+    assert model[1].seen == []  # the model itself is not run
+
+
+@pytest.mark.parametrize("how", ["parameter", "buffer", "child", "argument"])
+def test_subclasses_that_hold_or_take_more_stay_dense(how: str) -> None:
+    found = plan(nn.Sequential(Same(16, 16), Changed(how)), 3)
+    wanted = {"1": "subclass Changed of Linear that computes something else"}
+    assert reasons(found) == ({"1.weight": "a bare parameter, not a layer"} if how == "child" else wanted)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"kernel_size": 3, "stride": 2}, {"kernel_size": 2, "stride": 2}, {"kernel_size": 16, "stride": 16}],
+    ids=["3 by 2", "2 by 2", "patches"],
+)
+def test_padding_by_the_size_of_the_input_shows(options: dict[str, int]) -> None:
+    """timm's Conv2dSame is nn.Conv2d on images that are a multiple of its stride."""
+    from timm.layers import Conv2dSame
+
+    found = plan(nn.Sequential(Conv2dSame(8, 16, **options), Conv2dSame(8, 16, 1, stride=2)), 3, conv="channel")
+    assert reasons(found) == {"0": "subclass Conv2dSame of Conv2d that computes something else"}
+
+
+def test_a_subclass_is_tried_once_for_each_of_its_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[torch.Size] = []
+    monkeypatch.setattr(
+        Same, "forward", lambda self, x: (calls.append(x.shape), F.linear(x, self.weight, self.bias))[1]
+    )
+    model = nn.Sequential(*(Same(24, 24) for _ in range(50)))
+    assert len(plan(model, 3).replacements) == 50
+    once = len(calls)
+    assert 0 < once < 20
+    plan(nn.Sequential(*(Same(24, 24) for _ in range(50))), 3)
+    assert len(calls) == once
+    model[0].note = "another"
+    plan(model, 3)
+    assert len(calls) == 2 * once
+
+
+def test_trying_a_subclass_moves_no_random_numbers() -> None:
+    class Draws(Same):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 0 * torch.rand(1)
+
+    model = nn.Sequential(Draws(20, 20), Draws(20, 30))
+    before = torch.get_rng_state()
+    assert len(plan(model, 3).replacements) == 2
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_head_of_a_known_subclass_is_an_output_head() -> None:

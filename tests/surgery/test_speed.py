@@ -38,6 +38,8 @@ LAYERS: dict[str, tuple[nn.Module, str]] = {
     "conv1d": (Conv1D(40, 24), "conv1d"),
     "channel, stride 2": (nn.Conv2d(3, 8, 3, stride=2, padding=1), "conv2d-channel"),
     "channel, patches": (nn.Conv2d(3, 8, 8, stride=8), "conv2d-channel"),
+    "1-d, stride 2": (nn.Conv1d(3, 8, 5, stride=2, padding=2), "conv1d-channel"),
+    "3-d, patches": (nn.Conv3d(3, 8, (2, 8, 8), stride=(2, 8, 8)), "conv3d-channel"),
     "spatial, dilated": (nn.Conv2d(4, 8, (3, 5), dilation=2, padding="same"), "conv2d-spatial"),
     "spatial, huge kernel": (nn.Conv2d(4, 8, 31), "conv2d-spatial"),
 }
@@ -165,7 +167,7 @@ def test_every_kind_is_measured(layer: str) -> None:
     assert 0 < found < math.inf
     assert torch.equal(torch.get_rng_state(), before)
     x = torch.zeros(KINDS[kind].sample_input(dense, speed.POSITIONS))
-    positions = dense(x).numel() // (8 if isinstance(dense, nn.Conv2d) else 40)
+    positions = dense(x).numel() // (8 if isinstance(dense, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 40)
     assert positions == (1 if layer == "spatial, huge kernel" else pytest.approx(speed.POSITIONS, rel=0.25))
 
 

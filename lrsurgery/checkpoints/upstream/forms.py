@@ -19,7 +19,7 @@ from lrsurgery.surgery.shared.specs import groups_in
 
 METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
 FORMAT_VERSION = 2  # of its quantization_config; 1 knows the balanced form alone
-FIRST_KINDS = ("linear", "conv1d", "conv2d-channel", "conv2d-spatial")  # of format 1
+FIRST_KINDS = ("linear", "conv1d", "conv2d-channel", "conv2d-spatial")  # that format 1 has
 LARGEST_RANK = 1 << 31
 
 Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 31)]  # of an image or a tensor
@@ -101,6 +101,7 @@ class LayerSpec(TypedDict):
     rank: Annotated[int, Field(gt=0, lt=LARGEST_RANK)]
     form: NotRequired[Literal["balanced", "pivoted"]]
     side: NotRequired[Side]  # of a pivoted one
+    groups: NotRequired[Annotated[int, Field(gt=1, lt=LARGEST_RANK)]]  # of a grouped convolution
     v_of: NotRequired[str]  # the layer that stores the v of this one
     tied_to: NotRequired[str]  # the layer that stores the u and v of this one
     # of a pivoted one whose v others share: the first of its pivots among v's outputs, and their number
@@ -182,6 +183,7 @@ def specs_from(layers: Mapping[str, LayerSpec]) -> dict[str, Spec]:
             spec.get("side"),
             spec.get("v_of"),
             (spec["pivots"][0], spec["pivots"][1]) if "pivots" in spec else None,
+            spec.get("groups", 1),
             spec.get("tied_to"),
         )
         for name, spec in layers.items()
@@ -204,6 +206,11 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
         raise SurgeryError(
             f"{led[0]}: has the v of {specs[led[0]].v_of}, and in format 1 every layer has its own; write format 2"
         )
+    newer = [name for name, spec in specs.items() if spec.kind not in FIRST_KINDS or spec.groups > 1]
+    if version == 1 and newer:
+        spec = specs[newer[0]]
+        what = f"{spec.kind} layer" + (f" of {spec.groups} groups" if spec.groups > 1 else "")
+        raise SurgeryError(f"{newer[0]}: a {what}, which format 1 does not have; write format 2")
     if version == 1 and pivoted:
         raise SurgeryError(
             f"{pivoted[0]}: is pivoted, as {len(pivoted)} of {len(specs)} layers are, and format 1 has balanced layers"
@@ -216,6 +223,8 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
         layers[name] = LayerSpec(kind=spec.kind, rank=spec.rank, form="pivoted" if spec.side else "balanced")
         if spec.side:
             layers[name]["side"] = spec.side
+        if spec.groups > 1:
+            layers[name]["groups"] = spec.groups
         if spec.v_of is not None:
             layers[name]["v_of"] = spec.v_of
         if spec.pivots is not None:

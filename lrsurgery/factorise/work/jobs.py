@@ -174,7 +174,7 @@ class Decomposer:
 
     def _alone(self, job: Job) -> Piece:
         tensor, row = job.entry.read(), job.row
-        lookup = SpectrumLookup(tensor, row.layout, self._compute, self._device)
+        lookup = SpectrumLookup(tensor, row.layout, self._compute, self._device, row.groups)
         known = lookup.spectrum()
         facts: Json = {
             **identity_of(job, self._owner),
@@ -216,7 +216,8 @@ class Decomposer:
                 check_overflow(factor, row.name)
         has_gradients = self._statistics is not None and self._statistics.has_gradients
         factors = product_factors(row.layout, stored, decided.pivots)
-        measured = measured_row(decided, row.layout.to_matrix(dense), factors, decomposition, in_loss=has_gradients)
+        matrix = row.layout.matrix_of(dense, row.groups)
+        measured = measured_row(decided, matrix, factors, decomposition, in_loss=has_gradients)
         if self._surgery.init in WITHOUT_DIRECTIONS:
             measured = replace(measured, energy_kept=None, spectral_error=None)
         return Piece({**facts, "rank": decided.rank, "row": measured.to_dict()}, tensors_of(stored))

@@ -91,6 +91,7 @@ class Rewriter:
             ]
         )
         self._job_of = {job.row.name: job for job in self.jobs}
+        self._tripwire, self._all_folded = False, all(job.entry.parts for job in self.jobs)
 
     def _planned_row(self, layer: str) -> Replacement:
         row = self.decided[layer]
@@ -266,8 +267,9 @@ class Rewriter:
         self._digests[entry.key] = piece.facts["digest"]
         self.bytes_before += piece.facts["bytes"]
         names = self._names_of(entry)
-        if not self.measured:
+        if not self._tripwire and (not entry.parts or self._all_folded):
             # tripwire: a loader without lrsurgery fails on its shape instead of ignoring the factors silently
+            self._tripwire = True
             writer.add(names.of("weight"), torch.empty(0, dtype=piece.tensors["u"].dtype))
         self.measured[layer] = measured
         writer.add(names.of("u.weight"), piece.tensors["u"])
@@ -303,6 +305,10 @@ class Rewriter:
 
     def _copy(self, writer: ShardWriter, entry: Entry, key: str) -> None:
         """Copy a tensor to the output under this key, slice by slice; skip a copy of the tensor it is tied to."""
+        if entry.parts:  # of a layer that stays dense after all
+            for part in entry.parts:
+                self._copy(writer, part, part.key)
+            return
         if self._is_tied_copy(entry):
             self._skip(entry)
             return

@@ -38,6 +38,7 @@ from lrsurgery.report.targets.schema import Point
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decompose, decomposition_bytes, fill_
 from lrsurgery.surgery.budget import APART, parse_budget
+from lrsurgery.surgery.kinds.folds import plain_of, weight_of
 from lrsurgery.surgery.layers import Stored, factor_weights
 from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.rows import Replacement
@@ -190,11 +191,11 @@ class Trials:
             return output.stored(dtypes.get(key, torch.float32))
 
         def factors_of(row: Replacement) -> Stored:
-            weight = modules[self.names[row.name]].weight
+            weight = weight_of(modules[self.names[row.name]])
             metric = self.statistics.metric_of(row) if self.statistics is not None else None
             found = decompose(
                 row,
-                weight.detach().to(self.options.compute.device),
+                weight.to(self.options.compute.device),
                 init=surgery.init,
                 seed=surgery.seed,
                 metric=metric,
@@ -208,13 +209,15 @@ class Trials:
         compute: Compute = self.options.compute
         for row, stored in zip(rows, compute.in_order(factors_of, rows, needs), strict=True):
             assert row.rank is not None
-            layer = modules[self.names[row.name]]
+            held = modules[self.names[row.name]]
+            layer = plain_of(held)
             with Unfilled():
                 new = row.layout.make(layer, row.rank, row.pivots)
-            held = Stored(*(None if part is None else part.to(layer.weight.device) for part in stored))  # type: ignore[arg-type]
+            device = next(held.parameters()).device
+            factors = Stored(*(None if part is None else part.to(device) for part in stored))  # type: ignore[arg-type]
             bias = None if layer.bias is None else layer.bias.detach().to(stored_dtype(f"{row.name}.bias"))
-            fill_(new, held, bias, layer.weight.requires_grad)
-            references.replace_(layer, new.float())
+            fill_(new, factors, bias, layer.weight.requires_grad)
+            references.replace_(held, new.float())
         if output.dtype is not None:
             self._round_(model, output.dtype)
         return model.eval()

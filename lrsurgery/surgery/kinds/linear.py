@@ -6,23 +6,25 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.kinds.common import fan_in, is_one_of, on_meta
+from lrsurgery.surgery.kinds.subclasses import behaves_as
 from lrsurgery.surgery.layers import Dense, FactorisedLayer, FactorisedLinear, Kind
 
-# classes identified by name, so that neither library is imported
-LINEAR_CLASSES = {
-    ("timm.layers.linear", "Linear"),  # overrides forward for torchscript only
-    ("transformers.models.falcon.modeling_falcon", "FalconLinear"),  # x @ W.T, then + b
-}
-CONV1D_CLASSES = {("transformers.pytorch_utils", "Conv1D")}
+CONV1D_CLASSES = {("transformers.pytorch_utils", "Conv1D")}  # by name, so that the library is not imported
 
 
 def _is_linear(module: nn.Module, conv: str) -> bool:
-    # a subclass may override forward
-    return type(module) is nn.Linear or is_one_of(module, LINEAR_CLASSES)
+    return behaves_as(module, nn.Linear)
+
+
+def _explain_linear(module: Dense) -> str | None:
+    if type(module) is NonDynamicallyQuantizableLinear:
+        return "output of nn.MultiheadAttention, which reads its weight and never calls it"
+    return None
 
 
 def _is_conv1d(module: nn.Module, conv: str) -> bool:
@@ -134,6 +136,7 @@ LINEAR = Kind(
     sample_input=_linear_sample,
     sides=_both_sides,
     shares_v=True,
+    no_form=_explain_linear,
     plain_product=True,
 )
 CONV1D = Kind(

@@ -12,19 +12,20 @@ from torch.nn import functional as F
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.kinds.common import AUTO, SPATIAL, fan_in, on_meta
 from lrsurgery.surgery.kinds.convolution import (
-    dense_conv2d,
+    dense_conv,
     explain_groups,
     image_gradients,
-    image_outputs,
     image_sample,
     pad_mode,
     patches,
 )
+from lrsurgery.surgery.kinds.subclasses import behaves_as
 from lrsurgery.surgery.layers import Dense, FactorisedConv2d, FactorisedLayer, Kind
 
 
-def _is_spatial(module: nn.Module, conv: str) -> bool:
-    return type(module) is nn.Conv2d and conv in (AUTO, SPATIAL) and module.kernel_size != (1, 1)
+def _is_spatial(module: Dense, conv: str) -> bool:
+    splits = conv in (AUTO, SPATIAL) and behaves_as(module, nn.Conv2d)
+    return splits and module.groups == 1 and module.kernel_size != (1, 1)
 
 
 # the matrix of the spatial scheme: (out kw, in kh), rows (o, w), columns (i, h); a bare reshape would mix the axes
@@ -66,13 +67,6 @@ def _build_spatial(layer: Dense, rank: int) -> FactorisedLayer:
     return FactorisedConv2d(CONV2D_SPATIAL, v, u)
 
 
-def _dense_spatial(layer: FactorisedLayer) -> nn.Module:
-    u: Dense = layer.u
-    v: Dense = layer.v
-    padding = v.padding if isinstance(v.padding, str) else (v.padding[0], u.padding[1])
-    return dense_conv2d(layer, (v.stride[0], u.stride[1]), padding, (v.dilation[0], u.dilation[1]))
-
-
 def _horizontal_stride(module: Dense) -> int:
     # in a factorised layer, u has the horizontal stride
     u: Dense = module.u if isinstance(module, FactorisedLayer) else module
@@ -106,6 +100,10 @@ def _spread(module: Dense, shape: torch.Size, g: Tensor) -> Tensor:
     return torch.autograd.grad(sums, parts, g)[0]
 
 
+def _outputs(output: Tensor, counted: int) -> int:
+    return output.numel() // output.shape[-3]
+
+
 CONV2D_SPATIAL = Kind(
     name="conv2d-spatial",
     matches=_is_spatial,
@@ -116,11 +114,11 @@ CONV2D_SPATIAL = Kind(
     to_matrices=_spatial_matrices,
     to_weights=_spatial_factors,
     build=_build_spatial,
-    build_dense=_dense_spatial,
+    build_dense=dense_conv,
     fan_in=fan_in,
     inputs=_spatial_inputs,
     gradients=_spatial_gradients,
-    outputs=image_outputs,
+    outputs=_outputs,
     sample_input=image_sample,
     v_per_u=_horizontal_stride,
     takes_tokens=False,

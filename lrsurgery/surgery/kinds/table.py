@@ -9,10 +9,13 @@ from torch import nn
 
 from lrsurgery.errors import PlanError
 from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
-from lrsurgery.surgery.kinds.convolution import CONV2D_CHANNEL
+from lrsurgery.surgery.kinds.convolution import CONV1D_CHANNEL, CONV2D_CHANNEL, CONV3D_CHANNEL
 from lrsurgery.surgery.kinds.embedding import EMBEDDING
+from lrsurgery.surgery.kinds.folds import BASES, explain_fold, plain_of
 from lrsurgery.surgery.kinds.linear import CONV1D, LINEAR
 from lrsurgery.surgery.kinds.spatial import CONV2D_SPATIAL
+from lrsurgery.surgery.kinds.subclasses import explain_subclass
+from lrsurgery.surgery.kinds.transposed import CONV_TRANSPOSE1D, CONV_TRANSPOSE2D
 from lrsurgery.surgery.layers import Kind
 
 __all__ = [
@@ -27,12 +30,20 @@ __all__ = [
     "kinds_of",
 ]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, CONV2D_CHANNEL, CONV2D_SPATIAL, EMBEDDING)}
+KINDS: dict[str, Kind] = {
+    kind.name: kind
+    for kind in (
+        *(LINEAR, CONV1D, EMBEDDING),
+        *(CONV1D_CHANNEL, CONV2D_CHANNEL, CONV2D_SPATIAL, CONV3D_CHANNEL),
+        *(CONV_TRANSPOSE1D, CONV_TRANSPOSE2D),
+    )
+}
 
 
 def kinds_of(module: nn.Module, conv: str) -> tuple[Kind, ...]:
     """The kinds that a dense module may become by convolution scheme `conv`, several by "auto"."""
-    return tuple(kind for kind in KINDS.values() if kind.matches(module, conv))
+    plain = plain_of(module)
+    return tuple(kind for kind in KINDS.values() if kind.matches(plain, conv))
 
 
 def kind_of(module: nn.Module, conv: str = CHANNEL) -> Kind | None:
@@ -48,8 +59,9 @@ def check_conv(conv: str) -> None:
 
 def explain_no_kind(module: nn.Module) -> str:
     """Why a module with a weight is of no kind."""
-    name = type(module).__name__
-    for base in (nn.Linear, nn.Conv2d):
+    if (reason := explain_fold(module)) is not None:
+        return reason
+    for base in BASES:
         if isinstance(module, base):
-            return f"unknown subclass {name} of {base.__name__}"
-    return f"no factorised form for {name}"
+            return explain_subclass(module, base)
+    return f"no factorised form for {type(module).__name__}"
