@@ -34,7 +34,15 @@ from lrsurgery.checkpoints.upstream.forms import (
 from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain, retie_
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.files.json import check_version
-from lrsurgery.surgery.apply import check_orders, copy_orders_, densify_layers_, factorised_layers, specs_of, swap_
+from lrsurgery.surgery.apply import (
+    check_orders,
+    check_storable,
+    copy_orders_,
+    densify_layers_,
+    factorised_layers,
+    specs_of,
+    swap_,
+)
 from lrsurgery.surgery.kinds.table import KINDS, kind_of
 from lrsurgery.surgery.layers import Spec
 
@@ -100,6 +108,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
+        check_storable(model)
         return with_tripwire(model, model.state_dict()), {}
 
     def _dequantize(self, model: PreTrainedModel, dtype: object = None) -> PreTrainedModel:
@@ -205,8 +214,10 @@ def attach_(model: nn.Module) -> None:
 
 
 def detach_(model: nn.Module) -> None:
-    """Undo `attach_`, for a model that is dense again."""
+    """Undo `attach_`, for a model that is dense again; one that cannot be saved so keeps what refuses it."""
     quantizer = getattr(model, "hf_quantizer", None)
     retie_(model)
+    if any(getattr(module, "folded", None) for module in model.modules()):
+        return
     if isinstance(quantizer, LowRankQuantizer):
         quantizer.remove_quantization_config(model)

@@ -173,8 +173,8 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
 
 
 def _take_place_(references: References, dense: nn.Module, new: FactorisedLayer) -> None:
-    if fold_of(dense) is not None:
-        new.folded = type(dense).__name__
+    # of a layer made dense before, the class that loads it is still that
+    new.folded = type(dense).__name__ if fold_of(dense) is not None else getattr(dense, "folded", None)
     references.replace_(dense, new)
 
 

@@ -127,6 +127,29 @@ def test_a_standardised_transformers_model(tmp_path: Path) -> None:
     assert_close(logits(lrsurgery.load_model(tmp_path / "full")), logits(full), 1e-6)
 
 
+@pytest.mark.parametrize("loaded", [False, True], ids=["factorised in memory", "loaded"])
+def test_a_model_made_dense_is_not_saved_wrong(loaded: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = tf.BitConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], num_groups=4, num_labels=5)
+    model = tf.BitForImageClassification(config)
+    lrsurgery.factorise_(model, rank=0.4)
+    if loaded:
+        model.save_pretrained(tmp_path / "low")
+        model = load(tf.BitForImageClassification, tmp_path / "low")
+    wanted = logits(model)
+    lrsurgery.densify_(model)
+    assert_close(logits(model), wanted, 1e-4)
+    lrsurgery.factorise_(model, rank=0.3)
+    model.save_pretrained(tmp_path / "lower")
+    assert torch.equal(logits(load(tf.BitForImageClassification, tmp_path / "lower")), logits(model))
+    lrsurgery.densify_(model)
+    with pytest.raises(SurgeryError, match="was made dense, and the WeightStandardizedConv2d that loads it"):
+        model.save_pretrained(tmp_path / "dense")
+    with pytest.raises(SurgeryError, match="was made dense"):
+        lrsurgery.save_model(model, tmp_path / "dense too")
+    assert not (tmp_path / "dense too").exists()
+
+
 AUDIO: dict[str, Any] = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
