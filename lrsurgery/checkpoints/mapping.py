@@ -1,4 +1,7 @@
-"""Mapping between the tensors of checkpoint files and the parameters of a model."""
+"""Mapping between the tensors of checkpoint files and the parameters of a model.
+
+The file is long because what a key of a file is in a model, and the reverse, is decided here alone.
+"""
 
 from __future__ import annotations
 

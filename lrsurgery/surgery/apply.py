@@ -21,7 +21,6 @@ from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum, singular_v
 from lrsurgery.linalg.weighted import Metric, weighted_values
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
-from lrsurgery.surgery.kinds.embedding import Projection
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of, weight_of
 from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import (
@@ -50,6 +49,7 @@ from lrsurgery.surgery.shared.forms import (
 )
 from lrsurgery.surgery.shared.modules import SharedLinear, build_shared, is_led, join
 from lrsurgery.surgery.shared.specs import groups_in
+from lrsurgery.surgery.tables.embedding import Projection
 
 
 def factorised_layers(model: nn.Module) -> dict[str, FactorisedLayer]:

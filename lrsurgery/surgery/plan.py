@@ -19,13 +19,13 @@ from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
 from lrsurgery.surgery.budget import SHARING, TOGETHER, UNITS, Budget
-from lrsurgery.surgery.kinds.embedding import EMBEDDING
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of
 from lrsurgery.surgery.kinds.linear import LINEAR
 from lrsurgery.surgery.kinds.table import AUTO, check_conv, explain_no_kind, kind_of, kinds_of
 from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind, side_for
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
 from lrsurgery.surgery.rows import Kept, Replacement
+from lrsurgery.surgery.tables.embedding import EMBEDDING
 
 Target: TypeAlias = RankSpec | Budget  # a policy decides each layer alone, a budget all layers together
 ALREADY = "already factorised"

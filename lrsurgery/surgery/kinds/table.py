@@ -10,13 +10,13 @@ from torch import nn
 from lrsurgery.errors import PlanError
 from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
 from lrsurgery.surgery.kinds.convolution import CONV1D_CHANNEL, CONV2D_CHANNEL, CONV3D_CHANNEL
-from lrsurgery.surgery.kinds.embedding import EMBEDDING
 from lrsurgery.surgery.kinds.folds import BASES, explain_fold, plain_of
 from lrsurgery.surgery.kinds.linear import CONV1D, LINEAR
 from lrsurgery.surgery.kinds.spatial import CONV2D_SPATIAL
 from lrsurgery.surgery.kinds.subclasses import explain_subclass
 from lrsurgery.surgery.kinds.transposed import CONV_TRANSPOSE1D, CONV_TRANSPOSE2D
 from lrsurgery.surgery.layers import Kind
+from lrsurgery.surgery.tables.embedding import EMBEDDING
 
 __all__ = [
     "AUTO",
