@@ -42,6 +42,7 @@ from lrsurgery.cli.arguments import (
     make_screen,
     option,
 )
+from lrsurgery.cli.folders.looks import show_reach, verify_folders
 from lrsurgery.cli.targets.options import (
     EvalDataOption,
     EvalSplitOption,
@@ -51,7 +52,6 @@ from lrsurgery.cli.targets.options import (
     curve_request,
 )
 from lrsurgery.report.views import VIEWS, render
-from lrsurgery.text import expanded
 
 if TYPE_CHECKING:
     from lrsurgery.cli.console import Screen
@@ -103,6 +103,10 @@ def report(
             text="For a dense model: show this plan beside it; as for factorise.",
         ),
     ] = None,
+    reach: Annotated[
+        bool,
+        option("--reach", panel=SHOWN, text="Of dense models: what share can be factorised, and why not the rest."),
+    ] = False,
     sort: Annotated[Sort, option("--sort", panel=SHOWN, text="Order of the layers.")] = "model",
     every: Annotated[
         bool, option("--all", panel=SHOWN, text="Each layer of a large model, not a line a block.")
@@ -182,7 +186,11 @@ def report(
     from lrsurgery.errors import SurgeryError
 
     if verify:
-        _verify(models, make_screen(quiet, as_json))
+        verify_folders(models, make_screen(quiet, as_json))
+        return
+    if reach:
+        options = {"revision": revision, "architecture": architecture, "trust_remote_code": trust_remote_code}
+        show_reach(models, options, make_screen(quiet, as_json))
         return
     view = _view(format_, output, as_json)
     screen = make_screen(quiet, view == "json" and output is None)
@@ -271,28 +279,6 @@ def _check_own(output: Path, models: list[str]) -> None:
     for model in map(Path, models):
         files = [file for file in model.rglob("*") if file.is_file()] if model.is_dir() else [model]
         check_apart(output, [f for f in files if f.suffix not in (".html", ".md", ".csv") or f.name == "README.md"])
-
-
-def _verify(models: list[str], screen: Screen) -> None:
-    """Compare folders with the digests in their reports. Raises SurgeryError that counts the files which differ."""
-    from dataclasses import asdict
-
-    from lrsurgery.errors import SurgeryError
-    from lrsurgery.files.digests import verify_folder
-
-    found = {name: verify_folder(expanded(name)) for name in models}
-    screen.emit({"folders": {name: asdict(each) for name, each in found.items()}})
-    for name, each in found.items():
-        for file, what in each.remarks:
-            screen.show(f"{Path(name) / file}: {what}")
-        if each.whole:
-            screen.show(f"{name}: {each.files} files, {each.bytes / 1e9:.2f} GB, as written")
-    bad = {name: each for name, each in found.items() if not each.whole}
-    if bad:
-        count, of = (
-            sum(n) for n in zip(*((len(e.missing) + len(e.damaged), e.files) for e in bad.values()), strict=True)
-        )
-        raise SurgeryError(f"{', '.join(bad)}: {count} of {of} files are not as written; download or copy them again")
 
 
 def _view(asked: str | None, output: Path | None, as_json: bool) -> str:
