@@ -67,8 +67,8 @@ def combine(metrics: Sequence[Metric]) -> Metric:
 
     Each use is a Kronecker product of its moments C and G, G a diagonal (rows,), and so is the result: rows count with
     the sum of G trace(C), columns with the sum of C trace(G), which keeps the traces over rows and over columns of the
-    sum of all uses. (The nearest product in the Frobenius norm goes by the few most frequent tokens, and does worse;
-    see examples/guides/embeddings.md.) A moment that one use has not is not in the result's.
+    sum of all uses. (The product nearest in the Frobenius norm would go by the few most frequent tokens.) A moment that
+    one use has not is not in the result's.
     """
     inputs = [metric.inputs.double() for metric in metrics if metric.inputs is not None]
     gradients = [metric.gradients.double() for metric in metrics if metric.gradients is not None]
