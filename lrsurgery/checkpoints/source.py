@@ -186,6 +186,11 @@ def read_config(folder: Path) -> Json:
     if not (
         isinstance(config.get("model_type"), str) or isinstance(config.get("architecture"), str) or "auto_map" in config
     ):
+        if isinstance(name := config.get("_class_name"), str):
+            raise SourceError(
+                f"{file}: of diffusers ({name[:60]}), whose folders are not read; load the module with diffusers and"
+                " call lrsurgery.factorise_ on it"
+            )
         raise SourceError(f"{file}: not a model's (it has neither model_type nor architecture)")
     return config
 

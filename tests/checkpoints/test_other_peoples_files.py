@@ -544,3 +544,9 @@ def test_weight_file_in_every_command(tmp_path: Path) -> None:
     for command in ("evaluate", "finetune"):
         with pytest.raises(SourceError, match="needs --architecture"):
             run(command, file, "--data", images, *(["--dense"] if command == "finetune" else []))
+
+
+def test_a_component_of_diffusers_is_refused_by_its_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"_class_name": "UNet2DConditionModel", "sample_size": 8}')
+    with pytest.raises(SourceError, match=r"of diffusers \(UNet2DConditionModel\).*factorise_ on it"):
+        resolve(str(tmp_path))
