@@ -256,21 +256,21 @@ def _costs(
     """In the unit of the budget, what the dense matrix costs and what each of these ranks does."""
     if budget.kind in ("params", "bytes"):
         width = 1 if budget.kind == "params" else weights.stored_widths[row.name]
-        return width * row.rows * row.columns, [width * row.cost(rank) for rank in ranks]
+        return width * row.matrices * row.rows * row.columns, [width * row.cost(rank) for rank in ranks]
     if statistics is None and not row.layout.takes_tokens:
         raise BudgetError(
             f"budget {budget}: the number of positions of a convolution is unknown; add --calibration, or use a share"
             " of the parameters"
         )
     use = None if statistics is None else statistics.use(row)
-    outputs, positions = (1, 1) if use is None else (use.outputs, use.positions)
+    outputs, positions = (row.active, row.active) if use is None else (use.outputs, use.positions)
     if budget.kind == "time":
         assert weights.timer is not None
         times = weights.timer(row, ranks)
         return round(outputs * times.dense * PICO), [round(outputs * each * PICO) for each in times.ranks]
     saving = 0 if row.side is None else 1  # a pivoted layer has as many positions in v as in u
     each = [r * (outputs * row.rows + positions * row.columns - r * outputs * saving) for r in ranks]
-    return outputs * row.flops, [2 * cost for cost in each]
+    return outputs * 2 * row.rows * row.columns, [2 * cost for cost in each]
 
 
 def _make_layer(
@@ -284,7 +284,8 @@ def _make_layer(
     for option in row.options:
         tails = losses(values_of(option), in_loss=statistics is not None and statistics.has_gradients)
         most = min(break_even_rank(option.rows, option.columns, pivoted=option.side is not None), option.full_rank)
-        ranks = range(budget.multiple_of, most + 1, budget.multiple_of)
+        step = option.multiple_of(budget.multiple_of)
+        ranks = range(step, most + 1, step)
         dense_cost, costs = _costs(budget, option, ranks, statistics, weights)
         curves.append(Curve(ranks, costs, tails))
     return Layer(row.name, dense_cost, tuple(curves))

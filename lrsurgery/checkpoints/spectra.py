@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from lrsurgery.files.digests import tensor_digest
 from lrsurgery.files.marks import remove
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg.svd import Decomposition, Spectrum, singular_values
-from lrsurgery.linalg.weighted import Metric, weighted_values
+from lrsurgery.linalg.weighted import Metric, StackedMetric, stacked_values, weighted_values
 from lrsurgery.runtime import Compute, cache_folder
 from lrsurgery.surgery.layers import Kind
 from lrsurgery.units import parse_size
@@ -157,19 +158,22 @@ class SpectrumLookup:
     def matrix(self) -> Tensor:
         return self._kind.to_matrix(self._weight.to(self._device))
 
-    def values(self, metric: Metric | None = None, metric_digest: str | None = None) -> Tensor:
+    def values(self, metric: Metric | StackedMetric | None = None, metric_digest: str | None = None) -> Tensor:
         """Singular values (full rank,) of the weight, or in a metric, which are cached under the digest of the metric.
 
         Raises WeightError if the weight is not finite.
         """
         if metric is None:
-            return self._cached_values("", lambda: singular_values(self.matrix()))
-        compute: Callable[[], Tensor] = lambda: weighted_values(self.matrix(), metric)  # noqa: E731
+            values = stacked_values if self._kind.stacked else singular_values
+            return self._cached_values("", lambda: values(self.matrix()))
+        in_metric: Any = stacked_values if self._kind.stacked else weighted_values
+        compute: Callable[[], Tensor] = lambda: in_metric(self.matrix(), metric)  # noqa: E731
         return self._cached_values(f"-{metric_digest}", compute) if metric_digest else compute()
 
     def wide_values(self) -> Tensor:
         """Singular values computed in fp64, which resolves small ones."""
-        return self._cached_values("", lambda: singular_values(self.matrix().double()), kind=f"{self._kind.name}-fp64")
+        values = stacked_values if self._kind.stacked else singular_values
+        return self._cached_values("", lambda: values(self.matrix().double()), kind=f"{self._kind.name}-fp64")
 
     def _cached_values(self, suffix: str, compute: Callable[[], Tensor], *, kind: str | None = None) -> Tensor:
         kind = kind or self._kind.name

@@ -10,7 +10,8 @@ eigenvectors of L^T W C W^T L. C is neither inverted nor factorised, so it may b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from lrsurgery.errors import WeightError
 from lrsurgery.linalg.factors import Factors, balance, working_dtype
-from lrsurgery.linalg.svd import RankChoice
+from lrsurgery.linalg.svd import RankChoice, singular_values
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]  # torch's stubs leave it out
 
@@ -28,6 +29,13 @@ class Metric(NamedTuple):
 
     inputs: Tensor | None  # C (columns, columns), symmetric, positive semidefinite
     gradients: Tensor | None = None  # G (rows, rows), symmetric, positive definite
+
+
+@dataclass(frozen=True)
+class StackedMetric:
+    """The metrics of several matrices, of which one at a time is damped and widened."""
+
+    of: Callable[[int], Metric]
 
 
 class WeightedFactors(NamedTuple):
@@ -62,6 +70,27 @@ def weighted_values(weight: Tensor, metric: Metric) -> Tensor:
         return _roots(torch.linalg.eigvalsh(_core(weight, metric).gram))
     except LinAlgError as e:
         raise WeightError(f"no LAPACK driver converges on this {tuple(weight.shape)} matrix in its metric") from e
+
+
+def stacked_values(weights: Tensor, metric: StackedMetric | None = None) -> Tensor:
+    """Values (full rank,) of weights (matrices, rows, columns) at one rank, descending.
+
+    The squares are the sums of those of the singular values of all matrices, in their metrics if there are any. So the
+    sum of the squares beyond a rank is the error of all matrices together at it.
+
+    Raises WeightError as `weighted_values` does.
+    """
+    found = [
+        singular_values(weight).double() if metric is None else weighted_values(weight, metric.of(number))
+        for number, weight in enumerate(weights)
+    ]
+    return root_of_squares(torch.stack(found))
+
+
+def root_of_squares(values: Tensor) -> Tensor:
+    """The norm (n,) over the matrices of values (matrices, n)."""
+    norms: Tensor = torch.linalg.vector_norm(values, dim=0)
+    return norms
 
 
 def weighted_factors(weight: Tensor, rank: RankChoice, metric: Metric) -> WeightedFactors:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,13 @@ from lrsurgery.errors import PlanError, WeightError
 from lrsurgery.files.json import Json
 from lrsurgery.linalg.factors import Factors, balance_of, largest, power_of_two, product_values, relative_error
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points
-from lrsurgery.linalg.subspaces import Directions, directions, overlap
+from lrsurgery.linalg.subspaces import directions, overlap
 from lrsurgery.linalg.svd import Decomposition, spectral_factors
-from lrsurgery.linalg.weighted import Metric, second_order, weighted_norm
+from lrsurgery.linalg.weighted import Metric, root_of_squares, second_order, weighted_norm
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
@@ -42,21 +43,23 @@ def measured_row(
     unknown = not bool(values.isfinite().all())  # "fast" computes the largest alone
     # every init gives balanced factors: the product's singular values are the norms of u's columns times v's rows
     even = factors if row.pivots is None else found.factors
-    kept = _norms(even.u, 0) * _norms(even.v, 1)
+    kept = _norms(even.u, -2) * _norms(even.v, -1)
+    kept = root_of_squares(kept.double()) if row.layout.stacked else kept
     energy_kept = float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0
     spectral_error = None if math.isnan(left_out) else left_out / top if top else 0.0
     weighted_error, predicted = _in_metric(found.weighted, row.rank, in_loss)
+    each = pairs(matrix, factors)
     if found.weighted is not None:  # the directions kept are the metric's, not the weight's own leading ones
-        energy_kept = _energy_within(matrix, directions(factors), found.energy)
-        spectral_error = _spectral_norm_of_difference(matrix, factors) / top if top else 0.0
+        energy_kept = _energy_within(each, found.energy)
+        spectral_error = _spectral_norms_of_difference(each) / top if top else 0.0
     return replace(
         planned_row(row),
         energy_kept=_finite(energy_kept),
-        relative_error=_finite(relative_error(matrix, factors)),
+        relative_error=_finite(_relative_error(each)),
         spectral_error=_finite(spectral_error),
         weighted_error=_finite(weighted_error),
         predicted_loss=_finite(predicted),
-        balance=None if row.pivots else _finite(balance_of(factors)),
+        balance=None if row.pivots else _finite(_balance_of(factors)),
         before=None if unknown else EffectiveRanks.of(values),
         spectrum_before=None if unknown else Points.of(values),
         **_after(kept.sort(descending=True).values),
@@ -74,15 +77,47 @@ def shared_row(row: Replacement, matrix: Tensor, factors: Factors, values: Tenso
     lost = weighted_norm(matrix.double() - factors.u.double() @ factors.v.double(), metric)
     return replace(
         planned_row(row),
-        energy_kept=_finite(_energy_within(matrix, directions(factors), float(wide.square().sum()))),
+        energy_kept=_finite(_energy_within(pairs(matrix, factors), float(wide.square().sum()))),
         relative_error=_finite(relative_error(matrix, factors)),
-        spectral_error=_finite(_spectral_norm_of_difference(matrix, factors) / top if top else 0.0),
+        spectral_error=_finite(_spectral_norms_of_difference(pairs(matrix, factors)) / top if top else 0.0),
         weighted_error=_finite(lost / whole if whole else 0.0),
         predicted_loss=_finite(0.5 * lost**2),
         before=EffectiveRanks.of(values),
         spectrum_before=Points.of(values),
-        **_after(product_values(factors)),
+        **_after(_product_values(factors)),
     )
+
+
+Pairs: TypeAlias = "list[tuple[Tensor, Factors]]"
+
+
+def pairs(matrix: Tensor, factors: Factors) -> Pairs:
+    """Each matrix (rows, columns) of a layer with its factors: one, or one for each of fused experts."""
+    return [(matrix, factors)] if matrix.ndim == 2 else list(zip(matrix, split(factors), strict=True))
+
+
+def split(factors: Factors) -> list[Factors]:
+    """The factors of each matrix of a layer."""
+    return [factors] if factors.u.ndim == 2 else [Factors(u, v) for u, v in zip(*factors, strict=True)]
+
+
+def _relative_error(each: Pairs) -> float:
+    """||W - u v||_F / ||W||_F, over all matrices of a layer."""
+    if len(each) == 1:
+        return relative_error(*each[0])
+    norms = [float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) for matrix, _ in each]
+    lost = [relative_error(*pair) * (norm or 1.0) for pair, norm in zip(each, norms, strict=True)]
+    return math.hypot(*lost) / (math.hypot(*norms) or 1.0)
+
+
+def _balance_of(factors: Factors) -> float:
+    return max(map(balance_of, split(factors)))
+
+
+def _product_values(factors: Factors) -> Tensor:
+    """Singular values (rank,) of the product; of several, the roots of the sums of their squares."""
+    found = [product_values(each) for each in split(factors)]
+    return found[0] if len(found) == 1 else root_of_squares(torch.stack(found).double())
 
 
 def _finite(figure: float | None) -> float | None:
@@ -106,10 +141,13 @@ def _in_metric(values: Tensor | None, rank: int, in_loss: bool) -> tuple[float |
     return math.sqrt(lost / whole) if whole else 0.0, second_order(values, rank) if in_loss else None
 
 
-def _energy_within(matrix: Tensor, ours: Directions, energy: float) -> float:
+def _energy_within(each: Pairs, energy: float) -> float:
     """||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces."""
-    within = ours.u.T @ matrix.to(ours.u.dtype) @ ours.v
-    kept = float(torch.linalg.vector_norm(within, dtype=torch.float64)) ** 2
+    kept = 0.0
+    for matrix, factors in each:
+        ours = directions(factors)
+        within = ours.u.T @ matrix.to(ours.u.dtype) @ ours.v
+        kept += float(torch.linalg.vector_norm(within, dtype=torch.float64)) ** 2
     return min(1.0, kept / energy) if energy else 1.0
 
 
@@ -143,8 +181,8 @@ def planned_row(row: Replacement | Kept) -> Row:
 def trained_row(row: Row, factors: Factors) -> Row:
     """The row with the spectrum and balance of factors, which training may have left unbalanced."""
     # the parts of a pivoted layer are not meant to be balanced, nor each of the layers that share one v
-    balance = None if row.form == "pivoted" or row.v_of is not None else _finite(balance_of(factors))
-    return replace(row, balance=balance, **_after(product_values(factors)))
+    balance = None if row.form == "pivoted" or row.v_of is not None else _finite(_balance_of(factors))
+    return replace(row, balance=balance, **_after(_product_values(factors)))
 
 
 def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
@@ -154,19 +192,27 @@ def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
     spectral init it equals the sum of the kept squared singular values over that of all.
     """
     assert row.rank is not None
-    dense = spectral_factors(matrix, min(row.rank, *matrix.shape))  # a v that layers share may have more rows
-    values = dense.values.double()
-    ours = directions(factors)
-    gap = _spectral_norm_of_difference(matrix, factors)
+    each = pairs(matrix, factors)
+    rank = min(row.rank, *matrix.shape[-2:])  # a v that layers share may have more rows
+    dense = [spectral_factors(one, rank) for one, _ in each]
+    values = root_of_squares(torch.stack([one.values.double() for one in dense]))
+    energy = math.fsum(one.energy for one in dense)
+    gap = _spectral_norms_of_difference(each)
+    alone = energy and len(each) == 1  # of experts, angles would be as many
     return replace(
         trained_row(row, factors),
-        energy_kept=_finite(_energy_within(matrix, ours, dense.energy)),
-        relative_error=_finite(relative_error(matrix, factors)),
+        energy_kept=_finite(_energy_within(each, energy)),
+        relative_error=_finite(_relative_error(each)),
         spectral_error=_finite(gap / float(values[0])) if values[0] > 0 else 0.0,
         before=EffectiveRanks.of(values),
         spectrum_before=Points.of(values),
-        overlap=overlap(directions(dense.factors), ours) if dense.energy else None,
+        overlap=overlap(directions(dense[0].factors), directions(factors)) if alone else None,
     )
+
+
+def _spectral_norms_of_difference(each: Pairs) -> float:
+    """||W - u v||_2; over several matrices, the root of the sum of the squares."""
+    return math.hypot(*(_spectral_norm_of_difference(*pair) for pair in each))
 
 
 def _spectral_norm_of_difference(matrix: Tensor, factors: Factors) -> float:
@@ -198,7 +244,7 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
 
     Raises PlanError where `against` lacks a layer; WeightError where one of its weights is not finite.
     """
-    others = dict(against.named_modules()) if against is not None else {}
+    others = dense_layers(against) if against is not None else {}
     layers = factorised_layers(module)
     names = {id(layer): name for name, layer in layers.items()}
     rows = [
@@ -207,7 +253,7 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
         else planned_row(replacement_of(name, layer, names))
         for name, layer in layers.items()
     ]
-    order = {name: i for i, (name, _) in enumerate(module.named_modules())}
+    order = {name: i for i, name in enumerate(dense_layers(module))}
     rows = sorted([*rows, *_dense_rows(module)], key=lambda row: order.get(row.name, len(order)))
     after = sum(p.numel() for p in module.parameters())
     before = after + sum(r.parameters_before - (r.parameters_after or 0) for r in rows)
@@ -220,6 +266,7 @@ def replacement_of(name: str, layer: FactorisedLayer, names: Mapping[int, str] |
     bias = 0 if layer.bias is None else rows
     per_u = layer.layout.v_per_u(layer)
     row = Replacement(name, layer.kind, shape, rows, columns, layer.rank, bias, per_u, side=layer.side)
+    row = replace(row, active=layer.layout.active(layer))
     if not isinstance(layer, SharedLinear):
         return row
     group = tuple((names or {}).get(id(each), name) for each in layer.group)

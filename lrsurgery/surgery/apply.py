@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.factors import Factors, balance
-from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
+from lrsurgery.linalg.inits import InitProblem, get_init, in_stack, layer_generator
 from lrsurgery.linalg.pivot import Side, is_permutation
 from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
-from lrsurgery.linalg.weighted import Metric
+from lrsurgery.linalg.weighted import Metric, StackedMetric
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
-from lrsurgery.surgery.kinds.table import KINDS
+from lrsurgery.surgery.experts.banks import dense_layers, replace_layer_
+from lrsurgery.surgery.kinds.table import CHANNEL, KINDS
 from lrsurgery.surgery.layers import (
     Dense,
     FactorisedLayer,
@@ -76,7 +78,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
     Raises PlanError for an unknown name or kind, for a layer of another kind or without such a form, or for layers that
     cannot share their v.
     """
-    modules, references = dict(model.named_modules()), References(model)
+    modules, references = dense_layers(model), References(model)
     groups = groups_in(layers, PlanError)
     shared = {name: leader for leader, names in groups.items() for name in names}
     built: dict[str, SharedLinear] = {}
@@ -89,7 +91,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
         weight = getattr(dense, "weight", None)
         if dense is None or not isinstance(weight, Tensor):
             raise PlanError(f"{name}: this {type(model).__name__} has no such layer")
-        if weight.ndim != kind.weight_axes:
+        if weight.ndim != kind.weight_axes or (kind.stacked and not kind.matches(dense, CHANNEL)):
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind_name} layer")
         new: FactorisedLayer
         if name in shared:
@@ -105,7 +107,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
                 new = kind.make(dense, rank, side)
         if not weight.requires_grad:
             new.requires_grad_(False)
-        references.replace_(dense, new)
+        replace_layer_(model, references, dense, new)
     for leader, names in groups.items():
         group = [built[name] for name in names]
         rows = sum(layer.out_features for layer in group)
@@ -130,7 +132,7 @@ def _check_shared(name: str, spec: Spec, kind: Kind, dense: Dense, leader: Dense
 def decomposition_cost(row: Replacement) -> float:
     """Relative time of a decomposition: a Gram product over the long side and an eigensolver, 4 short^3."""
     short, long = sorted((row.rows, row.columns))
-    return float(short) ** 2 * (long + 4 * short)
+    return row.matrices * float(short) ** 2 * (long + 4 * short)
 
 
 def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = False) -> int:
@@ -139,7 +141,14 @@ def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = Fa
     With a metric all of these are in fp64, beside both moments of the metric as read (fp32) and as damped (fp64).
     Pivots come afterwards and can need more: the factors in both widths, the part that is kept, and six fp64 matrices
     of the other's size, such as the basis, its LU and the mixing.
+
+    The experts of a bank are decomposed one after the other, beside the whole bank, its moments and its factors.
     """
+    if row.matrices > 1:
+        each = replace(row, shape=(1, *row.shape[1:]))
+        held = item_size * row.rows * row.columns + 4 * (row.rank or row.full_rank) * (row.rows + row.columns)
+        held += 4 * (row.rows**2 + row.columns**2) if weighted else 0
+        return row.matrices * held + decomposition_bytes(each, item_size, weighted=weighted)
     short, long = sorted((row.rows, row.columns))
     rank, wide = row.rank or short, max(8 if weighted else 4, item_size)
     pivoting = short * long * item_size + _pivoting_bytes(row, rank, wide) if row.side else 0
@@ -161,12 +170,12 @@ def decompose(
     init: str,
     seed: int,
     rank: RankChoice | None = None,
-    metric: Metric | None = None,
+    metric: Metric | StackedMetric | None = None,
     svd: str = "auto",
     known: Spectrum | None = None,
     keep: bool = False,
 ) -> Decomposition:
-    """Decompose one dense weight into factors in the working dtype.
+    """Decompose one dense weight into factors in the working dtype; a bank into those of every expert, at one rank.
 
     `rank`, a rank or a function of the singular values, is used if the plan has none yet. `metric` weights the errors.
     `svd`, `known` and `keep` go to `linalg.spectral_factors`.
@@ -186,7 +195,7 @@ def decompose(
         keep=keep,
     )
     try:
-        return get_init(init)(problem)
+        return in_stack(get_init(init), problem) if row.layout.stacked else get_init(init)(problem)
     except SurgeryError as e:
         raise type(e)(f"{row.name}: {e}") from e
 
@@ -198,7 +207,7 @@ def apply_plan_(
     init: str,
     seed: int,
     device: torch.device | None = None,
-    metric_of: Callable[[str], Metric | None] = lambda name: None,
+    metric_of: Callable[[str], Metric | StackedMetric | None] = lambda name: None,
     svd: str = "auto",
 ) -> None:
     """Replace every planned layer of a model in memory, computing on `device` (the layer's own by default).
@@ -207,7 +216,7 @@ def apply_plan_(
 
     Raises SurgeryError that names the layer. Earlier layers are replaced by then; work on a copy to be safe.
     """
-    modules, references = dict(model.named_modules()), References(model)
+    modules, references = dense_layers(model), References(model)
 
     def weight_of(row: Replacement) -> Tensor:
         weight: Tensor = modules[row.name].weight.detach()
@@ -221,7 +230,7 @@ def apply_plan_(
         if row.joint is None:
             found = decompose(row, weights[0], init=init, seed=seed, metric=metric_of(row.name), svd=svd)
             return [factor_weights(row.layout, like, found.factors, row.pivots)]
-        metrics = [metric for each in unit if (metric := metric_of(each.name)) is not None]
+        metrics = [metric for each in unit if isinstance(metric := metric_of(each.name), Metric)]
         assert row.rank is not None
         factors, _ = decompose_together(row.joint.names, row.layout, weights, row.rank, metrics)
         return store_together(factors, [each.rows for each in unit], like, pivoted=row.pivots is not None)
@@ -250,7 +259,7 @@ def apply_plan_(
             join(group)
             fill_group_(group, parts, biases, trained)  # type: ignore[arg-type]
         for old, layer in zip(dense, new, strict=True):
-            references.replace_(old, layer)
+            replace_layer_(model, references, old, layer)
 
 
 def densify_layers_(model: nn.Module) -> None:
@@ -263,7 +272,7 @@ def densify_layers_(model: nn.Module) -> None:
         dense.weight = nn.Parameter(dense_weight(layer), requires_grad=layer.u.weight.requires_grad)
         if (bias := dense_bias(layer)) is not None:
             dense.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
-        references.replace_(layer, dense)
+        replace_layer_(model, references, layer, dense)
 
 
 @torch.no_grad()

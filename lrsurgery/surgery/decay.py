@@ -23,18 +23,20 @@ GROUPED = 16384
 Pair: TypeAlias = "tuple[Tensor, Tensor]"
 
 
-def frobenius_gradients(u: Tensor, v: Tensor, side: Side | None = None) -> Pair:
+def frobenius_gradients(u: Tensor, v: Tensor, side: Side | None = None, *, stacked: bool = False) -> Pair:
     """Gradients of (1/2) ||U V||_F^2: U (V V^T) and (U^T U) V, in O((m + n) r^2) without forming the product.
 
     `u` (out, rank, ...) and `v` (rank, ...) are the weights of a factorised layer of any kind. Computes and returns
     fp32 or wider, in the weights' shapes.
+
+    `stacked` weights of experts have their number in front, and each expert's product its own square.
 
     Of a pivoted layer the product holds the kept part beside U V. On the side of the rows that is V, so its square is
     ||V||_F^2 + ||U V||_F^2 and U^T U + 1 takes the place of U^T U; of the columns it is U, and V V^T + 1.
 
     Source: Khodak et al. 2021 (arXiv 2105.01029); Kamalakara et al. 2022 (arXiv 2209.13569).
     """
-    return _gradients(u, v, 0, side)
+    return _gradients(u, v, int(stacked), side)
 
 
 def _gradients(u: Tensor, v: Tensor, stacked: int, side: Side | None = None) -> Pair:
@@ -121,9 +123,10 @@ class FrobeniusDecay:
                     of_v -= (len(us) - 1) * v.detach().to(of_v.dtype)
                 for factor, gradient in ((v, of_v), *zip(us, (each for each, _ in found), strict=True)):
                     apply([factor], [gradient])
-        for us, vs, side in self._group_alike(groups):
+        banks = self._banks()
+        for us, vs, side in self._group_alike(groups, banks):
             if len(us) == 1:
-                of_u, of_v = frobenius_gradients(us[0], vs[0], side)
+                of_u, of_v = frobenius_gradients(us[0], vs[0], side, stacked=id(vs[0]) in banks)
                 gradients = [[of_u], [of_v]]
             else:
                 gradients = [list(g.unbind()) for g in _gradients(torch.stack(us), torch.stack(vs), 1, side)]
@@ -138,7 +141,13 @@ class FrobeniusDecay:
             us.append(layer.u.weight)
         yield from together.values()
 
-    def _group_alike(self, groups: dict[int, dict[str, Any]]) -> list[tuple[list[Tensor], list[Tensor], Side | None]]:
+    def _banks(self) -> set[int]:
+        """The factors v of fused experts, by number."""
+        return {id(layer.v.weight) for layer in self._layers if layer.layout.stacked}
+
+    def _group_alike(
+        self, groups: dict[int, dict[str, Any]], banks: set[int]
+    ) -> list[tuple[list[Tensor], list[Tensor], Side | None]]:
         """Group the factors u and v of layers with a gradient in either, so that each group is one batched product."""
         alike: dict[Hashable, tuple[list[Tensor], list[Tensor], Side | None]] = {}
         for number, (factors, v, side) in enumerate(self._units()):
@@ -148,8 +157,8 @@ class FrobeniusDecay:
             of_u, of_v = groups.get(id(u)), groups.get(id(v))
             if of_u is None and of_v is None:
                 continue
-            # sharded factors (DTensor) are not batched
-            batched = type(u) is type(v) is nn.Parameter and u.numel() + v.numel() <= GROUPED
+            # sharded factors (DTensor) are not batched, nor are banks, which are batches
+            batched = id(v) not in banks and type(u) is type(v) is nn.Parameter and u.numel() + v.numel() <= GROUPED
             shapes = (u.shape, v.shape, u.dtype, v.dtype, u.device, v.device, id(of_u), id(of_v), side)
             us, vs, _ = alike.setdefault(shapes if batched else number, ([], [], side))
             us.append(u)

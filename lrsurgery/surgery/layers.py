@@ -74,6 +74,15 @@ class Kind:
     no_form: Callable[[Dense], str | None] | None = None  # why a module of this kind cannot be factorised, or None
     plain_product: bool = False  # weight @ x may be computed as u @ (v @ x)
     shares_v: bool = False  # layers with the same input may have one v
+    # a weight of three axes, a parameter under the layer's own name: one matrix for each expert, the first axis of
+    # matrices and factors alike
+    stacked: bool = False
+    active: Callable[[Dense], int] = _one_to_one  # how many of the matrices work on one token
+    multiple_of: int = 1  # every rank is one, up to full rank
+
+    def weight_key(self, name: str) -> str:
+        """The state-dict key of the dense weight of a layer of this name."""
+        return name if self.stacked else f"{name}.weight"
 
     def make(self, dense: Dense, rank: int, side: Side | None) -> FactorisedLayer:
         """Build a factorised layer in a form, on the meta device; `side` is that of the pivots, None for balanced."""
@@ -140,6 +149,11 @@ class FactorisedLayer(nn.Module):
         u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
         more = {"rows": (self.own, 0), "columns": (0, self.rank)}[self.side] if self.side else (0, 0)
         return u.shape[0] + more[0], v.shape[1] + more[1]
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, behind the number of matrices where there are several."""
+        return self.matrix_shape
 
     @property
     def pivoted(self) -> Pivoted:
@@ -218,7 +232,7 @@ class Product(Tensor):
     @staticmethod
     def __new__(cls, layer: FactorisedLayer) -> Product:
         u, v = layer.u.weight, layer.v.weight
-        rows_columns = torch.empty(layer.matrix_shape, device="meta")
+        rows_columns = torch.empty(layer.stacked_shape, device="meta")
         product: Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             layer.layout.to_weight(rows_columns, layer).shape,

@@ -19,6 +19,7 @@ from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
 from lrsurgery.surgery.budget import SHARING, TOGETHER, Budget
+from lrsurgery.surgery.experts.banks import banks_in, view_of
 from lrsurgery.surgery.kinds.table import AUTO, check_conv, explain_no_kind, kind_of, kinds_of
 from lrsurgery.surgery.layers import FactorisedLayer, Kind, side_for
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
@@ -112,14 +113,16 @@ class Plan:
         assert isinstance(self.target, RankSpec), "a budget decides all ranks together"
         first, *others = row.options
         if first.rank is None:
-            rank = self.target.rank_of(row.name, row.rows, row.columns, values[0], pivoted=row.side is not None)
-            first = replace(first, rank=rank)
+            first = replace(first, rank=first.rank_by(self.target, values[0]))
         decided = _apply_refusal(first, self.allow_larger, self.refuse if not others else None)
         if not others or isinstance(decided, Kept):
             return decided
         assert first.rank is not None
         most = first.cost(first.rank)
-        ranked = [replace(option, rank=option.rank_within(most, self.target.multiple_of)) for option in others]
+        ranked = [
+            replace(option, rank=option.rank_within(most, option.multiple_of(self.target.multiple_of)))
+            for option in others
+        ]
         fitting = [(first, values[0]), *((o, v) for o, v in zip(ranked, values[1:], strict=True) if o.rank)]
         best, _ = min(fitting, key=lambda option: float(losses(option[1], in_loss=in_loss)[option[0].rank or 0]))
         return _apply_refusal(best, self.allow_larger, self.refuse)
@@ -189,8 +192,7 @@ def plan_rows(
         first, *others = (_row(name, module, weight, each, own - weight.numel(), options.form) for each in taken)
         policy = spec.policy_for(name) if spec else None
         if spec and policy and not policy.needs_spectrum:
-            rank = spec.rank_of(name, first.rows, first.columns, pivoted=first.side is not None)
-            first = replace(first, rank=rank)
+            first = replace(first, rank=first.rank_by(spec))
         decided = _apply_refusal(first, options.allow_larger, refuse if not others else None)
         rows.append(replace(decided, others=tuple(others)) if isinstance(decided, Replacement) else decided)
     return rows
@@ -199,7 +201,8 @@ def plan_rows(
 def _row(name: str, module: nn.Module | None, weight: Tensor, kind: Kind, bias: int, form: str) -> Replacement:
     matrix = kind.matrix_shape(weight.shape)
     side = side_for(kind, module, matrix) if form == PIVOTED else None
-    return Replacement(name, kind.name, tuple(weight.shape), *matrix, None, bias, kind.v_per_u(module), side=side)
+    row = Replacement(name, kind.name, tuple(weight.shape), *matrix, None, bias, kind.v_per_u(module), side=side)
+    return replace(row, active=kind.active(module))
 
 
 def losses(values: Tensor, *, in_loss: bool) -> Tensor:
@@ -250,8 +253,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
             if name:
                 yield name, module, own["weight"]
             continue
+        experts = {key for key, _ in banks_in(module)}
         for key, parameter in own.items():
-            yield f"{name}.{key}".lstrip("."), None, parameter
+            view = view_of(module, parameter) if key in experts else None
+            yield f"{name}.{key}".lstrip("."), view, parameter
 
 
 def layers_of_several_names(model: nn.Module) -> frozenset[str]:
@@ -280,7 +285,7 @@ def _no_layer_reason(name: str, module: nn.Module | None, weight: Tensor) -> str
     """The reason why a parameter is no layer to factorise, or None."""
     if module is None:
         experts = ".experts." in f".{name}" and weight.ndim == 3
-        return "fused experts: one parameter of 3 axes" if experts else "a bare parameter, not a layer"
+        return "fused experts of an unknown class" if experts else "a bare parameter, not a layer"
     return ALREADY if isinstance(module, FactorisedLayer) else None
 
 
@@ -295,8 +300,9 @@ def _reason_to_keep(
 ) -> str | None:
     assert module is not None
     spec = options.target if isinstance(options.target, RankSpec) else None
-    if f"{name}.weight" in shared:
-        return f"tied to {shared[f'{name}.weight'].removesuffix('.weight')}"
+    key = f"{name}.weight" if kind is None else kind.weight_key(name)
+    if key in shared:
+        return f"tied to {shared[key].removesuffix('.weight')}"
     if isinstance(module, nn.Embedding):
         return "embedding"
     if kind is None:

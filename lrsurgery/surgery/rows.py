@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import Kind, Spec
-from lrsurgery.surgery.ranks import break_even_rank, rank_within
+from lrsurgery.surgery.ranks import RankSpec, break_even_rank, rank_within
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Replacement:
     side: Side | None = None  # of the pivots, if it gets any below full rank
     others: tuple[Replacement, ...] = ()  # the same layer by other convolution schemes, of which one is taken
     joint: Joint | None = None  # None for a layer with its own v
+    active: int = 1  # of the matrices of fused experts, how many work on one token
 
     reason = None
 
@@ -80,8 +84,13 @@ class Replacement:
         return Spec(self.kind, self.rank, self.pivots, v_of, pivots)
 
     @property
+    def matrices(self) -> int:
+        """How many matrices (rows, columns) it has: one for each of fused experts, at one rank."""
+        return self.shape[0] if self.layout.stacked else 1
+
+    @property
     def parameters(self) -> int:
-        return self.rows * self.columns + self.bias
+        return self.matrices * self.rows * self.columns + self.bias
 
     @property
     def factorised_parameters(self) -> int | None:
@@ -93,12 +102,21 @@ class Replacement:
             own = self.joint.pivots[1] if self.pivots else 0
             return rank * (self.rows - own + (self.columns if self.leads else 0))
         pivots = self.side is not None and rank < self.full_rank
-        return rank * (self.rows + self.columns - (rank if pivots else 0))
+        return self.matrices * rank * (self.rows + self.columns - (rank if pivots else 0))
+
+    def multiple_of(self, asked: int) -> int:
+        """What its rank is a multiple of, where one of `asked` is."""
+        return math.lcm(asked, self.layout.multiple_of)
+
+    def rank_by(self, spec: RankSpec, values: Tensor | None = None) -> int:
+        """Its rank by the policies of `spec`, which may need its singular values (full rank,)."""
+        pivoted, multiple_of = self.side is not None, self.layout.multiple_of
+        return spec.rank_of(self.name, self.rows, self.columns, values, pivoted=pivoted, multiple_of=multiple_of)
 
     def rank_within(self, parameters: int, multiple_of: int = 1) -> int:
         """The largest rank whose factors have at most so many parameters, and fewer than the weight; 0 for none."""
         pivoted = self.side is not None
-        most = rank_within(parameters, self.rows + self.columns, 1 if pivoted else 0)
+        most = rank_within(parameters // self.matrices, self.rows + self.columns, 1 if pivoted else 0)
         most = min(most, break_even_rank(self.rows, self.columns, pivoted=pivoted), self.full_rank)
         return most // multiple_of * multiple_of
 
@@ -114,13 +132,14 @@ class Replacement:
     @property
     def flops(self) -> int:
         """FLOPs per token, or per output position of a convolution; a multiply-add counts 2."""
-        return 2 * self.rows * self.columns
+        return 2 * self.active * self.rows * self.columns
 
     @property
     def factorised_flops(self) -> int | None:
         if self.joint is not None and self.rank is not None:
             return 2 * self.cost(self.rank)
-        return None if self.rank is None else 2 * self.rank * (self.rows + self.v_per_u * self.columns - self._known)
+        each = self.rows + self.v_per_u * self.columns - self._known
+        return None if self.rank is None else 2 * self.active * self.rank * each
 
 
 def whole_of(unit: Sequence[Replacement]) -> Replacement:

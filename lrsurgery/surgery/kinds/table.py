@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from lrsurgery.errors import PlanError
+from lrsurgery.surgery.experts.kind import EXPERTS, TRANSPOSED
 from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
 from lrsurgery.surgery.kinds.convolution import CONV2D_CHANNEL
 from lrsurgery.surgery.kinds.linear import CONV1D, LINEAR
@@ -26,7 +27,8 @@ __all__ = [
     "kinds_of",
 ]
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (LINEAR, CONV1D, CONV2D_CHANNEL, CONV2D_SPATIAL)}
+KINDS_IN_ORDER = (LINEAR, CONV1D, CONV2D_CHANNEL, CONV2D_SPATIAL, EXPERTS, TRANSPOSED)
+KINDS: dict[str, Kind] = {kind.name: kind for kind in KINDS_IN_ORDER}
 
 
 def kinds_of(module: nn.Module, conv: str) -> tuple[Kind, ...]:
