@@ -267,7 +267,8 @@ def _costs(
     if budget.kind == "time":
         assert weights.timer is not None
         times = weights.timer(row, ranks)
-        return round(outputs * times.dense * PICO), [round(outputs * each * PICO) for each in times.ranks]
+        tokens = outputs / row.active
+        return round(tokens * times.dense * PICO), [round(tokens * each * PICO) for each in times.ranks]
     saving = 0 if row.side is None else 1  # a pivoted layer has as many positions in v as in u
     each = [r * (outputs * row.rows + positions * row.columns - r * outputs * saving) for r in ranks]
     return outputs * 2 * row.rows * row.columns, [2 * cost for cost in each]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from lrsurgery.checkpoints.upstream.layouts import check_shape, holds_inner, mis
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.surgery.apply import factorised_layers, swap_
-from lrsurgery.surgery.layers import Spec
+from lrsurgery.surgery.layers import Kind, Spec
 from lrsurgery.surgery.rows import Replacement
 
 SAMPLE = 64  # keys that tell whether a file is wrapped; a file has up to some 100,000
@@ -122,7 +122,7 @@ def with_tripwire(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     A load without `import lrsurgery.hf` then fails on its shape; otherwise it would initialise the layers randomly.
     """
     for name, layer in factorised_layers(model).items():
-        return {**state, f"{name}.weight": torch.empty(0, dtype=layer.u.weight.dtype)}
+        return {**state, layer.layout.weight_key(name): torch.empty(0, dtype=layer.u.weight.dtype)}
     return state
 
 
@@ -202,7 +202,7 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             target, [(key, pattern, e) for (key, pattern), e in zip(members, empties, strict=True)]
         )
         covered |= set(converted)
-        if any(name.rpartition(".")[0] in planned for name in converted):
+        if any(layer_of(name, planned)[0] in planned for name in converted):
             # fused in the files but separate in the model: the output uses the model's names
             unfuse = _converter(keys, tensors, target, members)
             for name, value in converted.items():
@@ -212,6 +212,14 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
                 entries.append(Entry(key, None, dtype, shape, *_readers(tensors, key)))
     _check_complete(checkpoint, keys.state, covered)
     return entries
+
+
+def layer_of(key: str | None, layers: Container[str]) -> tuple[str, str]:
+    """(layer, part) of a state-dict key; the weight of fused experts has the name of its layer as its key."""
+    if key is not None and key in layers:
+        return key, "weight"
+    layer, _, part = (key or "").rpartition(".")
+    return layer, part
 
 
 def is_wide(dtype: torch.dtype) -> bool:
@@ -276,10 +284,11 @@ class Names:
     """The keys under which one planned layer is written: those of its parts, which begin alike."""
 
     stem: str
+    kind: Kind
 
     def of(self, part: str) -> str:
         """The key of one of `PARTS`, or of the dense "weight", which is that of the tripwire."""
-        return f"{self.stem}.{part}"
+        return self.kind.weight_key(self.stem) if part == "weight" else f"{self.stem}.{part}"
 
 
 PARTS = ("u.weight", "v.weight", "u.bias", "v.bias", "order")  # of a factorised layer, as in `Names`
@@ -306,13 +315,15 @@ def choose_names(
     keys = key_map(checkpoint.source, checkpoint.model)
     chosen: dict[str, Names] = {}
     for entry in entries:
-        layer = (entry.target or "").removesuffix(".weight")
-        if layer == entry.target or layer not in aliases:
+        layer, part = layer_of(entry.target, aliases)
+        if layer not in aliases or part != "weight":
             continue
+        kind = rows[aliases[layer]].layout
         parts = [part for part in PARTS if f"{layer}.{part}" in keys.state]
         for stem in (entry.key.removesuffix(".weight"), layer):
-            if all(keys.target(Names(stem).of(part)) == (f"{layer}.{part}", None) for part in parts):
-                chosen[layer] = Names(stem)
+            names = Names(stem, kind)
+            if all(keys.target(names.of(part)) == (f"{layer}.{part}", None) for part in parts):
+                chosen[layer] = names
                 break
         else:
             raise SurgeryError(f"{layer}: transformers would rename its factors on loading; add --exclude '{layer}'")

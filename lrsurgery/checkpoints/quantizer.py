@@ -35,6 +35,8 @@ from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpecte
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.files.json import check_version
 from lrsurgery.surgery.apply import check_orders, densify_layers_, factorised_layers, specs_of, swap_
+from lrsurgery.surgery.experts.banks import dense_layers
+from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import Spec
 
 
@@ -75,7 +77,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             files = [Path(file) for file in checkpoint_files]
             check_weights(files[0].parent, [*files, Path("config.json")])
         layers = match_names(model, self.quantization_config.specs)
-        tripwires = {f"{name}.weight" for name in self.quantization_config.layers}
+        tripwires = {_weight_key(name, spec) for name, spec in self.quantization_config.specs.items()}
         swap_(model, layers)
         # an AutoModel loaded from a checkpoint with a head, or the reverse, has other names than the config
         self.quantization_config = LowRankConfig.of(config_names(model, layers))
@@ -93,7 +95,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                     " and the weights of one model"
                 )
         check_orders(model)
-        keep_names_plain(model, [f"{name}.weight" for name in factorised_layers(model)])
+        keep_names_plain(model, [layer.layout.weight_key(name) for name, layer in factorised_layers(model).items()])
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -124,6 +126,10 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(LowRankQuantizer)
 
 
+def _weight_key(name: str, spec: Spec) -> str:
+    return KINDS[spec.kind].weight_key(name)
+
+
 def match_names(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Spec]:
     """Rename layers to their names in `model`, which may be the base model of the checkpoint's class or the reverse.
 
@@ -132,13 +138,13 @@ def match_names(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str,
 
     Raises PlanError that names a layer which the checkpoint's own class lacks, or if the model has none of the layers.
     """
-    modules, keys = dict(model.named_modules()), KeyMap(model)
+    modules, keys = dense_layers(model), KeyMap(model)
     prefix = model.base_model_prefix + "."
     matched: dict[str, Spec] = {}
     renamed: dict[str, str] = {}
     left_out: list[str] = []
     for name, spec in layers.items():
-        loaded = (keys.target(f"{name}.weight")[0] or "").removesuffix(".weight")
+        loaded = (keys.target(_weight_key(name, spec))[0] or "").removesuffix(".weight")
         candidates = (name, name.removeprefix(prefix), prefix + name, loaded)
         here = next((n for n in candidates if n and n in modules), None)
         if here is not None:

@@ -99,7 +99,7 @@ def weights_of(
         table = SpeedTable(options.compute.device, options.output.dtype, kept=speeds)
         timer = make_timer(checkpoint.model, options.surgery.conv, table)
     output = options.output
-    by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
+    by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target}
     return Weights(
         read=lambda name: by_layer[name].read(),
         widths={name: entry.dtype.itemsize for name, entry in by_layer.items()},

@@ -100,6 +100,7 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
     tensors = open_tensors(list(source.files))
     every = model.named_modules(remove_duplicate=False)
     keys, modules = key_map(source, model), {name: m for name, m in every if isinstance(m, FactorisedLayer)}
+    weights = {module.layout.weight_key(name) for name, module in modules.items()}
     layers: dict[str, str] = {}
     others: list[str] = []
     tripwires: list[str] = []
@@ -115,7 +116,7 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
             places.add(place)
             check_shape(source, key, shape, tuple(keys.state[place].shape))
             layers[key.removesuffix(f".{part}")] = layer
-        elif shape == (0,) and key.endswith(".weight"):
+        elif shape == (0,) and dense_keys.target(key)[0] in weights:
             tripwires.append(key)
         else:
             others.append(key)
@@ -192,14 +193,9 @@ def to_dense(
     }
     weights = set()
     for stem, layer in parts.layers.items():
-        name = next(
-            (
-                n
-                for n in (f"{stem}.weight", f"{layer}.weight")
-                if parts.dense_keys.target(n) == (f"{layer}.weight", None)
-            ),
-            None,
-        )
+        key_of = parts.modules[layer].layout.weight_key
+        names = (key_of(stem), key_of(layer))
+        name = next((n for n in names if parts.dense_keys.target(n) == (key_of(layer), None)), None)
         if name is None:
             raise SurgeryError(f"{layer}: transformers would rename its dense weight on loading; it cannot be exported")
         readers[name] = (tensors.describe(f"{stem}.u.weight")[0], _weight(parts, stem))

@@ -41,7 +41,14 @@ def balance_of(factors: Factors) -> float:
 
 
 def product_values(factors: Factors) -> Tensor:
-    """Singular values (rank,) of u @ v in O((rows + columns) rank^2); the product is never formed."""
+    """Singular values (rank,) of u @ v in O((rows + columns) rank^2); the product is never formed.
+
+    Of factors u (matrices, rows, rank), v (matrices, rank, columns) the norms over the matrices, in fp64.
+    """
+    if factors.u.ndim == 3:
+        found = [product_values(Factors(u, v)).double() for u, v in zip(*factors, strict=True)]
+        norms: Tensor = torch.linalg.vector_norm(torch.stack(found), dim=0)
+        return norms
     dtype = working_dtype(factors.u.dtype)
     scales = power_of_two(largest(factors.u)), power_of_two(largest(factors.v))
     r_u = torch.linalg.qr(factors.u.detach().to(dtype) / scales[0], mode="r").R

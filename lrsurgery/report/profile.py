@@ -202,11 +202,7 @@ def _model_rung(i: int, ladders: Sequence[tuple[Sequence[Rung], float, Row]], pa
 def _all_values(checkpoint: Checkpoint, layers: Sequence[Replacement], compute: Compute) -> Iterator[Tensor]:
     """The singular values (full rank,) of each layer, several layers at once."""
     names = {row.name for row in layers}
-    entries = {
-        entry.target.removesuffix(".weight"): entry
-        for entry in list_entries(checkpoint, names)
-        if entry.target and entry.target.endswith(".weight")
-    }
+    entries = {entry.target.removesuffix(".weight"): entry for entry in list_entries(checkpoint, names) if entry.target}
 
     def values_of(row: Replacement) -> Tensor:
         lookup = SpectrumLookup(entries[row.name].read(), row.layout, compute)

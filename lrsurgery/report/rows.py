@@ -84,7 +84,7 @@ def shared_row(row: Replacement, matrix: Tensor, factors: Factors, values: Tenso
         predicted_loss=_finite(0.5 * lost**2),
         before=EffectiveRanks.of(values),
         spectrum_before=Points.of(values),
-        **_after(_product_values(factors)),
+        **_after(product_values(factors)),
     )
 
 
@@ -112,12 +112,6 @@ def _relative_error(each: Pairs) -> float:
 
 def _balance_of(factors: Factors) -> float:
     return max(map(balance_of, split(factors)))
-
-
-def _product_values(factors: Factors) -> Tensor:
-    """Singular values (rank,) of the product; of several, the roots of the sums of their squares."""
-    found = [product_values(each) for each in split(factors)]
-    return found[0] if len(found) == 1 else root_of_squares(torch.stack(found).double())
 
 
 def _finite(figure: float | None) -> float | None:
@@ -182,7 +176,7 @@ def trained_row(row: Row, factors: Factors) -> Row:
     """The row with the spectrum and balance of factors, which training may have left unbalanced."""
     # the parts of a pivoted layer are not meant to be balanced, nor each of the layers that share one v
     balance = None if row.form == "pivoted" or row.v_of is not None else _finite(_balance_of(factors))
-    return replace(row, balance=balance, **_after(_product_values(factors)))
+    return replace(row, balance=balance, **_after(product_values(factors)))
 
 
 def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:

@@ -79,6 +79,7 @@ class Kind:
     stacked: bool = False
     active: Callable[[Dense], int] = _one_to_one  # how many of the matrices work on one token
     multiple_of: int = 1  # every rank is one, up to full rank
+    since: int = 1  # the version of the checkpoint format that has it
 
     def weight_key(self, name: str) -> str:
         """The state-dict key of the dense weight of a layer of this name."""

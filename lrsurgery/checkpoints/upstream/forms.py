@@ -189,7 +189,10 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
             f"{pivoted[0]}: is pivoted, as {len(pivoted)} of {len(specs)} layers are, and format 1 has balanced layers"
             " alone; add --form balanced"
         )
-    if not pivoted and not led and version != FORMAT_VERSION:
+    newer = [name for name, spec in specs.items() if KINDS[spec.kind].since > 1]
+    if version == 1 and newer:
+        raise SurgeryError(f"{newer[0]}: is of kind {specs[newer[0]].kind}, which format 1 has not; write format 2")
+    if not pivoted and not led and not newer and version != FORMAT_VERSION:
         return {"format_version": 1, "layers": {n: LayerSpec(kind=s.kind, rank=s.rank) for n, s in specs.items()}}
     layers = {}
     for name, spec in specs.items():

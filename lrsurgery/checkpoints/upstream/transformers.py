@@ -39,10 +39,14 @@ class KeyMap:
         """Apply the converter of these (source key, pattern, tensor) pieces: state-dict key -> tensor."""
         converter = next(c for c in self._converters if pieces[0][1] in c.source_patterns)
         converter = copy.deepcopy(converter)
-        for key, pattern, tensor in pieces:
+        for key, pattern, tensor in sorted(pieces, key=lambda piece: _natural(piece[0])):  # experts by their number
             converter.add_tensor(target, key, pattern, tensor)
         converted = converter.convert(target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
 
 
 def keep_names_plain(model: PreTrainedModel, dense_keys: Iterable[str]) -> None:

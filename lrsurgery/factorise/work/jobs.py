@@ -185,7 +185,7 @@ class Decomposer:
 
         def choose(values: Tensor) -> int:
             assert isinstance(self._plan.target, RankSpec)
-            return self._plan.target.rank_of(row.name, row.rows, row.columns, values)
+            return row.rank_by(self._plan.target, values)
 
         try:
             decomposition = decompose(

@@ -112,6 +112,7 @@ EXPERTS = Kind(
     stacked=True,
     active=_active,
     multiple_of=MULTIPLE,
+    since=2,
 )
 TRANSPOSED = Kind(
     name="experts-transposed",
@@ -132,4 +133,5 @@ TRANSPOSED = Kind(
     stacked=True,
     active=_active,
     multiple_of=MULTIPLE,
+    since=2,
 )

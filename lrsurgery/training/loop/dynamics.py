@@ -74,8 +74,8 @@ def steepest_decay(model: nn.Module) -> tuple[str, float]:
     for name, layer in factorised_layers(model).items():
         for factor in _decayed(layer):
             short = whole(factor).float()
-            gram = short @ short.T if short.shape[0] < short.shape[1] else short.T @ short
-            top = float(torch.linalg.eigvalsh(gram)[-1])
+            gram = short @ short.mT if short.shape[-2] < short.shape[-1] else short.mT @ short
+            top = float(torch.linalg.eigvalsh(gram).max())
             if top > square:
                 worst, square = name, top
     return worst, square
