@@ -16,7 +16,7 @@ from torch import Tensor
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.spectra import SpectrumLookup, joint_lookup
 from lrsurgery.errors import BudgetError, SurgeryError
-from lrsurgery.linalg.weighted import joint_values, second_order
+from lrsurgery.linalg.weighted import Metric, joint_values, second_order
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
 from lrsurgery.surgery.budget import UNITS, Budget, Curve, Layer, cheapest
@@ -136,7 +136,7 @@ def _find_groups(plan: Plan, weights: Weights, compute: Compute, statistics: Sta
     def compute_values(unit: tuple[Replacement, ...]) -> Tensor | None:
         dense = [weights.read(row.name) for row in unit]
         device = weights.device or dense[0].device
-        metrics = [metric for row in unit if (metric := statistics.metric(row.name, row.kind)) is not None]
+        metrics = [metric for row in unit if isinstance(metric := statistics.metric(row.name, row.kind), Metric)]
         if len(metrics) < len(unit) or any(metric.gradients is None for metric in metrics):
             return None  # the loss does not depend on one of them, so their errors do not compare
         digests = [statistics.digests.get(statistics.key(row.name, row.kind)) for row in unit]

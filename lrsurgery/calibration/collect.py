@@ -165,7 +165,7 @@ def split(rows: Sequence[Replacement], limit: int | None) -> list[list[Replaceme
 
 def moment_bytes(row: Replacement, *, gradients: bool) -> int:
     """Size of the moments of one layer in bytes, in fp32."""
-    return 4 * (row.columns**2 + (row.rows**2 if gradients else 0))
+    return 4 * row.matrices * (row.columns**2 + (row.rows**2 if gradients else 0))
 
 
 def estimate_seconds(
@@ -180,8 +180,8 @@ def estimate_seconds(
     with torch.no_grad():
         call(model, batches[0])
     forward = time.perf_counter() - start
-    products = sum(row.rows * row.columns for row in rows)
-    moments = sum(row.columns**2 + (row.rows**2 if gradients else 0) for row in rows)
+    products = sum(row.active * row.rows * row.columns for row in rows)
+    moments = sum(row.active * (row.columns**2 + (row.rows**2 if gradients else 0)) for row in rows)
     return len(batches) * forward * ((2 if gradients else 1) + moments / max(1, products))
 
 

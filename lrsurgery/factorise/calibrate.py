@@ -174,6 +174,10 @@ def calibrate(
     if missing:
         what = f"{len(missing)} layers received no calibration input ({missing[0]}, ...)"
         listener.note(f"{what}; plain SVD is used for them")
+    unseen = [use.unseen for use in statistics.uses.values() if use.unseen and use.positions]
+    if unseen:
+        what = f"{sum(unseen)} experts of {len(unseen)} banks received no token"
+        listener.note(f"{what}; they take the mean metric of their bank")
     if target is not None:
         _save(folder, target)
     return statistics

@@ -27,6 +27,7 @@ from lrsurgery.files.digests import tensor_digest
 from lrsurgery.files.json import Json
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
+from lrsurgery.linalg.weighted import Metric
 from lrsurgery.report.rows import measured_row, shared_row
 from lrsurgery.report.schema import Row
 from lrsurgery.runtime import Compute, layer_pool, layers_at_once
@@ -120,7 +121,7 @@ class Decomposer:
         dense = [tensor.to(self._device) for tensor in tensors]
         names = [each.row.name for each in job.group]
         metrics = [self._statistics.metric(name, job.row.kind) for name in names]
-        given = [metric for metric in metrics if metric is not None]
+        given = [metric for metric in metrics if isinstance(metric, Metric)]
         assert len(given) == len(names)
         try:
             factors, _ = decompose_together(names, job.row.layout, dense, job.row.rank, given)
