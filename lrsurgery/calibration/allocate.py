@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ PICO = 1e12  # a budget's costs are integers
 class Weights:
     """Access to the dense weights of a model in memory or on disk, with the size of the model."""
 
-    read: Callable[[str], Tensor]  # layer -> its dense weight
+    read: Callable[[str], Any]  # layer -> its dense weight, or a `Stack` of experts
     widths: Mapping[str, int]  # layer -> bytes per entry of its weight as read
     stored_widths: Mapping[str, int]  # layer -> bytes per entry of its weight as written
     parameters: int

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from lrsurgery.checkpoints.upstream.layouts import check_shape, holds_inner, mis
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.experts.stack import Stack
 from lrsurgery.surgery.layers import Kind, Spec
 from lrsurgery.surgery.rows import Replacement
 
@@ -41,6 +43,11 @@ class Entry:
     shape: tuple[int, ...]
     read: Callable[[], Tensor]
     slices: Callable[[], Iterator[Tensor]]  # its elements in order, flat, some at a time
+    part: Callable[[int], Tensor] | None = None  # of fused experts to factorise: the matrix of one alone
+
+    def weight(self) -> Tensor | Stack:
+        """The tensor, or of fused experts what reads them one at a time."""
+        return self.read() if self.part is None else Stack(torch.Size(self.shape), self.dtype, self.part)
 
 
 @dataclass
@@ -126,6 +133,11 @@ def with_tripwire(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     return state
 
 
+Members: TypeAlias = Sequence[tuple[str, str]]  # source key and pattern of its converter
+Wanted: TypeAlias = tuple[str, tuple[int, ...]]  # state-dict key and shape
+ReadExpert: TypeAlias = Callable[[int], Tensor] | None
+
+
 class KeyTargets(Protocol):
     """Map of checkpoint keys to state-dict keys of a model, as its library loads them."""
 
@@ -137,6 +149,10 @@ class KeyTargets(Protocol):
 
     def convert(self, target: str, pieces: Sequence[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
         """Apply the converter of these (source key, pattern, tensor) pieces: state-dict key -> tensor."""
+        ...
+
+    def expert_reader(self, target: str, members: Members, tensors: TensorSource, wanted: Wanted) -> ReadExpert:
+        """What reads one expert's matrix of a bank from its own pieces of the files; None if there are none."""
         ...
 
 
@@ -151,6 +167,9 @@ class _PlainKeys:
 
     def convert(self, target: str, pieces: Sequence[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
         raise AssertionError("timm converts no tensors on loading")
+
+    def expert_reader(self, target: str, members: Members, tensors: TensorSource, wanted: Wanted) -> ReadExpert:
+        return None
 
 
 def key_map(source: Source, model: nn.Module) -> KeyTargets:
@@ -194,7 +213,8 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             covered.add(target)
             check_plain(checkpoint.source, key, dtype, keys.state[target])
             check_shape(checkpoint.source, key, shape, tuple(keys.state[target].shape))
-        entries.append(Entry(key, target, dtype, shape, *_readers(tensors, key)))
+        part = functools.partial(tensors.part, key) if target in planned else None
+        entries.append(Entry(key, target, dtype, shape, *_readers(tensors, key), part))
     for target, members in groups.items():
         described = [tensors.describe(key) for key, _ in members]
         empties = [torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in described]
@@ -204,9 +224,13 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
         covered |= set(converted)
         if any(layer_of(name, planned)[0] in planned for name in converted):
             # fused in the files but separate in the model: the output uses the model's names
-            unfuse = _converter(keys, tensors, target, members)
+            unfuse = functools.partial(_convert, keys, tensors, target, members)
             for name, value in converted.items():
-                entries.append(Entry(name, name, described[0][0], tuple(value.shape), *_pickers(unfuse, name)))
+                shape = tuple(value.shape)
+                one = keys.expert_reader(target, members, tensors, (name, shape)) if name in planned else None
+                stack = None if one is None else Stack(torch.Size(shape), described[0][0], one)
+                readers = _pickers(unfuse, name) if stack is None else (stack.whole, stack.slices)
+                entries.append(Entry(name, name, described[0][0], shape, *readers, one))
         else:
             for (key, _), (dtype, shape) in zip(members, described, strict=True):
                 entries.append(Entry(key, None, dtype, shape, *_readers(tensors, key)))
@@ -249,13 +273,8 @@ def _pickers(
     return read, lambda: in_slices(read())
 
 
-def _converter(
-    keys: KeyTargets, tensors: TensorSource, target: str, members: list[tuple[str, str]]
-) -> Callable[[], dict[str, Tensor]]:
-    def read_all() -> dict[str, Tensor]:
-        return keys.convert(target, [(key, pattern, tensors.read(key)) for key, pattern in members])
-
-    return read_all
+def _convert(keys: KeyTargets, tensors: TensorSource, target: str, members: Members) -> dict[str, Tensor]:
+    return keys.convert(target, [(key, pattern, tensors.read(key)) for key, pattern in members])
 
 
 def _check_complete(checkpoint: Checkpoint, state: Mapping[str, Tensor], covered: set[str]) -> None:

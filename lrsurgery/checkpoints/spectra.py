@@ -24,6 +24,7 @@ from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg.svd import Decomposition, Spectrum, singular_values
 from lrsurgery.linalg.weighted import Metric, StackedMetric, stacked_values, weighted_values
 from lrsurgery.runtime import Compute, cache_folder
+from lrsurgery.surgery.experts.stack import Stack, slices_of
 from lrsurgery.surgery.layers import Kind
 from lrsurgery.units import parse_size
 
@@ -139,9 +140,11 @@ def joint_lookup(
 class SpectrumLookup:
     """Spectra of one dense weight as a layer of some kind, from the cache or computed."""
 
-    def __init__(self, weight: Tensor, kind: Kind, compute: Compute, device: torch.device | None = None) -> None:
+    def __init__(
+        self, weight: Tensor | Stack, kind: Kind, compute: Compute, device: torch.device | None = None
+    ) -> None:
         """`weight` is the dense weight as stored; computation runs on `device`, by default that of `compute`."""
-        self.digest = tensor_digest(weight.dtype, tuple(weight.shape), [weight.cpu()]) if compute.cache else ""
+        self.digest = tensor_digest(weight.dtype, tuple(weight.shape), slices_of(weight)) if compute.cache else ""
         self._weight, self._kind, self._compute = weight, kind, compute
         self._device = device or compute.device
         self._cache = SpectrumCache() if compute.cache else None
@@ -155,8 +158,10 @@ class SpectrumLookup:
         if self._cache:
             self._cache.put(self.digest, self._kind.name, decomposition)
 
-    def matrix(self) -> Tensor:
-        return self._kind.to_matrix(self._weight.to(self._device))
+    def matrix(self) -> Any:
+        """The matrix (rows, columns), or those of a bank."""
+        weight: Any = self._weight.to(self._device)
+        return self._kind.to_matrix(weight)
 
     def values(self, metric: Metric | StackedMetric | None = None, metric_digest: str | None = None) -> Tensor:
         """Singular values (full rank,) of the weight, or in a metric, which are cached under the digest of the metric.

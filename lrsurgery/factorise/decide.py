@@ -101,7 +101,7 @@ def weights_of(
     output = options.output
     by_layer = {e.target.removesuffix(".weight"): e for e in entries if e.target}
     return Weights(
-        read=lambda name: by_layer[name].read(),
+        read=lambda name: by_layer[name].weight(),
         widths={name: entry.dtype.itemsize for name, entry in by_layer.items()},
         stored_widths={name: output.stored(entry.dtype).itemsize for name, entry in by_layer.items()},
         parameters=checkpoint.parameters,

@@ -129,8 +129,9 @@ def in_stack(init: Init, problem: InitProblem) -> Decomposition:
     rank = problem.rank
     if callable(rank):
         rank = rank(problem.known.values if problem.known and metric is None else stacked_values(weights, metric))
-    dtype, (count, rows, columns) = working_dtype(weights.dtype), weights.shape
-    u, v = weights.new_empty(count, rows, rank, dtype=dtype), weights.new_empty(count, rank, columns, dtype=dtype)
+    (count, rows, columns), device, dtype = weights.shape, weights.device, working_dtype(weights.dtype)
+    u = torch.empty(count, rows, rank, device=device, dtype=dtype)
+    v = torch.empty(count, rank, columns, device=device, dtype=dtype)
     values, weighted, energy = [], [], 0.0
     for number, weight in enumerate(weights):
         own = None if metric is None else metric.of(number)

@@ -10,7 +10,7 @@ eigenvectors of L^T W C W^T L. C is neither inverted nor factorised, so it may b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -72,7 +72,7 @@ def weighted_values(weight: Tensor, metric: Metric) -> Tensor:
         raise WeightError(f"no LAPACK driver converges on this {tuple(weight.shape)} matrix in its metric") from e
 
 
-def stacked_values(weights: Tensor, metric: StackedMetric | None = None) -> Tensor:
+def stacked_values(weights: Iterable[Tensor], metric: StackedMetric | None = None) -> Tensor:
     """Values (full rank,) of weights (matrices, rows, columns) at one rank, descending.
 
     The squares are the sums of those of the singular values of all matrices, in their metrics if there are any. So the

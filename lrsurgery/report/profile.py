@@ -205,7 +205,7 @@ def _all_values(checkpoint: Checkpoint, layers: Sequence[Replacement], compute: 
     entries = {entry.target.removesuffix(".weight"): entry for entry in list_entries(checkpoint, names) if entry.target}
 
     def values_of(row: Replacement) -> Tensor:
-        lookup = SpectrumLookup(entries[row.name].read(), row.layout, compute)
+        lookup = SpectrumLookup(entries[row.name].weight(), row.layout, compute)
         try:
             values = lookup.values().cpu()
             # fp32's Gram matrix does not resolve the small ones

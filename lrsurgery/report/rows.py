@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.experts.banks import dense_layers
+from lrsurgery.surgery.experts.stack import Stack
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
@@ -30,7 +31,7 @@ from lrsurgery.surgery.shared.modules import SharedLinear
 
 
 def measured_row(
-    row: Replacement, matrix: Tensor, factors: Factors, found: Decomposition, *, in_loss: bool = False
+    row: Replacement, matrix: Tensor | Stack, factors: Factors, found: Decomposition, *, in_loss: bool = False
 ) -> Row:
     """The row of a layer after surgery: matrix (rows, columns), factors of the product as it is stored.
 
@@ -48,7 +49,7 @@ def measured_row(
     energy_kept = float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0
     spectral_error = None if math.isnan(left_out) else left_out / top if top else 0.0
     weighted_error, predicted = _in_metric(found.weighted, row.rank, in_loss)
-    each = pairs(matrix, factors)
+    each = Pairs(matrix, factors)
     if found.weighted is not None:  # the directions kept are the metric's, not the weight's own leading ones
         energy_kept = _energy_within(each, found.energy)
         spectral_error = _spectral_norms_of_difference(each) / top if top else 0.0
@@ -77,9 +78,9 @@ def shared_row(row: Replacement, matrix: Tensor, factors: Factors, values: Tenso
     lost = weighted_norm(matrix.double() - factors.u.double() @ factors.v.double(), metric)
     return replace(
         planned_row(row),
-        energy_kept=_finite(_energy_within(pairs(matrix, factors), float(wide.square().sum()))),
+        energy_kept=_finite(_energy_within(Pairs(matrix, factors), float(wide.square().sum()))),
         relative_error=_finite(relative_error(matrix, factors)),
-        spectral_error=_finite(_spectral_norms_of_difference(pairs(matrix, factors)) / top if top else 0.0),
+        spectral_error=_finite(_spectral_norms_of_difference(Pairs(matrix, factors)) / top if top else 0.0),
         weighted_error=_finite(lost / whole if whole else 0.0),
         predicted_loss=_finite(0.5 * lost**2),
         before=EffectiveRanks.of(values),
@@ -88,12 +89,17 @@ def shared_row(row: Replacement, matrix: Tensor, factors: Factors, values: Tenso
     )
 
 
-Pairs: TypeAlias = "list[tuple[Tensor, Factors]]"
-
-
-def pairs(matrix: Tensor, factors: Factors) -> Pairs:
+@dataclass(frozen=True)
+class Pairs:
     """Each matrix (rows, columns) of a layer with its factors: one, or one for each of fused experts."""
-    return [(matrix, factors)] if matrix.ndim == 2 else list(zip(matrix, split(factors), strict=True))
+
+    matrix: Tensor | Stack
+    factors: Factors
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Factors]]:
+        if isinstance(self.matrix, Tensor) and self.matrix.ndim == 2:
+            return iter([(self.matrix, self.factors)])
+        return zip(self.matrix, split(self.factors), strict=True)
 
 
 def split(factors: Factors) -> list[Factors]:
@@ -103,10 +109,11 @@ def split(factors: Factors) -> list[Factors]:
 
 def _relative_error(each: Pairs) -> float:
     """||W - u v||_F / ||W||_F, over all matrices of a layer."""
-    if len(each) == 1:
-        return relative_error(*each[0])
-    norms = [float(torch.linalg.vector_norm(matrix, dtype=torch.float64)) for matrix, _ in each]
-    lost = [relative_error(*pair) * (norm or 1.0) for pair, norm in zip(each, norms, strict=True)]
+    lost: list[float] = []
+    norms: list[float] = []
+    for matrix, factors in each:
+        norms.append(float(torch.linalg.vector_norm(matrix, dtype=torch.float64)))
+        lost.append(relative_error(matrix, factors) * (norms[-1] or 1.0))
     return math.hypot(*lost) / (math.hypot(*norms) or 1.0)
 
 
@@ -179,20 +186,24 @@ def trained_row(row: Row, factors: Factors) -> Row:
     return replace(row, balance=balance, **_after(product_values(factors)))
 
 
-def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
+def compared_row(row: Row, matrix: Tensor | Stack, factors: Factors) -> Row:
     """The row with what factors of any origin keep of the dense matrix (rows, columns): errors, energy, directions.
 
     `energy_kept` is ||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces. After a
     spectral init it equals the sum of the kept squared singular values over that of all.
     """
     assert row.rank is not None
-    each = pairs(matrix, factors)
+    each = Pairs(matrix, factors)
     rank = min(row.rank, *matrix.shape[-2:])  # a v that layers share may have more rows
-    dense = [spectral_factors(one, rank) for one, _ in each]
-    values = root_of_squares(torch.stack([one.values.double() for one in dense]))
-    energy = math.fsum(one.energy for one in dense)
+    values_of, energy, angles = [], 0.0, None
+    for one, _ in each:
+        dense = spectral_factors(one, rank)
+        values_of.append(dense.values.double())
+        energy += dense.energy
+        if matrix.ndim == 2 and dense.energy:  # of experts, there would be as many angles
+            angles = overlap(directions(dense.factors), directions(factors))
+    values = root_of_squares(torch.stack(values_of))
     gap = _spectral_norms_of_difference(each)
-    alone = energy and len(each) == 1  # of experts, angles would be as many
     return replace(
         trained_row(row, factors),
         energy_kept=_finite(_energy_within(each, energy)),
@@ -200,7 +211,7 @@ def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
         spectral_error=_finite(gap / float(values[0])) if values[0] > 0 else 0.0,
         before=EffectiveRanks.of(values),
         spectrum_before=Points.of(values),
-        overlap=overlap(directions(dense[0].factors), directions(factors)) if alone else None,
+        overlap=angles,
     )
 
 

@@ -148,3 +148,62 @@ def test_a_bank_of_another_shape_is_named(tmp_path: Path) -> None:
     save_file(stored, file, metadata={"format": "pt"})
     with pytest.raises(lrsurgery.SurgeryError, match=r"layers\.0\.mlp\.experts\.down_proj"):
         lrsurgery.load_model(tmp_path / "half")
+
+
+@pytest.mark.parametrize("layout", ["unfused", "fused"])
+def test_experts_are_read_one_at_a_time(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No read is larger than the matrix of one expert, nor than the largest other tensor."""
+    from lrsurgery.checkpoints.tensors import SafetensorsSource
+
+    dense: Any = many_experts()
+    dense.save_pretrained(tmp_path / "dense", save_original_format=layout == "unfused")
+    sizes: list[int] = []
+    read = SafetensorsSource._bytes
+
+    def watched(self: SafetensorsSource, key: str, begin: int, end: int) -> Tensor:
+        sizes.append(end - begin if ".experts." in key else 0)
+        return read(self, key, begin, end)
+
+    monkeypatch.setattr(SafetensorsSource, "_bytes", watched)
+    options: dict[str, Any] = {"include": EXPERTS, "rank": "energy:0.6", "allow_larger": True}
+    lrsurgery.factorise_checkpoint(tmp_path / "dense", tmp_path / "half", **options)
+    assert 0 < max(sizes) <= 4 * 64 * 48
+    monkeypatch.undo()
+    wanted = moe.logits(in_memory(dense, "energy:0.6"))
+    assert relative(moe.logits(lrsurgery.load_model(tmp_path / "half")), wanted) < 1e-6
+
+
+def test_a_job_goes_on_where_it_was_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lrsurgery.factorise.work.jobs import Decomposer
+
+    dense: Any = many_experts()
+    dense.save_pretrained(tmp_path / "dense")
+    work, done = Decomposer._alone, []
+
+    def fails_at_the_third(self: Decomposer, job: Any) -> Any:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(job.row.name)
+        return work(self, job)
+
+    options: dict[str, Any] = {**OPTIONS, "rank": 0.5, "jobs": 1}
+    monkeypatch.setattr(Decomposer, "_alone", fails_at_the_third)
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        lrsurgery.factorise_checkpoint(tmp_path / "dense", tmp_path / "half", **options)
+    first = list(done)
+    done.clear()
+    done.extend([""] * 3)  # past the failure
+    lrsurgery.factorise_checkpoint(tmp_path / "dense", tmp_path / "half", resume=True, **options)
+    assert not set(first) & set(done[3:])
+    assert len(first) + len(done[3:]) == 4
+    assert relative(moe.logits(lrsurgery.load_model(tmp_path / "half")), moe.logits(in_memory(dense))) < 1e-6
+
+
+def test_a_weight_of_an_expert_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    dense: Any = many_experts()
+    with torch.no_grad():
+        dense.model.layers[1].mlp.experts.down_proj[7, 0, 0] = float("nan")
+    dense.save_pretrained(tmp_path / "dense")
+    with pytest.raises(lrsurgery.SurgeryError, match=r"layers\.1\.mlp\.experts\.down_proj holds NaN"):
+        lrsurgery.factorise_checkpoint(tmp_path / "dense", tmp_path / "half", rank=0.5, **OPTIONS)
+    assert not (tmp_path / "half").exists()
