@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from support import moe
+from support.zoo import IDS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,8 +21,6 @@ from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.plan import SurgeryOptions, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
 from lrsurgery.surgery.rows import Replacement
-from tests.support import moe
-from tests.support.zoo import IDS
 
 EXPERTS = ["*.experts.*_proj"]
 UP, DOWN = ("model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj")

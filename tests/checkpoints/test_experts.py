@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import moe
 from torch import Tensor, nn
 
 import lrsurgery
 from lrsurgery.surgery.apply import factorised_layers
-from tests.support import moe
 
 EXPERTS = ["*.experts.*_proj"]
 OPTIONS: dict[str, Any] = {"include": EXPERTS, "allow_larger": True}
@@ -105,16 +105,17 @@ LOAD = """
 import sys, torch
 {imports}
 from transformers import AutoModelForCausalLM, AutoModel
-from tests.support.zoo import IDS
+ids = torch.load(sys.argv[4])
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 with torch.no_grad():
-    torch.save(model(input_ids=IDS, use_cache=False).logits, sys.argv[2])
-    torch.save(AutoModel.from_pretrained(sys.argv[1]).eval()(input_ids=IDS, use_cache=False)[0], sys.argv[3])
+    torch.save(model(input_ids=ids, use_cache=False).logits, sys.argv[2])
+    torch.save(AutoModel.from_pretrained(sys.argv[1]).eval()(input_ids=ids, use_cache=False)[0], sys.argv[3])
 """
 
 
 def in_a_second_process(folder: Path, imports: str) -> subprocess.CompletedProcess[str]:
-    places = [str(folder), str(folder.with_suffix(".logits")), str(folder.with_suffix(".hidden"))]
+    torch.save(moe.IDS, folder.with_suffix(".ids"))
+    places = [str(folder), *(str(folder.with_suffix(suffix)) for suffix in (".logits", ".hidden", ".ids"))]
     command = [sys.executable, "-c", LOAD.format(imports=imports), *places]
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
 

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 import transformers as tf
+from support.zoo import IDS
 from torch import Tensor, nn
-
-from tests.support.zoo import IDS
 
 BASE: dict[str, Any] = {
     "vocab_size": 96,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import moe
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
@@ -21,7 +22,6 @@ from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.plan import SurgeryOptions, make_plan
 from lrsurgery.surgery.ranks import parse_rank
 from lrsurgery.surgery.rows import Kept, Replacement
-from tests.support import moe
 
 EXPERTS = ["*.experts.*_proj"]
 
