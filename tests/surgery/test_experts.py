@@ -184,6 +184,15 @@ def test_a_bank_of_another_kind_is_refused() -> None:
     assert not specs_of(model)
 
 
+@pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
+def test_a_compiled_model_is_one_graph(implementation: str) -> None:
+    model: Any = factorised(moe.build("qwen3_moe"), 0.5)
+    wanted = run_as(model, implementation)
+    torch.compiler.reset()
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    assert relative(moe.logits(compiled), wanted) < 1e-6
+
+
 @pytest.mark.parametrize("decoupled", [True, False], ids=["decoupled", "coupled"])
 def test_decay_is_that_of_each_expert(decoupled: bool) -> None:
     model: Any = factorised(moe.build("gpt_oss"), 0.5)

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 Product: TypeAlias = Callable[..., Tensor]
+GROUPED = ("grouped_mm", "_grouped_mm", "grouped_mm_fallback")  # torch's, and transformers' own where torch's is not
 ALIGNED = 16  # bytes that the strides of a grouped product are multiples of
 
 
@@ -120,7 +121,7 @@ class Operand:
                 return _from_right(product, one, other)
             if not isinstance(other, Operand):
                 return _from_left(product, one, other)
-        if "grouped_mm" in name and len(args) >= 2 and isinstance(args[1], Operand):
+        if name in GROUPED and len(args) >= 2 and isinstance(args[1], Operand):
             return _grouped(func, *args, **kwargs)
         args, kwargs = tree_map_only(Operand, Operand.tensor, (args, kwargs))
         return func(*args, **kwargs)
