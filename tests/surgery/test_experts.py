@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 import lrsurgery
 from lrsurgery.errors import PlanError
+from lrsurgery.linalg.weighted import stacked_values
 from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
 from lrsurgery.surgery.decay import FrobeniusDecay
 from lrsurgery.surgery.experts.banks import FactorisedBank
@@ -161,6 +162,12 @@ def test_the_report_tells_the_errors_of_all_experts_together(family: str, rank: 
             kept = values.square().sum(0).cumsum(0) / whole
             needed = int((kept < 0.6).sum()) + 1
             assert layer.rank == max(8, round(needed / 8) * 8)
+
+
+def test_values_of_a_bank_are_sums_of_squares_over_its_experts() -> None:
+    weight = torch.randn(5, 12, 7, generator=torch.Generator().manual_seed(0))
+    wanted = torch.linalg.svdvals(weight.double()).square().sum(0).sqrt()
+    torch.testing.assert_close(stacked_values(weight), wanted, rtol=1e-5, atol=0)
 
 
 def test_dense_again_and_in_copies() -> None:
