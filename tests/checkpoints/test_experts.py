@@ -49,7 +49,10 @@ def test_from_checkpoint_to_checkpoint(family: str, tmp_path: Path) -> None:
     dense: Any = moe.build(family)
     dense.save_pretrained(tmp_path / "dense")
     lrsurgery.factorise_checkpoint(tmp_path / "dense", tmp_path / "half", rank=0.5, **OPTIONS)
-    wanted = moe.logits(in_memory(dense))
+    half: Any = in_memory(dense)
+    wanted = moe.logits(half)
+    half.save_pretrained(tmp_path / "memory")
+    assert torch.equal(moe.logits(lrsurgery.load_model(tmp_path / "memory")), wanted)
     loaded: Any = lrsurgery.load_model(tmp_path / "half")
     assert relative(moe.logits(loaded), wanted) < 1e-6
     config = json.loads((tmp_path / "half" / "config.json").read_text())["quantization_config"]
