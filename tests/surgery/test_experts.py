@@ -74,6 +74,18 @@ def test_every_family_computes_what_its_products_do(family: str, monkeypatch: py
         assert relative(found, wanted) > 0.1, "half of the rank changes nothing, so the test would show nothing"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"], ids=["plain", "transposed"])
+def test_full_rank_in_every_dtype(family: str, dtype: torch.dtype) -> None:
+    dense = moe.build(family).to(dtype)
+    for name, layer in factorised_layers(factorised(dense, 1.0)).items():
+        weight = dense.get_parameter(name).detach()
+        assert layer.u.weight.dtype == layer.v.weight.dtype == dtype
+        assert layer.weight.shape == weight.shape
+        lost = (layer.weight.detach().double() - weight.double()).norm()
+        assert lost <= 10 * torch.finfo(dtype).eps * weight.double().norm()
+
+
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss", "llama4"], ids=["plain", "transposed", "own forward"])
 def test_gradients_are_those_of_the_products(family: str) -> None:
     model: Any = factorised(moe.build(family), 0.5)
