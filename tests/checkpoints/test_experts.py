@@ -85,6 +85,18 @@ def test_experts_keep_their_numbers(layout: str, tmp_path: Path) -> None:
     assert relative(moe.logits(loaded), moe.logits(in_memory(dense))) < 1e-6
 
 
+def test_a_dense_copy_is_saved_with_the_keys_of_the_source(tmp_path: Path) -> None:
+    dense: Any = many_experts()
+    dense.save_pretrained(tmp_path / "dense")
+    lrsurgery.factorise_checkpoint(tmp_path / "dense", tmp_path / "half", rank=0.5, **OPTIONS)
+    model: Any = lrsurgery.load_model(tmp_path / "half")
+    lrsurgery.densify_(model)
+    model.save_pretrained(tmp_path / "apart")
+    stored = [load_file(tmp_path / name / "model.safetensors") for name in ("dense", "apart")]
+    assert stored[0].keys() == stored[1].keys()
+    assert relative(moe.logits(lrsurgery.load_model(tmp_path / "apart")), moe.logits(in_memory(dense))) < 1e-5
+
+
 def test_some_banks_stay_dense(tmp_path: Path) -> None:
     dense: Any = many_experts()
     dense.save_pretrained(tmp_path / "dense")
