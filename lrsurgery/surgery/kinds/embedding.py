@@ -191,4 +191,5 @@ EMBEDDING = Kind(
     sample_input=_sample,
     no_form=_explain,
     lookup=True,
+    since=2,
 )
