@@ -86,7 +86,7 @@ class Kind:
     stacked: bool = False
     active: Callable[[Dense], int] = _one_to_one  # how many of the matrices of a stacked weight work on one token
     multiple_of: int = 1  # every rank is one, up to full rank
-    since: int = 1  # the version of the checkpoint format that has it
+    since: int = 2  # the first version of the checkpoint format that has it; a new kind's is the newest
 
     def matrix_of(self, weight: Tensor, groups: int = 1) -> Tensor:
         """The matrix (rows, columns) of a dense weight; with several groups (groups, rows, columns)."""

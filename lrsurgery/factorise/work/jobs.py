@@ -310,8 +310,7 @@ def _has_piece(job: Job, file: Path, owner: str) -> bool:
     piece = load_piece(file)
     if piece is None:
         return False
-    identity = identity_of(job, owner)
-    if {name: piece.facts.get(name) for name in identity} != identity:
+    if any(piece.facts.get(name) != value for name, value in identity_of(job, owner).items()):
         return False
     return bool(piece.facts["digest"] == tensor_digest(job.entry.dtype, job.entry.shape, job.entry.slices()))
 

@@ -112,7 +112,6 @@ EXPERTS = Kind(
     stacked=True,
     active=_active,
     multiple_of=MULTIPLE,
-    since=2,
 )
 TRANSPOSED = Kind(
     name="experts-transposed",
@@ -133,5 +132,4 @@ TRANSPOSED = Kind(
     stacked=True,
     active=_active,
     multiple_of=MULTIPLE,
-    since=2,
 )

@@ -188,6 +188,7 @@ def image_sample(dense: Dense, positions: int) -> tuple[int, ...]:
 
 CONV2D_CHANNEL = Kind(
     name="conv2d-channel",
+    since=1,
     matches=_is_conv2d,
     weight_axes=4,
     matrix_shape=_shape,

@@ -191,5 +191,4 @@ EMBEDDING = Kind(
     sample_input=_sample,
     no_form=_explain,
     lookup=True,
-    since=2,
 )

@@ -165,7 +165,6 @@ CONV_TRANSPOSE2D = Kind(
     takes_tokens=False,
     no_form=_explain_groups,
     u_turned=True,
-    since=2,
 )
 CONV_TRANSPOSE1D = replace(CONV_TRANSPOSE2D, name="conv-transpose1d-channel", matches=_is_1d, weight_axes=3)
 TRANSPOSED_KINDS = {1: CONV_TRANSPOSE1D, 2: CONV_TRANSPOSE2D}  # by dimensions
