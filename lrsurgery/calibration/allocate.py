@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from torch import Tensor
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.spectra import SpectrumLookup, joint_lookup
 from lrsurgery.errors import BudgetError, SurgeryError
-from lrsurgery.linalg.weighted import joint_values, second_order
+from lrsurgery.linalg.weighted import Metric, joint_values, second_order
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decomposition_bytes
 from lrsurgery.surgery.budget import UNITS, Budget, Curve, Layer, cheapest
@@ -37,7 +38,7 @@ PICO = 1e12  # a budget's costs are integers
 class Weights:
     """Access to the dense weights of a model in memory or on disk, with the size of the model."""
 
-    read: Callable[[str], Tensor]  # layer -> its dense weight
+    read: Callable[[str], Any]  # layer -> its dense weight, or a `Stack` of experts
     widths: Mapping[str, int]  # layer -> bytes per entry of its weight as read
     stored_widths: Mapping[str, int]  # layer -> bytes per entry of its weight as written
     parameters: int
@@ -135,7 +136,7 @@ def _find_groups(plan: Plan, weights: Weights, compute: Compute, statistics: Sta
     def compute_values(unit: tuple[Replacement, ...]) -> Tensor | None:
         dense = [weights.read(row.name) for row in unit]
         device = weights.device or dense[0].device
-        metrics = [metric for row in unit if (metric := statistics.metric(row.name, row.kind)) is not None]
+        metrics = [metric for row in unit if isinstance(metric := statistics.metric(row.name, row.kind), Metric)]
         if len(metrics) < len(unit) or any(metric.gradients is None for metric in metrics):
             return None  # the loss does not depend on one of them, so their errors do not compare
         digests = [statistics.digests.get(statistics.key(row.name, row.kind)) for row in unit]
@@ -255,23 +256,24 @@ def _costs(
     """In the unit of the budget, what the dense matrix costs and what each of these ranks does."""
     if budget.kind in ("params", "bytes"):
         width = 1 if budget.kind == "params" else weights.stored_widths[row.name]
-        return width * row.groups * row.rows * row.columns, [width * row.cost(rank) for rank in ranks]
+        return width * row.matrices * row.rows * row.columns, [width * row.cost(rank) for rank in ranks]
     if statistics is None and not row.layout.takes_tokens:
         raise BudgetError(
             f"budget {budget}: the number of positions of a convolution is unknown; add --calibration, or use a share"
             " of the parameters"
         )
     use = None if statistics is None else statistics.use(row)
-    outputs, positions = (1, 1) if use is None else (use.outputs, use.positions)
+    outputs, positions = (row.active, row.active) if use is None else (use.outputs, use.positions)
     if budget.kind == "time":
         assert weights.timer is not None
         times = weights.timer(row, ranks)
-        return round(outputs * times.dense * PICO), [round(outputs * each * PICO) for each in times.ranks]
+        tokens = outputs / row.active
+        return round(tokens * times.dense * PICO), [round(tokens * each * PICO) for each in times.ranks]
     if row.layout.lookup:
         return outputs * row.flops, [outputs * row.flops_at(rank) for rank in ranks]
     saving = 0 if row.side is None else 1  # a pivoted layer has as many positions in v as in u
     each = [row.groups * r * (outputs * row.rows + positions * row.columns - r * outputs * saving) for r in ranks]
-    return outputs * row.flops, [2 * cost for cost in each]
+    return outputs * row.flops // row.active, [2 * cost for cost in each]  # of experts, outputs are those of each
 
 
 def _make_layer(
@@ -285,7 +287,8 @@ def _make_layer(
     for option in row.options:
         tails = losses(values_of(option), in_loss=statistics is not None and statistics.has_gradients)
         most = min(break_even_rank(option.rows, option.columns, pivoted=option.side is not None), option.full_rank)
-        ranks = range(budget.multiple_of, most + 1, budget.multiple_of)
+        step = option.multiple_of(budget.multiple_of)
+        ranks = range(step, most + 1, step)
         dense_cost, costs = _costs(budget, option, ranks, statistics, weights)
         curves.append(Curve(ranks, costs, tails))
     return Layer(row.name, dense_cost, tuple(curves))

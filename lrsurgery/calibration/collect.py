@@ -174,7 +174,7 @@ def split(rows: Sequence[Replacement], limit: int | None) -> list[list[Replaceme
 def moment_bytes(row: Replacement, *, gradients: bool) -> int:
     """Size of the moments of one layer in bytes, in fp32."""
     of_rows = row.rows if row.diagonal else row.rows**2
-    return 4 * row.groups * (row.columns**2 + (of_rows if gradients or row.layout.lookup else 0))
+    return 4 * row.matrices * (row.columns**2 + (of_rows if gradients or row.layout.lookup else 0))
 
 
 def estimate_seconds(
@@ -189,8 +189,8 @@ def estimate_seconds(
     with torch.no_grad():
         call(model, batches[0])
     forward = time.perf_counter() - start
-    products = sum(row.groups * row.rows * row.columns for row in rows)
-    moments = sum(moment_bytes(row, gradients=gradients) for row in rows) // 4
+    products = sum(row.at_work * row.rows * row.columns for row in rows)
+    moments = sum(row.at_work * moment_bytes(row, gradients=gradients) // (4 * row.matrices) for row in rows)
     return len(batches) * forward * ((2 if gradients else 1) + moments / max(1, products))
 
 

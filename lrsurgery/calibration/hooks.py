@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,17 +13,21 @@ from torch import Tensor, nn
 
 from lrsurgery.calibration.statistics import LayerUse, Moments
 from lrsurgery.errors import CalibrationError
+from lrsurgery.surgery.experts.watched import See, watch_products
 from lrsurgery.surgery.rows import Replacement
+
+NEEDS_NONE = "--importance activations needs none"
 
 
 @dataclass
 class _Sums:
-    """Sums over the batches for one layer, in fp32 on the layer's device."""
+    """Sums over the batches for one layer, in fp32 on the layer's device; of experts, for each."""
 
     inputs: Tensor
     gradients: Tensor | None
     positions: int = 0
     outputs: int = 0
+    counts: Tensor | None = None  # of experts, the positions of each
     firsts: set[str] = field(default_factory=set)  # the layers that were first to receive the inputs of this one
 
 
@@ -51,6 +55,11 @@ class Collector:
         self.scored = 0
         modules = dict(model.named_modules())
         self._watched = [(row, modules[row.name]) for row in rows if row.name in modules]
+        self._experts: dict[str, list[Replacement]] = {}  # by the module that holds their weights
+        for row in rows:
+            if row.layout.stacked:
+                self._experts.setdefault(row.name.rpartition(".")[0], []).append(row)
+        self._holders = {name: modules[name] for name in self._experts}
         self._gradients = gradients
         self._sums: dict[tuple[str, str], _Sums] = {}  # by name and kind
         self._last: _Input | None = None  # for reuse: query, key and value have the same
@@ -83,12 +92,21 @@ class Collector:
             for row, module in self._watched
             if names is None or row.name in names
         ]
-        try:
-            yield
-        finally:
-            self._last = None
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as held:
+            for name, rows in self._experts.items():
+                seen = {
+                    row.name.rpartition(".")[2]: self._see(row) for row in rows if names is None or row.name in names
+                }
+                if seen:
+                    held.enter_context(
+                        watch_products(self._holders[name], seen, lambda: getattr(self._batch, "mask", None))
+                    )
+            try:
+                yield
+            finally:
+                self._last = None
+                for handle in handles:
+                    handle.remove()
 
     def take(self, row: Replacement) -> tuple[LayerUse, Moments]:
         """Return the moments of a layer and free its sums; zeros if the layer received no input."""
@@ -98,14 +116,56 @@ class Collector:
         use = LayerUse(row.kind, row.rows, row.columns, sums.positions, sums.outputs, same, row.groups)
         per = self.scored if self._gradients else sums.positions
         gradients = None if sums.gradients is None else sums.gradients / max(1, per)
+        if sums.counts is not None:
+            use = replace(use, unseen=int((sums.counts == 0).sum()))
+            return use, Moments(sums.inputs / sums.counts.clamp(min=1)[:, None, None], gradients, sums.counts)
         return use, Moments(sums.inputs / max(1, sums.positions), gradients)
 
     def _new(self, row: Replacement, device: torch.device) -> _Sums:
-        def zeros(*size: int) -> Tensor:
-            return torch.zeros(*(() if row.groups == 1 else (row.groups,)), *size, device=device)
+        stacked = row.layout.stacked
+        lead = (row.matrices,) if stacked or row.groups > 1 else ()
+        of_rows = (row.rows,) if row.diagonal else (row.rows, row.rows)
 
-        shape = (row.rows,) if row.diagonal else (row.rows, row.rows)
-        return _Sums(zeros(row.columns, row.columns), zeros(*shape) if self._gradients or row.layout.lookup else None)
+        def zeros(*size: int) -> Tensor:
+            return torch.zeros(*lead, *size, device=device)
+
+        gradients = zeros(*of_rows) if self._gradients or row.layout.lookup else None
+        return _Sums(zeros(row.columns, row.columns), gradients, counts=zeros() if stacked else None)
+
+    def _see(self, row: Replacement) -> See:
+        def see(expert: int, x: Tensor, output: Tensor) -> Tensor:
+            leaf = self._gradients and torch.is_grad_enabled() and not output.requires_grad
+            if leaf:  # as in `_hook`
+                output.requires_grad_()
+            if not self._recomputing:
+                self._add_expert(row, expert, x, output)
+            return output.clone() if leaf else output
+
+        return see
+
+    def _add_expert(self, row: Replacement, expert: int, x: Tensor, output: Tensor) -> None:
+        """Add the inputs (positions, columns) of one expert, and the gradients of its outputs once they are known."""
+        key = row.name, row.kind
+        sums = self._sums.get(key) or self._sums.setdefault(key, self._new(row, x.device))
+        assert sums.counts is not None
+        used = (x != 0).any(-1)  # some families give every expert all tokens, as zeros where it is not chosen
+        part, count = x.detach()[used].float(), int(used.sum())
+        sums.inputs[expert].addmm_(part.T, part)
+        if not bool(torch.isfinite(sums.inputs[expert].diagonal()).all()):
+            raise CalibrationError(f"{row.name}: its inputs hold NaN or Inf; check the data or the model")
+        sums.counts[expert] += count
+        sums.positions += count
+        sums.outputs += count
+        if sums.gradients is not None and output.requires_grad:
+            moment = sums.gradients[expert]
+
+            def at_gradient(g: Tensor) -> None:
+                own = g.detach()[used].float()
+                _add_products_(moment, own)
+                if not bool(torch.isfinite(_diagonal(moment)).all()):
+                    raise CalibrationError(f"{row.name}: its gradients hold NaN or Inf; {NEEDS_NONE}")
+
+            output.register_hook(at_gradient)  # type: ignore[no-untyped-call]
 
     def _hook(self, row: Replacement) -> Callable[[nn.Module, Any, Any], Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
@@ -184,8 +244,13 @@ class Collector:
         assert moment is not None
         for part in row.layout.gradients(module, shape, g, mask):
             _add_products_(moment, part)
-        if not bool(torch.isfinite(moment if moment.ndim == 1 else moment.diagonal(dim1=-2, dim2=-1)).all()):
-            raise CalibrationError(f"{row.name}: its gradients hold NaN or Inf; --importance activations needs none")
+        if not bool(torch.isfinite(_diagonal(moment)).all()):
+            raise CalibrationError(f"{row.name}: its gradients hold NaN or Inf; {NEEDS_NONE}")
+
+
+def _diagonal(moment: Tensor) -> Tensor:
+    """That of a moment, of which the diagonal alone may be kept; of several moments each."""
+    return moment if moment.ndim == 1 else moment.diagonal(dim1=-2, dim2=-1)
 
 
 def _add_products_(gram: Tensor, x: Tensor) -> None:

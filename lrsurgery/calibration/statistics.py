@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
+import torch
 from pydantic import ConfigDict, Field
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
@@ -15,7 +16,7 @@ from lrsurgery.errors import CalibrationError
 from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.pieces import Piece, load_piece, piece_digest, save_piece
 from lrsurgery.files.writing import replace_file
-from lrsurgery.linalg.weighted import Metric, combine, damp
+from lrsurgery.linalg.weighted import Metric, StackedMetric, combine, damp
 from lrsurgery.surgery.rows import Replacement
 
 FORMAT = 1
@@ -45,21 +46,54 @@ class LayerUse:
     columns: int
     positions: int  # inputs of its matrix: tokens, or output positions of a convolution (of v, if spatial); 0: unused
     outputs: int  # tokens, or output positions of a convolution
+    # positions and outputs of fused experts are those of all of them
     same_input: str | None = None  # the first of the layers that received the same inputs, all of them; None: no other
     groups: int = 1  # each with its own matrix and moments
+    unseen: int | None = None  # experts that no token was given to
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of one layer's matrix (rows, columns)."""
+    """Second moments of one layer's matrix (rows, columns); of fused experts one of each for each expert, in front."""
 
     inputs: Tensor  # (columns, columns), the mean of x x^T over positions; with several groups, these come first
     # (rows, rows), the sum of g g^T over positions, per scored token or image; or its diagonal (rows,). Of a table that
     # is looked up, `inputs` has g g^T, and this how often each row was looked up.
     gradients: Tensor | None
+    counts: Tensor | None = None  # (experts,), the positions of each expert
 
-    def metric(self, use: LayerUse) -> Metric:
+    def metric(self, use: LayerUse) -> Metric | StackedMetric:
         """The damped metric for factorising the layer."""
+        if self.counts is not None:
+            return StackedMetric(self._of_experts(use, self.counts))
+        return self._damped(use)
+
+    def _of_experts(self, use: LayerUse, counts: Tensor) -> Callable[[int], Metric]:
+        """The metric of each expert by its own tokens; one that saw none takes the mean metric of its bank.
+
+        Without gradients, which count the tokens of an expert, its inputs weigh as much as it has tokens.
+        """
+        total, experts = float(counts.sum()), len(counts)
+        mean = Moments(
+            torch.einsum("e,eij->ij", counts / max(1.0, total), self.inputs),
+            None if self.gradients is None else self.gradients.mean(0),
+        )
+
+        def metric(expert: int) -> Metric:
+            count = int(counts[expert])
+            if not count:
+                return mean._damped(use)
+            gradients = None if self.gradients is None else self.gradients[expert]
+            if gradients is not None and not bool(gradients.any()):
+                gradients = mean.gradients
+            own = Moments(self.inputs[expert], gradients)._damped(replace(use, positions=count))
+            if own.gradients is None and own.inputs is not None:
+                return Metric(own.inputs * (count * experts / total))
+            return own
+
+        return metric
+
+    def _damped(self, use: LayerUse) -> Metric:
         inputs = damp(self.inputs, damping_share("inputs", use.columns, use.positions))
         if self.gradients is None or not bool(self.gradients.any()):
             return Metric(inputs)
@@ -124,17 +158,19 @@ class Statistics:
         """The moments of one layer, as a kind if it was collected as several."""
         return self._read(self.key(name, kind))
 
-    def metric(self, name: str, kind: str | None = None) -> Metric | None:
+    def metric(self, name: str, kind: str | None = None) -> Metric | StackedMetric | None:
         """The metric of one layer; None if the layer received no input."""
         use = self.uses[self.key(name, kind)]
         return self.moments(name, kind).metric(use) if use.positions else None
 
-    def metric_of(self, row: Replacement) -> Metric | None:
+    def metric_of(self, row: Replacement) -> Metric | StackedMetric | None:
         """The metric of a layer, for all uses of its weight; None if none received an input."""
         uses = ((row.name, row.kind), *row.tied)
         known = [(name, kind) for name, kind in uses if self._key(name, kind) is not None]
         metrics = [metric for name, kind in known if (metric := self.metric(name, kind)) is not None]
-        return combine(metrics) if len(metrics) > 1 else next(iter(metrics), None)
+        if len(metrics) < 2:
+            return next(iter(metrics), None)
+        return combine([metric for metric in metrics if isinstance(metric, Metric)])  # experts are tied to none
 
     def digest_of(self, row: Replacement) -> str | None:
         """A digest of the moments in `metric_of`; None if they are in memory."""
@@ -227,6 +263,7 @@ class _Layer(TypedDict):
     outputs: Count
     same_input: NotRequired[str]
     groups: NotRequired[Annotated[int, Field(ge=1, lt=1 << 31)]]
+    unseen: NotRequired[Count]
     file: Annotated[str, Field(pattern=r"^\d{5,}\.safetensors$")]
     digest: str
 
@@ -246,33 +283,41 @@ def _moments_in(folder: Path, layer: _Layer) -> Moments:
     """Read the moments of a layer. Raises CalibrationError for a damaged file."""
     piece = load_piece(folder / layer["file"])
     sizes = {"inputs": layer["columns"], "gradients": layer["rows"]}
+    counts = None if piece is None else piece.tensors.pop("counts", None)
     groups = layer.get("groups", 1)
-    first = () if groups == 1 else (groups,)
+    lead = (len(counts),) if counts is not None else (groups,) if groups > 1 else ()
     if (
         piece is None
         or piece.facts != {"digest": layer["digest"]}
         or "inputs" not in piece.tensors
         or any(
-            tuple(moment.shape) not in {(*first, size, size), *([(size,)] if key == "gradients" else [])}
+            tuple(moment.shape) not in {(*lead, size, size), *([(*lead, size)] if key == "gradients" else [])}
             for key, moment in piece.tensors.items()
             for size in [sizes.get(key)]
         )
     ):
         raise CalibrationError(f"{folder / layer['file']}: damaged, or of other statistics; collect them again")
-    return Moments(piece.tensors["inputs"], piece.tensors.get("gradients"))
+    return Moments(piece.tensors["inputs"], piece.tensors.get("gradients"), counts)
 
 
 def merge(one: tuple[LayerUse, Moments], other: tuple[LayerUse, Moments]) -> tuple[LayerUse, Moments]:
     """Merge two collections for one layer: input means are weighted by their positions, gradient sums are added."""
     (use, moments), (use_2, moments_2) = one, other
     positions = use.positions + use_2.positions
-    inputs = (moments.inputs * use.positions + moments_2.inputs * use_2.positions) / max(1, positions)
+    if moments.counts is None or moments_2.counts is None:
+        counts = None
+        inputs = (moments.inputs * use.positions + moments_2.inputs * use_2.positions) / max(1, positions)
+    else:
+        counts = moments.counts + moments_2.counts
+        sums = (each.inputs * each.counts[:, None, None] for each in (moments, moments_2) if each.counts is not None)
+        inputs = sum(sums, torch.zeros_like(moments.inputs)) / counts.clamp(min=1)[:, None, None]
+        use = replace(use, unseen=int((counts == 0).sum()))
     gradients = None
     if moments.gradients is not None and moments_2.gradients is not None:
         gradients = moments.gradients + moments_2.gradients
     same = use.same_input if use.same_input == use_2.same_input else None
     use = replace(use, positions=positions, outputs=use.outputs + use_2.outputs, same_input=same)
-    return use, Moments(inputs, gradients)
+    return use, Moments(inputs, gradients, counts)
 
 
 class StatisticsWriter:
@@ -306,6 +351,8 @@ class StatisticsWriter:
         tensors = {"inputs": moments.inputs}
         if moments.gradients is not None:
             tensors["gradients"] = moments.gradients
+        if moments.counts is not None:
+            tensors["counts"] = moments.counts
         digest = piece_digest(name, {key: tensor.cpu().contiguous() for key, tensor in tensors.items()})
         save_piece(self._folder / file, Piece({"digest": digest}, tensors))
         counts = {

@@ -5,11 +5,12 @@ The file is long because what a key of a file is in a model, and the reverse, is
 
 from __future__ import annotations
 
+import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,9 @@ from lrsurgery.checkpoints.upstream.layouts import check_shape, holds_inner, mis
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.experts.stack import Stack
 from lrsurgery.surgery.kinds.folds import Fold, fold_of, folded
-from lrsurgery.surgery.layers import Spec
+from lrsurgery.surgery.layers import Kind, Spec
 from lrsurgery.surgery.rows import Replacement
 
 SAMPLE = 64  # keys that tell whether a file is wrapped; a file has up to some 100,000
@@ -46,6 +48,11 @@ class Entry:
     read: Callable[[], Tensor]
     slices: Callable[[], Iterator[Tensor]]  # its elements in order, flat, some at a time
     parts: tuple[Entry, ...] = ()  # of a weight that is computed from several tensors: those, as they are stored
+    part: Callable[[int], Tensor] | None = None  # of fused experts to factorise: the matrix of one alone
+
+    def weight(self) -> Tensor | Stack:
+        """The tensor, or of fused experts what reads them one at a time."""
+        return self.read() if self.part is None else Stack(torch.Size(self.shape), self.dtype, self.part)
 
 
 @dataclass
@@ -129,8 +136,14 @@ def with_tripwire(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tenso
     layers = factorised_layers(model)
     # a layer that computes its dense weight may store no tensor of that name
     for name in sorted(layers, key=lambda name: layers[name].folded is not None):
-        return {**state, f"{name}.weight": torch.empty(0, dtype=layers[name].u.weight.dtype)}
+        key = layers[name].layout.weight_key(name)
+        return {**state, key: torch.empty(0, dtype=layers[name].u.weight.dtype)}
     return state
+
+
+Members: TypeAlias = Sequence[tuple[str, str]]  # source key and pattern of its converter
+Wanted: TypeAlias = tuple[str, tuple[int, ...]]  # state-dict key and shape
+ReadExpert: TypeAlias = Callable[[int], Tensor] | None
 
 
 class KeyTargets(Protocol):
@@ -146,6 +159,10 @@ class KeyTargets(Protocol):
         """Apply the converter of these (source key, pattern, tensor) pieces: state-dict key -> tensor."""
         ...
 
+    def expert_reader(self, target: str, members: Members, tensors: TensorSource, wanted: Wanted) -> ReadExpert:
+        """What reads one expert's matrix of a bank from its own pieces of the files; None if there are none."""
+        ...
+
 
 class _PlainKeys:
     """Keys of timm checkpoints, which are the state-dict keys."""
@@ -158,6 +175,9 @@ class _PlainKeys:
 
     def convert(self, target: str, pieces: Sequence[tuple[str, str, Tensor]]) -> dict[str, Tensor]:
         raise AssertionError("timm converts no tensors on loading")
+
+    def expert_reader(self, target: str, members: Members, tensors: TensorSource, wanted: Wanted) -> ReadExpert:
+        return None
 
 
 def key_map(source: Source, model: nn.Module) -> KeyTargets:
@@ -201,7 +221,8 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             covered.add(target)
             check_plain(checkpoint.source, key, dtype, keys.state[target])
             check_shape(checkpoint.source, key, shape, tuple(keys.state[target].shape))
-        entries.append(Entry(key, target, dtype, shape, *_readers(tensors, key)))
+        part = functools.partial(tensors.part, key) if target in planned else None
+        entries.append(Entry(key, target, dtype, shape, *_readers(tensors, key), part=part))
     for target, members in groups.items():
         described = [tensors.describe(key) for key, _ in members]
         empties = [torch.empty(shape, dtype=dtype, device="meta") for dtype, shape in described]
@@ -209,11 +230,15 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             target, [(key, pattern, e) for (key, pattern), e in zip(members, empties, strict=True)]
         )
         covered |= set(converted)
-        if any(name.rpartition(".")[0] in planned for name in converted):
+        if any(layer_of(name, planned)[0] in planned for name in converted):
             # fused in the files but separate in the model: the output uses the model's names
-            unfuse = _converter(keys, tensors, target, members)
+            unfuse = functools.partial(_convert, keys, tensors, target, members)
             for name, value in converted.items():
-                entries.append(Entry(name, name, described[0][0], tuple(value.shape), *_pickers(unfuse, name)))
+                shape = tuple(value.shape)
+                one = keys.expert_reader(target, members, tensors, (name, shape)) if name in planned else None
+                stack = None if one is None else Stack(torch.Size(shape), described[0][0], one)
+                readers = _pickers(unfuse, name) if stack is None else (stack.whole, stack.slices)
+                entries.append(Entry(name, name, described[0][0], shape, *readers, part=one))
         else:
             for (key, _), (dtype, shape) in zip(members, described, strict=True):
                 entries.append(Entry(key, None, dtype, shape, *_readers(tensors, key)))
@@ -241,18 +266,27 @@ def _folded_entry(key: str, module: nn.Module, fold: Fold, parts: tuple[Entry, .
     def read() -> Tensor:
         return folded(fold, module, [part.read() for part in parts]).contiguous()
 
-    return Entry(key, key, parts[-1].dtype, parts[-1].shape, read, lambda: in_slices(read()), parts)
+    return Entry(key, key, parts[-1].dtype, parts[-1].shape, read, lambda: in_slices(read()), parts=parts)
 
 
 def weights_by_layer(checkpoint: Checkpoint, entries: Iterable[Entry]) -> dict[str, Entry]:
     """Layer -> its weight in the files, where a tied one may stand under the name of its partner."""
-    found = {e.target.removesuffix(".weight"): e for e in entries if e.target and e.target.endswith(".weight")}
+    # that of fused experts has the name of its layer
+    found = {e.target.removesuffix(".weight"): e for e in entries if e.target}
     for pair in checkpoint.tied.items():
         name, other = (key.removesuffix(".weight") for key in pair)
         for one, partner in ((name, other), (other, name)):
             if partner in found:
                 found.setdefault(one, found[partner])
     return found
+
+
+def layer_of(key: str | None, layers: Container[str]) -> tuple[str, str]:
+    """(layer, part) of a state-dict key; the weight of fused experts has the name of its layer as its key."""
+    if key is not None and key in layers:
+        return key, "weight"
+    layer, _, part = (key or "").rpartition(".")
+    return layer, part
 
 
 def is_wide(dtype: torch.dtype) -> bool:
@@ -282,13 +316,8 @@ def _pickers(
     return read, lambda: in_slices(read())
 
 
-def _converter(
-    keys: KeyTargets, tensors: TensorSource, target: str, members: list[tuple[str, str]]
-) -> Callable[[], dict[str, Tensor]]:
-    def read_all() -> dict[str, Tensor]:
-        return keys.convert(target, [(key, pattern, tensors.read(key)) for key, pattern in members])
-
-    return read_all
+def _convert(keys: KeyTargets, tensors: TensorSource, target: str, members: Members) -> dict[str, Tensor]:
+    return keys.convert(target, [(key, pattern, tensors.read(key)) for key, pattern in members])
 
 
 def _check_complete(checkpoint: Checkpoint, state: Mapping[str, Tensor], covered: set[str]) -> None:
@@ -317,10 +346,11 @@ class Names:
     """The keys under which one planned layer is written: those of its parts, which begin alike."""
 
     stem: str
+    kind: Kind
 
     def of(self, part: str) -> str:
         """The key of one of `PARTS`, or of the dense "weight", which is that of the tripwire."""
-        return f"{self.stem}.{part}"
+        return self.kind.weight_key(self.stem) if part == "weight" else f"{self.stem}.{part}"
 
 
 PARTS = ("u.weight", "v.weight", "u.bias", "v.bias", "order")  # of a factorised layer, as in `Names`
@@ -348,13 +378,15 @@ def choose_names(
     keys = key_map(checkpoint.source, checkpoint.model)
     chosen: dict[str, Names] = {}
     for entry in entries:
-        layer, _, part = (entry.target or "").rpartition(".")
+        layer, part = layer_of(entry.target, aliases)
         if part not in ("weight", "bias") or layer not in aliases or layer in chosen:
             continue
+        kind = rows[aliases[layer]].layout
         parts = [each for each in PARTS if f"{layer}.{each}" in keys.state]
         for stem in (entry.key.removesuffix(f".{part}"), layer):
-            if all(keys.target(Names(stem).of(each)) == (f"{layer}.{each}", None) for each in parts):
-                chosen[layer] = Names(stem)
+            names = Names(stem, kind)
+            if all(keys.target(names.of(each)) == (f"{layer}.{each}", None) for each in parts):
+                chosen[layer] = names
                 break
         else:
             raise SurgeryError(f"{layer}: transformers would rename its factors on loading; add --exclude '{layer}'")

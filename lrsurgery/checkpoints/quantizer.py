@@ -43,6 +43,7 @@ from lrsurgery.surgery.apply import (
     specs_of,
     swap_,
 )
+from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.kinds.table import KINDS, kind_of
 from lrsurgery.surgery.layers import Spec
 
@@ -84,7 +85,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             files = [Path(file) for file in checkpoint_files]
             check_weights(files[0].parent, [*files, Path("config.json")])
         layers = with_partners(model, match_names(model, self.quantization_config.specs))
-        tripwires = {f"{name}.weight" for name in self.quantization_config.layers}
+        tripwires = {_weight_key(name, spec) for name, spec in self.quantization_config.specs.items()}
         swap_(model, layers)
         retie_(model)
         # an AutoModel loaded from a checkpoint with a head, or the reverse, has other names than the config
@@ -104,7 +105,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                 )
         copy_orders_(model)
         check_orders(model)
-        keep_names_plain(model, [f"{name}.weight" for name in factorised_layers(model)])
+        keep_names_plain(model, [layer.layout.weight_key(name) for name, layer in factorised_layers(model).items()])
         return model
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -136,6 +137,10 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(LowRankQuantizer)
 
 
+def _weight_key(name: str, spec: Spec) -> str:
+    return KINDS[spec.kind].weight_key(name)
+
+
 def match_names(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str, Spec]:
     """Rename layers to their names in `model`, which may be the base model of the checkpoint's class or the reverse.
 
@@ -144,13 +149,13 @@ def match_names(model: PreTrainedModel, layers: Mapping[str, Spec]) -> dict[str,
 
     Raises PlanError that names a layer which the checkpoint's own class lacks, or if the model has none of the layers.
     """
-    modules, keys = dict(model.named_modules()), KeyMap(model)
+    modules, keys = dense_layers(model), KeyMap(model)
     prefix = model.base_model_prefix + "."
     matched: dict[str, Spec] = {}
     renamed: dict[str, str] = {}
     left_out: list[str] = []
     for name, spec in layers.items():
-        loaded = (keys.target(f"{name}.weight")[0] or "").removesuffix(".weight")
+        loaded = (keys.target(_weight_key(name, spec))[0] or "").removesuffix(".weight")
         candidates = (name, name.removeprefix(prefix), prefix + name, loaded)
         here = next((n for n in candidates if n and n in modules), None)
         if here is not None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from stat import S_ISREG
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ from lrsurgery.files.digests import tensor_digest
 from lrsurgery.files.marks import remove
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg.svd import Decomposition, Spectrum, singular_values
-from lrsurgery.linalg.weighted import Metric, weighted_values
+from lrsurgery.linalg.weighted import Metric, StackedMetric, weighted_values
 from lrsurgery.runtime import Compute, cache_folder
+from lrsurgery.surgery.experts.stack import Stack, slices_of
 from lrsurgery.surgery.layers import Kind
 from lrsurgery.units import parse_size
 
@@ -139,10 +141,15 @@ class SpectrumLookup:
     """Spectra of one dense weight as a layer of some kind, from the cache or computed."""
 
     def __init__(
-        self, weight: Tensor, kind: Kind, compute: Compute, device: torch.device | None = None, groups: int = 1
+        self,
+        weight: Tensor | Stack,
+        kind: Kind,
+        compute: Compute,
+        device: torch.device | None = None,
+        groups: int = 1,
     ) -> None:
         """`weight` is the dense weight as stored; computation runs on `device`, by default that of `compute`."""
-        self.digest = tensor_digest(weight.dtype, tuple(weight.shape), [weight.cpu()]) if compute.cache else ""
+        self.digest = tensor_digest(weight.dtype, tuple(weight.shape), slices_of(weight)) if compute.cache else ""
         self._weight, self._kind, self._compute, self._groups = weight, kind, compute, groups
         self._name = kind.name if groups == 1 else f"{kind.name}-{groups}-groups"
         self._device = device or compute.device
@@ -157,10 +164,12 @@ class SpectrumLookup:
         if self._cache:
             self._cache.put(self.digest, self._name, decomposition)
 
-    def matrix(self) -> Tensor:
-        return self._kind.matrix_of(self._weight.to(self._device), self._groups)
+    def matrix(self) -> Any:
+        """The matrix (rows, columns), or those of groups or of a bank along a first axis."""
+        weight: Any = self._weight.to(self._device)
+        return self._kind.matrix_of(weight, self._groups)
 
-    def values(self, metric: Metric | None = None, metric_digest: str | None = None) -> Tensor:
+    def values(self, metric: Metric | StackedMetric | None = None, metric_digest: str | None = None) -> Tensor:
         """Singular values (full rank,) of the weight, or in a metric, which are cached under the digest of the metric.
 
         Raises WeightError if the weight is not finite.

@@ -80,6 +80,10 @@ class TensorSource(Protocol):
         """Yield the tensor's elements in order, flat, some at a time."""
         ...
 
+    def part(self, key: str, index: int) -> Tensor:
+        """Read `tensor[index]` alone, as `read` does."""
+        ...
+
 
 class SafetensorsSource:
     """One or several .safetensors files. Raises SourceError for a file whose header does not match its data.
@@ -132,6 +136,11 @@ class SafetensorsSource:
         for begin in range(0, self._size(key), SLICE_BYTES):
             yield self._bytes(key, begin, min(begin + SLICE_BYTES, self._size(key))).view(dtype)
 
+    def part(self, key: str, index: int) -> Tensor:
+        dtype, shape = self.describe(key)
+        size = self._size(key) // shape[0]
+        return self._bytes(key, index * size, (index + 1) * size).view(dtype).reshape(shape[1:])
+
     def _size(self, key: str) -> int:
         begin, end = self._where[key][2]["data_offsets"]
         return int(end - begin)
@@ -177,6 +186,9 @@ class DictSource:
     def slices(self, key: str) -> Iterator[Tensor]:
         yield from in_slices(self.read(key))
 
+    def part(self, key: str, index: int) -> Tensor:
+        return self.read(key)[index]
+
 
 class RenamedSource:
     """Tensors of another source under other names."""
@@ -207,6 +219,9 @@ class RenamedSource:
 
     def slices(self, key: str) -> Iterator[Tensor]:
         return self._tensors.slices(self._names[key])
+
+    def part(self, key: str, index: int) -> Tensor:
+        return self._tensors.part(self._names[key], index)
 
 
 def check_weights(folder: Path | None, files: Iterable[Path]) -> None:

@@ -48,6 +48,7 @@ from lrsurgery.files.writing import staged
 from lrsurgery.modules import model_faults
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
+from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.rows import Replacement
 from lrsurgery.units import duration_text
@@ -174,6 +175,10 @@ def calibrate(
     if missing:
         what = f"{len(missing)} layers received no calibration input ({missing[0]}, ...)"
         listener.note(f"{what}; plain SVD is used for them")
+    unseen = [use.unseen for use in statistics.uses.values() if use.unseen and use.positions]
+    if unseen:
+        what = f"{sum(unseen)} experts of {len(unseen)} banks received no token"
+        listener.note(f"{what}; they take the mean metric of their bank")
     if target is not None:
         _save(folder, target)
     return statistics
@@ -435,7 +440,7 @@ def _load_offloaded(
 
 def match_names(subject: Subject, rows: Sequence[Replacement]) -> dict[str, str]:
     """Map the plan's layer names to those in the model that runs, which may have another head than the checkpoint."""
-    modules = {name for name, _ in subject.model.named_modules()}
+    modules = dense_layers(subject.model)
     prefix = getattr(subject.body, "base_model_prefix", "")
     outer = "" if subject.model is subject.body else "body."
     names = {}

@@ -142,7 +142,7 @@ def _factorise(
                 command=options.output.command,
                 options=options.recorded(),
                 versions=versions(),
-                notes=notes_on(options, checkpoint),
+                notes=notes_on(options, checkpoint, plan),
                 calibration=None if statistics is None else statistics.facts,
             )
             copy_companions(source, stage)

@@ -54,7 +54,7 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
         options=options.recorded(),
         about="plan",
         name=checkpoint.source.name,
-        notes=notes_on(options, checkpoint),
+        notes=notes_on(options, checkpoint, plan),
         calibration=None if statistics is None else statistics.facts,
     )
 
@@ -101,7 +101,7 @@ def weights_of(
     output = options.output
     by_layer = weights_by_layer(checkpoint, entries)
     return Weights(
-        read=lambda name: by_layer[name].read(),
+        read=lambda name: by_layer[name].weight(),
         widths={name: entry.dtype.itemsize for name, entry in by_layer.items()},
         stored_widths={name: output.stored(entry.dtype).itemsize for name, entry in by_layer.items()},
         parameters=checkpoint.parameters,
@@ -210,8 +210,14 @@ def _digest_data(calibration: Calibration) -> str:
     return digest_of(calibration.data, calibration.split, calibration.how.subset)
 
 
-def notes_on(options: FactoriseOptions, checkpoint: Checkpoint) -> tuple[str, ...]:
+def notes_on(options: FactoriseOptions, checkpoint: Checkpoint, plan: Plan) -> tuple[str, ...]:
     notes = list(checkpoint.notes)
+    banks = [row for row in plan.replacements if row.layout.stacked]
+    if banks:
+        notes.append(
+            f"{len(banks)} banks of fused experts have one rank for all experts of a bank, a multiple of"
+            f" {banks[0].layout.multiple_of} whatever --multiple-of says, as grouped products need it"
+        )
     if _is_timed(options):
         notes.append(
             f"the budget is of the time of the layers alone, for {POSITIONS} tokens or positions at once on"

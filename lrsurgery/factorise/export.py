@@ -107,6 +107,7 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
     keys, modules = key_map(source, model), {name: m for name, m in every if isinstance(m, FactorisedLayer)}
     found = factorised_layers(model)
     tied = leaders_of_tied(found)
+    weights = {module.layout.weight_key(name) for name, module in modules.items()}
     layers: dict[str, str] = {}
     others: list[str] = []
     tripwires: list[str] = []
@@ -134,7 +135,7 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
             places.add(place)
             check_shape(source, key, shape, tuple(keys.state[place].shape))
             layers[key.removesuffix(f".{part}")] = layer
-        elif shape == (0,) and key.endswith(".weight"):
+        elif shape == (0,) and dense_keys.target(key)[0] in weights:
             tripwires.append(key)
         else:
             others.append(key)
@@ -244,7 +245,8 @@ def _dense_names(parts: Parts, stem: str, layer: str) -> list[str]:
 
     Raises SurgeryError where there are none.
     """
-    wanted: tuple[str, ...] = ("weight",)
+    key_of = parts.modules[layer].layout.weight_key
+    wanted = [(key_of(stem), key_of(layer))]
     names = []
     if layer in parts.folds:
         module, fold = parts.folds[layer]
@@ -253,10 +255,10 @@ def _dense_names(parts: Parts, stem: str, layer: str) -> list[str]:
                 f"{layer}: a {type(module).__name__} standardises its weight, so it can hold no product of factors; it"
                 " cannot be exported"
             )
-        wanted = fold.parts
-    for part in wanted:
-        for name in (f"{stem}.{part}", f"{layer}.{part}"):
-            if parts.dense_keys.target(name) == (f"{layer}.{part}", None):
+        wanted = [(f"{stem}.{part}", f"{layer}.{part}") for part in fold.parts]
+    for own, target in wanted:
+        for name in (own, target):
+            if parts.dense_keys.target(name) == (target, None):
                 names.append(name)
                 break
         else:

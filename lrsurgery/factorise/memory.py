@@ -13,9 +13,10 @@ from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.mapping import is_transformers_model, tied_weights
 from lrsurgery.checkpoints.output import tell_form
 from lrsurgery.factorise.options import parse_target
-from lrsurgery.linalg.weighted import Metric
+from lrsurgery.linalg.weighted import Metric, StackedMetric
 from lrsurgery.runtime import Compute, pick_device
 from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, pivot_layers_
+from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.kinds.folds import weight_of
 from lrsurgery.surgery.kinds.table import AUTO
 from lrsurgery.surgery.plan import Plan, SurgeryOptions, layers_of_several_names
@@ -107,7 +108,7 @@ def factorise_module_(
     plan = change(plan)
     rows = {row.name: row for row in plan.replacements}
 
-    def metric_of(name: str) -> Metric | None:
+    def metric_of(name: str) -> Metric | StackedMetric | None:
         return statistics.metric_of(rows[name]) if statistics is not None else None
 
     apply_plan_(module, plan, init=options.init, seed=options.seed, device=device, metric_of=metric_of, svd=options.svd)
@@ -116,7 +117,7 @@ def factorise_module_(
 
 def _dense(module: nn.Module, plan: Plan) -> dict[str, Tensor]:
     """The dense weight of each layer of a plan."""
-    modules = dict(module.named_modules())
+    modules = dense_layers(module)
     return {row.name: weight_of(modules[row.name]) for row in plan.replacements}
 
 

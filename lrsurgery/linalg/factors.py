@@ -1,7 +1,7 @@
 """The two factors of a matrix: balancing them, and properties of their product without forming it.
 
-The matrices of a grouped layer stand together, with the groups as a first axis: one rank for all, and in the place of
-each singular value the root of the sum of those of the groups, so that what is left out adds up.
+The matrices of a grouped layer or of fused experts stand together along a first axis: one rank for all, and for each
+singular value the root of the sum of their squares over the matrices, so that what is left out adds up.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ class Factors(NamedTuple):
 
 
 def blocks_of(factors: Factors) -> list[Factors]:
-    """The factors of each group; of a matrix, itself."""
+    """The factors of each of several matrices; of one alone, itself."""
     return [factors] if factors.u.ndim == 2 else [Factors(u, v) for u, v in zip(factors.u, factors.v, strict=True)]
 
 
 def stacked_values(values: Sequence[Tensor]) -> Tensor:
-    """Singular values (full rank,) of several matrices of one shape together."""
-    return values[0] if len(values) == 1 else torch.linalg.vector_norm(torch.stack(list(values)), dim=0)
+    """Singular values (n,) of several matrices together, in fp64: their norms over the matrices."""
+    norms: Tensor = torch.linalg.vector_norm(torch.stack([each.double() for each in values]), dim=0)
+    return norms
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -46,7 +47,7 @@ def balance(factors: Factors) -> Factors:
 
 
 def balance_of(factors: Factors) -> float:
-    """||u^T u - v v^T||_F / ||u^T u||_F: 0 for balanced factors, as every init makes them; the largest of groups."""
+    """||u^T u - v v^T||_F / ||u^T u||_F: 0 for balanced factors, as every init makes them; the largest of several."""
     if factors.u.ndim > 2:
         return max(map(balance_of, blocks_of(factors)))
     wide = working_dtype(factors.u.dtype)
@@ -58,7 +59,10 @@ def balance_of(factors: Factors) -> float:
 
 
 def product_values(factors: Factors) -> Tensor:
-    """Singular values (rank,) of u @ v in O((rows + columns) rank^2); the product is never formed."""
+    """Singular values (rank,) of u @ v in O((rows + columns) rank^2); the product is never formed.
+
+    Of factors u (matrices, rows, rank), v (matrices, rank, columns) they are stacked.
+    """
     if factors.u.ndim > 2:
         return stacked_values(list(map(product_values, blocks_of(factors))))
     dtype = working_dtype(factors.u.dtype)
@@ -70,11 +74,6 @@ def product_values(factors: Factors) -> Tensor:
 
 def relative_error(weight: Tensor, factors: Factors) -> float:
     """||W - u v||_F / ||W||_F in the working dtype; ||u v||_F for the zero matrix."""
-    if weight.ndim > 2:  # the slices of `_squares` are of one matrix
-        scale = power_of_two(largest(weight))
-        each = [_squares(one, two, scale) for one, two in zip(weight, blocks_of(factors), strict=True)]
-        lost, norm = (math.fsum(part) for part in zip(*each, strict=True))
-        return math.sqrt(lost / norm) if norm > 0 else scale * math.sqrt(lost)
     lost, norm = _squares(weight, factors, 1.0)
     if not 1e-20 < norm < 1e30 or not lost > 1e-20:  # squares may have left the range of fp32
         lost, norm = _squares(weight, factors, power_of_two(largest(weight)))

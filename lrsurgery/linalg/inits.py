@@ -6,14 +6,14 @@ To add one, write a function of an `InitProblem` and add an entry to `INITS`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from lrsurgery.errors import SurgeryError
-from lrsurgery.linalg.factors import Factors, balance, working_dtype
+from lrsurgery.linalg.factors import Factors, balance, stacked_values, working_dtype
 from lrsurgery.linalg.svd import (
     Decomposition,
     RankChoice,
@@ -22,18 +22,18 @@ from lrsurgery.linalg.svd import (
     singular_values,
     spectral_factors,
 )
-from lrsurgery.linalg.weighted import Metric, weighted_factors
+from lrsurgery.linalg.weighted import Metric, StackedMetric, weighted_factors, weighted_values
 
 
 @dataclass(frozen=True)
 class InitProblem:
     """The matrix whose factors are to be initialised, with the settings."""
 
-    weight: Tensor  # (rows, columns)
+    weight: Tensor  # (rows, columns), or (matrices, rows, columns) for `in_stack`
     rank: RankChoice  # a function of the singular values gets those in the metric, if there is one
     fan_in: int  # of the dense layer
     generator: torch.Generator  # on the CPU, so that a seed gives the same factors on every device
-    metric: Metric | None = None  # weights of the errors, from calibration
+    metric: Metric | StackedMetric | None = None  # weights of the errors, from calibration
     svd: str = "auto"  # `svd`, `known` and `keep` go to `spectral_factors`
     known: Spectrum | None = None
     keep: bool = False
@@ -58,6 +58,7 @@ def spectral(problem: InitProblem) -> Decomposition:
     """
     if problem.metric is None:
         return spectral_factors(problem.weight, problem.rank, svd=problem.svd, known=problem.known, keep=problem.keep)
+    assert isinstance(problem.metric, Metric)
     factors, weighted = weighted_factors(problem.weight, problem.rank, problem.metric)
     return _decomposition(factors, problem.values(), weighted)
 
@@ -116,6 +117,30 @@ def he(problem: InitProblem) -> Decomposition:
 
 def _decomposition(factors: Factors, values: Tensor, weighted: Tensor | None = None) -> Decomposition:
     return Decomposition(factors, values, float(values.double().square().sum()), None, weighted)
+
+
+def in_stack(init: Init, problem: InitProblem) -> Decomposition:
+    """Factors u (matrices, rows, rank), v (matrices, rank, columns), computed one matrix after the other at one rank.
+
+    Values are those of `stacked_values`.
+    """
+    weights, metric = problem.weight, problem.metric
+    rank = problem.rank
+    if callable(rank):
+        rank = rank(problem.values() if metric is None else weighted_values(weights, metric))
+    (count, rows, columns), device, dtype = weights.shape, weights.device, working_dtype(weights.dtype)
+    u = torch.empty(count, rows, rank, device=device, dtype=dtype)
+    v = torch.empty(count, rank, columns, device=device, dtype=dtype)
+    values, weighted, energy = [], [], 0.0
+    for number, weight in enumerate(weights):
+        own = None if metric is None else metric.of(number)
+        found = init(replace(problem, weight=weight, rank=rank, metric=own, known=None, keep=False))
+        u[number], v[number] = found.factors
+        values.append(found.values)
+        energy += found.energy
+        weighted += [] if found.weighted is None else [found.weighted]
+    in_metric = stacked_values(weighted) if weighted else None
+    return Decomposition(Factors(u, v), stacked_values(values), energy, None, in_metric)
 
 
 INITS: dict[str, Init] = {

@@ -122,7 +122,7 @@ def direction_factors(
 def singular_values(weight: Tensor) -> Tensor:
     """All singular values (full rank,) of weight (rows, columns), descending, in the working dtype.
 
-    Those of weight (groups, rows, columns) are stacked.
+    Those of several matrices (matrices, rows, columns) are stacked.
 
     Raises WeightError if the weight is not finite, or if no LAPACK driver converges.
     """

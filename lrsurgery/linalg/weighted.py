@@ -10,7 +10,8 @@ eigenvectors of L^T W C W^T L. C is neither inverted nor factorised, so it may b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -29,10 +30,16 @@ class Metric(NamedTuple):
     inputs: Tensor | None  # C (columns, columns), symmetric, positive semidefinite
     gradients: Tensor | None = None  # G (rows, rows), symmetric, positive definite; or its diagonal (rows,), positive
 
-    def groups(self, count: int) -> list[Metric]:
-        """The metrics of a grouped layer's groups, whose moments have these as a first axis."""
-        every = ([None] * count if moment is None else list(moment) for moment in self)
-        return [Metric(*each) for each in zip(*every, strict=True)]
+    def of(self, number: int) -> Metric:
+        """The metric of one of several matrices, whose moments have these as a first axis."""
+        return Metric(*(None if moment is None else moment[number] for moment in self))
+
+
+@dataclass(frozen=True)
+class StackedMetric:
+    """The metrics of several matrices, of which one at a time is damped and widened."""
+
+    of: Callable[[int], Metric]
 
 
 class WeightedFactors(NamedTuple):
@@ -80,14 +87,16 @@ def combine(metrics: Sequence[Metric]) -> Metric:
     return Metric(columns / rows.sum().clamp(min=torch.finfo(rows.dtype).tiny), rows)
 
 
-def weighted_values(weight: Tensor, metric: Metric) -> Tensor:
+def weighted_values(weight: Tensor, metric: Metric | StackedMetric) -> Tensor:
     """Singular values (full rank,) of G^(1/2) W C^(1/2) in fp64, descending; a direction's squared value is its error.
+
+    Those of several matrices (matrices, rows, columns), which may be read one at a time, are stacked.
 
     Raises WeightError if the weight is not finite, if the metric does not fit it, or if G is not positive definite.
     """
     if weight.ndim > 2:
-        each = zip(weight, metric.groups(len(weight)), strict=True)
-        return stacked_values([weighted_values(*one) for one in each])
+        return stacked_values([weighted_values(each, metric.of(number)) for number, each in enumerate(weight)])
+    assert isinstance(metric, Metric)
     try:
         return _roots(torch.linalg.eigvalsh(_core(weight, metric).gram))
     except LinAlgError as e:

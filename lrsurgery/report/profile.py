@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrsurgery.checkpoints.build import check_not_converted
-from lrsurgery.checkpoints.mapping import Checkpoint, list_entries, open_checkpoint
+from lrsurgery.checkpoints.mapping import Checkpoint, list_entries, open_checkpoint, weights_by_layer
 from lrsurgery.checkpoints.source import Source, SourceOptions
 from lrsurgery.checkpoints.spectra import SpectrumCache, SpectrumLookup, cache_limit
 from lrsurgery.errors import WeightError
@@ -202,14 +202,10 @@ def _model_rung(i: int, ladders: Sequence[tuple[Sequence[Rung], float, Row]], pa
 def _all_values(checkpoint: Checkpoint, layers: Sequence[Replacement], compute: Compute) -> Iterator[Tensor]:
     """The singular values (full rank,) of each layer, several layers at once."""
     names = {row.name for row in layers}
-    entries = {
-        entry.target.removesuffix(".weight"): entry
-        for entry in list_entries(checkpoint, names)
-        if entry.target and entry.target.endswith(".weight")
-    }
+    entries = weights_by_layer(checkpoint, list_entries(checkpoint, names))
 
     def values_of(row: Replacement) -> Tensor:
-        lookup = SpectrumLookup(entries[row.name].read(), row.layout, compute, groups=row.groups)
+        lookup = SpectrumLookup(entries[row.name].weight(), row.layout, compute, groups=row.groups)
         try:
             values = lookup.values().cpu()
             # fp32's Gram matrix does not resolve the small ones

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-
-from torch import Tensor
+from typing import Any
 
 from lrsurgery.checkpoints.load import FactorisedCheckpoint, open_factorised
 from lrsurgery.checkpoints.mapping import digest_of_entries, list_entries, open_checkpoint, weights_by_layer
@@ -107,7 +106,7 @@ def _factorised(
 
 def _dense_weights(
     reference: str, checkpoint: FactorisedCheckpoint, report: Report, source_options: SourceOptions
-) -> tuple[Mapping[str, Callable[[], Tensor]], str]:
+) -> tuple[Mapping[str, Callable[[], Any]], str]:
     """(layer -> what reads its dense weight, note that names the model and says if it is another than the source).
 
     Raises PlanError where the dense model lacks a layer or has it in another shape, SurgeryError where it is no dense
@@ -128,7 +127,7 @@ def _dense_weights(
         entry = entries.get(name)
         if entry is None or entry.shape != shape:
             raise PlanError(f"{name}: {reference}, the model to compare with, has no such layer of shape {shape}")
-        found[name] = entry.read
+        found[name] = entry.weight
     note = f"errors, energy and directions are against {reference}"
     was = report.dense_source
     if was and was["digest"] != digest_of_entries(listed):

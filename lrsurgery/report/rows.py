@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,11 +25,13 @@ from lrsurgery.linalg.factors import (
 )
 from lrsurgery.linalg.spectrum import EffectiveRanks, Points
 from lrsurgery.linalg.subspaces import directions, overlap
-from lrsurgery.linalg.svd import Decomposition, singular_values, spectral_factors
+from lrsurgery.linalg.svd import Decomposition, spectral_factors
 from lrsurgery.linalg.weighted import Metric, second_order, weighted_norm
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied
+from lrsurgery.surgery.experts.banks import dense_layers
+from lrsurgery.surgery.experts.stack import Stack
 from lrsurgery.surgery.kinds.folds import fold_of, weight_of
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, plan_rows
@@ -39,7 +41,7 @@ from lrsurgery.surgery.shared.modules import SharedLinear
 
 
 def measured_row(
-    row: Replacement, matrix: Tensor, factors: Factors, found: Decomposition, *, in_loss: bool = False
+    row: Replacement, matrix: Tensor | Stack, factors: Factors, found: Decomposition, *, in_loss: bool = False
 ) -> Row:
     """The row of a layer after surgery: matrix (rows, columns), factors of the product as it is stored.
 
@@ -56,13 +58,14 @@ def measured_row(
     energy_kept = float(values[: row.rank].square().sum()) / found.energy if found.energy else 1.0
     spectral_error = None if math.isnan(left_out) else left_out / top if top else 0.0
     weighted_error, predicted = _in_metric(found.weighted, row.rank, in_loss)
+    each = Pairs(matrix, factors)
     if found.weighted is not None:  # the directions kept are the metric's, not the weight's own leading ones
-        energy_kept = _energy_within(matrix, factors, found.energy)
-        spectral_error = _spectral_norm_of_difference(matrix, factors) / top if top else 0.0
+        energy_kept = _energy_within(each, found.energy)
+        spectral_error = _spectral_norms_of_difference(each) / top if top else 0.0
     return replace(
         planned_row(row),
         energy_kept=_finite(energy_kept),
-        relative_error=_finite(relative_error(matrix, factors)),
+        relative_error=_finite(_relative_error(each)),
         spectral_error=_finite(spectral_error),
         weighted_error=_finite(weighted_error),
         predicted_loss=_finite(predicted),
@@ -84,15 +87,38 @@ def shared_row(row: Replacement, matrix: Tensor, factors: Factors, values: Tenso
     lost = weighted_norm(matrix.double() - factors.u.double() @ factors.v.double(), metric)
     return replace(
         planned_row(row),
-        energy_kept=_finite(_energy_within(matrix, factors, float(wide.square().sum()))),
+        energy_kept=_finite(_energy_within(Pairs(matrix, factors), float(wide.square().sum()))),
         relative_error=_finite(relative_error(matrix, factors)),
-        spectral_error=_finite(_spectral_norm_of_difference(matrix, factors) / top if top else 0.0),
+        spectral_error=_finite(_spectral_norms_of_difference(Pairs(matrix, factors)) / top if top else 0.0),
         weighted_error=_finite(lost / whole if whole else 0.0),
         predicted_loss=_finite(0.5 * lost**2),
         before=EffectiveRanks.of(values),
         spectrum_before=Points.of(values),
         **_after(product_values(factors)),
     )
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Each matrix (rows, columns) of a layer with its factors: one, or one for each of groups or fused experts."""
+
+    matrix: Tensor | Stack
+    factors: Factors
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Factors]]:
+        if isinstance(self.matrix, Tensor) and self.matrix.ndim == 2:
+            return iter([(self.matrix, self.factors)])
+        return zip(self.matrix, blocks_of(self.factors), strict=True)
+
+
+def _relative_error(each: Pairs) -> float:
+    """||W - u v||_F / ||W||_F, over all matrices of a layer."""
+    lost: list[float] = []
+    norms: list[float] = []
+    for matrix, factors in each:
+        norms.append(float(torch.linalg.vector_norm(matrix, dtype=torch.float64)))
+        lost.append(relative_error(matrix, factors) * (norms[-1] or 1.0))
+    return math.hypot(*lost) / (math.hypot(*norms) or 1.0)
 
 
 def _finite(figure: float | None) -> float | None:
@@ -116,12 +142,12 @@ def _in_metric(values: Tensor | None, rank: int, in_loss: bool) -> tuple[float |
     return math.sqrt(lost / whole) if whole else 0.0, second_order(values, rank) if in_loss else None
 
 
-def _energy_within(matrix: Tensor, factors: Factors, energy: float) -> float:
+def _energy_within(each: Pairs, energy: float) -> float:
     """||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces."""
     kept = 0.0
-    for part, each in zip([matrix] if matrix.ndim == 2 else matrix, blocks_of(factors), strict=True):
-        ours = directions(each)
-        within = ours.u.T @ part.to(ours.u.dtype) @ ours.v
+    for matrix, factors in each:
+        ours = directions(factors)
+        within = ours.u.T @ matrix.to(ours.u.dtype) @ ours.v
         kept += float(torch.linalg.vector_norm(within, dtype=torch.float64)) ** 2
     return min(1.0, kept / energy) if energy else 1.0
 
@@ -161,35 +187,41 @@ def trained_row(row: Row, factors: Factors) -> Row:
     return replace(row, balance=balance, **_after(product_values(factors)))
 
 
-def compared_row(row: Row, matrix: Tensor, factors: Factors) -> Row:
+def compared_row(row: Row, matrix: Tensor | Stack, factors: Factors) -> Row:
     """The row with what factors of any origin keep of the dense matrix (rows, columns): errors, energy, directions.
 
     `energy_kept` is ||Q_u^T W Q_v||_F^2 / ||W||_F^2 with Q_u, Q_v orthonormal bases of the factors' subspaces. After a
     spectral init it equals the sum of the kept squared singular values over that of all.
     """
     assert row.rank is not None
-    if matrix.ndim > 2:
-        values, energy, shared = singular_values(matrix).double(), float(matrix.double().square().sum()), None
-    else:
-        dense = spectral_factors(matrix, min(row.rank, *matrix.shape))  # a v that layers share may have more rows
-        values, energy = dense.values.double(), dense.energy
-        shared = overlap(directions(dense.factors), directions(factors)) if energy else None
-    gap = _spectral_norm_of_difference(matrix, factors)
+    each = Pairs(matrix, factors)
+    rank = min(row.rank, *matrix.shape[-2:])  # a v that layers share may have more rows
+    values_of, energy, angles = [], 0.0, None
+    for one, _ in each:
+        dense = spectral_factors(one, rank)
+        values_of.append(dense.values)
+        energy += dense.energy
+        if matrix.ndim == 2 and dense.energy:  # of several matrices, there would be as many angles
+            angles = overlap(directions(dense.factors), directions(factors))
+    values = stacked_values(values_of)
+    gap = _spectral_norms_of_difference(each)
     return replace(
         trained_row(row, factors),
-        energy_kept=_finite(_energy_within(matrix, factors, energy)),
-        relative_error=_finite(relative_error(matrix, factors)),
+        energy_kept=_finite(_energy_within(each, energy)),
+        relative_error=_finite(_relative_error(each)),
         spectral_error=_finite(gap / float(values[0])) if values[0] > 0 else 0.0,
         before=EffectiveRanks.of(values),
         spectrum_before=Points.of(values),
-        overlap=shared,
+        overlap=angles,
     )
 
 
+def _spectral_norms_of_difference(each: Pairs) -> float:
+    """||W - u v||_2; over several matrices the root of the sum of the squares, as their singular values are stacked."""
+    return math.hypot(*(_spectral_norm_of_difference(*pair) for pair in each))
+
+
 def _spectral_norm_of_difference(matrix: Tensor, factors: Factors) -> float:
-    """||W - U V||_2; of several groups the root of the sum of their squares, as their singular values are stacked."""
-    if matrix.ndim > 2:
-        return math.hypot(*map(_spectral_norm_of_difference, matrix, blocks_of(factors)))
     wide = factors.u.to(torch.promote_types(matrix.dtype, torch.float32))
     scale = power_of_two(largest(matrix))  # keeps squares in the range of fp32
     rest = torch.addmm(matrix.to(wide.dtype) / scale, wide / scale, factors.v.to(wide.dtype), alpha=-1)
@@ -218,7 +250,7 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
 
     Raises PlanError where `against` lacks a layer; WeightError where one of its weights is not finite.
     """
-    others = dict(against.named_modules()) if against is not None else {}
+    others = dense_layers(against) if against is not None else {}
     layers = factorised_layers(module)
     names, tied = {id(layer): name for name, layer in layers.items()}, leaders_of_tied(layers)
     rows = [
@@ -231,7 +263,7 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
         planned_row(Kept(name, layers[name].kind, tuple(layers[name].weight.shape), 0, f"tied to {leader}"))
         for name, leader in tied.items()
     ]
-    order = {name: i for i, (name, _) in enumerate(module.named_modules())}
+    order = {name: i for i, name in enumerate(dense_layers(module))}
     rows = sorted([*rows, *_dense_rows(module)], key=lambda row: order.get(row.name, len(order)))
     after = sum(p.numel() for p in module.parameters())
     before = after + sum(r.parameters_before - (r.parameters_after or 0) for r in rows)
@@ -251,8 +283,9 @@ def replacement_of(
     (rows, columns), shape = layer.matrix_shape, tuple(layer.weight.shape)
     bias = 0 if layer.bias is None else layer.bias.numel()
     per_u = layer.layout.v_per_u(layer)
-    groups = layer.groups
+    active, groups = layer.layout.active(layer), layer.groups
     row = Replacement(name, layer.kind, shape, rows, columns, layer.rank, bias, per_u, side=layer.side, groups=groups)
+    row = replace(row, active=active)
     if not isinstance(layer, SharedLinear):
         return replace(row, tied=tied)
     group = tuple((names or {}).get(id(each), name) for each in layer.group)

@@ -5,7 +5,6 @@ The file is long because all that puts factorised layers into a model, changes t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.errors import OutputError, PlanError, SurgeryError
-from lrsurgery.linalg.factors import Factors, balance, stacked_values
-from lrsurgery.linalg.inits import InitProblem, get_init, layer_generator
+from lrsurgery.linalg.factors import Factors, balance
+from lrsurgery.linalg.inits import InitProblem, get_init, in_stack, layer_generator
 from lrsurgery.linalg.pivot import Side, is_permutation
-from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum, singular_values
-from lrsurgery.linalg.weighted import Metric, weighted_values
+from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
+from lrsurgery.linalg.weighted import Metric, StackedMetric
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
+from lrsurgery.surgery.experts.banks import dense_layers, replace_layer_
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of, weight_of
-from lrsurgery.surgery.kinds.table import KINDS
+from lrsurgery.surgery.kinds.table import CHANNEL, KINDS
 from lrsurgery.surgery.layers import (
     PARTS,
     Dense,
@@ -128,7 +128,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
     Raises PlanError for an unknown name or kind, for a layer of another kind or without such a form, or for layers that
     cannot share their v.
     """
-    modules, references = dict(model.named_modules()), References(model)
+    modules, references = dense_layers(model), References(model)
     groups = groups_in(layers, PlanError)
     shared = {name: leader for leader, names in groups.items() for name in names}
     built: dict[str, SharedLinear] = {}
@@ -142,7 +142,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
         weight = getattr(dense, "weight", None)
         if held is None or dense is None or not isinstance(weight, Tensor):
             raise PlanError(f"{name}: this {type(model).__name__} has no such layer")
-        if weight.ndim != kind.weight_axes:
+        if weight.ndim != kind.weight_axes or (kind.stacked and not kind.matches(dense, CHANNEL)):
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind_name} layer")
         new: FactorisedLayer
         if name in shared:
@@ -161,7 +161,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
                 new = kind.make(dense, rank, side)
         if not weight.requires_grad:
             new.requires_grad_(False)
-        _take_place_(references, held, new)
+        _take_place_(model, references, held, new)
     tie_(model, {name: spec.tied_to for name, spec in layers.items() if spec.tied_to is not None})
     for leader, names in groups.items():
         group = [built[name] for name in names]
@@ -172,10 +172,10 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
             raise PlanError(f"{leader}: rank {group[0].rank} is too large for {len(names)} layers of full rank {full}")
 
 
-def _take_place_(references: References, dense: nn.Module, new: FactorisedLayer) -> None:
+def _take_place_(model: nn.Module, references: References, dense: nn.Module, new: FactorisedLayer) -> None:
     # of a layer made dense before, the class that loads it is still that
     new.folded = type(dense).__name__ if fold_of(dense) is not None else getattr(dense, "folded", None)
-    references.replace_(dense, new)
+    replace_layer_(model, references, dense, new)
 
 
 def _check_shared(name: str, spec: Spec, kind: Kind, dense: Dense, leader: Dense) -> None:
@@ -193,7 +193,7 @@ def _check_shared(name: str, spec: Spec, kind: Kind, dense: Dense, leader: Dense
 def decomposition_cost(row: Replacement) -> float:
     """Relative time of a decomposition: a Gram product over the long side and an eigensolver, 4 short^3."""
     short, long = sorted((row.rows, row.columns))
-    return float(short) ** 2 * (long + 4 * short)
+    return row.matrices * float(short) ** 2 * (long + 4 * short)
 
 
 def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = False) -> int:
@@ -202,7 +202,14 @@ def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = Fa
     With a metric all of these are in fp64, beside both moments of the metric as read (fp32) and as damped (fp64).
     Pivots come afterwards and can need more: the factors in both widths, the part that is kept, and six fp64 matrices
     of the other's size, such as the basis, its LU and the mixing.
+
+    The experts of a bank are decomposed one after the other, beside the whole bank, its moments and its factors.
     """
+    if row.layout.stacked and row.matrices > 1:
+        each = replace(row, shape=(1, *row.shape[1:]))
+        held = item_size * row.rows * row.columns + 4 * (row.rank or row.full_rank) * (row.rows + row.columns)
+        held += 4 * (row.rows**2 + row.columns**2) if weighted else 0
+        return row.matrices * held + decomposition_bytes(each, item_size, weighted=weighted)
     short, long = sorted((row.rows, row.columns))
     rank, wide = row.rank or short, max(8 if weighted else 4, item_size)
     if row.groups > 1:  # one after the other, beside the tensor, its matrices and the factors of all
@@ -228,12 +235,12 @@ def decompose(
     init: str,
     seed: int,
     rank: RankChoice | None = None,
-    metric: Metric | None = None,
+    metric: Metric | StackedMetric | None = None,
     svd: str = "auto",
     known: Spectrum | None = None,
     keep: bool = False,
 ) -> Decomposition:
-    """Decompose one dense weight into factors in the working dtype.
+    """Decompose one dense weight into factors in the working dtype; groups and banks matrix by matrix, at one rank.
 
     `rank`, a rank or a function of the singular values, is used if the plan has none yet. `metric` weights the errors.
     `svd`, `known` and `keep` go to `linalg.spectral_factors`.
@@ -242,10 +249,8 @@ def decompose(
     """
     choice = row.rank if row.rank is not None else rank
     assert choice is not None
-    if row.groups > 1:
-        return _decompose_groups(row, weight, init, seed, choice, metric, svd)
     problem = InitProblem(
-        row.layout.to_matrix(weight),
+        row.layout.matrix_of(weight, row.groups),
         choice,
         row.layout.fan_in(weight.shape),
         layer_generator(seed, row.name),
@@ -255,36 +260,10 @@ def decompose(
         keep=keep,
     )
     try:
-        return get_init(init)(problem)
+        several = row.layout.stacked or row.groups > 1
+        return in_stack(get_init(init), problem) if several else get_init(init)(problem)
     except SurgeryError as e:
         raise type(e)(f"{row.name}: {e}") from e
-
-
-def _decompose_groups(
-    row: Replacement, weight: Tensor, init: str, seed: int, rank: RankChoice, metric: Metric | None, svd: str
-) -> Decomposition:
-    """As `decompose`, group by group: factors with the groups as a first axis, and stacked values."""
-    matrices = row.layout.matrix_of(weight, row.groups)
-    metrics: list[Metric | None] = [None] * row.groups
-    if metric is not None:
-        metrics = [*metric.groups(row.groups)]
-    generator, fan_in = layer_generator(seed, row.name), row.layout.fan_in(weight.shape)
-    try:
-        if callable(rank):
-            rank = rank(singular_values(matrices) if metric is None else weighted_values(matrices, metric))
-        found = [
-            get_init(init)(InitProblem(matrix, rank, fan_in, generator, each, svd=svd))
-            for matrix, each in zip(matrices, metrics, strict=True)
-        ]
-    except SurgeryError as e:
-        raise type(e)(f"{row.name}: {e}") from e
-    weighted = [each.weighted for each in found if each.weighted is not None]
-    return Decomposition(
-        Factors(*(torch.stack(part) for part in zip(*(each.factors for each in found), strict=True))),
-        stacked_values([each.values for each in found]),
-        math.fsum(each.energy for each in found),
-        weighted=stacked_values(weighted) if weighted else None,
-    )
 
 
 def apply_plan_(
@@ -294,7 +273,7 @@ def apply_plan_(
     init: str,
     seed: int,
     device: torch.device | None = None,
-    metric_of: Callable[[str], Metric | None] = lambda name: None,
+    metric_of: Callable[[str], Metric | StackedMetric | None] = lambda name: None,
     svd: str = "auto",
 ) -> None:
     """Replace every planned layer of a model in memory, computing on `device` (the layer's own by default).
@@ -303,7 +282,7 @@ def apply_plan_(
 
     Raises SurgeryError that names the layer. Earlier layers are replaced by then; work on a copy to be safe.
     """
-    modules, references = dict(model.named_modules()), References(model)
+    modules, references = dense_layers(model), References(model)
 
     def read(row: Replacement) -> Tensor:
         weight = weight_of(modules[row.name])
@@ -317,7 +296,7 @@ def apply_plan_(
         if row.joint is None:
             found = decompose(row, weights[0], init=init, seed=seed, metric=metric_of(row.name), svd=svd)
             return [factor_weights(row.layout, like, found.factors, row.pivots)]
-        metrics = [metric for each in unit if (metric := metric_of(each.name)) is not None]
+        metrics = [metric for each in unit if isinstance(metric := metric_of(each.name), Metric)]
         assert row.rank is not None
         factors, _ = decompose_together(row.joint.names, row.layout, weights, row.rank, metrics)
         return store_together(factors, [each.rows for each in unit], like, pivoted=row.pivots is not None)
@@ -349,7 +328,7 @@ def apply_plan_(
             join(group)
             fill_group_(group, parts, biases, trained)  # type: ignore[arg-type]
         for old, layer in zip(held, new, strict=True):
-            _take_place_(references, old, layer)
+            _take_place_(model, references, old, layer)
         for name, kind in unit[0].tied:
             assert unit[0].rank is not None
             with Unfilled():
@@ -376,7 +355,7 @@ def densify_layers_(model: nn.Module) -> None:
             dense.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
         if layer.folded is not None:
             dense.folded = layer.folded  # type: ignore[assignment]
-        references.replace_(layer, dense)
+        replace_layer_(model, references, layer, dense)
 
 
 def check_storable(model: nn.Module) -> None:

@@ -23,12 +23,16 @@ GROUPED = 16384
 Pair: TypeAlias = "tuple[Tensor, Tensor]"
 
 
-def frobenius_gradients(u: Tensor, v: Tensor, side: Side | None = None, *, turned: bool = False) -> Pair:
+def frobenius_gradients(
+    u: Tensor, v: Tensor, side: Side | None = None, *, turned: bool = False, stacked: bool = False
+) -> Pair:
     """Gradients of (1/2) ||U V||_F^2: U (V V^T) and (U^T U) V, in O((m + n) r^2) without forming the product.
 
     `u` (out, rank, ...) and `v` (rank, ...) are the weights of a factorised layer of any kind, `v` (groups rank, ...)
     of a grouped one; where `turned`, `u` is (rank, out, ...). Computes and returns fp32 or wider, in the shapes of the
     weights.
+
+    `stacked` weights of experts have their number in front, and each expert's product its own square.
 
     Of a pivoted layer the product holds the kept part beside U V. On the side of the rows that is V, so its square is
     ||V||_F^2 + ||U V||_F^2 and U^T U + 1 takes the place of U^T U; of the columns it is U, and V V^T + 1.
@@ -38,12 +42,12 @@ def frobenius_gradients(u: Tensor, v: Tensor, side: Side | None = None, *, turne
     if turned:
         of_u, of_v = _gradients(u.transpose(0, 1), v, 0, side)
         return of_u.transpose(0, 1), of_v
-    if len(v) > (rank := u.shape[1]):  # of a grouped layer
+    if not stacked and len(v) > (rank := u.shape[1]):  # of a grouped layer
         groups = len(v) // rank
         by_group = [weight.reshape(groups, -1, *weight.shape[1:]) for weight in (u, v)]
         found = _gradients(by_group[0], by_group[1], 1, side)
         return found[0].flatten(0, 1), found[1].flatten(0, 1)
-    return _gradients(u, v, 0, side)
+    return _gradients(u, v, int(stacked), side)
 
 
 def _gradients(u: Tensor, v: Tensor, stacked: int, side: Side | None = None) -> Pair:
@@ -132,9 +136,10 @@ class FrobeniusDecay:
                     of_v -= (len(us) - 1) * v.detach().to(of_v.dtype)
                 for factor, gradient in ((v, of_v), *zip(us, (each for each, _ in found), strict=True)):
                     apply([factor], [gradient])
-        for us, vs, side, turned in self._group_alike(groups):
+        banks = self._banks()
+        for us, vs, side, turned in self._group_alike(groups, banks):
             if len(us) == 1:
-                of_u, of_v = frobenius_gradients(us[0], vs[0], side, turned=turned)
+                of_u, of_v = frobenius_gradients(us[0], vs[0], side, turned=turned, stacked=id(vs[0]) in banks)
                 gradients = [[of_u], [of_v]]
             else:
                 gradients = [list(g.unbind()) for g in _gradients(torch.stack(us), torch.stack(vs), 1, side)]
@@ -149,8 +154,12 @@ class FrobeniusDecay:
             us.append(layer.u.weight)
         yield from together.values()
 
+    def _banks(self) -> set[int]:
+        """The factors v of fused experts, by number."""
+        return {id(layer.v.weight) for layer in self._layers if layer.layout.stacked}
+
     def _group_alike(
-        self, groups: dict[int, dict[str, Any]]
+        self, groups: dict[int, dict[str, Any]], banks: set[int]
     ) -> list[tuple[list[Tensor], list[Tensor], Side | None, bool]]:
         """Group the factors u and v of layers with a gradient in either, so that each group is one batched product."""
         alike: dict[Hashable, tuple[list[Tensor], list[Tensor], Side | None, bool]] = {}
@@ -161,9 +170,9 @@ class FrobeniusDecay:
             of_u, of_v = groups.get(id(u)), groups.get(id(v))
             if of_u is None and of_v is None:
                 continue
-            # sharded factors (DTensor) are not batched
+            # sharded factors (DTensor) are not batched, nor are those of several matrices, which are batches
             batched = type(u) is type(v) is nn.Parameter and u.numel() + v.numel() <= GROUPED
-            batched = batched and not turned and len(v) == u.shape[1]  # not of a grouped layer
+            batched = batched and not turned and id(v) not in banks and len(v) == u.shape[1]
             shapes = (u.shape, v.shape, u.dtype, v.dtype, u.device, v.device, id(of_u), id(of_v), side)
             us, vs, *_ = alike.setdefault(shapes if batched else number, ([], [], side, turned))
             us.append(u)

@@ -81,11 +81,21 @@ class Kind:
     u_turned: bool = False  # u.weight is (rank, out, ...), not (out, rank, ...)
     shares_v: bool = False  # layers with the same input may have one v
     lookup: bool = False  # inputs are numbers of rows, and no product gives the dense layer's outputs
+    # a weight of three axes, a parameter under the layer's own name: one matrix for each expert, the first axis of
+    # matrices and factors alike
+    stacked: bool = False
+    active: Callable[[Dense], int] = _one_to_one  # how many of the matrices of a stacked weight work on one token
+    multiple_of: int = 1  # every rank is one, up to full rank
+    since: int = 2  # the first version of the checkpoint format that has it; a new kind's is the newest
 
     def matrix_of(self, weight: Tensor, groups: int = 1) -> Tensor:
         """The matrix (rows, columns) of a dense weight; with several groups (groups, rows, columns)."""
         matrix = self.to_matrix(weight)
         return matrix if groups == 1 else matrix.reshape(groups, -1, matrix.shape[1])
+
+    def weight_key(self, name: str) -> str:
+        """The state-dict key of the dense weight of a layer of this name."""
+        return name if self.stacked else f"{name}.weight"
 
     def make(self, dense: Dense, rank: int, side: Side | None) -> FactorisedLayer:
         """Build a factorised layer in a form, on the meta device; `side` is that of the pivots, None for balanced."""
@@ -160,6 +170,11 @@ class FactorisedLayer(nn.Module):
         u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
         more = {"rows": (self.own, 0), "columns": (0, self.rank)}[self.side] if self.side else (0, 0)
         return u.shape[-2] + more[0], v.shape[-1] + more[1]
+
+    @property
+    def stacked_shape(self) -> tuple[int, ...]:
+        """The shape of the matrix, behind the number of matrices where there are several."""
+        return self.matrix_shape if self.groups == 1 else (self.groups, *self.matrix_shape)
 
     @property
     def pivoted(self) -> Pivoted:
@@ -240,8 +255,7 @@ class Product(Tensor):
     @staticmethod
     def __new__(cls, layer: FactorisedLayer) -> Product:
         u, v = layer.u.weight, layer.v.weight
-        rows, columns = layer.matrix_shape
-        rows_columns = torch.empty(layer.groups * rows, columns, device="meta")
+        rows_columns = torch.empty(layer.stacked_shape, device="meta")
         product: Product = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             layer.layout.to_weight(rows_columns, layer).shape,

@@ -19,6 +19,7 @@ from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
 from lrsurgery.surgery.budget import SHARING, TOGETHER, UNITS, Budget
+from lrsurgery.surgery.experts.banks import banks_in, view_of
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of
 from lrsurgery.surgery.kinds.linear import LINEAR
 from lrsurgery.surgery.kinds.table import AUTO, check_conv, explain_no_kind, kind_of, kinds_of
@@ -122,14 +123,16 @@ class Plan:
         assert isinstance(self.target, RankSpec), "a budget decides all ranks together"
         first, *others = row.options
         if first.rank is None:
-            rank = self.target.rank_of(row.name, row.rows, row.columns, values[0], pivoted=row.side is not None)
-            first = replace(first, rank=rank)
+            first = replace(first, rank=first.rank_by(self.target, values[0]))
         decided = _apply_refusal(first, self.allow_larger, self.refuse if not others else None)
         if not others or isinstance(decided, Kept):
             return decided
         assert first.rank is not None
         most = first.cost(first.rank)
-        ranked = [replace(option, rank=option.rank_within(most, self.target.multiple_of)) for option in others]
+        ranked = [
+            replace(option, rank=option.rank_within(most, option.multiple_of(self.target.multiple_of)))
+            for option in others
+        ]
         fitting = [(first, values[0]), *((o, v) for o, v in zip(ranked, values[1:], strict=True) if o.rank)]
         best, _ = min(fitting, key=lambda option: float(losses(option[1], in_loss=in_loss)[option[0].rank or 0]))
         return _apply_refusal(best, self.allow_larger, self.refuse)
@@ -202,8 +205,7 @@ def plan_rows(
         first = replace(first, tied=tuple(partners_of(f"{name}.weight", model, shared)) if kind.lookup else ())
         policy = spec.policy_for(name) if spec else None
         if spec and policy and not policy.needs_spectrum:
-            rank = spec.rank_of(name, first.rows, first.columns, pivoted=first.side is not None)
-            first = replace(first, rank=rank)
+            first = replace(first, rank=first.rank_by(spec))
         refuses = None if others or kind.lookup else refuse  # what it times is a layer by itself
         decided = _apply_refusal(first, options.allow_larger, refuses)
         rows.append(replace(decided, others=tuple(others)) if isinstance(decided, Replacement) else decided)
@@ -219,7 +221,8 @@ def _row(name: str, module: Dense, weight: Tensor, kind: Kind, more: int, form: 
     held = getattr(module, "bias", None)
     bias = 0 if held is None else held.numel()
     per_u, shape = kind.v_per_u(module), tuple(weight.shape)
-    return Replacement(name, kind.name, shape, *matrix, None, bias, per_u, side=side, groups=groups, folded=more - bias)
+    row = Replacement(name, kind.name, shape, *matrix, None, bias, per_u, side=side, groups=groups, folded=more - bias)
+    return replace(row, active=kind.active(module))
 
 
 def losses(values: Tensor, *, in_loss: bool) -> Tensor:
@@ -274,8 +277,10 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
             if name:
                 yield name, module, own["weight"]
             continue
+        experts = {key for key, _ in banks_in(module)}
         for key, parameter in own.items():
-            yield f"{name}.{key}".lstrip("."), None, parameter
+            view = view_of(module, parameter) if key in experts else None
+            yield f"{name}.{key}".lstrip("."), view, parameter
 
 
 def layers_of_several_names(model: nn.Module) -> frozenset[str]:
@@ -306,7 +311,7 @@ def _no_layer_reason(name: str, module: nn.Module | None, weight: Tensor) -> str
         if ".parametrizations." in name:
             return "part of a weight that is parametrised in another way than weight norm"
         experts = ".experts." in f".{name}" and weight.ndim == 3
-        return "fused experts: one parameter of 3 axes" if experts else "a bare parameter, not a layer"
+        return "fused experts of an unknown class" if experts else "a bare parameter, not a layer"
     return ALREADY if isinstance(module, FactorisedLayer) else None
 
 
@@ -327,9 +332,10 @@ def _reason_to_keep(
     if is_table and (reason := _reason_to_keep_table(name, model, shared, tables, options)) is not None:
         return reason
     fold = fold_of(module)
-    for part in ("weight",) if fold is None else fold.parts:
-        if f"{name}.{part}" in shared and not is_table:
-            return f"tied to {shared[f'{name}.{part}'].removesuffix('.weight')}"
+    weight_key = f"{name}.weight" if kind is None else kind.weight_key(name)
+    for key in (weight_key,) if fold is None else [f"{name}.{part}" for part in fold.parts]:
+        if key in shared and not is_table:
+            return f"tied to {shared[key].removesuffix('.weight')}"
     if kind is None:
         return explain_no_kind(module)
     if not weight.is_floating_point() or weight.element_size() < 2:

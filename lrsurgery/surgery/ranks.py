@@ -196,9 +196,16 @@ class RankSpec:
         return any(pattern == name for pattern, _ in self.overrides)
 
     def rank_of(
-        self, name: str, rows: int, columns: int, values: Tensor | None = None, *, pivoted: bool = False
+        self,
+        name: str,
+        rows: int,
+        columns: int,
+        values: Tensor | None = None,
+        *,
+        pivoted: bool = False,
+        multiple_of: int = 1,
     ) -> int:
-        """The rank of one layer, rounded to `multiple_of` and capped at full rank.
+        """The rank of one layer, rounded to both its own `multiple_of` and that of the spec, capped at full rank.
 
         Raises RankError if an override that names the layer exactly exceeds its full rank.
         """
@@ -210,8 +217,11 @@ class RankSpec:
                 f"{name}: rank {policy.rank} exceeds {full}, the full rank of ({rows}, {columns}); lower it"
             )
         rank = policy.rank_of(rows, columns, values, pivoted=pivoted)
-        if self.multiple_of > 1:
-            rank = max(self.multiple_of, round(rank / self.multiple_of) * self.multiple_of)
+        within = multiple_of > 1 and isinstance(policy, ParameterShare)  # the share is a bound that nobody rounds up
+        multiple_of = math.lcm(multiple_of, self.multiple_of)
+        if multiple_of > 1:
+            rounded = rank // multiple_of if within else round(rank / multiple_of)
+            rank = max(multiple_of, rounded * multiple_of)
         return min(rank, full)
 
     @property

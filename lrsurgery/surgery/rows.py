@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import Kind, Spec
-from lrsurgery.surgery.ranks import break_even_rank, rank_within
+from lrsurgery.surgery.ranks import RankSpec, break_even_rank, rank_within
 
 MOST_ROWS = 32768  # of a whole moment of output gradients: 4 GB in fp32
 
@@ -42,6 +45,7 @@ class Replacement:
     tied: tuple[tuple[str, str], ...] = ()  # (name, kind) of the layers with the same weight, which become its factors
     groups: int = 1  # of a grouped convolution, each with its own matrix (rows, columns)
     folded: int = 0  # parameters, beside as many as the weight has, that its weight is computed from
+    active: int = 1  # of the matrices of fused experts, how many work on one token
 
     reason = None
 
@@ -103,8 +107,18 @@ class Replacement:
         return Spec(self.kind, self.rank, self.pivots, v_of, pivots, self.groups)
 
     @property
+    def matrices(self) -> int:
+        """How many matrices (rows, columns) it has, at one rank: one for each group, or for each of fused experts."""
+        return self.shape[0] if self.layout.stacked else self.groups
+
+    @property
+    def at_work(self) -> int:
+        """How many of its matrices work on one token or output position: those of all groups, of experts some."""
+        return self.active if self.layout.stacked else self.groups
+
+    @property
     def parameters(self) -> int:
-        return self.groups * self.rows * self.columns + self.bias + self.folded
+        return self.matrices * self.rows * self.columns + self.bias + self.folded
 
     @property
     def factorised_parameters(self) -> int | None:
@@ -116,12 +130,21 @@ class Replacement:
             own = self.joint.pivots[1] if self.pivots else 0
             return rank * (self.rows - own + (self.columns if self.leads else 0))
         pivots = self.side is not None and rank < self.full_rank
-        return self.groups * rank * (self.rows + self.columns - (rank if pivots else 0))
+        return self.matrices * rank * (self.rows + self.columns - (rank if pivots else 0))
+
+    def multiple_of(self, asked: int) -> int:
+        """What its rank is a multiple of, where one of `asked` is."""
+        return math.lcm(asked, self.layout.multiple_of)
+
+    def rank_by(self, spec: RankSpec, values: Tensor | None = None) -> int:
+        """Its rank by the policies of `spec`, which may need its singular values (full rank,)."""
+        pivoted, multiple_of = self.side is not None, self.layout.multiple_of
+        return spec.rank_of(self.name, self.rows, self.columns, values, pivoted=pivoted, multiple_of=multiple_of)
 
     def rank_within(self, parameters: int, multiple_of: int = 1) -> int:
         """The largest rank whose factors have at most so many parameters, and fewer than the weight; 0 for none."""
         pivoted = self.side is not None
-        most = rank_within(parameters // self.groups, self.rows + self.columns, 1 if pivoted else 0)
+        most = rank_within(parameters // self.matrices, self.rows + self.columns, 1 if pivoted else 0)
         most = min(most, break_even_rank(self.rows, self.columns, pivoted=pivoted), self.full_rank)
         return most // multiple_of * multiple_of
 
@@ -143,7 +166,7 @@ class Replacement:
     @property
     def flops(self) -> int:
         """FLOPs per token, or per output position of a convolution; a multiply-add counts 2."""
-        return 2 * self.groups * self.products * self.rows * self.columns
+        return 2 * self.at_work * self.products * self.rows * self.columns
 
     @property
     def factorised_flops(self) -> int | None:
@@ -155,7 +178,7 @@ class Replacement:
         """FLOPs at a rank; a lookup has the product with v alone."""
         pivots = rank if self.side is not None and rank < self.full_rank else 0
         one = self.rows + self.v_per_u * self.columns - pivots
-        return 2 * self.groups * rank * (self.products * one + self.lookups * (self.columns - pivots))
+        return 2 * self.at_work * rank * (self.products * one + self.lookups * (self.columns - pivots))
 
 
 def whole_of(unit: Sequence[Replacement]) -> Replacement:

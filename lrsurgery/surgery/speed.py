@@ -21,6 +21,7 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.files.json import json_text, read_json
 from lrsurgery.files.writing import replace_file
 from lrsurgery.runtime import cache_folder, processor
+from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.kinds.convolution import SIDE
 from lrsurgery.surgery.kinds.folds import plain_of
 from lrsurgery.surgery.kinds.table import KINDS, kind_of
@@ -78,7 +79,7 @@ def make_refusal(model: nn.Module, conv: str, least: float, device: torch.device
 def _shapes(model: nn.Module, conv: str) -> dict[str, nn.Module]:
     """Each layer that can be factorised, on the meta device."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in dense_layers(model).items():
         kind = kind_of(module, conv)
         plain = plain_of(module)
         if kind is not None and plain.weight.is_floating_point():

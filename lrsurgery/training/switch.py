@@ -24,6 +24,7 @@ from lrsurgery.factorise.options import parse_target
 from lrsurgery.files.json import Json, json_text, read_json
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
+from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.layers import FactorisedLayer, Spec, factor_weights
 from lrsurgery.surgery.plan import SurgeryOptions
 from lrsurgery.surgery.ranks import PIVOTED
@@ -79,7 +80,7 @@ def give_structure_(subject: Subject, layers: Mapping[str, Spec]) -> None:
 
     Raises PlanError for a layer that the model does not have, or a rank that it cannot have.
     """
-    modules = dict(subject.body.named_modules())
+    modules = dense_layers(subject.body)
     for name, (_, rank, *_) in layers.items():
         weight = getattr(modules.get(name), "weight", None)
         if isinstance(weight, Tensor) and not 1 <= rank <= weight.numel():
@@ -168,10 +169,8 @@ def switch_optimizer(
     new: dict[str, ParameterState] = {name: saved["state"].get(index, {}) for index, name in enumerate(places)}
     reset = []
     for name, layer in factorised_layers(model).items():
-        state = new.pop(f"{name}.weight", {})
-        if (
-            layer.folded is not None or layer.groups > 1
-        ):  # of the tensors that the weight was computed from, or of several
+        state = new.pop(layer.layout.weight_key(name), {})
+        if layer.folded is not None or layer.groups > 1:  # of the tensors that a weight is computed from, or of several
             reset.append(name)
             state = {}
         bias = new.get(f"{name}.bias", {})
@@ -214,7 +213,7 @@ def _project(moment: Tensor, bias: object, layer: FactorisedLayer, part: str, *,
     if squared:
         u, v = u.square(), v.square()
     matrix = layer.layout.to_matrix(moment.float())
-    to_u, to_v = matrix @ v.T, u.T @ matrix
+    to_u, to_v = matrix @ v.mT, u.mT @ matrix
     if layer.side == "rows" and layer.v.bias is not None and isinstance(bias, Tensor):
         kept = layer.v.bias.detach().to("cpu", torch.float32)  # which the mixing multiplies, too
         to_u += torch.outer(bias.float(), kept.square() if squared else kept)

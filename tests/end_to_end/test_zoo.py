@@ -68,7 +68,9 @@ def test_transformers_model(name: str, tmp_path: Path, monkeypatch: pytest.Monke
         safe_open(tmp_path / "dense/model.safetensors", "pt") as before,
         safe_open(tmp_path / "back/model.safetensors", "pt") as after,
     ):
-        assert set(before.keys()) == set(after.keys())
+        # fused experts are written as the model has them
+        fused = any(layer.layout.stacked for layer in factorised_layers(half).values())
+        assert fused or set(before.keys()) == set(after.keys())
 
 
 # of these only the patches' convolution could be split by its axes, as that of vit_tiny_patch16_224 is

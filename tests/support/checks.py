@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from lrsurgery.cli.app import app
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.experts.banks import dense_layers
 
 
 def run(*arguments: object) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def load(cls: Any, folder: Path) -> nn.Module:
 
 
 def assert_same_layers(factorised: nn.Module, dense: nn.Module) -> None:
-    originals = dict(dense.named_modules())
+    originals = dense_layers(dense)
     layers = factorised_layers(factorised)
     assert layers
     for name, layer in layers.items():

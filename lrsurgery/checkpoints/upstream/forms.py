@@ -19,7 +19,6 @@ from lrsurgery.surgery.shared.specs import groups_in
 
 METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
 FORMAT_VERSION = 2  # of its quantization_config; 1 knows the balanced form alone
-FIRST_KINDS = ("linear", "conv1d", "conv2d-channel", "conv2d-spatial")  # that format 1 has
 LARGEST_RANK = 1 << 31
 
 Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 31)]  # of an image or a tensor
@@ -197,16 +196,13 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
     """
     if version not in (None, *range(1, FORMAT_VERSION + 1)):
         raise SurgeryError(f"format {version}: write 1, which has balanced layers alone, or {FORMAT_VERSION}")
-    newer = [name for name, spec in specs.items() if spec.kind not in FIRST_KINDS]
-    if version == 1 and newer:
-        raise SurgeryError(f"{newer[0]}: format 1 has no layers of kind {specs[newer[0]].kind}; write format 2")
     pivoted = [name for name, spec in specs.items() if spec.side]
     led = [name for name, spec in specs.items() if spec.v_of is not None]
     if version == 1 and led:
         raise SurgeryError(
             f"{led[0]}: has the v of {specs[led[0]].v_of}, and in format 1 every layer has its own; write format 2"
         )
-    newer = [name for name, spec in specs.items() if spec.kind not in FIRST_KINDS or spec.groups > 1]
+    newer = [name for name, spec in specs.items() if KINDS[spec.kind].since > 1 or spec.groups > 1]
     if version == 1 and newer:
         spec = specs[newer[0]]
         what = f"{spec.kind} layer" + (f" of {spec.groups} groups" if spec.groups > 1 else "")

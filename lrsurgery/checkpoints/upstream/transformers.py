@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -45,10 +46,34 @@ class KeyMap:
         """Apply the converter of these (source key, pattern, tensor) pieces: state-dict key -> tensor."""
         converter = next(c for c in self._converters if pieces[0][1] in c.source_patterns)
         converter = copy.deepcopy(converter)
-        for key, pattern, tensor in pieces:
+        for key, pattern, tensor in sorted(pieces, key=lambda piece: _natural(piece[0])):  # experts by their number
             converter.add_tensor(target, key, pattern, tensor)
         converted = converter.convert(target, model=self._model, config=self._model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in converted.items()}
+
+    def expert_reader(
+        self, target: str, members: Sequence[tuple[str, str]], tensors: Any, wanted: tuple[str, tuple[int, ...]]
+    ) -> Callable[[int], Tensor] | None:
+        """What reads one expert's matrix of a bank from its own (source key, pattern) pieces; None if there are none.
+
+        `wanted` is the key and shape of the bank, `tensors` the files.
+        """
+        (name, shape), patterns = wanted, dict[str, list[tuple[str, str]]]()
+        for member in sorted(members, key=lambda member: _natural(member[0])):
+            patterns.setdefault(member[1], []).append(member)
+        if any(len(found) != shape[0] for found in patterns.values()):
+            return None
+        pieces = list(zip(*patterns.values(), strict=True))
+
+        def convert(number: int, read: Callable[[str], Tensor]) -> Tensor:
+            return self.convert(target, [(key, pattern, read(key)) for key, pattern in pieces[number]])[name]
+
+        one = convert(0, lambda key: torch.empty(tensors.describe(key)[1], device="meta"))
+        return (lambda number: convert(number, tensors.read)[0]) if one.shape == (1, *shape[1:]) else None
+
+
+def _natural(key: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in key.split(".")]
 
 
 def keep_names_plain(model: PreTrainedModel, dense_keys: Iterable[str]) -> None:

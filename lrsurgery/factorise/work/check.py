@@ -14,6 +14,7 @@ from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SurgeryError
 from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied, specs_of, swap_
+from lrsurgery.surgery.experts.banks import dense_layers
 
 
 def check_outputs(
@@ -31,7 +32,7 @@ def check_outputs(
     Raises SurgeryError if the outputs differ by more than rounding.
     """
     found, wanted = (_load_wide(each, trust_remote_code) for each in (resolve(str(folder)), source))
-    modules = dict(wanted.named_modules())
+    modules = dense_layers(wanted)
     every = factorised_layers(found)
     tied = leaders_of_tied(every)
     layers = {name: layer for name, layer in every.items() if tied.get(name, name) in factors}

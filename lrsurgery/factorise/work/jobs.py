@@ -13,6 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,12 @@ from lrsurgery.files.digests import tensor_digest
 from lrsurgery.files.json import Json
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
+from lrsurgery.linalg.weighted import Metric
 from lrsurgery.report.rows import measured_row, shared_row
 from lrsurgery.report.schema import Row
 from lrsurgery.runtime import Compute, layer_pool, layers_at_once
 from lrsurgery.surgery.apply import decompose, decomposition_bytes, decomposition_cost
+from lrsurgery.surgery.experts.stack import slices_of
 from lrsurgery.surgery.layers import Stored, factor_weights, product_factors
 from lrsurgery.surgery.plan import Plan, SurgeryOptions
 from lrsurgery.surgery.ranks import RankSpec
@@ -120,7 +123,7 @@ class Decomposer:
         dense = [tensor.to(self._device) for tensor in tensors]
         names = [each.row.name for each in job.group]
         metrics = [self._statistics.metric(name, job.row.kind) for name in names]
-        given = [metric for metric in metrics if metric is not None]
+        given = [metric for metric in metrics if isinstance(metric, Metric)]
         assert len(given) == len(names)
         try:
             factors, _ = decompose_together(names, job.row.layout, dense, job.row.rank, given)
@@ -173,19 +176,19 @@ class Decomposer:
         return found
 
     def _alone(self, job: Job) -> Piece:
-        tensor, row = job.entry.read(), job.row
+        tensor, row = job.entry.weight(), job.row
         lookup = SpectrumLookup(tensor, row.layout, self._compute, self._device, row.groups)
         known = lookup.spectrum()
         facts: Json = {
             **identity_of(job, self._owner),
-            "digest": lookup.digest or tensor_digest(tensor.dtype, tensor.shape, [tensor]),
+            "digest": lookup.digest or tensor_digest(tensor.dtype, tuple(tensor.shape), slices_of(tensor)),
             "bytes": tensor.numel() * tensor.element_size(),
         }
-        dense = tensor.to(self._device)
+        dense: Any = tensor.to(self._device)
 
         def choose(values: Tensor) -> int:
             assert isinstance(self._plan.target, RankSpec)
-            return self._plan.target.rank_of(row.name, row.rows, row.columns, values)
+            return row.rank_by(self._plan.target, values)
 
         try:
             decomposition = decompose(
@@ -200,7 +203,8 @@ class Decomposer:
                 keep=self._compute.keep_vectors,
             )
         except WeightError:
-            check_finite(tensor, job.entry.key, self._reference)  # its error names the tensor in the file
+            for part in slices_of(tensor):  # its error names the tensor in the file
+                check_finite(part, job.entry.key, self._reference)
             raise
         if known is None or decomposition.spectrum is not None:
             lookup.keep(decomposition)
@@ -306,11 +310,9 @@ def _has_piece(job: Job, file: Path, owner: str) -> bool:
     piece = load_piece(file)
     if piece is None:
         return False
-    identity = identity_of(job, owner)
-    if {name: piece.facts.get(name) for name in identity} != identity:
+    if any(piece.facts.get(name) != value for name, value in identity_of(job, owner).items()):
         return False
-    tensor = job.entry.read()
-    return bool(piece.facts["digest"] == tensor_digest(tensor.dtype, tensor.shape, [tensor]))
+    return bool(piece.facts["digest"] == tensor_digest(job.entry.dtype, job.entry.shape, job.entry.slices()))
 
 
 class Running:

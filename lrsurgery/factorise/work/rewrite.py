@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.load import check_folder
-from lrsurgery.checkpoints.mapping import Checkpoint, Entry, Names, choose_names
+from lrsurgery.checkpoints.mapping import Checkpoint, Entry, Names, choose_names, layer_of
 from lrsurgery.checkpoints.output import OutputOptions, ShardWriter, in_write_order
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.errors import OutputError, SurgeryError
@@ -48,7 +48,8 @@ def aliases_of(model: nn.Module, rows: dict[str, Replacement]) -> dict[str, str]
     named = {id(module): name for name, module in model.named_modules()}
     every = model.named_modules(remove_duplicate=False)
     found = {name: named[id(module)] for name, module in every if named[id(module)] in rows}
-    return found | {name: row.name for row in rows.values() for name, _ in row.tied}
+    found |= {name: row.name for row in rows.values() for name, _ in row.tied}
+    return found | {name: name for name, row in rows.items() if row.layout.stacked}  # a parameter, no module
 
 
 class Rewriter:
@@ -112,12 +113,12 @@ class Rewriter:
 
     def _names_of(self, entry: Entry) -> Names:
         """The keys of the factors under the name of the layer that this entry has."""
-        return self._names[(entry.target or "").rpartition(".")[0]]
+        return self._names[layer_of(entry.target, self._aliases)[0]]
 
     def _layer_of(self, key: str) -> tuple[str | None, str]:
         """(planned layer, "weight" or "bias") of a key; the layer is None for a tensor to copy."""
-        module, _, part = (self._entries[key].target or "").rpartition(".")
-        return self._aliases.get(module), part
+        name, part = layer_of(self._entries[key].target, self._aliases)
+        return self._aliases.get(name), part
 
     @property
     def digest(self) -> str:

@@ -38,6 +38,7 @@ from lrsurgery.report.targets.schema import Point
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decompose, decomposition_bytes, fill_
 from lrsurgery.surgery.budget import APART, parse_budget
+from lrsurgery.surgery.experts.banks import dense_layers, replace_layer_
 from lrsurgery.surgery.kinds.folds import plain_of, weight_of
 from lrsurgery.surgery.layers import Stored, factor_weights
 from lrsurgery.surgery.plan import Plan
@@ -183,7 +184,7 @@ class Trials:
             {} if self.healing is not None else {id(each): each for each in [*dense.parameters(), *dense.buffers()]}
         )
         model: nn.Module = copy.deepcopy(dense, shared)
-        modules, references = dict(model.named_modules()), References(model)
+        modules, references = dense_layers(model), References(model)
         dtypes = {entry.target: entry.dtype for entry in self.entries}
         output, surgery = self.options.output, self.options.surgery
 
@@ -201,7 +202,7 @@ class Trials:
                 metric=metric,
                 svd=surgery.svd,
             )
-            like = torch.empty(weight.shape, dtype=stored_dtype(f"{row.name}.weight"), device="meta")
+            like = torch.empty(weight.shape, dtype=stored_dtype(row.layout.weight_key(row.name)), device="meta")
             return factor_weights(row.layout, like, found.factors, row.pivots)
 
         rows = plan.replacements
@@ -217,7 +218,7 @@ class Trials:
             factors = Stored(*(None if part is None else part.to(device) for part in stored))  # type: ignore[arg-type]
             bias = None if layer.bias is None else layer.bias.detach().to(stored_dtype(f"{row.name}.bias"))
             fill_(new, factors, bias, layer.weight.requires_grad)
-            references.replace_(held, new.float())
+            replace_layer_(model, references, held, new.float())
         if output.dtype is not None:
             self._round_(model, output.dtype)
         return model.eval()

@@ -188,6 +188,7 @@ def image_sample(dense: Dense, positions: int) -> tuple[int, ...]:
 
 CONV2D_CHANNEL = Kind(
     name="conv2d-channel",
+    since=1,
     matches=_is_conv2d,
     weight_axes=4,
     matrix_shape=_shape,
@@ -207,6 +208,6 @@ CONV2D_CHANNEL = Kind(
     takes_tokens=False,
     no_form=explain_groups,
 )
-CONV1D_CHANNEL = replace(CONV2D_CHANNEL, name="conv1d-channel", matches=_is_conv1d, weight_axes=3)
-CONV3D_CHANNEL = replace(CONV2D_CHANNEL, name="conv3d-channel", matches=_is_conv3d, weight_axes=5)
+CONV1D_CHANNEL = replace(CONV2D_CHANNEL, name="conv1d-channel", matches=_is_conv1d, weight_axes=3, since=2)
+CONV3D_CHANNEL = replace(CONV2D_CHANNEL, name="conv3d-channel", matches=_is_conv3d, weight_axes=5, since=2)
 CHANNEL_KINDS = {1: CONV1D_CHANNEL, 2: CONV2D_CHANNEL, 3: CONV3D_CHANNEL}  # by dimensions

@@ -119,6 +119,7 @@ def _conv1d_sample(dense: Dense, positions: int) -> tuple[int, ...]:
 
 LINEAR = Kind(
     name="linear",
+    since=1,
     matches=_is_linear,
     weight_axes=2,
     matrix_shape=_linear_shape,
@@ -141,6 +142,7 @@ LINEAR = Kind(
 )
 CONV1D = Kind(
     name="conv1d",
+    since=1,
     matches=_is_conv1d,
     weight_axes=2,
     matrix_shape=_conv1d_shape,

@@ -106,6 +106,7 @@ def _outputs(output: Tensor, counted: int) -> int:
 
 CONV2D_SPATIAL = Kind(
     name="conv2d-spatial",
+    since=1,
     matches=_is_spatial,
     weight_axes=4,
     matrix_shape=_spatial_shape,

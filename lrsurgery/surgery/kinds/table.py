@@ -8,6 +8,7 @@ from __future__ import annotations
 from torch import nn
 
 from lrsurgery.errors import PlanError
+from lrsurgery.surgery.experts.kind import EXPERTS, TRANSPOSED
 from lrsurgery.surgery.kinds.common import AUTO, CHANNEL, CONV_SCHEMES, SPATIAL
 from lrsurgery.surgery.kinds.convolution import CONV1D_CHANNEL, CONV2D_CHANNEL, CONV3D_CHANNEL
 from lrsurgery.surgery.kinds.folds import BASES, explain_fold, plain_of
@@ -36,6 +37,7 @@ KINDS: dict[str, Kind] = {
         *(LINEAR, CONV1D, EMBEDDING),
         *(CONV1D_CHANNEL, CONV2D_CHANNEL, CONV2D_SPATIAL, CONV3D_CHANNEL),
         *(CONV_TRANSPOSE1D, CONV_TRANSPOSE2D),
+        *(EXPERTS, TRANSPOSED),
     )
 }
 

@@ -1,0 +1,1 @@
+"""Fused experts: parameters of three axes, one matrix an expert, and the banks of factors that replace them."""
