@@ -13,7 +13,7 @@ from typing import Any
 import harness
 import torch
 
-from lrsurgery.report.reach import VECTORS, reach_of
+from lrsurgery.report.dense.reach import VECTORS, reach_of
 
 CAUSAL = (
     *("gpt2", "llama", "qwen3", "gemma2", "gemma3_text", "phi3", "mistral", "opt", "bloom", "falcon", "mamba"),

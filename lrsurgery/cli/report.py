@@ -201,7 +201,7 @@ def report(
             raise SurgeryError(f"{output}: exists already; replace it with --overwrite")
         _check_own(output, [*models, *([against] if against else [])])
     from lrsurgery.checkpoints.source import SourceOptions
-    from lrsurgery.report.profile import ProfileOptions
+    from lrsurgery.report.dense.profile import ProfileOptions
     from lrsurgery.report.read import read_report
     from lrsurgery.runtime import Compute, pick_device
     from lrsurgery.surgery.ranks import parse_rank

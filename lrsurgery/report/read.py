@@ -12,7 +12,7 @@ from lrsurgery.checkpoints.source import Source, SourceOptions, resolve
 from lrsurgery.errors import PlanError, SurgeryError, WeightError
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.bench import read_bench
-from lrsurgery.report.profile import WIDEST, ProfileOptions, profile
+from lrsurgery.report.dense.profile import WIDEST, ProfileOptions, profile
 from lrsurgery.report.rows import compared_row, rank_report, replacement_of, trained_row
 from lrsurgery.report.runs import is_run, read_run
 from lrsurgery.report.schema import FILE_NAME, Report, Row

@@ -1,4 +1,7 @@
-"""Rows of a report: from a plan, from surgery, from factors alone, and from factors against the dense weights."""
+"""Rows of a report: from a plan, from surgery, from factors alone, and from factors against the dense weights.
+
+The file is long because all that makes a row is here: a column has one origin.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from support import tiny, zoo
 from torch import nn
 
 import lrsurgery
-from lrsurgery.report.reach import VECTORS, reach_of
+from lrsurgery.report.dense.reach import VECTORS, reach_of
 from lrsurgery.surgery.plan import SurgeryOptions, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
 

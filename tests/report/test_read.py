@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lrsurgery
 from lrsurgery.errors import PlanError, RecipeError, SourceError, SurgeryError
 from lrsurgery.linalg.spectrum import Points, sample
-from lrsurgery.report.profile import LADDER, ProfileOptions
+from lrsurgery.report.dense.profile import LADDER, ProfileOptions
 from lrsurgery.report.read import read_report
 from lrsurgery.report.runs import read_run
 from lrsurgery.report.schema import Report, Row

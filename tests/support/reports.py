@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from support.tiny import run, save_gpt2, write_text
 
-from lrsurgery.report.profile import ProfileOptions
+from lrsurgery.report.dense.profile import ProfileOptions
 from lrsurgery.report.read import read_report
 from lrsurgery.report.schema import Report
 from lrsurgery.report.targets.schema import Choice, Curve, Point

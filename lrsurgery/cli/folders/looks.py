@@ -15,7 +15,7 @@ def show_reach(models: list[str], source_options: dict[str, Any], screen: Screen
     """Show what of dense models can be factorised. Raises SurgeryError."""
     from lrsurgery.checkpoints.source import SourceOptions
     from lrsurgery.errors import SurgeryError
-    from lrsurgery.report.reach import read_reach
+    from lrsurgery.report.dense.reach import read_reach
 
     options, found = SourceOptions(**source_options), {}
     for name in models:
