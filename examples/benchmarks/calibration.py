@@ -41,7 +41,7 @@ from lrsurgery.data.examples import (
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import TASKS, Subject, task_of
 from lrsurgery.linalg import Factors, balance, truncated_svd
-from lrsurgery.linalg.weighted import second_order, weighted_factors, weighted_values
+from lrsurgery.linalg.weighted import Metric, second_order, weighted_factors, weighted_values
 from lrsurgery.surgery.layers import factor_weights
 
 BATCH = {True: 8, False: 64}  # sequences, images
@@ -83,7 +83,7 @@ def whiten(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: st
 
 def use_metric(weight: Tensor, rank: int, statistics: lrsurgery.Statistics, name: str) -> Factors:
     metric = statistics.metric(name)
-    assert metric is not None
+    assert isinstance(metric, Metric)
     return weighted_factors(weight, rank, metric).factors
 
 

@@ -9,6 +9,7 @@ the weights of every token's experts, so it is timed with few tokens alone.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import harness
@@ -41,7 +42,8 @@ def main() -> None:
     given = parser.parse_args()
     dtype = torch.bfloat16 if given.bf16 else torch.float32
     dense, half = build(dtype)
-    sizes = [sum(p.numel() for p in block.experts.parameters()) for block in (half, dense)]  # type: ignore[union-attr]
+    banks: list[Any] = [half.experts, dense.experts]
+    sizes = [sum(p.numel() for p in each.parameters()) for each in banks]
     rows: list[dict[str, Any]] = []
     for way in WAYS:
         for block in (dense, half):
@@ -51,7 +53,7 @@ def main() -> None:
                 continue
             x = torch.randn(1, tokens, 1024).to(dtype)
             seconds = harness.in_turn(
-                {"dense": lambda x=x: dense(x), "half": lambda x=x: half(x)}, given.repeats, warm_up=2
+                {"dense": functools.partial(dense, x), "half": functools.partial(half, x)}, given.repeats, warm_up=2
             )
             found = harness.ratio(seconds["dense"], seconds["half"])
             rows.append({"implementation": way, "tokens": tokens, "parameters": sizes[0] / sizes[1], **found})
