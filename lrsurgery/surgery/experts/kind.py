@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.experts.banks import BankWeight, DenseBank, FactorisedBank
-from lrsurgery.surgery.kinds.common import on_meta
+from lrsurgery.surgery.kinds.common import keep, keep_factors, keep_matrix, on_meta, token_outputs
 from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind
 
 MULTIPLE = 8  # of a rank: grouped products take strides of 16 bytes
@@ -31,24 +31,12 @@ def _transposed_shape(shape: torch.Size) -> tuple[int, int]:
     return shape[2], shape[1]
 
 
-def _keep(weight: Tensor) -> Tensor:
-    return weight
-
-
 def _transpose(weight: Tensor) -> Tensor:
     return weight.mT
 
 
-def _weight(matrices: Tensor, layer: FactorisedLayer) -> Tensor:
-    return matrices
-
-
 def _transposed_weight(matrices: Tensor, layer: FactorisedLayer) -> Tensor:
     return matrices.mT
-
-
-def _factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tensor]:
-    return factors.u.contiguous(), factors.v.contiguous()
 
 
 def _build(layer: Dense, rank: int) -> FactorisedLayer:
@@ -80,10 +68,6 @@ def _token_gradients(module: Dense, shape: torch.Size, g: Tensor, mask: Tensor |
     raise AssertionError("experts are watched product by product")
 
 
-def _outputs(output: Tensor, counted: int) -> int:
-    return counted
-
-
 def _sample(dense: Dense, positions: int) -> tuple[int, ...]:
     experts, columns = len(dense.weight), dense.weight.shape[1 if dense.transposed else 2]
     return (experts, max(1, positions * dense.active // experts), columns)
@@ -98,16 +82,16 @@ EXPERTS = Kind(
     matches=_is_bank,
     weight_axes=3,
     matrix_shape=_shape,
-    to_matrix=_keep,
-    to_weight=_weight,
+    to_matrix=keep,
+    to_weight=keep_matrix,
     to_matrices=Factors,
-    to_weights=_factors,
+    to_weights=keep_factors,
     build=_build,
     build_dense=_build_dense,
     fan_in=_fan_in,
     inputs=_token_inputs,
     gradients=_token_gradients,
-    outputs=_outputs,
+    outputs=token_outputs,
     sample_input=_sample,
     stacked=True,
     active=_active,
@@ -121,13 +105,13 @@ TRANSPOSED = Kind(
     to_matrix=_transpose,
     to_weight=_transposed_weight,
     to_matrices=Factors,
-    to_weights=_factors,
+    to_weights=keep_factors,
     build=_build,
     build_dense=_build_dense,
     fan_in=_transposed_fan_in,
     inputs=_token_inputs,
     gradients=_token_gradients,
-    outputs=_outputs,
+    outputs=token_outputs,
     sample_input=_sample,
     stacked=True,
     active=_active,

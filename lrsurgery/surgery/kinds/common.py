@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lrsurgery.surgery.layers import Dense
+from lrsurgery.linalg.factors import Factors
+from lrsurgery.surgery.layers import Dense, FactorisedLayer
 
 CONV_SCHEMES = ("auto", "channel", "spatial")
 AUTO, CHANNEL, SPATIAL = CONV_SCHEMES
@@ -28,6 +29,33 @@ def is_one_of(module: nn.Module, classes: set[tuple[str, str]]) -> bool:
 def fan_in(shape: torch.Size) -> int:
     """Inputs per output of a dense weight whose first axis is the outputs."""
     return shape[1:].numel()
+
+
+# the functions of kinds whose weight is its own matrix, (rows, columns) or several of them
+
+
+def shape_of_matrix(shape: torch.Size) -> tuple[int, int]:
+    return shape[0], shape[1]
+
+
+def keep(weight: Tensor) -> Tensor:
+    return weight
+
+
+def keep_matrix(matrix: Tensor, layer: FactorisedLayer) -> Tensor:
+    return matrix
+
+
+def keep_factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tensor]:
+    return factors.u.contiguous(), factors.v.contiguous()
+
+
+def token_gradients(module: Dense, shape: torch.Size, g: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    yield (g[mask] if mask is not None else g.reshape(-1, g.shape[-1])).float()
+
+
+def token_outputs(output: Tensor, counted: int) -> int:
+    return counted
 
 
 def copy_as(module: nn.Module, cls: type[nn.Module], parameters: Mapping[str, nn.Parameter | None]) -> Dense:

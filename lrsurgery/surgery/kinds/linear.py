@@ -10,7 +10,17 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.linalg.pivot import Side
-from lrsurgery.surgery.kinds.common import fan_in, is_one_of, on_meta
+from lrsurgery.surgery.kinds.common import (
+    fan_in,
+    is_one_of,
+    keep,
+    keep_factors,
+    keep_matrix,
+    on_meta,
+    shape_of_matrix,
+    token_gradients,
+    token_outputs,
+)
 from lrsurgery.surgery.kinds.subclasses import behaves_as
 from lrsurgery.surgery.layers import Dense, FactorisedLayer, FactorisedLinear, Kind
 
@@ -31,32 +41,16 @@ def _is_conv1d(module: nn.Module, conv: str) -> bool:
     return is_one_of(module, CONV1D_CLASSES)
 
 
-def _linear_shape(shape: torch.Size) -> tuple[int, int]:
-    return shape[0], shape[1]
-
-
 def _conv1d_shape(shape: torch.Size) -> tuple[int, int]:
     return shape[1], shape[0]
-
-
-def _keep(weight: Tensor) -> Tensor:
-    return weight
 
 
 def _transpose(weight: Tensor) -> Tensor:
     return weight.T
 
 
-def _linear_weight(matrix: Tensor, layer: FactorisedLayer) -> Tensor:
-    return matrix
-
-
 def _conv1d_weight(matrix: Tensor, layer: FactorisedLayer) -> Tensor:
     return matrix.T
-
-
-def _linear_factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tensor]:
-    return factors.u.contiguous(), factors.v.contiguous()
 
 
 def _two_linears(kind: Kind, layer: Dense, rank: int, side: Side | None) -> FactorisedLayer:
@@ -101,16 +95,8 @@ def _token_inputs(module: Dense, x: Tensor, mask: Tensor | None) -> Iterator[Ten
     yield (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
 
 
-def _token_gradients(module: Dense, shape: torch.Size, g: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    yield (g[mask] if mask is not None else g.reshape(-1, g.shape[-1])).float()
-
-
-def _token_outputs(output: Tensor, counted: int) -> int:
-    return counted
-
-
 def _linear_sample(dense: Dense, positions: int) -> tuple[int, ...]:
-    return (positions, _linear_shape(dense.weight.shape)[1])
+    return (positions, shape_of_matrix(dense.weight.shape)[1])
 
 
 def _conv1d_sample(dense: Dense, positions: int) -> tuple[int, ...]:
@@ -122,18 +108,18 @@ LINEAR = Kind(
     since=1,
     matches=_is_linear,
     weight_axes=2,
-    matrix_shape=_linear_shape,
-    to_matrix=_keep,
-    to_weight=_linear_weight,
+    matrix_shape=shape_of_matrix,
+    to_matrix=keep,
+    to_weight=keep_matrix,
     to_matrices=Factors,
-    to_weights=_linear_factors,
+    to_weights=keep_factors,
     build=_build_linear,
     build_pivoted=_build_linear,
     build_dense=_dense_linear,
     fan_in=fan_in,
     inputs=_token_inputs,
-    gradients=_token_gradients,
-    outputs=_token_outputs,
+    gradients=token_gradients,
+    outputs=token_outputs,
     sample_input=_linear_sample,
     sides=_both_sides,
     shares_v=True,
@@ -149,14 +135,14 @@ CONV1D = Kind(
     to_matrix=_transpose,
     to_weight=_conv1d_weight,
     to_matrices=Factors,
-    to_weights=_linear_factors,
+    to_weights=keep_factors,
     build=_build_conv1d,
     build_pivoted=_build_conv1d,
     build_dense=_dense_conv1d,
     fan_in=_conv1d_fan_in,
     inputs=_token_inputs,
-    gradients=_token_gradients,
-    outputs=_token_outputs,
+    gradients=token_gradients,
+    outputs=token_outputs,
     sample_input=_conv1d_sample,
     sides=_both_sides,
     shares_v=True,

@@ -14,10 +14,18 @@ from torch import Tensor, nn
 
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.linalg.pivot import Side, put
-from lrsurgery.surgery.kinds.common import on_meta
+from lrsurgery.surgery.kinds.common import (
+    copy_as,
+    fan_in,
+    keep,
+    keep_factors,
+    keep_matrix,
+    on_meta,
+    shape_of_matrix,
+    token_gradients,
+    token_outputs,
+)
 from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind
-
-OWN = frozenset(vars(nn.Module()))  # attributes of every module
 
 
 class Projection(nn.Module):
@@ -78,12 +86,10 @@ class FactorisedEmbedding(FactorisedLayer):
 
 def with_rows(table: nn.Embedding, rows: Tensor) -> nn.Embedding:
     """A table of the same class and settings with another weight (vocabulary, any length)."""
-    made = type(table).__new__(type(table))
-    nn.Module.__init__(made)
-    settings = {key: value for key, value in vars(table).items() if key not in OWN}
-    made.__dict__.update(settings, num_embeddings=rows.shape[0], embedding_dim=rows.shape[1])
+    made: nn.Embedding = copy_as(table, type(table), {"weight": nn.Parameter(rows)})
+    del made._parameters["bias"]
+    made.num_embeddings, made.embedding_dim = rows.shape
     made._buffers, made._non_persistent_buffers_set = dict(table._buffers), set(table._non_persistent_buffers_set)
-    made.weight = nn.Parameter(rows)
     return made
 
 
@@ -119,22 +125,6 @@ def _explain(table: Dense) -> str | None:
     return "embedding that renormalises its rows (max_norm)" if table.max_norm is not None else None
 
 
-def _shape(shape: torch.Size) -> tuple[int, int]:
-    return shape[0], shape[1]
-
-
-def _keep(weight: Tensor) -> Tensor:
-    return weight
-
-
-def _weight(matrix: Tensor, layer: FactorisedLayer) -> Tensor:
-    return matrix
-
-
-def _to_weights(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tensor]:
-    return factors.u.contiguous(), factors.v.contiguous()
-
-
 def _build(table: Dense, rank: int, side: Side | None = None) -> FactorisedLayer:
     (rows, columns), meta = table.weight.shape, on_meta(table)
     u = with_rows(table, torch.empty(rows, rank, **meta))
@@ -151,20 +141,8 @@ def _build_dense(layer: FactorisedLayer) -> nn.Module:
     return with_rows(layer.u, torch.empty(layer.num_embeddings, layer.embedding_dim, **on_meta(layer.u)))
 
 
-def _fan_in(shape: torch.Size) -> int:
-    return shape[1]
-
-
 def _tokens(module: Dense, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
     yield x[mask] if mask is not None else x.reshape(-1)
-
-
-def _gradients(module: Dense, shape: torch.Size, g: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    yield (g[mask] if mask is not None else g.reshape(-1, g.shape[-1])).float()
-
-
-def _outputs(output: Tensor, counted: int) -> int:
-    return counted
 
 
 def _sample(table: Dense, positions: int) -> tuple[int, ...]:
@@ -175,19 +153,19 @@ EMBEDDING = Kind(
     name="embedding",
     matches=_is_table,
     weight_axes=2,
-    matrix_shape=_shape,
-    to_matrix=_keep,
-    to_weight=_weight,
+    matrix_shape=shape_of_matrix,
+    to_matrix=keep,
+    to_weight=keep_matrix,
     to_matrices=Factors,
-    to_weights=_to_weights,
+    to_weights=keep_factors,
     build=_build,
     build_pivoted=_build,
     sides=_sides,
     build_dense=_build_dense,
-    fan_in=_fan_in,
+    fan_in=fan_in,
     inputs=_tokens,
-    gradients=_gradients,
-    outputs=_outputs,
+    gradients=token_gradients,
+    outputs=token_outputs,
     sample_input=_sample,
     no_form=_explain,
     lookup=True,
