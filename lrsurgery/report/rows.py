@@ -1,4 +1,7 @@
-"""Rows of a report: from a plan, from surgery, from factors alone, and from factors against the dense weights."""
+"""Rows of a report: from a plan, from surgery, from factors alone, and from factors against the dense weights.
+
+The file is long because what a row says of a layer must be the same whichever of these it comes from.
+"""
 
 from __future__ import annotations
 

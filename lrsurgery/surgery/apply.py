@@ -212,9 +212,10 @@ def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = Fa
         return row.matrices * held + decomposition_bytes(each, item_size, weighted=weighted)
     short, long = sorted((row.rows, row.columns))
     rank, wide = row.rank or short, max(8 if weighted else 4, item_size)
-    if row.groups > 1:  # one after the other, beside the tensor, its matrices and the factors of all
+    if row.groups > 1:  # one after the other, beside the tensor, its matrices, the factors and the metrics of all
         one = decomposition_bytes(replace(row, groups=1), item_size, weighted=weighted)
-        return one + row.groups * (short * long * (item_size + wide) + 2 * wide * rank * (short + long))
+        moments = 12 * (row.rows**2 + row.columns**2) if weighted else 0
+        return one + row.groups * (short * long * (item_size + wide) + 2 * wide * rank * (short + long) + moments)
     pivoting = short * long * item_size + _pivoting_bytes(row, rank, wide) if row.side else 0
     solver = wide * (5 * short**2 + 2 * rank * (short + long))
     if weighted:
