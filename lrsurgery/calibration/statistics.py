@@ -1,4 +1,7 @@
-"""Statistics of calibration: second moments of each layer's inputs and output gradients, stored as a folder."""
+"""Statistics of calibration: second moments of each layer's inputs and output gradients, stored as a folder.
+
+The file is long because the folder, what it may hold and what is made of it are one format.
+"""
 
 from __future__ import annotations
 

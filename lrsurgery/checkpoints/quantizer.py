@@ -34,18 +34,11 @@ from lrsurgery.checkpoints.upstream.forms import (
 from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpected, keep_names_plain, retie_
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.files.json import check_version
-from lrsurgery.surgery.apply import (
-    check_orders,
-    check_storable,
-    copy_orders_,
-    densify_layers_,
-    factorised_layers,
-    specs_of,
-    swap_,
-)
+from lrsurgery.surgery.apply import check_orders, check_storable, densify_layers_, factorised_layers, specs_of, swap_
 from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.kinds.table import KINDS, kind_of
 from lrsurgery.surgery.layers import Spec
+from lrsurgery.surgery.tables.ties import copy_orders_
 
 
 class LowRankConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -103,7 +96,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{name} has shape {tuple(state[name].shape)}, the model wants {tuple(shape)}; take the config.json"
                     " and the weights of one model"
                 )
-        copy_orders_(model)
+        copy_orders_(factorised_layers(model).values())
         check_orders(model)
         keep_names_plain(model, [layer.layout.weight_key(name) for name, layer in factorised_layers(model).items()])
         return model

@@ -32,10 +32,11 @@ from lrsurgery.files.writing import staged, with_name, write_text
 from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import dense_card
-from lrsurgery.surgery.apply import dense_bias, factorised_layers, leaders_of_tied, swap_
+from lrsurgery.surgery.apply import dense_bias, factorised_layers, swap_
 from lrsurgery.surgery.kinds.folds import Fold, fold_of
 from lrsurgery.surgery.layers import FactorisedLayer, dense_weight
 from lrsurgery.surgery.shared.modules import SharedLinear
+from lrsurgery.surgery.tables.ties import leaders_of_tied
 from lrsurgery.units import parse_size
 
 

@@ -31,10 +31,11 @@ from lrsurgery.report.rows import planned_row, rank_report, replacement_of
 from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME, Report, Row
 from lrsurgery.runtime import versions
-from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied, reform_, side_in, swap_
+from lrsurgery.surgery.apply import factorised_layers, reform_, side_in, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, Spec
 from lrsurgery.surgery.ranks import check_form
 from lrsurgery.surgery.shared.modules import SharedLinear
+from lrsurgery.surgery.tables.ties import leaders_of_tied
 from lrsurgery.units import parse_size
 
 

@@ -17,7 +17,8 @@ from lrsurgery.report.rows import compared_row, rank_report, replacement_of, tra
 from lrsurgery.report.runs import is_run, read_run
 from lrsurgery.report.schema import FILE_NAME, Report, Row
 from lrsurgery.runtime import Compute
-from lrsurgery.surgery.apply import decomposition_bytes, leaders_of_tied
+from lrsurgery.surgery.apply import decomposition_bytes
+from lrsurgery.surgery.tables.ties import leaders_of_tied
 from lrsurgery.text import expanded
 
 

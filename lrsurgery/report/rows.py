@@ -32,7 +32,7 @@ from lrsurgery.linalg.svd import Decomposition, spectral_factors
 from lrsurgery.linalg.weighted import Metric, second_order, weighted_norm
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
-from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied
+from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.experts.stack import Stack
 from lrsurgery.surgery.kinds.folds import fold_of, weight_of
@@ -41,6 +41,7 @@ from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, pl
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
 from lrsurgery.surgery.rows import Joint, Kept, Replacement
 from lrsurgery.surgery.shared.modules import SharedLinear
+from lrsurgery.surgery.tables.ties import leaders_of_tied
 
 
 def measured_row(

@@ -50,6 +50,7 @@ from lrsurgery.surgery.shared.forms import (
 from lrsurgery.surgery.shared.modules import SharedLinear, build_shared, is_led, join
 from lrsurgery.surgery.shared.specs import groups_in
 from lrsurgery.surgery.tables.embedding import Projection
+from lrsurgery.surgery.tables.ties import leaders_of_tied, share_, tie_
 
 
 def factorised_layers(model: nn.Module) -> dict[str, FactorisedLayer]:
@@ -76,50 +77,6 @@ def specs_of(model: nn.Module) -> dict[str, Spec]:
         else layer.spec._replace(tied_to=first.get(name))
         for name, layer in layers.items()
     }
-
-
-def leaders_of_tied(layers: Mapping[str, FactorisedLayer]) -> dict[str, str]:
-    """Layer -> the layer before it, in the order of the model, that stores its u and v, of those that are tied."""
-    names = {id(layer): name for name, layer in layers.items()}
-    return {
-        name: names[id(layer.tied[0])]
-        for name, layer in layers.items()
-        if layer.tied and layer.tied[0] is not layer and layer.u.weight is layer.tied[0].u.weight
-    }
-
-
-def tie_(model: nn.Module, leaders: Mapping[str, str]) -> None:
-    """Give layers the `u` and `v` of those whose weight is theirs, too: layer -> the layer that stores them.
-
-    Raises PlanError for layers that cannot have the same.
-    """
-    layers = factorised_layers(model)
-    groups: dict[str, list[FactorisedLayer]] = {}
-    for name, leader in leaders.items():
-        if leader not in layers:
-            raise PlanError(f"{name}: tied to {leader}, which is no factorised layer")
-        first, layer = layers[leader], layers[name]
-        shapes = [(each.u.weight.shape, each.v.weight.shape, each.side) for each in (first, layer)]
-        if shapes[0] != shapes[1]:
-            raise PlanError(f"{name}: its shape, rank or form is not that of {leader}, to which it is tied")
-        groups.setdefault(leader, [first]).append(layer)
-        _share(first, layer)
-    for group in groups.values():
-        for layer in group:
-            layer.tied = tuple(group)
-
-
-def _share(first: FactorisedLayer, layer: FactorisedLayer) -> None:
-    layer.u.weight, layer.v.weight = first.u.weight, first.v.weight
-    # a copy: libraries tie parameters and no buffers
-    layer.order = None if first.order is None else first.order.clone()
-
-
-def copy_orders_(model: nn.Module) -> None:
-    """Give layers the order of the layer that they are tied to, which a file of a model without a head lacks."""
-    for layer in factorised_layers(model).values():
-        if layer.tied and layer is not layer.tied[0]:
-            _share(layer.tied[0], layer)
 
 
 def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
@@ -162,7 +119,7 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
         if not weight.requires_grad:
             new.requires_grad_(False)
         _take_place_(model, references, held, new)
-    tie_(model, {name: spec.tied_to for name, spec in layers.items() if spec.tied_to is not None})
+    tie_(factorised_layers(model), {name: spec.tied_to for name, spec in layers.items() if spec.tied_to is not None})
     for leader, names in groups.items():
         group = [built[name] for name in names]
         rows = sum(layer.out_features for layer in group)
@@ -212,9 +169,10 @@ def decomposition_bytes(row: Replacement, item_size: int, *, weighted: bool = Fa
         return row.matrices * held + decomposition_bytes(each, item_size, weighted=weighted)
     short, long = sorted((row.rows, row.columns))
     rank, wide = row.rank or short, max(8 if weighted else 4, item_size)
-    if row.groups > 1:  # one after the other, beside the tensor, its matrices and the factors of all
+    if row.groups > 1:  # one after the other, beside the tensor, its matrices, the factors and the metrics of all
         one = decomposition_bytes(replace(row, groups=1), item_size, weighted=weighted)
-        return one + row.groups * (short * long * (item_size + wide) + 2 * wide * rank * (short + long))
+        moments = 12 * (row.rows**2 + row.columns**2) if weighted else 0
+        return one + row.groups * (short * long * (item_size + wide) + 2 * wide * rank * (short + long) + moments)
     pivoting = short * long * item_size + _pivoting_bytes(row, rank, wide) if row.side else 0
     solver = wide * (5 * short**2 + 2 * rank * (short + long))
     if weighted:
@@ -336,7 +294,7 @@ def apply_plan_(
             if not KINDS[kind].lookup:
                 partner.u.bias = modules[name].bias
             references.replace_(modules[name], partner)
-    tie_(model, {name: row.name for row in plan.replacements for name, _ in row.tied})
+    tie_(factorised_layers(model), {name: row.name for row in plan.replacements for name, _ in row.tied})
 
 
 def densify_layers_(model: nn.Module) -> None:
@@ -495,7 +453,7 @@ def reform_(layer: FactorisedLayer, side: Side | None) -> None:
         if other.bias is not None:
             new.u.bias = other.u.bias
         other.u, other.v, other.side = new.u, new.v, side
-        _share(layer, other)
+        share_(layer, other)
         other.train(other.training)
 
 

@@ -13,7 +13,8 @@ from torch.utils.hooks import RemovableHandle
 from lrsurgery.errors import SurgeryError
 from lrsurgery.linalg.factors import working_dtype
 from lrsurgery.linalg.pivot import Side
-from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.tables.ties import leaders_of_tied
 
 # Layers of equal shape with at most this many parameters in both factors are batched into one product.
 # Measured in fp32 on two cores (examples/benchmarks/decay.py), 48 layers, against a loop: 3 to 9 times as fast at 500

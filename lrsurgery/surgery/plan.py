@@ -18,15 +18,14 @@ from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
-from lrsurgery.surgery.budget import SHARING, TOGETHER, UNITS, Budget
+from lrsurgery.surgery.budget import SHARING, TOGETHER, Budget
 from lrsurgery.surgery.experts.banks import banks_in, view_of
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of
-from lrsurgery.surgery.kinds.linear import LINEAR
 from lrsurgery.surgery.kinds.table import AUTO, check_conv, explain_no_kind, kind_of, kinds_of
 from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind, side_for
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
 from lrsurgery.surgery.rows import Kept, Replacement
-from lrsurgery.surgery.tables.embedding import EMBEDDING
+from lrsurgery.surgery.tables.find import find_tables, partners_of, reason_to_keep
 
 Target: TypeAlias = RankSpec | Budget  # a policy decides each layer alone, a budget all layers together
 ALREADY = "already factorised"
@@ -329,8 +328,11 @@ def _reason_to_keep(
     assert module is not None
     spec = options.target if isinstance(options.target, RankSpec) else None
     is_table = kind is not None and kind.lookup
-    if is_table and (reason := _reason_to_keep_table(name, model, shared, tables, options)) is not None:
-        return reason
+    if is_table:
+        if not (options.takes_embeddings or (spec and spec.names(name))):
+            return "embedding"
+        if (reason := reason_to_keep(name, model, shared, tables, options.budget)) is not None:
+            return reason
     fold = fold_of(module)
     weight_key = f"{name}.weight" if kind is None else kind.weight_key(name)
     for key in (weight_key,) if fold is None else [f"{name}.{part}" for part in fold.parts]:
@@ -351,75 +353,6 @@ def _reason_to_keep(
     if spec and spec.policy_for(name) is None:
         return "no rank given for it"
     return None
-
-
-def _reason_to_keep_table(
-    name: str, model: nn.Module, shared: Mapping[str, str], tables: Sequence[str], options: SurgeryOptions
-) -> str | None:
-    spec, budget = options.target if isinstance(options.target, RankSpec) else None, options.budget
-    if not (options.takes_embeddings or (spec and spec.names(name))):
-        return "embedding"
-    if name not in tables:
-        return "embedding of positions or types"
-    partners = list(partners_of(f"{name}.weight", model, shared))
-    for partner, kind in partners:
-        if kind not in (EMBEDDING.name, LINEAR.name):
-            return f"tied to {partner}, a {type(model.get_submodule(partner)).__name__}"
-        if partner in tables[: tables.index(name)]:
-            return f"tied to {partner}"
-    products = any(kind == LINEAR.name for _, kind in partners)
-    if budget is not None and (budget.kind == "time" or (budget.kind == "flops" and not products)):
-        return f"embedding: a lookup has no {UNITS[budget.kind]} to save"
-    return None
-
-
-def find_tables(model: nn.Module) -> list[str]:
-    """Names of the tables of tokens of a model, in its order: not those of positions or types.
-
-    Of a model with a config they are the input embeddings, and tables with as many rows as a vocabulary; of another
-    model every table, since nothing tells them apart.
-    """
-    inside = {id(module.u) for module in model.modules() if isinstance(module, FactorisedLayer)}
-    tables = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding) and id(module) not in inside
-    }
-    sizes = {
-        size
-        for module in model.modules()
-        if (config := getattr(module, "config", None)) is not None
-        for key, size in vars(config).items()
-        if "vocab_size" in key and key != "type_vocab_size" and isinstance(size, int)
-    }
-    inputs = {id(table) for module in model.modules() if (table := _input_table(module)) is not None}
-    known = bool(sizes or inputs)
-    return [name for name, each in tables.items() if not known or each.num_embeddings in sizes or id(each) in inputs]
-
-
-def _input_table(module: nn.Module) -> nn.Module | None:
-    if not hasattr(module, "get_input_embeddings"):
-        return None
-    try:
-        found = module.get_input_embeddings()  # type: ignore[operator]
-    except (NotImplementedError, AttributeError):  # of a model whose inputs are no tokens
-        return None
-    return found if isinstance(found, nn.Module) else None
-
-
-def partners_of(weight: str, model: nn.Module, shared: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """(name, kind) of the other layers with a shared weight, in the order of the model; `shared` as `_find_shared`."""
-    names, waiting = {weight}, [weight]
-    while waiting:
-        current = waiting.pop()
-        near = {other for name, other in shared.items() if name == current}
-        near |= {name for name, other in shared.items() if other == current}
-        waiting += near - names
-        names |= near
-    for name, module in model.named_modules():
-        if f"{name}.weight" in names - {weight}:
-            kind = kind_of(module)
-            yield name, "" if kind is None else kind.name
 
 
 def find_heads(model: nn.Module) -> dict[str, str]:

@@ -13,10 +13,11 @@ from dataclasses import replace
 from torch import nn
 
 from lrsurgery.linalg.pivot import Side
-from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied, reform_, side_in
+from lrsurgery.surgery.apply import factorised_layers, reform_, side_in
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.shared.modules import SharedLinear, is_led
+from lrsurgery.surgery.tables.ties import leaders_of_tied
 from lrsurgery.training.recipe import Recipe
 
 

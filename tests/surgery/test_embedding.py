@@ -19,10 +19,11 @@ from lrsurgery.linalg.weighted import Metric, combine, weighted_factors, weighte
 from lrsurgery.surgery.apply import swap_
 from lrsurgery.surgery.decay import FrobeniusDecay
 from lrsurgery.surgery.layers import Spec
-from lrsurgery.surgery.plan import SurgeryOptions, find_tables, plan_rows
+from lrsurgery.surgery.plan import SurgeryOptions, plan_rows
 from lrsurgery.surgery.ranks import ParameterShare, RankSpec
 from lrsurgery.surgery.rows import Kept, Replacement
 from lrsurgery.surgery.tables.embedding import FactorisedEmbedding
+from lrsurgery.surgery.tables.find import find_tables
 
 SIZES: dict[str, Any] = {"vocab_size": 67, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
 HEADS: dict[str, Any] = {"num_attention_heads": 2}

@@ -13,8 +13,9 @@ from lrsurgery.checkpoints.load import load_model, load_timm
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SurgeryError
-from lrsurgery.surgery.apply import factorised_layers, leaders_of_tied, specs_of, swap_
+from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
 from lrsurgery.surgery.experts.banks import dense_layers
+from lrsurgery.surgery.tables.ties import leaders_of_tied
 
 
 def check_outputs(
