@@ -1,4 +1,7 @@
-"""Mapping between the tensors of checkpoint files and the parameters of a model."""
+"""Mapping between the tensors of checkpoint files and the parameters of a model.
+
+The file is long because each way in which files can store a weight (as it is, fused, in parts, tied) is told here.
+"""
 
 from __future__ import annotations
 
