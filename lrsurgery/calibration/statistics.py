@@ -1,4 +1,7 @@
-"""Statistics of calibration: second moments of each layer's inputs and output gradients, stored as a folder."""
+"""Statistics of calibration: second moments of each layer's inputs and output gradients, stored as a folder.
+
+The file is long because moments, what they say of a layer, and the folder that holds them are one thing.
+"""
 
 from __future__ import annotations
 
