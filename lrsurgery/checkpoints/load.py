@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,10 +147,14 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
     keys, modules = key_map(source, model), factorised_layers(model)
     places = {keys.target(key)[0]: key for key in tensors.keys()}  # noqa: SIM118
     specs = specs_of(model)
+    alike: dict[str, list[str]] = {}
+    for name, spec in specs.items():
+        if spec.tied_to is not None:
+            alike.setdefault(spec.tied_to, []).append(name)
 
     def reader(name: str, layer: FactorisedLayer) -> Callable[[torch.device], Factors]:
         parts = []
-        stored = stored_name(name, specs, places)
+        stored = stored_name(name, specs, alike, places)
         for place, wanted in (
             (f"{stored}.u.weight", layer.u.weight),
             (f"{specs[name].v_of or stored}.v.weight", layer.v.weight),
@@ -177,11 +181,16 @@ def open_factorised(source: Source, *, trust_remote_code: bool = False) -> Facto
     return FactorisedCheckpoint(model, modules, {name: reader(name, layer) for name, layer in modules.items()})
 
 
-def stored_name(name: str, specs: Mapping[str, Spec], places: Container[str | None]) -> str:
-    """Under which name the files have the factors of a layer: its own, or that of one of those it is tied to."""
+def stored_name(
+    name: str, specs: Mapping[str, Spec], alike: Mapping[str, Sequence[str]], places: Container[str | None]
+) -> str:
+    """Under which name the files have the factors of a layer: its own, or that of one of those it is tied to.
+
+    `alike` maps a layer to those that are tied to it.
+    """
     leader = specs[name].tied_to or name
-    alike = (leader, *(other for other, spec in specs.items() if spec.tied_to == leader))
-    return next((each for each in alike if f"{each}.u.weight" in places), name)
+    names = (leader, *alike.get(leader, ()))
+    return next((each for each in names if f"{each}.u.weight" in places), name)
 
 
 def load_with_head(

@@ -281,7 +281,7 @@ def factorise(
         svd=str(svd),
         form=str(form),
         share=str(share),
-        embeddings=include_embeddings,
+        embeddings=include_embeddings or None,
         heads=include_heads,
         seed=seed,
         from_scratch=from_scratch,

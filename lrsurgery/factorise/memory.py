@@ -43,7 +43,7 @@ def factorise_(
     cache: bool = False,
     form: str = BALANCED,
     share: str = AUTO,
-    embeddings: bool = False,
+    embeddings: bool | None = None,
     heads: bool = False,
 ) -> None:
     """Replace the layers of a module in memory by factorised ones. A transformers model then saves as factorised.

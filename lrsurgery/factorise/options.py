@@ -21,6 +21,7 @@ from lrsurgery.surgery.budget import parse_budget
 from lrsurgery.surgery.kinds.table import AUTO, CHANNEL
 from lrsurgery.surgery.plan import SurgeryOptions, Target
 from lrsurgery.surgery.ranks import PIVOTED, READABLE, RankLike, parse_rank
+from lrsurgery.surgery.tables.embedding import EMBEDDING
 from lrsurgery.units import parse_size
 
 SAMPLES = 128  # for calibration, unless another number is asked for
@@ -280,7 +281,7 @@ def parse_options(
     loss_check: bool = True,
     form: str = PIVOTED,
     share: str = AUTO,
-    embeddings: bool = False,
+    embeddings: bool | None = None,
     heads: bool = False,
 ) -> FactoriseOptions:
     """Parse the options of the command line and of Python callers. Raises SurgeryError that names the value.
@@ -293,6 +294,10 @@ def parse_options(
     declined = calibration == texts.DECLINED
     if isinstance(calibration, str):
         calibration = None if declined else Calibration(data=calibration)
+    if embeddings is None and calibration is not None and calibration.statistics is not None:
+        # a budget over the model takes tables by itself, but not with statistics that were collected without them
+        uses = calibration.read_statistics().uses.values()
+        embeddings = None if any(use.kind == EMBEDDING.name for use in uses) else False
     surgery = SurgeryOptions(
         target=parse_target(rank, budget, of=budget_of, multiple_of=multiple_of),
         init=init,

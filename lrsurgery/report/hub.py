@@ -33,6 +33,7 @@ HEADS = (
     ("QUESTION_ANSWERING", "AutoModelForQuestionAnswering", "question-answering"),
     ("IMAGE_CLASSIFICATION", "AutoModelForImageClassification", "image-classification"),
     ("AUDIO_CLASSIFICATION", "AutoModelForAudioClassification", "audio-classification"),
+    ("VIDEO_CLASSIFICATION", "AutoModelForVideoClassification", "video-classification"),
     ("OBJECT_DETECTION", "AutoModelForObjectDetection", "object-detection"),
     ("PRETRAINING", "AutoModelForPreTraining", None),
 )

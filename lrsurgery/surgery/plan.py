@@ -46,7 +46,9 @@ class SurgeryOptions:
     svd: str = "auto"
     form: str = BALANCED  # of the layers, where their kinds have it
     share: str = TOGETHER  # whether layers with the same inputs may share one v, where a budget finds that better
-    embeddings: bool = False  # factorise tables of tokens, with the heads tied to them
+    embeddings: bool | None = (
+        None  # factorise tables of tokens, with the heads tied to them; None: as the budget has it
+    )
     heads: bool = False  # factorise output heads and classifiers
 
     def __post_init__(self) -> None:
@@ -75,7 +77,9 @@ class SurgeryOptions:
     @property
     def takes_embeddings(self) -> bool:
         """Whether tables of tokens are factorised: a budget over the whole model takes them like any other layer."""
-        return self.embeddings or (self.budget is not None and self.budget.of == "model")
+        if self.embeddings is None:
+            return self.budget is not None and self.budget.of == "model"
+        return self.embeddings
 
     @property
     def shares(self) -> bool:
@@ -330,7 +334,8 @@ def _reason_to_keep(
     is_table = kind is not None and kind.lookup
     if is_table:
         if not (options.takes_embeddings or (spec and spec.names(name))):
-            return "embedding"
+            asked = options.budget is not None and options.budget.of == "model" and options.embeddings is False
+            return "embedding: the statistics have none of it" if asked else "embedding"
         if (reason := reason_to_keep(name, model, shared, tables, options.budget)) is not None:
             return reason
     fold = fold_of(module)

@@ -293,6 +293,14 @@ COLUMNS: tuple[Column[Row], ...] = (
         value=lambda row: row.form,
     ),
     Column(
+        key="groups",
+        title="groups",
+        form="count",
+        hint="Of a grouped convolution: each group has a pair of factors",
+        value=lambda row: row.groups,
+        notable=lambda row: row.groups != 1,
+    ),
+    Column(
         key="v_of",
         title="v of",
         form="text",
