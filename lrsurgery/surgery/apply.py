@@ -50,7 +50,7 @@ from lrsurgery.surgery.shared.forms import (
 from lrsurgery.surgery.shared.modules import SharedLinear, build_shared, is_led, join
 from lrsurgery.surgery.shared.specs import groups_in
 from lrsurgery.surgery.tables.embedding import Projection
-from lrsurgery.surgery.tables.ties import leaders_of_tied, share_, tie_
+from lrsurgery.surgery.tables.ties import leaders_of_tied, make_partner, share_, tie_
 
 
 def factorised_layers(model: nn.Module) -> dict[str, FactorisedLayer]:
@@ -289,10 +289,7 @@ def apply_plan_(
             _take_place_(model, references, old, layer)
         for name, kind in unit[0].tied:
             assert unit[0].rank is not None
-            with Unfilled():
-                partner = KINDS[kind].make(modules[name], unit[0].rank, unit[0].pivots)
-            if not KINDS[kind].lookup:
-                partner.u.bias = modules[name].bias
+            partner = make_partner(modules[name], kind, unit[0].rank, unit[0].pivots)
             references.replace_(modules[name], partner)
     tie_(factorised_layers(model), {name: row.name for row in plan.replacements for name, _ in row.tied})
 

@@ -159,3 +159,15 @@ def test_damaged_ties_are_refused(low: Path, tmp_path: Path, capsys: pytest.Capt
     (folder / "rank_report.json").unlink()  # its digest would tell of the change first
     assert tiny.run("evaluate", folder, "--data", low.parent / "dense/valid.txt") == 2
     assert f"{HEAD}: tied to {TABLE}, whose rank or form is another" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_search_measures_what_is_written(source: Path, tmp_path: Path) -> None:
+    """Copies in memory have tied tables as the file of the chosen budget has."""
+    output = tmp_path / "low"
+    options = ["--max-loss", "0.06%", "--include-embeddings", "--calibration", source / "train.txt", "--samples", 8]
+    data = ["--eval-data", source / "valid.txt", "--block-size", 32]
+    assert tiny.run("factorise", source, "--output", output, *options, *data, "--no-loss-check", "--quiet") == 0
+    choice = json.loads((output / "rank_report.json").read_text())["choice"]
+    (point,) = (each for each in choice["points"] if each["budget"] == choice["budget"])
+    assert choice["values"]["loss"] == pytest.approx(point["values"]["loss"], rel=1e-5)
+    assert TABLE in json.loads((output / "config.json").read_text())["quantization_config"]["layers"]

@@ -36,13 +36,14 @@ from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.rows import plan_report
 from lrsurgery.report.targets.schema import Point
 from lrsurgery.runtime import Compute
-from lrsurgery.surgery.apply import decompose, decomposition_bytes, fill_
+from lrsurgery.surgery.apply import decompose, decomposition_bytes, factorised_layers, fill_
 from lrsurgery.surgery.budget import APART, parse_budget
 from lrsurgery.surgery.experts.banks import dense_layers, replace_layer_
 from lrsurgery.surgery.kinds.folds import plain_of, weight_of
 from lrsurgery.surgery.layers import Stored, factor_weights
 from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.rows import Replacement
+from lrsurgery.surgery.tables.ties import make_partner, tie_
 from lrsurgery.timing import Timings, compare
 from lrsurgery.training.loop.trainer import quality
 from lrsurgery.training.recipe import Recipe
@@ -205,6 +206,7 @@ class Trials:
             like = torch.empty(weight.shape, dtype=stored_dtype(row.layout.weight_key(row.name)), device="meta")
             return factor_weights(row.layout, like, found.factors, row.pivots)
 
+        leaders: dict[str, str] = {}
         rows = plan.replacements
         needs = [decomposition_bytes(row, 4, weighted=self.statistics is not None) for row in rows]
         compute: Compute = self.options.compute
@@ -216,11 +218,17 @@ class Trials:
                 new = row.layout.make(layer, row.rank, row.pivots)
             device = next(held.parameters()).device
             factors = Stored(*(None if part is None else part.to(device) for part in stored))  # type: ignore[arg-type]
-            bias = None if layer.bias is None else layer.bias.detach().to(stored_dtype(f"{row.name}.bias"))
+            own = getattr(layer, "bias", None)
+            bias = None if own is None else own.detach().to(stored_dtype(f"{row.name}.bias"))
             fill_(new, factors, bias, layer.weight.requires_grad)
             replace_layer_(model, references, held, new.float())
+            for name, kind in row.tied:
+                partner = make_partner(modules[self.names[name]], kind, row.rank, row.pivots)
+                references.replace_(modules[self.names[name]], partner)
+                leaders[self.names[name]] = self.names[row.name]
         if output.dtype is not None:
             self._round_(model, output.dtype)
+        tie_(factorised_layers(model), leaders)  # after the rounding, which makes new tensors
         return model.eval()
 
     def _round_(self, model: nn.Module, dtype: torch.dtype) -> None:

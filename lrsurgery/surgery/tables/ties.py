@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from lrsurgery.errors import PlanError
-from lrsurgery.surgery.layers import FactorisedLayer
+from lrsurgery.linalg.pivot import Side
+from lrsurgery.modules import Unfilled
+from lrsurgery.surgery.kinds.table import KINDS
+from lrsurgery.surgery.layers import Dense, FactorisedLayer
 
 
 def leaders_of_tied(layers: Mapping[str, FactorisedLayer]) -> dict[str, str]:
@@ -36,6 +39,15 @@ def tie_(layers: Mapping[str, FactorisedLayer], leaders: Mapping[str, str]) -> N
     for group in groups.values():
         for layer in group:
             layer.tied = tuple(group)
+
+
+def make_partner(dense: Dense, kind: str, rank: int, side: Side | None) -> FactorisedLayer:
+    """The factorised layer of a kind for one with another's weight, on the meta device but for its own bias."""
+    with Unfilled():
+        made = KINDS[kind].make(dense, rank, side)
+    if not KINDS[kind].lookup:
+        made.u.bias = dense.bias
+    return made
 
 
 def share_(first: FactorisedLayer, layer: FactorisedLayer) -> None:
