@@ -1,4 +1,7 @@
-"""Output folders of models: companion files, config.json, weights in shards that are written tensor by tensor."""
+"""Output folders of models: companion files, config.json, weights in shards that are written tensor by tensor.
+
+The file is long because the writer of shards stands beside the folder that it fills.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,8 @@ from lrsurgery.files.json import Json, json_text, read_as
 from lrsurgery.files.locks import locked
 from lrsurgery.files.marks import MARK
 from lrsurgery.files.writing import check_free, staged, with_name, write_text
-from lrsurgery.surgery.apply import check_storable, factorised_layers, in_form, specs_of
+from lrsurgery.surgery.apply import check_storable, factorised_layers, specs_of
+from lrsurgery.surgery.forms.change import in_form
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.ranks import PIVOTED, check_form
 from lrsurgery.text import expanded

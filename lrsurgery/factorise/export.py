@@ -32,7 +32,8 @@ from lrsurgery.files.writing import staged, with_name, write_text
 from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.card import dense_card
-from lrsurgery.surgery.apply import dense_bias, factorised_layers, swap_
+from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.forms.fill import dense_bias
 from lrsurgery.surgery.kinds.folds import Fold, fold_of
 from lrsurgery.surgery.layers import FactorisedLayer, dense_weight
 from lrsurgery.surgery.shared.modules import SharedLinear

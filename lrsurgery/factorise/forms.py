@@ -31,7 +31,8 @@ from lrsurgery.report.rows import planned_row, rank_report, replacement_of
 from lrsurgery.report.runs import METRICS, RECIPE
 from lrsurgery.report.schema import FILE_NAME, Report, Row
 from lrsurgery.runtime import versions
-from lrsurgery.surgery.apply import factorised_layers, reform_, side_in, swap_
+from lrsurgery.surgery.apply import factorised_layers, swap_
+from lrsurgery.surgery.forms.change import reform_, side_in
 from lrsurgery.surgery.layers import FactorisedLayer, Spec
 from lrsurgery.surgery.ranks import check_form
 from lrsurgery.surgery.shared.modules import SharedLinear

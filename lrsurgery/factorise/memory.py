@@ -15,8 +15,9 @@ from lrsurgery.checkpoints.output import tell_form
 from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric, StackedMetric
 from lrsurgery.runtime import Compute, pick_device
-from lrsurgery.surgery.apply import apply_plan_, balance_layers_, densify_layers_, pivot_layers_
+from lrsurgery.surgery.apply import apply_plan_, densify_layers_
 from lrsurgery.surgery.experts.banks import dense_layers
+from lrsurgery.surgery.forms.change import balance_layers_, pivot_layers_
 from lrsurgery.surgery.kinds.folds import weight_of
 from lrsurgery.surgery.kinds.table import AUTO
 from lrsurgery.surgery.plan import Plan, SurgeryOptions, layers_of_several_names

@@ -23,7 +23,8 @@ from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.data.tasks import TASKS, TIMM, is_for, task_of
 from lrsurgery.data.text.padding import position_limit
 from lrsurgery.errors import DataError, SurgeryError
-from lrsurgery.surgery.apply import dense_bias, factorised_layers
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.forms.fill import dense_bias
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight
 from lrsurgery.timing import Workload
 

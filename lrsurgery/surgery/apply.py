@@ -1,30 +1,25 @@
-"""Application of a plan to a model in memory. All decisions are in the plan.
-
-The file is long because all that puts factorised layers into a model, changes their form or takes them out is here.
-"""
+"""Application of a plan to a model in memory, and its reverse. All decisions are in the plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from lrsurgery.errors import OutputError, PlanError, SurgeryError
-from lrsurgery.linalg.factors import Factors, balance
 from lrsurgery.linalg.inits import InitProblem, get_init, in_stack, layer_generator
-from lrsurgery.linalg.pivot import Side, is_permutation
+from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric, StackedMetric
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.experts.banks import dense_layers, replace_layer_
+from lrsurgery.surgery.forms.fill import dense_bias, fill_
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of, weight_of
 from lrsurgery.surgery.kinds.table import CHANNEL, KINDS
 from lrsurgery.surgery.layers import (
-    PARTS,
     Dense,
     FactorisedLayer,
     Kind,
@@ -33,24 +28,18 @@ from lrsurgery.surgery.layers import (
     build_dense,
     dense_weight,
     factor_weights,
-    side_for,
-    split_bias,
 )
 from lrsurgery.surgery.plan import Plan
-from lrsurgery.surgery.ranks import BALANCED, PIVOTED
 from lrsurgery.surgery.rows import Replacement, whole_of
 from lrsurgery.surgery.shared.forms import (
     Part,
-    can_pivot,
     decompose_together,
     fill_group_,
-    reform_group_,
     store_together,
 )
 from lrsurgery.surgery.shared.modules import SharedLinear, build_shared, is_led, join
 from lrsurgery.surgery.shared.specs import groups_in
-from lrsurgery.surgery.tables.embedding import Projection
-from lrsurgery.surgery.tables.ties import leaders_of_tied, make_partner, share_, tie_
+from lrsurgery.surgery.tables.ties import leaders_of_tied, make_partner, tie_
 
 
 def factorised_layers(model: nn.Module) -> dict[str, FactorisedLayer]:
@@ -324,145 +313,9 @@ def check_storable(model: nn.Module) -> None:
             )
 
 
-@torch.no_grad()
-def dense_bias(layer: FactorisedLayer) -> Tensor | None:
-    """The dense bias (rows,): u's own, or where v has a part of it a new tensor, computed in fp64 and rounded once."""
-    if layer.side != "rows" or layer.u.bias is None:
-        return layer.bias
-    assert layer.v.bias is not None
-    assert layer.order is not None
-    mixing = layer.layout.to_matrices(layer.u.weight, layer.v.weight).u
-    first, rest = layer.v.bias.double(), layer.u.bias.double()
-    bias = torch.empty(len(layer.order), dtype=layer.u.bias.dtype, device=rest.device)
-    own = first[layer.start : layer.start + layer.own]
-    bias[layer.order.long()] = torch.cat([own, rest + mixing.double() @ first]).to(bias.dtype)
-    return bias
-
-
 def check_orders(model: nn.Module) -> None:
     """Raise PlanError that names a pivoted layer whose order, read from a file, is no permutation."""
     for name, layer in factorised_layers(model).items():
         order = layer.order
         if order is not None and not order.is_meta and not is_permutation(order):
             raise PlanError(f"{name}.order: is no permutation of {len(order):,} places, so the file is damaged")
-
-
-def pivot_layers_(model: nn.Module) -> None:
-    """Put every factorised layer below full rank into the pivoted form, which stores rank^2 numbers less.
-
-    The layers stay the same modules, with new `u` and `v`; the outputs are the same up to rounding. Layers of kinds
-    without that form, and layers that have it, stay as they are. Create optimizers afterwards.
-    """
-    for layer in factorised_layers(model).values():
-        side = side_in(layer, PIVOTED)
-        if side != layer.side:
-            reform_(layer, side)
-
-
-def balance_layers_(model: nn.Module) -> None:
-    """Put every factorised layer into the balanced form, u^T u = v v^T; see `pivot_layers_`."""
-    for layer in factorised_layers(model).values():
-        if layer.side is not None:
-            reform_(layer, None)
-
-
-def side_in(layer: FactorisedLayer, form: str) -> Side | None:
-    """The side of the pivots that a layer has in a form; None where it is balanced, also for want of another."""
-    if form == BALANCED:
-        return None
-    if layer.tied and layer.tied[0] is not layer:
-        return side_in(layer.tied[0], form)
-    if isinstance(layer, SharedLinear):
-        return "rows" if can_pivot(layer.group) else None
-    if layer.side is not None or layer.rank == min(layer.matrix_shape):
-        return layer.side
-    with Unfilled():
-        return side_for(layer.layout, build_dense(layer), layer.matrix_shape)
-
-
-@contextmanager
-def in_form(model: nn.Module, form: str) -> Iterator[None]:
-    """Put the layers of a model into a form, and afterwards back: the same `u` and `v` as before, untouched.
-
-    A layer whose `u` or `v` is another tool's module (quantised, with an adapter, pruned) stays as it is.
-    """
-    undo: list[Callable[[], None]] = []
-    try:
-        for layer in factorised_layers(model).values():
-            alike = layer.group if isinstance(layer, SharedLinear) else layer.tied or (layer,)
-            side = side_in(layer, form) if all(map(_is_plain, alike)) else layer.side
-            if side != layer.side:
-                undo += [_restore(each) for each in alike]
-                reform_(layer, side)
-        yield
-    finally:
-        for restore in undo:
-            restore()
-
-
-def _restore(layer: FactorisedLayer) -> Callable[[], None]:
-    """What gives a layer the modules and the form that it has now."""
-    held, order, side = dict(layer._modules), layer.order, layer.side
-    pivots = layer.spec.pivots
-
-    def restore() -> None:
-        layer._modules.update(held)
-        if isinstance(layer, SharedLinear):
-            layer.set_pivots(pivots, order)
-        else:
-            layer.order, layer.side = order, side
-
-    return restore
-
-
-def _is_plain(layer: FactorisedLayer) -> bool:
-    return all(
-        (isinstance(part, nn.Embedding) or type(part) in (*PARTS, Projection))
-        and type(part.weight) is nn.Parameter
-        and part.weight.is_floating_point()
-        for part in (layer.u, layer.v)
-    )
-
-
-@torch.no_grad()
-def reform_(layer: FactorisedLayer, side: Side | None) -> None:
-    """Give a layer another form in place: pivots on a side, or balanced (None). Works in fp64 and rounds once.
-
-    A layer that shares its v takes the whole group along, one that is tied to others those.
-    """
-    if layer.tied and layer.tied[0] is not layer:
-        layer = layer.tied[0]
-    if isinstance(layer, SharedLinear):
-        reform_group_(layer.group, [dense_bias(each) for each in layer.group], pivoted=side is not None)
-        return
-    held, bias = layer.u.weight, dense_bias(layer)
-    wide = Factors(*(factor.double() for factor in layer.factors))
-    with Unfilled():
-        dense = build_dense(layer)
-        new = layer.layout.make(dense, layer.rank, side)
-    stored = factor_weights(layer.layout, dense.weight, balance(wide) if side is None else wide, side)  # type: ignore[arg-type]
-    fill_(new, stored, bias, held.requires_grad)
-    layer.u, layer.v, layer.order, layer.side = new.u, new.v, stored.order, side
-    layer.train(layer.training)
-    for other in layer.tied[1:]:
-        with Unfilled():
-            new = other.layout.make(build_dense(other), other.rank, side)
-        if other.bias is not None:
-            new.u.bias = other.u.bias
-        other.u, other.v, other.side = new.u, new.v, side
-        share_(layer, other)
-        other.train(other.training)
-
-
-def fill_(layer: FactorisedLayer, stored: Stored, bias: Tensor | None, trained: bool) -> None:
-    """Give a layer on the meta device its tensors; `bias` is the dense one, which a balanced layer takes as it is."""
-    layer.u.weight = nn.Parameter(stored.u, requires_grad=trained)
-    layer.v.weight = nn.Parameter(stored.v, requires_grad=trained)
-    layer.order = stored.order
-    if bias is None:
-        return
-    parts = split_bias(layer.layout, bias.detach(), stored, layer.side)
-    for module, part in zip((layer.v, layer.u), parts, strict=True):
-        if part is not None:
-            is_itself = isinstance(bias, nn.Parameter) and part.data_ptr() == bias.data_ptr()
-            module.bias = bias if is_itself else nn.Parameter(part, requires_grad=trained)

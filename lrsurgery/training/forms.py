@@ -13,7 +13,8 @@ from dataclasses import replace
 from torch import nn
 
 from lrsurgery.linalg.pivot import Side
-from lrsurgery.surgery.apply import factorised_layers, reform_, side_in
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.forms.change import reform_, side_in
 from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.shared.modules import SharedLinear, is_led

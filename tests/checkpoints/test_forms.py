@@ -20,7 +20,8 @@ from lrsurgery.checkpoints.source import resolve
 from lrsurgery.errors import SurgeryError
 from lrsurgery.report.read import read_report
 from lrsurgery.runtime import Compute
-from lrsurgery.surgery.apply import factorised_layers, pivot_layers_
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.forms.change import pivot_layers_
 
 
 @pytest.fixture(scope="module", params=["gpt2", "bert", "timm"])

@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 
 import lrsurgery
 from lrsurgery.linalg.factors import balance_of
-from lrsurgery.surgery.apply import balance_layers_, factorised_layers, pivot_layers_
+from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.decay import FrobeniusDecay
+from lrsurgery.surgery.forms.change import balance_layers_, pivot_layers_
 from lrsurgery.surgery.layers import FactorisedLayer, dense_weight
 
 

@@ -20,16 +20,9 @@ from transformers.pytorch_utils import Conv1D
 import lrsurgery
 from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.weighted import Metric, joint_factors, joint_values, weighted_norm, weighted_values
-from lrsurgery.surgery.apply import (
-    apply_plan_,
-    balance_layers_,
-    factorised_layers,
-    in_form,
-    pivot_layers_,
-    specs_of,
-    swap_,
-)
+from lrsurgery.surgery.apply import apply_plan_, factorised_layers, specs_of, swap_
 from lrsurgery.surgery.decay import FrobeniusDecay
+from lrsurgery.surgery.forms.change import balance_layers_, in_form, pivot_layers_
 from lrsurgery.surgery.plan import SurgeryOptions, make_plan
 from lrsurgery.surgery.ranks import AbsoluteRank, RankSpec
 from lrsurgery.surgery.rows import join_rows

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from lrsurgery.surgery.apply import factorised_layers, reform_
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.forms.change import reform_
 from lrsurgery.surgery.layers import FactorisedLayer
 
 DENSE_TIES = "_tied_weights_keys_of_dense_layers"
