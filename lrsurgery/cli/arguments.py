@@ -116,7 +116,15 @@ RankOption = Annotated[
 ]
 IncludeOption = Annotated[list[str] | None, option("--include", panel=CUT, metavar="GLOB", text="Only these layers.")]
 ExcludeOption = Annotated[list[str] | None, option("--exclude", panel=CUT, metavar="GLOB", text="Not these layers.")]
-MultipleOption = Annotated[int, option("--multiple-of", panel=CUT, metavar="N", text="Round ranks to multiples of N.")]
+MultipleOption = Annotated[
+    int | None,
+    option(
+        "--multiple-of",
+        panel=CUT,
+        metavar="N",
+        text="Round ranks to multiples of N; 8 by default where full rank is 256 or more and the rank no number.",
+    ),
+]
 SCHEMES = "channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw; auto: for each layer what loses less."
 ConvOption = Annotated[Conv, option("--conv", panel=CUT, text=SCHEMES)]
 FORMS = "pivoted: rank^2 numbers less a layer, so smaller than dense below full rank; balanced: as it trains."

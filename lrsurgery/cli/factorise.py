@@ -140,7 +140,7 @@ def factorise(
     include_heads: HeadsOption = False,
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
-    multiple_of: MultipleOption = 1,
+    multiple_of: MultipleOption = None,
     allow_larger: Annotated[
         bool, option("--allow-larger", panel=CUT, text="Layers of balanced form at or over break-even too.")
     ] = False,

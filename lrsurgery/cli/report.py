@@ -146,7 +146,7 @@ def report(
     include: IncludeOption = None,
     exclude: ExcludeOption = None,
     form: FormOption = "pivoted",
-    multiple_of: MultipleOption = 1,
+    multiple_of: MultipleOption = None,
     device: DeviceOption = "auto",
     jobs: JobsOption = None,
     no_cache: NoCacheOption = False,

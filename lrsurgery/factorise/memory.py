@@ -36,7 +36,7 @@ def factorise_(
     include: Sequence[str] = ("*",),
     exclude: Sequence[str] = (),
     allow_larger: bool = False,
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
     seed: int = 0,
     min_speedup: float | None = None,
     device: str | torch.device | None = None,

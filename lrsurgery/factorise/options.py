@@ -235,7 +235,7 @@ def _reads_text(source: Source, trust_remote_code: bool) -> bool:
 
 
 def parse_target(
-    rank: RankLike | None, budget: str | float | None, *, of: str = "layers", multiple_of: int = 1
+    rank: RankLike | None, budget: str | float | None, *, of: str = "layers", multiple_of: int | None = None
 ) -> Target:
     """Parse rank policies or a budget, of which exactly one is given. Raises RankError, BudgetError."""
     if budget is None:
@@ -254,7 +254,7 @@ def parse_options(
     rank: RankLike | None = None,
     budget: str | float | None = None,
     budget_of: str = "layers",
-    multiple_of: int = 1,
+    multiple_of: int | None = None,
     init: str = "spectral",
     conv: str = "auto",
     include: Sequence[str] = ("*",),

@@ -103,7 +103,7 @@ def times(values: Tensor, scale: float) -> Tensor:
 
 def largest(matrix: Tensor) -> float:
     """The largest magnitude of an entry; NaN if any entry is NaN."""
-    least, most = matrix.aminmax()
+    least, most = matrix.detach().aminmax()
     return max(-float(least), float(most))
 
 

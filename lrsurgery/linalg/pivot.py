@@ -64,8 +64,11 @@ def put(x: Tensor, order: Tensor, axis: int) -> Tensor:
 
 
 def side_of(rows: int, columns: int) -> Side:
-    """The side of a matrix whose reordering is cheaper: that with fewer entries."""
-    return "rows" if rows <= columns else "columns"
+    """The side of a matrix whose reordering is cheaper: that with fewer entries.
+
+    Of a square one the columns: reading the inputs in another order is cheaper than writing the outputs so.
+    """
+    return "rows" if rows < columns else "columns"
 
 
 def pivot(factors: Factors, side: Side | None = None) -> Pivoted:

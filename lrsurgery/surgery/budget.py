@@ -46,10 +46,10 @@ class Budget:
     kind: str  # params, flops, time or bytes
     amount: float
     of: str = "layers"  # or model
-    multiple_of: int = 1  # every chosen rank is a multiple of this
+    multiple_of: int | None = None  # of every chosen rank; see `ranks.multiple_for`
 
     def __post_init__(self) -> None:
-        if self.multiple_of < 1:
+        if self.multiple_of is not None and self.multiple_of < 1:
             raise BudgetError(f"multiple of {self.multiple_of}: write a positive integer")
         assert self.kind in {*UNITS, "bytes"}, self.kind
         if self.of not in SCOPES:
@@ -77,7 +77,7 @@ class Budget:
         return share + (" of the model" if self.of == "model" else "")
 
 
-def parse_budget(text: str, of: str = "layers", multiple_of: int = 1) -> Budget:
+def parse_budget(text: str, of: str = "layers", multiple_of: int | None = None) -> Budget:
     """Parse `0.5`, `flops:0.5`, `time:0.7` or `bytes:500MB`; KB to TB are decimal, KiB to TiB binary, none is bytes.
 
     Raises BudgetError that lists the accepted forms.

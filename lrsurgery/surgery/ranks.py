@@ -20,6 +20,7 @@ from lrsurgery.units import finite
 
 FORMS = ("balanced", "pivoted")  # of factorised layers; see `linalg.pivot`
 BALANCED, PIVOTED = FORMS
+FAST_MULTIPLE, LARGE = 8, 256  # ranks of matrices of that full rank and more are multiples of 8; see `multiple_for`
 READABLE = "a fraction of full rank such as 0.5, a rank such as 64, energy:0.9, params:0.5 or stable"
 
 
@@ -178,10 +179,10 @@ class RankSpec:
 
     default: RankPolicy | None
     overrides: tuple[tuple[str, RankPolicy], ...] = ()
-    multiple_of: int = 1
+    multiple_of: int | None = None  # see `multiple_for`
 
     def __post_init__(self) -> None:
-        if self.multiple_of < 1:
+        if self.multiple_of is not None and self.multiple_of < 1:
             raise RankError(f"multiple of {self.multiple_of}: write a positive integer")
 
     def policy_for(self, name: str) -> RankPolicy | None:
@@ -207,6 +208,9 @@ class RankSpec:
     ) -> int:
         """The rank of one layer, rounded to both its own `multiple_of` and that of the spec, capped at full rank.
 
+        Without a multiple of the spec a rank that is given as a number stays as it is, a share of the parameters is
+        rounded down and a share of the energy up, since both are bounds; see `multiple_for`.
+
         Raises RankError if an override that names the layer exactly exceeds its full rank.
         """
         policy = self.policy_for(name)
@@ -217,11 +221,11 @@ class RankSpec:
                 f"{name}: rank {policy.rank} exceeds {full}, the full rank of ({rows}, {columns}); lower it"
             )
         rank = policy.rank_of(rows, columns, values, pivoted=pivoted)
-        within = multiple_of > 1 and isinstance(policy, ParameterShare)  # the share is a bound that nobody rounds up
-        multiple_of = math.lcm(multiple_of, self.multiple_of)
+        rounding = round if multiple_of == 1 and self.multiple_of else _ROUNDING.get(type(policy), round)
+        if not (self.multiple_of is None and isinstance(policy, AbsoluteRank)):
+            multiple_of = multiple_for(self.multiple_of, full, multiple_of)
         if multiple_of > 1:
-            rounded = rank // multiple_of if within else round(rank / multiple_of)
-            rank = max(multiple_of, rounded * multiple_of)
+            rank = max(multiple_of, rounding(rank / multiple_of) * multiple_of)
         return min(rank, full)
 
     @property
@@ -234,10 +238,23 @@ class RankSpec:
         return " ".join([*parts, *(f"{pattern}={policy}" for pattern, policy in self.overrides)])
 
 
+def multiple_for(asked: int | None, full_rank: int, own: int = 1) -> int:
+    """What the rank of a matrix is a multiple of: of what is asked and of its kind's own; by default of 8 if large.
+
+    An odd number of outputs costs BLAS up to half as much again on a CPU, and a GPU its tensor cores; in small matrices
+    a step of 8 ranks is coarse.
+    """
+    if asked is None:
+        asked = FAST_MULTIPLE if full_rank >= LARGE else 1
+    return math.lcm(asked, own)
+
+
+_ROUNDING: dict[type, Callable[[float], int]] = {ParameterShare: math.floor, EnergyRank: math.ceil}  # as bounds
+
 RankLike: TypeAlias = "str | int | float | RankPolicy | RankSpec | list[str] | tuple[str, ...]"
 
 
-def parse_rank(rank: RankLike, multiple_of: int = 1) -> RankSpec:
+def parse_rank(rank: RankLike, multiple_of: int | None = None) -> RankSpec:
     """Convert CLI text, a number, a policy or a list of texts (`GLOB=VALUE` for single layers) into a RankSpec.
 
     Raises RankError that lists the accepted forms.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -11,7 +10,7 @@ from torch import Tensor
 from lrsurgery.linalg.pivot import Side
 from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import Kind, Spec
-from lrsurgery.surgery.ranks import RankSpec, break_even_rank, rank_within
+from lrsurgery.surgery.ranks import RankSpec, break_even_rank, multiple_for, rank_within
 
 MOST_ROWS = 32768  # of a whole moment of output gradients: 4 GB in fp32
 
@@ -132,9 +131,9 @@ class Replacement:
         pivots = self.side is not None and rank < self.full_rank
         return self.matrices * rank * (self.rows + self.columns - (rank if pivots else 0))
 
-    def multiple_of(self, asked: int) -> int:
-        """What its rank is a multiple of, where one of `asked` is."""
-        return math.lcm(asked, self.layout.multiple_of)
+    def multiple_of(self, asked: int | None) -> int:
+        """What its rank is a multiple of, where one of `asked` is; see `multiple_for`."""
+        return multiple_for(asked, self.full_rank, self.layout.multiple_of)
 
     def rank_by(self, spec: RankSpec, values: Tensor | None = None) -> int:
         """Its rank by the policies of `spec`, which may need its singular values (full rank,)."""

@@ -91,7 +91,9 @@ class Recipe(DataOptions):
         panel=SURGERY,
         choices=FORMS,
     )
-    multiple_of: int = setting(1, "Number that ranks are rounded to multiples of.", panel=SURGERY, least=1)
+    multiple_of: int | None = setting(
+        None, "Number that ranks are rounded to multiples of; see factorise.", panel=SURGERY, least=1
+    )
     allow_larger: bool = setting(False, "Layers of balanced form at or over break-even too.", panel=SURGERY)
     switch_lr: float = setting(
         0.5, "Scale of the learning rate from the end of the dense steps on.", panel=SURGERY, positive=True

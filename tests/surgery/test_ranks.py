@@ -129,6 +129,28 @@ def test_multiples_never_exceed_full_rank(rows: int, columns: int, fraction: flo
     assert rank % multiple == 0 or rank == min(rows, columns)
 
 
+@given(st.integers(256, 600), st.integers(256, 600), st.floats(0.1, 0.9), st.booleans())
+def test_large_layers_have_multiples_of_8_within_the_bounds(
+    rows: int, columns: int, share: float, pivoted: bool
+) -> None:
+    rank = parse_rank(f"params:{share}").rank_of("", rows, columns, pivoted=pivoted)
+    exact = ParameterShare(share).rank_of(rows, columns, pivoted=pivoted)
+    assert rank % 8 == 0
+    assert exact - 8 < rank <= exact
+    values = torch.linspace(1, 0.1, min(rows, columns))
+    rank = parse_rank(f"energy:{share}").rank_of("", rows, columns, values)
+    assert values[:rank].square().sum() >= share * values.square().sum() * (1 - 1e-6)
+    assert rank % 8 == 0 or rank == len(values)
+
+
+def test_a_rank_in_numbers_and_small_layers_keep_theirs() -> None:
+    assert parse_rank("101").rank_of("", 512, 512) == 101
+    assert parse_rank("101", 8).rank_of("", 512, 512) == 104
+    assert parse_rank("params:0.3", 1).rank_of("", 512, 512) == 76
+    assert parse_rank("params:0.3").rank_of("", 512, 512) == 72
+    assert parse_rank("params:0.3").rank_of("", 255, 512) == ParameterShare(0.3).rank_of(255, 512)
+
+
 def test_last_match_wins() -> None:
     spec = parse_rank(["0.5", "h.*=8", "h.1.*=params:0.25"])
     assert spec.policy_for("h.0.fc") == AbsoluteRank(8)

@@ -42,7 +42,7 @@ class ProfileOptions:
     conv: str = "auto"
     include: Sequence[str] = ("*",)
     exclude: Sequence[str] = ()
-    multiple_of: int = 1  # of the ladder's ranks; a target has its own, which is the same
+    multiple_of: int | None = None  # of the ladder's ranks; a target has its own, which is the same
     form: str = PIVOTED  # of the layers that are planned, and on the ladder
 
     def __post_init__(self) -> None:
@@ -166,7 +166,7 @@ def _kept(values: Tensor, rank: int) -> tuple[float, float]:
     return 1 - lost, math.sqrt(lost)
 
 
-def rung_of(text: str, row: Replacement, *values: Tensor, multiple_of: int = 1) -> Rung:
+def rung_of(text: str, row: Replacement, *values: Tensor, multiple_of: int | None = None) -> Rung:
     """What `--rank text` would do to a layer with these singular values (full rank,), given for each of its options."""
     spec = RankSpec(parse_policy(text), (), multiple_of)
     undecided = replace(row, rank=None, others=tuple(replace(option, rank=None) for option in row.others))
