@@ -18,6 +18,8 @@ from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
 from lrsurgery.data.datasets import digest_of
 from lrsurgery.data.tasks import TASKS, is_for
+from lrsurgery.data.text.tokens import load_tokenizer
+from lrsurgery.errors import DataError
 from lrsurgery.factorise.calibrate import calibrate, recalibrate
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration
 from lrsurgery.factorise.work.folder import SPEEDS, Decision, WorkFolder
@@ -69,7 +71,21 @@ def open_plan(source: Source, options: FactoriseOptions) -> tuple[Checkpoint, Pl
         device=options.compute.device,
         dtype=options.output.dtype,
     )
-    return checkpoint, plan
+    return checkpoint, plan if options.calibration is not None else with_order(plan, checkpoint, options)
+
+
+def with_order(plan: Plan, checkpoint: Checkpoint, options: FactoriseOptions) -> Plan:
+    """The plan whose tables know that frequent tokens come first, where a tokenizer of the checkpoint numbers them."""
+    tables = {row.name: row for row in plan.replacements if row.layout.lookup}
+    if not tables:
+        return plan
+    try:
+        words = len(load_tokenizer(checkpoint.source, options.source.trust_remote_code))
+    except DataError:
+        return plan
+    # a vocabulary is padded by a few rows, but a table of other codes has another size
+    fitting = {name: row for name, row in tables.items() if words <= row.rows <= 1.1 * words + 1024}
+    return plan.with_rows({name: replace(row, by_order=True) for name, row in fitting.items()})
 
 
 def calibrate_plan(
@@ -217,6 +233,12 @@ def notes_on(options: FactoriseOptions, checkpoint: Checkpoint, plan: Plan) -> t
         notes.append(
             f"{len(banks)} banks of fused experts have one rank for all experts of a bank, a multiple of"
             f" {banks[0].layout.multiple_of} whatever --multiple-of says, as grouped products need it"
+        )
+    ordered = [row.name for row in plan.replacements if row.by_order]
+    if ordered:
+        notes.append(
+            f"{', '.join(ordered)}: without data, tokens count by their number, since tokenizers give low numbers to"
+            " frequent tokens"
         )
     if _is_timed(options):
         notes.append(

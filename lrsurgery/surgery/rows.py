@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from lrsurgery.linalg.pivot import Side
+from lrsurgery.linalg.weighted import Metric
 from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import Kind, Spec
 from lrsurgery.surgery.ranks import RankSpec, break_even_rank, multiple_for, rank_within
+from lrsurgery.surgery.tables.order import order_metric
 
 MOST_ROWS = 32768  # of a whole moment of output gradients: 4 GB in fp32
 
@@ -44,6 +46,7 @@ class Replacement:
     tied: tuple[tuple[str, str], ...] = ()  # (name, kind) of the layers with the same weight, which become its factors
     groups: int = 1  # of a grouped convolution, each with its own matrix (rows, columns)
     folded: int = 0  # parameters, beside as many as the weight has, that its weight is computed from
+    by_order: bool = False  # a table whose frequent tokens come first, as a tokenizer has them
     active: int = 1  # of the matrices of fused experts, how many work on one token
 
     reason = None
@@ -63,6 +66,11 @@ class Replacement:
         """What calibration collects for the layer: each scheme, and each use of a weight that others have, too."""
         uses = (replace(self, name=name, kind=kind, tied=((self.name, self.kind),)) for name, kind in self.tied)
         return (*self.options, *uses)
+
+    @property
+    def prior(self) -> Metric | None:
+        """The metric without calibration; None for plain SVD, also where the singular values still decide the rank."""
+        return order_metric(self.rows) if self.by_order and self.rank is not None else None
 
     @property
     def diagonal(self) -> bool:

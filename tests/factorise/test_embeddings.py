@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -139,6 +140,29 @@ def test_a_budget_over_the_model_takes_them(source: Path, tmp_path: Path) -> Non
     report = Report.read(tmp_path / "low")
     assert 0.55 * report.parameters_before < (report.parameters_after or 0) <= 0.6 * report.parameters_before
     assert {row.name: row.status for row in report.rows}[TABLE] == "factorised"
+
+
+@pytest.mark.parametrize("has_tokenizer", [True, False])
+def test_without_data_the_tokenizers_order_weighs_the_rows(source: Path, tmp_path: Path, has_tokenizer: bool) -> None:
+    dense = tmp_path / "dense"
+    shutil.copytree(source, dense)
+    for file in dense.glob("tokenizer*"):
+        if not has_tokenizer:
+            file.unlink()
+    given = ["--include-embeddings", "--rank", "8", "--include", TABLE, "--output", tmp_path / "low", "--quiet"]
+    assert tiny.run("factorise", dense, *given) == 0
+    table = tf.AutoModelForCausalLM.from_pretrained(dense).transformer.wte.weight.double()
+    weights = torch.ones(len(table)).double()
+    if has_tokenizer:
+        weights /= torch.arange(len(table)) + 0.1 * len(table)
+    scale = weights.sqrt()[:, None]
+    u, s, v = torch.linalg.svd(table * scale, full_matrices=False)
+    best = (u[:, :8] * s[:8] @ v[:8]) / scale  # Eckart-Young in the weighted norm
+    torch.testing.assert_close(
+        lrsurgery.load_model(str(tmp_path / "low")).transformer.wte.matrix.double(), best, atol=1e-5, rtol=1e-4
+    )
+    said = "tokens count by their number" in (tmp_path / "low" / "rank_report.json").read_text()
+    assert said is has_tokenizer
 
 
 def test_without_the_option_tables_stay(source: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ class Decomposer:
                 init=self._surgery.init,
                 seed=self._surgery.seed,
                 rank=choose,
-                metric=self._statistics.metric_of(row) if self._statistics is not None else None,
+                metric=self._statistics.metric_of(row) if self._statistics is not None else row.prior,
                 svd=self._surgery.svd,
                 known=known,
                 keep=self._compute.keep_vectors,
@@ -284,7 +284,9 @@ def start_jobs(
 ) -> Iterator[Running]:
     """Start the jobs in a thread pool. On exit, running jobs finish."""
     threads = torch.get_num_threads()
-    needs = [decomposition_bytes(job.whole, job.entry.dtype.itemsize, weighted=weighted) for job in jobs]
+    needs = [
+        decomposition_bytes(job.whole, job.entry.dtype.itemsize, weighted=weighted or job.row.by_order) for job in jobs
+    ]
 
     def run(job: Job) -> None:
         for each, piece in zip(job.layers, do(job), strict=True):
