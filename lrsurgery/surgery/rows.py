@@ -175,7 +175,7 @@ class Replacement:
         return None if self.rank is None else self.flops_at(self.rank)
 
     def flops_at(self, rank: int) -> int:
-        """FLOPs at a rank; a lookup has the product with v alone. Where the product is formed they are the dense ones."""
+        """FLOPs at a rank; a lookup has the product with v alone. Where the product is formed they are dense."""
         if self.layout.multiplied:
             return self.flops
         pivots = rank if self.side is not None and rank < self.full_rank else 0

@@ -72,7 +72,7 @@ class _Call:
 
 def run_step_by_layer(func: Any, args: Any, plain: Plain, look: Look) -> Any:
     """As `func(*args)`, with each product of a weight shown to `look`, which may return another tensor for it."""
-    packed = not isinstance(args[2], list | tuple) or isinstance(args[3], list | tuple)
+    packed = isinstance(args[3], list | tuple)  # the weights follow sizes and states, not the states alone
     x, sizes, hx, flat, has_bias, layers, dropout, training, bidirectional, *first = (
         args if packed else (args[0], None, *args[1:])
     )

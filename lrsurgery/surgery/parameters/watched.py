@@ -90,7 +90,7 @@ def _by_batch(x: Tensor) -> Tensor:
 def _project(x: Tensor, matrix: WatchedMatrix, bias: Tensor | None = None) -> Tensor:
     """The product with one of the separate projections of attention, of x (positions, batch, columns)."""
     x = _by_batch(x)
-    output = _by_batch(matrix.see(x, F.linear(x, matrix.weight)))
+    output = _by_batch(matrix.see(x, F.linear(x, matrix.weight))).contiguous()
     return output if bias is None else output + bias
 
 
@@ -108,10 +108,8 @@ def _attend(args: Any, kwargs: Any) -> Any:
         outputs[key] = _by_batch(matrix.see(rows, F.linear(rows, matrix.weight))).chunk(3, -1)
     made = [_Made(outputs[id(x)][part], x.shape[-1]) for part, x in enumerate(args[:3])]
     names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    return F.multi_head_attention_forward(
-        *(*args[:5], None, *args[6:]),
-        **{**kwargs, "use_separate_proj_weight": True, **dict(zip(names, made, strict=True))},
-    )
+    separate = {"use_separate_proj_weight": True, **dict(zip(names, made, strict=True))}
+    return F.multi_head_attention_forward(*args[:5], None, *args[6:], **{**kwargs, **separate})
 
 
 class _Made:
@@ -125,5 +123,5 @@ class _Made:
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
         assert func is F.linear, func
         x, made, bias = (*args, (kwargs or {}).get("bias"))[:3]
-        output: Tensor = made._output.reshape(*x.shape[:-1], -1)
+        output: Tensor = made._output.reshape(*x.shape[:-1], -1).contiguous()
         return output if bias is None else output + bias
