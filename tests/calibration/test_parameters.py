@@ -122,7 +122,7 @@ def test_moments_are_those_of_every_step(make: Callable[[], Any]) -> None:
     seen: Seen = {}
     for x in batches:
         inner = model.first(x if model.body.batch_first else x.transpose(0, 1))
-        squares(by_hand(model.body, inner, seen), None)[0].backward()
+        squares(by_hand(model.body, inner, seen), None)[0].backward()  # type: ignore[no-untyped-call]
     assert_moments(found, seen, sum(len(x) for x in batches), "body.")
     alone = lrsurgery.collect_statistics(model, batches, importance="activations", include=["body.*"])
     for name in found.uses:
@@ -158,7 +158,7 @@ def test_sequences_of_several_lengths_from_given_states(cls: Any) -> None:
             for t in range(length)[:: -1 if reverse else 1]:
                 h, c = step(module, suffix, x[number : number + 1, t], (h, c), seen)
                 total = total + h.square().sum() / 2
-            total.backward()
+            total.backward()  # type: ignore[no-untyped-call]
     assert_moments(found, seen, 3, "body.")
 
 
@@ -212,7 +212,7 @@ def attend_by_hand(model: Attends, x: Tensor, y: Tensor, seen: Seen) -> Tensor:
 
     of_x = project(x)
     of_y = of_x if model.alone else project(y)
-    q, k, v = (part.unflatten(-1, (2, 4)).transpose(1, 2) for part in (of_x[0], *of_y[1:]))
+    q, k, v = (part.reshape(*part.shape[:2], 2, 4).transpose(1, 2) for part in (of_x[0], *of_y[1:]))
     attended = torch.softmax(q @ k.mT / 2, -1) @ v
     return F.linear(attended.transpose(1, 2).flatten(2), body.out_proj.weight, body.out_proj.bias)
 
@@ -239,7 +239,7 @@ def test_moments_of_attention(alone: bool, options: dict[str, Any], batch_first:
     seen: Seen = {}
     by_formula = attend_by_hand(model, x, y, seen)
     torch.testing.assert_close(by_formula, wanted if batch_first else wanted.transpose(0, 1), rtol=1e-5, atol=1e-6)
-    (by_formula.square().sum() / 2).backward()
+    (by_formula.square().sum() / 2).backward()  # type: ignore[no-untyped-call]
     flat = {name: [(a.flatten(0, 1), b) for a, b in pairs] for name, pairs in seen.items()}
     for pairs in flat.values():
         for number, (a, b) in enumerate(pairs):
@@ -264,7 +264,7 @@ def test_factors_are_the_best_in_the_metric(importance: str) -> None:
         weight = model.get_parameter(name).detach().double()
         root = torch.linalg.cholesky(c)  # type: ignore[arg-type]
         left = torch.eye(len(weight), dtype=torch.float64) if g is None else torch.linalg.cholesky(g).mT  # type: ignore[arg-type]
-        lost = left @ (weight - layer.u.weight.double() @ layer.v.weight.double()) @ root
+        lost = left @ (weight - (layer.u.weight @ layer.v.weight).detach().double()) @ root
         values = torch.linalg.svdvals(left @ weight @ root)
         assert float(lost.norm()) == pytest.approx(float(values[2:].norm()), rel=1e-3)
 

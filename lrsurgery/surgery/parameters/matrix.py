@@ -19,7 +19,8 @@ from lrsurgery.linalg.pivot import Side
 from lrsurgery.modules import FILLS
 from lrsurgery.surgery.layers import FactorisedLayer, Kind
 
-RECURRENT: tuple[type[nn.RNNBase], ...] = (nn.LSTM, nn.GRU, nn.RNN)
+RECURRENT = (nn.LSTM, nn.GRU, nn.RNN)
+READERS: tuple[Any, ...] = (*RECURRENT, nn.MultiheadAttention)  # classes that read such parameters
 OF_RECURRENT = ("weight_ih_", "weight_hh_")  # what names of weights begin with
 OF_ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
@@ -117,10 +118,12 @@ def matrices_in(module: nn.Module) -> Iterator[tuple[str, DenseMatrix]]:
     """
     if not _has_known_forward(module):
         return
-    recurrent = isinstance(module, nn.RNNBase)
+    names = OF_ATTENTION
+    if isinstance(module, nn.RNNBase):  # not the parts of a weight norm, whose names go on
+        names = tuple(name for name in module._flat_weights_names if name.startswith(OF_RECURRENT))
     for key, parameter in module.named_parameters(recurse=False):
-        if key.startswith(OF_RECURRENT) if recurrent else key in OF_ATTENTION:
-            yield key, DenseMatrix(parameter, recurrent=recurrent)
+        if key in names:
+            yield key, DenseMatrix(parameter, recurrent=isinstance(module, nn.RNNBase))
 
 
 def explain_parameter(holder: nn.Module, key: str) -> str | None:
@@ -128,7 +131,7 @@ def explain_parameter(holder: nn.Module, key: str) -> str | None:
     name = type(holder).__name__
     if isinstance(holder, nn.RNNCellBase):
         return f"{name}, a single step, at each of which a product of factors would be formed"
-    base = next((cls for cls in (*RECURRENT, nn.MultiheadAttention) if isinstance(holder, cls)), None)
+    base = next((cls for cls in READERS if isinstance(holder, cls)), None)
     if base is None:
         return None
     if not _has_known_forward(holder):
@@ -141,5 +144,5 @@ def explain_parameter(holder: nn.Module, key: str) -> str | None:
 
 
 def _has_known_forward(module: nn.Module) -> bool:
-    known = any(type(module).forward is cls.forward for cls in (*RECURRENT, nn.MultiheadAttention))
-    return known and "forward" not in vars(module)
+    own = getattr(type(module), "forward", None)
+    return any(own is cls.forward for cls in READERS) and "forward" not in vars(module)

@@ -108,8 +108,9 @@ def _attend(args: Any, kwargs: Any) -> Any:
         outputs[key] = _by_batch(matrix.see(rows, F.linear(rows, matrix.weight))).chunk(3, -1)
     made = [_Made(outputs[id(x)][part], x.shape[-1]) for part, x in enumerate(args[:3])]
     names = ("q_proj_weight", "k_proj_weight", "v_proj_weight")
-    separate = {"use_separate_proj_weight": True, **dict(zip(names, made, strict=True))}
-    return F.multi_head_attention_forward(*args[:5], None, *args[6:], **{**kwargs, **separate})
+    others: Any = {**kwargs, "use_separate_proj_weight": True, **dict(zip(names, made, strict=True))}
+    given: Any = (*args[:5], None, *args[6:])
+    return F.multi_head_attention_forward(*given, **others)
 
 
 class _Made:
