@@ -218,6 +218,12 @@ def notes_on(options: FactoriseOptions, checkpoint: Checkpoint, plan: Plan) -> t
             f"{len(banks)} banks of fused experts have one rank for all experts of a bank, a multiple of"
             f" {banks[0].layout.multiple_of} whatever --multiple-of says, as grouped products need it"
         )
+    formed = [row for row in plan.replacements if row.layout.multiplied]
+    if formed:
+        notes.append(
+            f"{len(formed)} weights of recurrent modules or nn.MultiheadAttention are multiplied out on every call: they"
+            " save parameters, and calls on short inputs take longer; --exclude leaves them dense"
+        )
     if _is_timed(options):
         notes.append(
             f"the budget is of the time of the layers alone, for {POSITIONS} tokens or positions at once on"
