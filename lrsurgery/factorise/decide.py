@@ -221,8 +221,8 @@ def notes_on(options: FactoriseOptions, checkpoint: Checkpoint, plan: Plan) -> t
     formed = [row for row in plan.replacements if row.layout.multiplied]
     if formed:
         notes.append(
-            f"{len(formed)} weights of recurrent modules or nn.MultiheadAttention are multiplied out on every call: they"
-            " save parameters, and calls on short inputs take longer; --exclude leaves them dense"
+            f"{len(formed)} weights of recurrent modules or nn.MultiheadAttention are multiplied out on every call:"
+            " they save parameters, and calls on short inputs take longer; --exclude leaves them dense"
         )
     if _is_timed(options):
         notes.append(
