@@ -119,7 +119,8 @@ def test_moments_are_those_of_every_step(make: Callable[[], Any]) -> None:
     for one, other in zip(outputs, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
     assert {name: id(p) for name, p in model.named_parameters()} == before
-    assert all(isinstance(weight, nn.Parameter) for weight in model.body._flat_weights)
+    own: Any = model.body
+    assert all(isinstance(weight, nn.Parameter) for weight in own._flat_weights)
     seen: Seen = {}
     for x in batches:
         inner = model.first(x if model.body.batch_first else x.transpose(0, 1))

@@ -164,7 +164,8 @@ def test_reach(tmp_path: Path) -> None:
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     save("sequencer", tmp_path / "dense")
-    return write_images(tmp_path / "images", size=32)
+    folder: Path = write_images(tmp_path / "images", size=32)
+    return folder
 
 
 def test_calibrated_budgets_and_healing(images: Path, tmp_path: Path) -> None:

@@ -129,6 +129,19 @@ def test_the_modules_compute_what_their_products_do(name: str, form: str) -> Non
         assert relative(half.train()(X), product.train()(X)) < 1e-5 or name == "transformer"  # which has dropout
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["gru", "attention to itself"])
+def test_full_rank_in_every_dtype(name: str, dtype: torch.dtype) -> None:
+    dense = build(name).to(dtype)
+    full = factorised(dense, 1.0)
+    for key, layer in factorised_layers(full).items():
+        weight = dense.get_parameter(key).detach().double()
+        assert layer.u.weight.dtype == layer.v.weight.dtype == layer.weight.dtype == dtype
+        assert (layer.weight.detach().double() - weight).norm() <= 10 * torch.finfo(dtype).eps * weight.norm()
+    with torch.no_grad():
+        assert full(X.to(dtype)).dtype == dtype
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_the_products(name: str, form: str) -> None:
@@ -349,7 +362,7 @@ def test_compiled_and_traced_modules(name: str) -> None:
     model = factorised(build(name), 0.5, form="pivoted")
     wanted = model(X)
     with torch.no_grad():
-        traced: Any = torch.jit.trace(model, (X,), check_trace=False)
+        traced: Any = torch.jit.trace(model, (X,), check_trace=False)  # type: ignore[no-untyped-call]
         assert relative(traced(X), wanted) < 1e-5
         compiled: Any = torch.compile(model, backend="eager")
         assert relative(compiled(X), wanted) < 1e-5

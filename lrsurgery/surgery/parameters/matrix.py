@@ -118,7 +118,7 @@ def matrices_in(module: nn.Module) -> Iterator[tuple[str, DenseMatrix]]:
     """
     if not _has_known_forward(module):
         return
-    names = OF_ATTENTION
+    names: tuple[str, ...] = OF_ATTENTION
     if isinstance(module, nn.RNNBase):  # not the parts of a weight norm, whose names go on
         names = tuple(name for name in module._flat_weights_names if name.startswith(OF_RECURRENT))
     for key, parameter in module.named_parameters(recurse=False):
