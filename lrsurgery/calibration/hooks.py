@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lrsurgery.calibration.statistics import LayerUse, Moments
 from lrsurgery.errors import CalibrationError
 from lrsurgery.surgery.experts.watched import See, watch_products
+from lrsurgery.surgery.parameters.watched import watch_matrices
 from lrsurgery.surgery.rows import Replacement
 
 NEEDS_NONE = "--importance activations needs none"
@@ -55,11 +56,11 @@ class Collector:
         self.scored = 0
         modules = dict(model.named_modules())
         self._watched = [(row, modules[row.name]) for row in rows if row.name in modules]
-        self._experts: dict[str, list[Replacement]] = {}  # by the module that holds their weights
+        self._held: dict[str, list[Replacement]] = {}  # layers that are parameters, by the module that reads them
         for row in rows:
-            if row.layout.stacked:
-                self._experts.setdefault(row.name.rpartition(".")[0], []).append(row)
-        self._holders = {name: modules[name] for name in self._experts}
+            if row.layout.parameter:
+                self._held.setdefault(row.name.rpartition(".")[0], []).append(row)
+        self._holders = {name: modules[name] for name in self._held}
         self._gradients = gradients
         self._sums: dict[tuple[str, str], _Sums] = {}  # by name and kind
         self._last: _Input | None = None  # for reuse: query, key and value have the same
@@ -93,14 +94,16 @@ class Collector:
             if names is None or row.name in names
         ]
         with ExitStack() as held:
-            for name, rows in self._experts.items():
-                seen = {
-                    row.name.rpartition(".")[2]: self._see(row) for row in rows if names is None or row.name in names
-                }
-                if seen:
+            for name, rows in self._held.items():
+                own = {row.name.rpartition(".")[2]: row for row in rows if names is None or row.name in names}
+                experts = {key: self._see(row) for key, row in own.items() if row.layout.stacked}
+                matrices = {key: self._see_matrix(row) for key, row in own.items() if not row.layout.stacked}
+                if experts:
                     held.enter_context(
-                        watch_products(self._holders[name], seen, lambda: getattr(self._batch, "mask", None))
+                        watch_products(self._holders[name], experts, lambda: getattr(self._batch, "mask", None))
                     )
+                if matrices:
+                    held.enter_context(watch_matrices(self._holders[name], matrices))
             try:
                 yield
             finally:
@@ -140,6 +143,15 @@ class Collector:
             if not self._recomputing:
                 self._add_expert(row, expert, x, output)
             return output.clone() if leaf else output
+
+        return see
+
+    def _see_matrix(self, row: Replacement) -> Callable[[Tensor, Tensor], Tensor]:
+        hook, holder = self._hook(row), self._holders[row.name.rpartition(".")[0]]
+
+        def see(x: Tensor, output: Tensor) -> Tensor:
+            found: Tensor | None = hook(holder, (x,), output)
+            return output if found is None else found
 
         return see
 

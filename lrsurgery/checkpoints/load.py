@@ -252,7 +252,7 @@ def _match_timm(source: Source, model: nn.Module) -> tuple[TensorSource, dict[st
     else:
         tensors = timm_tensors(source, model, tensors)
     every = model.named_modules(remove_duplicate=False)
-    tripwires = {f"{name}.weight" for name, module in every if isinstance(module, FactorisedLayer)}
+    tripwires = {m.layout.weight_key(name) for name, m in every if isinstance(m, FactorisedLayer)}
     wanted, stored = model.state_dict(keep_vars=True), set(tensors.keys()) - tripwires
     same: dict[int, list[str]] = {}  # tensor -> its names
     for name, tensor in wanted.items():

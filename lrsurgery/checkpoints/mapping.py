@@ -34,6 +34,7 @@ from lrsurgery.surgery.kinds.folds import Fold, fold_of, folded
 from lrsurgery.surgery.layers import Kind, Spec
 from lrsurgery.surgery.rows import Replacement
 
+BANK_AXES = 3  # of a weight under its layer's own name, as of fused experts, whose first axis they are
 SAMPLE = 64  # keys that tell whether a file is wrapped; a file has up to some 100,000
 
 
@@ -221,7 +222,7 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             covered.add(target)
             check_plain(checkpoint.source, key, dtype, keys.state[target])
             check_shape(checkpoint.source, key, shape, tuple(keys.state[target].shape))
-        part = functools.partial(tensors.part, key) if target in planned else None
+        part = functools.partial(tensors.part, key) if target in planned and len(shape) == BANK_AXES else None
         entries.append(Entry(key, target, dtype, shape, *_readers(tensors, key), part=part))
     for target, members in groups.items():
         described = [tensors.describe(key) for key, _ in members]
@@ -235,7 +236,8 @@ def list_entries(checkpoint: Checkpoint, planned: set[str]) -> list[Entry]:
             unfuse = functools.partial(_convert, keys, tensors, target, members)
             for name, value in converted.items():
                 shape = tuple(value.shape)
-                one = keys.expert_reader(target, members, tensors, (name, shape)) if name in planned else None
+                is_bank = name in planned and len(shape) == BANK_AXES
+                one = keys.expert_reader(target, members, tensors, (name, shape)) if is_bank else None
                 stack = None if one is None else Stack(torch.Size(shape), described[0][0], one)
                 readers = _pickers(unfuse, name) if stack is None else (stack.whole, stack.slices)
                 entries.append(Entry(name, name, described[0][0], shape, *readers, part=one))

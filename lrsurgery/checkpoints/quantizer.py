@@ -35,9 +35,9 @@ from lrsurgery.checkpoints.upstream.transformers import KeyMap, ignore_unexpecte
 from lrsurgery.errors import PlanError, SourceError
 from lrsurgery.files.json import check_version
 from lrsurgery.surgery.apply import check_orders, check_storable, densify_layers_, factorised_layers, specs_of, swap_
-from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.kinds.table import KINDS, kind_of
 from lrsurgery.surgery.layers import Spec
+from lrsurgery.surgery.parameters.views import dense_layers
 from lrsurgery.surgery.tables.ties import copy_orders_
 
 

@@ -48,7 +48,7 @@ from lrsurgery.files.writing import staged
 from lrsurgery.modules import model_faults
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
-from lrsurgery.surgery.experts.banks import dense_layers
+from lrsurgery.surgery.parameters.views import dense_layers
 from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.rows import Replacement
 from lrsurgery.units import duration_text

@@ -240,6 +240,12 @@ def notes_on(options: FactoriseOptions, checkpoint: Checkpoint, plan: Plan) -> t
             f"{', '.join(ordered)}: without data, tokens count by their number, since tokenizers give low numbers to"
             " frequent tokens"
         )
+    formed = [row for row in plan.replacements if row.layout.multiplied]
+    if formed:
+        notes.append(
+            f"{len(formed)} weights of recurrent modules or nn.MultiheadAttention are multiplied out on every call:"
+            " they save parameters, and calls on short inputs take longer; --exclude leaves them dense"
+        )
     if _is_timed(options):
         notes.append(
             f"the budget is of the time of the layers alone, for {POSITIONS} tokens or positions at once on"

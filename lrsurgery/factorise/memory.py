@@ -16,10 +16,10 @@ from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric, StackedMetric
 from lrsurgery.runtime import Compute, pick_device
 from lrsurgery.surgery.apply import apply_plan_, densify_layers_
-from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.forms.change import balance_layers_, pivot_layers_
 from lrsurgery.surgery.kinds.folds import weight_of
 from lrsurgery.surgery.kinds.table import AUTO
+from lrsurgery.surgery.parameters.views import dense_layers
 from lrsurgery.surgery.plan import Plan, SurgeryOptions, layers_of_several_names
 from lrsurgery.surgery.ranks import BALANCED, RankLike
 from lrsurgery.surgery.speed import SpeedTable, make_timer, plan_layers

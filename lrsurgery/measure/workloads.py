@@ -215,10 +215,25 @@ def count_flops(workload: Workload) -> int:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    # fused attention has no count on every device; its plain form consists of products, which have
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    # fused attention and recurrence have no count on every device; their plain forms consist of products, which have
+    with (
+        _without_onednn(),
+        torch.backends.cudnn.flags(enabled=False),
+        FlopCounterMode(display=False) as counter,
+        sdpa_kernel(SDPBackend.MATH),
+    ):
         passes = workload.once()
     return round(int(counter.get_total_flops()) / passes)
+
+
+@contextmanager
+def _without_onednn() -> Iterator[None]:
+    # `mkldnn.flags` would set its other options too, and warn of one of them
+    before, *_ = torch.backends.mkldnn.set_flags(_enabled=False, _fp32_precision=None)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=before, _fp32_precision=None)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, kw_only=True)

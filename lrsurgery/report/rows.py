@@ -33,10 +33,10 @@ from lrsurgery.linalg.weighted import Metric, second_order, weighted_norm
 from lrsurgery.report.schema import Report, Row
 from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.experts.stack import Stack
 from lrsurgery.surgery.kinds.folds import fold_of, weight_of
 from lrsurgery.surgery.layers import FactorisedLayer
+from lrsurgery.surgery.parameters.views import dense_layers
 from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
 from lrsurgery.surgery.rows import Joint, Kept, Replacement

@@ -15,7 +15,6 @@ from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric, StackedMetric
 from lrsurgery.modules import References, Unfilled
 from lrsurgery.runtime import Compute
-from lrsurgery.surgery.experts.banks import dense_layers, replace_layer_
 from lrsurgery.surgery.forms.fill import dense_bias, fill_
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of, weight_of
 from lrsurgery.surgery.kinds.table import CHANNEL, KINDS
@@ -29,6 +28,7 @@ from lrsurgery.surgery.layers import (
     dense_weight,
     factor_weights,
 )
+from lrsurgery.surgery.parameters.views import VIEWS, dense_layers, replace_layer_
 from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.rows import Replacement, whole_of
 from lrsurgery.surgery.shared.forms import (
@@ -88,7 +88,8 @@ def swap_(model: nn.Module, layers: Mapping[str, Spec]) -> None:
         weight = getattr(dense, "weight", None)
         if held is None or dense is None or not isinstance(weight, Tensor):
             raise PlanError(f"{name}: this {type(model).__name__} has no such layer")
-        if weight.ndim != kind.weight_axes or (kind.stacked and not kind.matches(dense, CHANNEL)):
+        viewed = kind.parameter or isinstance(dense, VIEWS)
+        if weight.ndim != kind.weight_axes or (viewed and not kind.matches(dense, CHANNEL)):
             raise PlanError(f"{name}: a {type(dense).__name__} cannot become a {kind_name} layer")
         new: FactorisedLayer
         if name in shared:

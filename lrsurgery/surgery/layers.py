@@ -81,8 +81,9 @@ class Kind:
     u_turned: bool = False  # u.weight is (rank, out, ...), not (out, rank, ...)
     shares_v: bool = False  # layers with the same input may have one v
     lookup: bool = False  # inputs are numbers of rows, and no product gives the dense layer's outputs
-    # a weight of three axes, a parameter under the layer's own name: one matrix for each expert, the first axis of
-    # matrices and factors alike
+    parameter: bool = False  # the weight is a parameter under the layer's own name, which another module reads
+    multiplied: bool = False  # the product is formed on every call: factors save no FLOPs
+    # a weight of three axes: one matrix for each expert, the first axis of matrices and factors alike
     stacked: bool = False
     active: Callable[[Dense], int] = _one_to_one  # how many of the matrices of a stacked weight work on one token
     multiple_of: int = 1  # every rank is one, up to full rank
@@ -95,7 +96,7 @@ class Kind:
 
     def weight_key(self, name: str) -> str:
         """The state-dict key of the dense weight of a layer of this name."""
-        return name if self.stacked else f"{name}.weight"
+        return name if self.parameter else f"{name}.weight"
 
     def make(self, dense: Dense, rank: int, side: Side | None) -> FactorisedLayer:
         """Build a factorised layer in a form, on the meta device; `side` is that of the pivots, None for balanced."""

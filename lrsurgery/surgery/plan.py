@@ -18,11 +18,12 @@ from lrsurgery.errors import PlanError, SurgeryError
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS, get_init
 from lrsurgery.linalg.svd import check_engine
 from lrsurgery.modules import References, output_modules
-from lrsurgery.surgery.budget import SHARING, TOGETHER, Budget
-from lrsurgery.surgery.experts.banks import banks_in, view_of
+from lrsurgery.surgery.budget import SHARING, TOGETHER, UNITS, Budget
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of
 from lrsurgery.surgery.kinds.table import AUTO, check_conv, explain_no_kind, kind_of, kinds_of
 from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind, side_for
+from lrsurgery.surgery.parameters.matrix import explain_parameter
+from lrsurgery.surgery.parameters.views import views_in
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
 from lrsurgery.surgery.rows import Kept, Replacement
 from lrsurgery.surgery.tables.find import find_tables, partners_of, reason_to_keep
@@ -193,7 +194,7 @@ def plan_rows(
         inside = not isinstance(module, FactorisedLayer)
         own = sum(p.numel() for p in module.parameters(inside)) if module is not None else weight.numel()
         reason = (
-            _no_layer_reason(name, module, weight)
+            _no_layer_reason(name, model, module, weight)
             or _reason_to_keep(name, model, module, weight, kind, heads or {}, shared, tables, options)
             or (references.reason_to_keep(module) if module is not None else None)
         )
@@ -280,10 +281,9 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module | None, Tensor]]:
             if name:
                 yield name, module, own["weight"]
             continue
-        experts = {key for key, _ in banks_in(module)}
+        views = dict(views_in(module))
         for key, parameter in own.items():
-            view = view_of(module, parameter) if key in experts else None
-            yield f"{name}.{key}".lstrip("."), view, parameter
+            yield f"{name}.{key}".lstrip("."), views.get(key), parameter
 
 
 def layers_of_several_names(model: nn.Module) -> frozenset[str]:
@@ -308,10 +308,14 @@ def _find_shared(model: nn.Module, tied: Mapping[str, str]) -> dict[str, str]:
     return partner
 
 
-def _no_layer_reason(name: str, module: nn.Module | None, weight: Tensor) -> str | None:
+def _no_layer_reason(name: str, model: nn.Module, module: nn.Module | None, weight: Tensor) -> str | None:
     """The reason why a parameter is no layer to factorise, or None."""
     if module is None:
-        if ".parametrizations." in name:
+        parametrised = ".parametrizations." in f".{name}"
+        holder, _, key = f".{name}".partition(".parametrizations.") if parametrised else name.rpartition(".")
+        if (reason := explain_parameter(model.get_submodule(holder.lstrip(".")), key)) is not None:
+            return reason
+        if parametrised:
             return "part of a weight that is parametrised in another way than weight norm"
         experts = ".experts." in f".{name}" and weight.ndim == 3
         return "fused experts of an unknown class" if experts else "a bare parameter, not a layer"
@@ -349,6 +353,8 @@ def _reason_to_keep(
         return f"quantised weight ({str(weight.dtype).removeprefix('torch.')})"
     if kind.no_form is not None and (reason := kind.no_form(module)) is not None:
         return reason
+    if kind.multiplied and options.budget is not None and options.budget.kind in ("flops", "time"):
+        return f"its product is formed on every call, so it has no {UNITS[options.budget.kind]} to save"
     if name in heads and not (options.heads or (spec and spec.names(name))):
         return heads[name]
     if not any(fnmatchcase(name, pattern) for pattern in options.include):

@@ -182,7 +182,9 @@ class Replacement:
         return None if self.rank is None else self.flops_at(self.rank)
 
     def flops_at(self, rank: int) -> int:
-        """FLOPs at a rank; a lookup has the product with v alone."""
+        """FLOPs at a rank; a lookup has the product with v alone. Where the product is formed they are dense."""
+        if self.layout.multiplied:
+            return self.flops
         pivots = rank if self.side is not None and rank < self.full_rank else 0
         one = self.rows + self.v_per_u * self.columns - pivots
         return 2 * self.at_work * rank * (self.products * one + self.lookups * (self.columns - pivots))

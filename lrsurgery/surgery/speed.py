@@ -21,11 +21,11 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.files.json import json_text, read_json
 from lrsurgery.files.writing import replace_file
 from lrsurgery.runtime import cache_folder, processor
-from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.kinds.convolution import SIDE
 from lrsurgery.surgery.kinds.folds import plain_of
 from lrsurgery.surgery.kinds.table import KINDS, kind_of
 from lrsurgery.surgery.layers import Kind, Spec, build_dense
+from lrsurgery.surgery.parameters.views import dense_layers
 from lrsurgery.surgery.plan import Plan, Refusal, SurgeryOptions, find_heads, make_plan
 from lrsurgery.surgery.rows import Replacement
 from lrsurgery.timing import Timings, Workload, compare

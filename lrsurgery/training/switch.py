@@ -24,8 +24,8 @@ from lrsurgery.factorise.options import parse_target
 from lrsurgery.files.json import Json, json_text, read_json
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
-from lrsurgery.surgery.experts.banks import dense_layers
 from lrsurgery.surgery.layers import FactorisedLayer, Spec, factor_weights
+from lrsurgery.surgery.parameters.views import dense_layers
 from lrsurgery.surgery.plan import SurgeryOptions
 from lrsurgery.surgery.ranks import PIVOTED
 from lrsurgery.surgery.speed import plan_layers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -129,6 +130,19 @@ def test_operations_are_two_for_each_weight_and_row() -> None:
     workload = make_workload(model, torch.randn(5, 7, 24), FORWARD)
     assert workload is not None
     assert count_flops(workload) == 2 * sum(p.numel() for p in model.parameters()) * 5 * 7
+
+
+def test_operations_of_recurrence_are_counted_with_the_products_that_are_formed() -> None:
+    model = nn.Sequential(nn.LSTM(24, 16, bias=False)).eval()
+    lrsurgery.factorise_(low := copy.deepcopy(model), rank=4)
+    found = []
+    for each in (model, low):
+        workload = make_workload(each, torch.randn(7, 5, 24), FORWARD)
+        assert workload is not None
+        found.append(count_flops(workload))
+    assert torch.backends.mkldnn.enabled
+    weights = [p.numel() for p in model.parameters()]
+    assert found == [2 * sum(weights) * 5 * 7, 2 * sum(weights) * (5 * 7 + 4)]
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ def test_reasons_stand_beside_the_rest() -> None:
     rest = {part.what: part.parameters for part in found.rest}
     assert rest["depthwise convolution"] == 32 * 9 + 32
     assert rest[VECTORS] == 64 + 64 + 2 * 4 * 64  # the norm, the bias of the second, those of the recurrent layer
-    assert found.share == 64 * 32 / found.parameters
+    assert found.share == (64 * 32 + 2 * 256 * 64) / found.parameters
 
 
 def test_the_command_reads_no_weight(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lrsurgery.cli.app import app
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.experts.banks import dense_layers
+from lrsurgery.surgery.parameters.views import dense_layers
 
 
 def run(*arguments: object) -> dict[str, Any]:

@@ -131,7 +131,7 @@ def test_conv_below_full_rank_computes_its_weight(conv: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("bias", [True, False], ids=["with bias", "without bias"])
-@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not (kind.stacked or kind.lookup)])
+@pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if not (kind.parameter or kind.lookup)])
 def test_every_kind_at_full_rank(kind: str, bias: bool, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     dense: Any = {

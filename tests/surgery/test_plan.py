@@ -48,11 +48,10 @@ class Mixed(nn.Module):
 
 def test_what_stays_dense_says_why() -> None:
     found = plan(Mixed())
-    assert [row.name for row in found.replacements] == ["wide", "conv1d", "normed"]
+    assert [row.name for row in found.replacements] == ["wide", "attention.in_proj_weight", "conv1d", "normed"]
     assert reasons(found) == {
         "table": "a bare parameter, not a layer",
         "embed": "embedding",
-        "attention.in_proj_weight": "a bare parameter, not a layer",
         "attention.out_proj": "output of nn.MultiheadAttention, which reads its weight and never calls it",
         "grouped": "grouped convolution with 4 outputs a group (16 needed)",
         "depthwise": "depthwise convolution",

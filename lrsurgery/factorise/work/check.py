@@ -14,7 +14,7 @@ from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SurgeryError
 from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
-from lrsurgery.surgery.experts.banks import dense_layers
+from lrsurgery.surgery.parameters.views import dense_layers
 from lrsurgery.surgery.tables.ties import leaders_of_tied
 
 

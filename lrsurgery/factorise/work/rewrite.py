@@ -49,7 +49,7 @@ def aliases_of(model: nn.Module, rows: dict[str, Replacement]) -> dict[str, str]
     every = model.named_modules(remove_duplicate=False)
     found = {name: named[id(module)] for name, module in every if named[id(module)] in rows}
     found |= {name: row.name for row in rows.values() for name, _ in row.tied}
-    return found | {name: name for name, row in rows.items() if row.layout.stacked}  # a parameter, no module
+    return found | {name: name for name, row in rows.items() if row.layout.parameter}  # no module
 
 
 class Rewriter:

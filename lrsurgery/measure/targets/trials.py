@@ -38,10 +38,10 @@ from lrsurgery.report.targets.schema import Point
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.apply import decompose, decomposition_bytes, factorised_layers
 from lrsurgery.surgery.budget import APART, parse_budget
-from lrsurgery.surgery.experts.banks import dense_layers, replace_layer_
 from lrsurgery.surgery.forms.fill import fill_
 from lrsurgery.surgery.kinds.folds import plain_of, weight_of
 from lrsurgery.surgery.layers import Stored, factor_weights
+from lrsurgery.surgery.parameters.views import dense_layers, replace_layer_
 from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.rows import Replacement
 from lrsurgery.surgery.tables.ties import make_partner, tie_

@@ -6,7 +6,7 @@ read the parameter; see `operand`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lrsurgery.linalg.factors import Factors, working_dtype
-from lrsurgery.modules import FILLS, References
+from lrsurgery.modules import FILLS
 from lrsurgery.surgery.experts.families import active_experts, is_transposed
 from lrsurgery.surgery.experts.operand import Operand
-from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind
+from lrsurgery.surgery.layers import FactorisedLayer, Kind
 
 REROUTED = ("deepgemm", "sonicmoe")  # transformers' functions whose kernels read the weights of all experts themselves
 
@@ -171,38 +171,7 @@ def view_of(module: nn.Module, parameter: nn.Parameter) -> DenseBank:
     return DenseBank(parameter, transposed=bool(is_transposed(module)), active=active_experts(module))
 
 
-def dense_layers(model: nn.Module) -> dict[str, Dense]:
-    """Every module of a model by name, and a view of every parameter of fused experts by that of the parameter."""
-    layers: dict[str, Dense] = {}
-    for name, module in model.named_modules():
-        layers[name] = module
-        for key, parameter in banks_in(module):
-            layers[f"{name}.{key}".lstrip(".")] = view_of(module, parameter)
-    return layers
-
-
-def replace_layer_(model: nn.Module, references: References, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` in every place of a layer; of a bank, in that of its parameter, or the parameter in that of a bank.
-
-    Raises PlanError that names a place where that is impossible.
-    """
-    if not isinstance(old, DenseBank | FactorisedBank):
-        references.replace_(old, new)
-        return
-    new.train(old.training)
-    for module in model.modules():
-        if isinstance(module, DenseBank | FactorisedBank):
-            continue
-        held: Mapping[str, Any] = module._modules if isinstance(old, FactorisedBank) else module._parameters
-        wanted = old if isinstance(old, FactorisedBank) else old.weight
-        for key in [key for key, each in held.items() if each is wanted]:
-            delattr(module, key)
-            setattr(module, key, new.weight if isinstance(new, DenseBank) else new)
-            if isinstance(new, FactorisedBank):
-                _reroute()
-
-
-def _reroute() -> None:
+def reroute() -> None:
     """Let experts that hold a bank run grouped products where a config asks for kernels that read dense weights.
 
     The functions are registered anew in transformers' interface, and leave other experts to the former ones.

@@ -20,6 +20,7 @@ from lrsurgery.surgery.layers import (
     factor_weights,
     side_for,
 )
+from lrsurgery.surgery.parameters.matrix import MatrixWeight
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED
 from lrsurgery.surgery.shared.forms import (
     can_pivot,
@@ -100,7 +101,7 @@ def _restore(layer: FactorisedLayer) -> Callable[[], None]:
 
 def _is_plain(layer: FactorisedLayer) -> bool:
     return all(
-        (isinstance(part, nn.Embedding) or type(part) in (*PARTS, Projection))
+        (isinstance(part, nn.Embedding) or type(part) in (*PARTS, MatrixWeight, Projection))
         and type(part.weight) is nn.Parameter
         and part.weight.is_floating_point()
         for part in (layer.u, layer.v)

@@ -50,6 +50,10 @@ def keep_factors(factors: Factors, dense: torch.Size) -> tuple[Tensor, Tensor]:
     return factors.u.contiguous(), factors.v.contiguous()
 
 
+def token_inputs(module: Dense, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
+    yield (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
+
+
 def token_gradients(module: Dense, shape: torch.Size, g: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
     yield (g[mask] if mask is not None else g.reshape(-1, g.shape[-1])).float()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -19,6 +17,7 @@ from lrsurgery.surgery.kinds.common import (
     on_meta,
     shape_of_matrix,
     token_gradients,
+    token_inputs,
     token_outputs,
 )
 from lrsurgery.surgery.kinds.subclasses import behaves_as
@@ -91,10 +90,6 @@ def _conv1d_fan_in(shape: torch.Size) -> int:
     return shape[0]
 
 
-def _token_inputs(module: Dense, x: Tensor, mask: Tensor | None) -> Iterator[Tensor]:
-    yield (x[mask] if mask is not None else x.reshape(-1, x.shape[-1])).float()
-
-
 def _linear_sample(dense: Dense, positions: int) -> tuple[int, ...]:
     return (positions, shape_of_matrix(dense.weight.shape)[1])
 
@@ -117,7 +112,7 @@ LINEAR = Kind(
     build_pivoted=_build_linear,
     build_dense=_dense_linear,
     fan_in=fan_in,
-    inputs=_token_inputs,
+    inputs=token_inputs,
     gradients=token_gradients,
     outputs=token_outputs,
     sample_input=_linear_sample,
@@ -140,7 +135,7 @@ CONV1D = Kind(
     build_pivoted=_build_conv1d,
     build_dense=_dense_conv1d,
     fan_in=_conv1d_fan_in,
-    inputs=_token_inputs,
+    inputs=token_inputs,
     gradients=token_gradients,
     outputs=token_outputs,
     sample_input=_conv1d_sample,

@@ -17,6 +17,7 @@ from lrsurgery.surgery.kinds.spatial import CONV2D_SPATIAL
 from lrsurgery.surgery.kinds.subclasses import explain_subclass
 from lrsurgery.surgery.kinds.transposed import CONV_TRANSPOSE1D, CONV_TRANSPOSE2D
 from lrsurgery.surgery.layers import Kind
+from lrsurgery.surgery.parameters.kind import IN_PROJ, RECURRENT
 from lrsurgery.surgery.tables.embedding import EMBEDDING
 
 __all__ = [
@@ -38,6 +39,7 @@ KINDS: dict[str, Kind] = {
         *(CONV1D_CHANNEL, CONV2D_CHANNEL, CONV2D_SPATIAL, CONV3D_CHANNEL),
         *(CONV_TRANSPOSE1D, CONV_TRANSPOSE2D),
         *(EXPERTS, TRANSPOSED),
+        *(RECURRENT, IN_PROJ),
     )
 }
 

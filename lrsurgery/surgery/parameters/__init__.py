@@ -1,0 +1,1 @@
+"""Layers that are parameters of a module which reads them itself: recurrent weights, stacked attention projections."""
