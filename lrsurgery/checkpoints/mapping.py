@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.checkpoints.build import build_model, read_num_classes, timm_tensors
+from lrsurgery.checkpoints.quantised.dense import dequantised
 from lrsurgery.checkpoints.source import Source, SourceOptions, check_index
 from lrsurgery.checkpoints.tensors import (
     DictSource,
@@ -93,6 +94,7 @@ def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
         for key in tensors.keys():  # noqa: SIM118
             keys_of.setdefault(tensors.file_of(key).name, set()).add(key)
         check_index(source.folder, keys_of)
+    tensors = dequantised(source, tensors)
     tensors = timm_tensors(source, model, tensors) if source.library == "timm" else unwrap_keys(source, model, tensors)
     note = wrapper_note(tensors)
     notes = (*source.notes, *([note] if note else []))

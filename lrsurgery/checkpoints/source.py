@@ -9,12 +9,14 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from lrsurgery.checkpoints.quantised.schemes import Scheme, scheme_name, scheme_of
 from lrsurgery.checkpoints.upstream.forms import METHOD, Index, check_config, check_layers, quantisations, specs_from
 from lrsurgery.errors import SourceError
 from lrsurgery.files.digests import check_files
 from lrsurgery.files.json import Json, read_as, read_json
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.text import expanded
+from lrsurgery.units import size_words
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # of weights in a folder
 # of a weight file that is named itself; timm's training script writes .pth.tar, Lightning .ckpt
@@ -67,10 +69,15 @@ class Source:
     @property
     def quant_method(self) -> str | None:
         """The tool that quantised or factorised the checkpoint, according to its config."""
-        found = next(iter(quantisations(self.config)), {})
-        # a config that names no method is one all the same
-        named = found.get("quant_method")
-        return str(named) if named else "an unnamed method" if found else None
+        found = next(iter(quantisations(self.config)), None)
+        return None if found is None else scheme_name(found)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights are quantised, if they are dequantised on reading. Raises SourceError for a bad config."""
+        if self.library != "transformers":
+            return None
+        return scheme_of(self.config, str(self.folder / "config.json") if self.folder is not None else self.reference)
 
     @property
     def is_factorised(self) -> bool:
@@ -107,12 +114,15 @@ class Source:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of files beside the weights."""
+        """What the user should know of how the weights are stored, and of files beside them."""
+        found = []
+        if self.scheme is not None and self.bytes is not None:
+            found.append(f"{self.scheme.note}; the weight files have {size_words(self.bytes)}")
         names = [name for name in ADAPTER_FILES if self.folder is not None and (self.folder / name).is_file()]
-        if not names:
-            return ()
-        which = f"the adapter beside the model ({', '.join(names)})"
-        return (f"{which} is left out; merge it first ({MERGE}) if it is to count",)
+        if names:
+            which = f"the adapter beside the model ({', '.join(names)})"
+            found.append(f"{which} is left out; merge it first ({MERGE}) if it is to count")
+        return tuple(found)
 
     @property
     def bytes(self) -> int | None:

@@ -264,11 +264,11 @@ def _load(
 
 def _stored_dtype(source: Source) -> torch.dtype:
     """The dtype of most of the checkpoint's floating-point tensors."""
-    from lrsurgery.checkpoints.tensors import open_tensors
+    from lrsurgery.checkpoints.quantised.dense import open_weights
 
     if not source.files:
         return torch.float32
-    tensors = open_tensors(list(source.files))
+    tensors = open_weights(source)
     dtypes = [tensors.describe(key)[0] for key in tensors.keys()]  # noqa: SIM118
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max(set(floating), key=floating.count) if floating else torch.float32
