@@ -18,6 +18,7 @@ from lrsurgery.errors import SourceError
 
 # last parts of keys: scales of activations and of the KV cache, which dense weights have no use for
 ACTIVATIONS = ("activation_scale", "input_scale", "qscale_act", "k_scale", "v_scale")
+ELEMENTS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 AGAIN = "download the model again"
 
 
@@ -173,7 +174,7 @@ def _find_float8(reference: str, tensors: TensorSource, scheme: Scheme) -> dict[
     found: dict[str, Packed] = {}
     for key in keys:
         dtype, shape = tensors.describe(key)
-        if not dtype.is_floating_point or dtype.itemsize > 1 or len(shape) < 2:
+        if dtype not in ELEMENTS or len(shape) < 2:
             continue
         names = [_scale_key(key, name) for name in scheme.scale_names]
         scale = next((name for name in names if name in keys), None)
@@ -199,7 +200,7 @@ def _find_float8(reference: str, tensors: TensorSource, scheme: Scheme) -> dict[
 
 
 def _scale_key(key: str, name: str) -> str:
-    """The key of a weight's scales; a parameter that is no `weight`, such as fused experts, has its own with an ending."""
+    """The key of a weight's scales; of a parameter that is no `weight`, its own key with an ending."""
     stem, _, last = key.rpartition(".")
     return f"{stem}.{name}" if last == "weight" else f"{key}{name.removeprefix('weight')}"
 
