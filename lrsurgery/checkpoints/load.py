@@ -40,7 +40,13 @@ def load_model(
 
     Raises SourceError that names a tensor which is missing, unexpected or of the wrong shape.
     """
-    source = resolve(str(path))
+    return load_source(resolve(str(path)), dtype=dtype, trust_remote_code=trust_remote_code, **options)
+
+
+def load_source(
+    source: Source, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **options: Any
+) -> nn.Module:
+    """As `load_model`, of a checkpoint that is resolved."""
     check_weights(source.folder, source.files)
     if source.library == "timm":
         return load_timm(source, dtype)

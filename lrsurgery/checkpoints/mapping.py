@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lrsurgery.checkpoints.build import build_model, read_num_classes, timm_tensors
 from lrsurgery.checkpoints.quantised.dense import dequantised
+from lrsurgery.checkpoints.quantised.gguf import GgufSource
 from lrsurgery.checkpoints.source import Source, SourceOptions, check_index
 from lrsurgery.checkpoints.tensors import (
     DictSource,
@@ -110,6 +111,8 @@ def notes_of(source: Source, *, trust_remote_code: bool = False) -> tuple[str, .
 
 def unwrap_keys(source: Source, model: nn.Module, tensors: TensorSource) -> TensorSource:
     """Take wrappers off the keys of a transformers checkpoint: within names, and in front if no first key is known."""
+    if isinstance(tensors, GgufSource):
+        return tensors.for_model(model)
     keys = key_map(source, model)
 
     def knows(key: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from lrsurgery.checkpoints.quantised.gguf import ENDING, gguf_in, write_companions
 from lrsurgery.checkpoints.quantised.schemes import Scheme, scheme_name, scheme_of
 from lrsurgery.checkpoints.upstream.forms import METHOD, Index, check_config, check_layers, quantisations, specs_from
 from lrsurgery.errors import SourceError
@@ -20,7 +21,7 @@ from lrsurgery.units import size_words
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # of weights in a folder
 # of a weight file that is named itself; timm's training script writes .pth.tar, Lightning .ckpt
-FILE_ENDINGS = (*WEIGHT_SUFFIXES, ".pth.tar", ".pt.tar", ".th", ".ckpt")
+FILE_ENDINGS = (*WEIGHT_SUFFIXES, ".pth.tar", ".pt.tar", ".th", ".ckpt", ".gguf")
 # in the order in which transformers and timm search
 WEIGHT_NAMES = (
     "model.safetensors",
@@ -69,8 +70,7 @@ class Source:
     @property
     def quant_method(self) -> str | None:
         """The tool that quantised or factorised the checkpoint, according to its config."""
-        found = next(iter(quantisations(self.config)), None)
-        return None if found is None else scheme_name(found)
+        return next(map(scheme_name, quantisations(self.config)), None)
 
     @property
     def scheme(self) -> Scheme | None:
@@ -159,6 +159,8 @@ def resolve(
         raise SourceError(f"{reference[:200]}: no such file or folder ({e})") from e
     if is_folder:
         return _folder(path, reference, weights)
+    if is_file and path.suffix.lower() == ENDING:
+        return _gguf(path, reference, weights)
     if is_file:
         if not weight_ending(path.name):
             raise SourceError(f"{reference}: not a weight file; known endings: {', '.join(FILE_ENDINGS)}")
@@ -173,10 +175,17 @@ def resolve(
     return _folder(folder, reference, weights, hub_id=reference, revision=folder.name)
 
 
+def _gguf(file: Path, reference: str, weights: bool) -> Source:
+    folder = write_companions(file)  # the config and the tokenizer in the file
+    return Source(reference, "transformers", read_config(folder), folder, (file,) if weights else ())
+
+
 def _folder(
     folder: Path, reference: str, weights: bool, *, hub_id: str | None = None, revision: str | None = None
 ) -> Source:
     check_files(folder)
+    if (file := gguf_in(folder)) is not None:
+        return _gguf(file, reference, weights)
     config = read_config(folder)
     library = "timm" if isinstance(config.get("architecture"), str) else "transformers"
     return Source(reference, library, config, folder, tuple(weight_files(folder) if weights else ()), hub_id, revision)
@@ -219,7 +228,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [check_inside(folder, loose[0])]
     if any((folder / name).is_file() for name in ADAPTER_FILES):
         raise SourceError(f"{folder}: a LoRA adapter beside a config; merge it into its base model first ({MERGE})")
-    others = [p.name for p in folder.iterdir() if p.suffix in (".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")]
+    others = [p.name for p in folder.iterdir() if p.suffix in (".h5", ".msgpack", ".onnx", ".ckpt")]
     hint = f"; the format of {others[0]} is not supported" if others else ""
     raise SourceError(f"{folder}: no weights ({WEIGHT_NAMES[0]} or an index of shards){hint}")
 

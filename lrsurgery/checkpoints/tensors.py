@@ -236,6 +236,10 @@ def open_tensors(files: list[Path]) -> TensorSource:
     """Open the files of a checkpoint, which are all of one format. Raises SourceError."""
     if files and files[0].suffix == ".safetensors":
         return SafetensorsSource(files)
+    if files and files[0].suffix == ".gguf":
+        from lrsurgery.checkpoints.quantised.gguf import GgufSource
+
+        return GgufSource(files[0])
     from lrsurgery.checkpoints.upstream.pickles import read_pickles
 
     return DictSource(*read_pickles(files))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,3 +350,10 @@ def test_dtype_of_the_config_is_that_of_the_weights(copy: Callable[[str], Path],
     assert state[WEIGHT].dtype == FLOAT8
     assert found.dtype == torch.float32
     assert torch.equal(found, state[WEIGHT].float() * wide)
+
+
+def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)  # type: ignore[arg-type]
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(SourceError, match=r"GGUF files need the package gguf; pip install 'lrsurgery\[gguf\]'"):
+        run("report", tmp_path / "model.gguf")

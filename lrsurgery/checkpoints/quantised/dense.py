@@ -10,8 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lrsurgery.checkpoints.quantised.gguf import GgufSource
 from lrsurgery.checkpoints.quantised.library import dequantise_blocks, dequantise_mxfp4
-from lrsurgery.checkpoints.quantised.schemes import FLOAT8, MXFP4, Block, Scheme
+from lrsurgery.checkpoints.quantised.schemes import FLOAT8, GGUF, MXFP4, Block, Scheme
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.tensors import TensorSource, in_slices, open_tensors
 from lrsurgery.errors import SourceError
@@ -149,7 +150,7 @@ def dequantised(source: Source, tensors: TensorSource) -> TensorSource:
     weight is stored as the config says.
     """
     scheme = source.scheme
-    if scheme is None:
+    if scheme is None or isinstance(tensors, GgufSource):
         return tensors
     packed = FIND[scheme.stored](source.reference, tensors, scheme)
     if not packed:
@@ -241,4 +242,5 @@ def _find_mxfp4(reference: str, tensors: TensorSource, scheme: Scheme) -> dict[s
 FIND: Mapping[str, Callable[[str, TensorSource, Scheme], dict[str, Packed]]] = {
     FLOAT8: _find_float8,
     MXFP4: _find_mxfp4,
+    GGUF: lambda reference, tensors, scheme: {},  # whose files are no safetensors
 }

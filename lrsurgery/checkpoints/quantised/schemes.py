@@ -17,7 +17,7 @@ BlockSize: TypeAlias = Annotated[list[Size], Field(min_length=2, max_length=2)]
 Block: TypeAlias = tuple[int | None, int | None]  # rows and columns that have one scale; None for all of them
 WHOLE: Block = (None, None)
 DEEPSEEK_BLOCK = (128, 128)  # where the config names none, as in transformers' FineGrainedFP8Config
-FLOAT8, MXFP4 = "float8", "mxfp4"
+FLOAT8, MXFP4, GGUF = "float8", "mxfp4", "gguf"
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Scheme:
     """How the quantised weights of a checkpoint are stored."""
 
     name: str  # for the user
-    stored: str  # FLOAT8 or MXFP4
+    stored: str  # FLOAT8, MXFP4 or GGUF
     dtype: torch.dtype  # of the weights that are read
     blocks: tuple[Block, ...] = ()  # of FLOAT8, any of these
     scale_names: tuple[str, ...] = ()  # of FLOAT8: what follows the weight's key, in place of "weight", for its scales
@@ -146,5 +146,9 @@ def _mxfp4(body: Json, dtype: torch.dtype, where: str) -> Scheme:
     return Scheme("MXFP4 experts", MXFP4, dtype)
 
 
+def _gguf(body: Json, dtype: torch.dtype, where: str) -> Scheme:
+    return Scheme("GGUF tensors", GGUF, dtype)
+
+
 # quantization_config.quant_method -> what makes a scheme of such a config; None for a form of it that is not read
-READ = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "mxfp4": _mxfp4}
+READ = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "mxfp4": _mxfp4, "gguf": _gguf}
