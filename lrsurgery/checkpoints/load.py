@@ -115,13 +115,9 @@ def _dequantised(
 
     assert source.scheme is not None
     tensors = unwrap_keys(source, skeleton, open_weights(source))
-    faults: list[SurgeryError] = []  # which transformers would hide behind one of its own
-    state = {key: WeightOnDisk(tensors, key, faults) for key in tensors.keys()}  # noqa: SIM118
+    state = {key: WeightOnDisk(tensors, key) for key in tensors.keys()}  # noqa: SIM118
     dtype = source.scheme.dtype if options["dtype"] == "auto" else options["dtype"]
-    try:
-        model, info = _from_tensors(cls, source, {**options, "dtype": dtype}, skeleton, state)
-    except SurgeryError as e:
-        raise (faults[0] if faults else e) from e
+    model, info = _from_tensors(cls, source, {**options, "dtype": dtype}, skeleton, state)
     read_generation_config_(model, source)
     return model, info
 

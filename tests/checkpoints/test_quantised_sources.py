@@ -18,8 +18,10 @@ from support.checks import run
 from support.quantised import FLOAT8, KINDS, Made, State, change_config, change_tensors
 
 import lrsurgery
+from lrsurgery.checkpoints.output import output_config
 from lrsurgery.checkpoints.quantised.dense import open_weights
-from lrsurgery.checkpoints.source import resolve
+from lrsurgery.checkpoints.quantised.schemes import scheme_of
+from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.errors import SourceError
 
 OPTIONS: dict[str, Any] = {"allow_larger": True}
@@ -204,6 +206,7 @@ def test_fused_experts_in_float8(tmp_path: Path) -> None:
 # damage
 
 WEIGHT = "model.layers.0.mlp.up_proj.weight"
+EXPERT = "model.layers.1.mlp.experts.2.up_proj.weight"
 EXPERTS = "model.layers.0.mlp.experts.gate_up_proj"
 
 
@@ -241,6 +244,11 @@ DAMAGE: dict[str, tuple[str, Callable[[State], None], str]] = {
     "a scale that is NaN": ("fp8", put(f"{WEIGHT}_scale_inv", float("nan")), f"the scales of {WEIGHT}, holds NaN or"),
     "a scale that is infinite": ("fp8", put(f"{WEIGHT}_scale_inv", float("inf")), f"the scales of {WEIGHT}, holds NaN"),
     "a scale that is too large": ("fp8", put(f"{WEIGHT}_scale_inv", 3e38), f"{WEIGHT} is not finite once dequantised"),
+    "a scale that is NaN, of one expert": (
+        "fp8 mixture",
+        put(f"{EXPERT}_scale_inv", float("nan")),
+        f"the scales of {EXPERT}, holds NaN",
+    ),
     "scales alone": ("fp8", widen(WEIGHT), f"{WEIGHT}_scale_inv holds scales, and no float8 weight"),
     "a channel without scales": ("float8 a channel", drop(f"{WEIGHT}_scale"), f"{WEIGHT}_scale, are missing"),
     "experts without scales": ("mxfp4", drop(f"{EXPERTS}_scales"), f"{EXPERTS}_scales, are missing"),
@@ -328,17 +336,36 @@ def test_other_formats_are_refused_by_name(case: str, copy: Callable[[str], Path
     assert not (tmp_path / "half").exists()
 
 
-def test_inner_config_is_read_and_left_out(copy: Callable[[str], Path], make: Callable[[str], Made]) -> None:
+def test_inner_config_is_read_and_left_out(make: Callable[[str], Made]) -> None:
     """A composite model's config has it in that of its text model."""
-    from lrsurgery.checkpoints.quantised.schemes import scheme_of, without_quantisations
-
     quantisation = json.loads((make("fp8").quantised / "config.json").read_text())["quantization_config"]
     config = {"model_type": "x", "text_config": {"dtype": "float16", "quantization_config": quantisation}}
     scheme = scheme_of(config, "config.json")
     assert scheme is not None
     assert scheme.blocks == ((8, 16),)
     assert scheme.dtype == torch.float16
-    assert without_quantisations(config) == {"model_type": "x", "text_config": {"dtype": "float16"}}
+    source = Source("x", "transformers", config, None, ())
+    assert output_config(source, torch.nn.Identity(), {}) == {"model_type": "x", "text_config": {"dtype": "float16"}}
+
+
+def test_dtype_is_written_where_the_config_has_none(copy: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = copy("fp8")
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(config))
+    lrsurgery.factorise_checkpoint(folder, tmp_path / "half", rank=0.5)
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert next(lrsurgery.load_model(tmp_path / "half").parameters()).dtype == torch.bfloat16
+
+
+def test_generation_config_is_read(copy: Callable[[str], Path]) -> None:
+    folder = copy("fp8")
+    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    model: Any = lrsurgery.load_model(folder)
+    assert model.generation_config.max_new_tokens == 7
+    (folder / "generation_config.json").write_text("[")
+    with pytest.raises(SourceError, match=r"generation_config\.json cannot be read"):
+        lrsurgery.load_model(folder)
 
 
 def test_dtype_of_the_config_is_that_of_the_weights(copy: Callable[[str], Path], make: Callable[[str], Made]) -> None:

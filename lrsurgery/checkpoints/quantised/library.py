@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.tensors import SAFETENSORS_NAMES, TensorSource
-from lrsurgery.errors import SourceError, SurgeryError
+from lrsurgery.errors import SourceError
 
 
 def dequantise_blocks(elements: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
@@ -41,9 +41,8 @@ def dequantise_mxfp4(elements: Tensor, exponents: Tensor, dtype: torch.dtype) ->
 class WeightOnDisk:
     """A tensor that is read as transformers' loader slices it: what a slice of a safetensors file is there."""
 
-    def __init__(self, tensors: TensorSource, key: str, faults: list[SurgeryError]) -> None:
-        """`faults` takes what goes wrong, as the loader goes on without a tensor that it cannot read."""
-        self._tensors, self._key, self._faults = tensors, key, faults
+    def __init__(self, tensors: TensorSource, key: str) -> None:
+        self._tensors, self._key = tensors, key
 
     def get_dtype(self) -> str:
         return SAFETENSORS_NAMES[self._tensors.describe(self._key)[0]]
@@ -52,11 +51,7 @@ class WeightOnDisk:
         return list(self._tensors.describe(self._key)[1])
 
     def __getitem__(self, place: Any) -> Tensor:
-        try:
-            return self._tensors.read(self._key)[place]
-        except SurgeryError as e:
-            self._faults.append(e)
-            raise
+        return self._tensors.read(self._key)[place]
 
 
 def read_generation_config_(model: Any, source: Source) -> None:

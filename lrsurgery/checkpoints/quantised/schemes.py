@@ -82,7 +82,11 @@ def scheme_of(config: Json, where: str) -> Scheme | None:
     if not found or any(each != found[0] for each in found):
         return None
     read = READ.get(str(found[0].get("quant_method")))
-    return None if read is None else read(found[0], stored_dtype(config), f"{where}: quantization_config")
+    return (
+        None
+        if read is None
+        else read(found[0], stored_dtype(config) or torch.bfloat16, f"{where}: quantization_config")
+    )
 
 
 def scheme_name(quantisation: Json) -> str:
@@ -100,14 +104,14 @@ def scheme_name(quantisation: Json) -> str:
     return name
 
 
-def stored_dtype(config: Json) -> torch.dtype:
-    """The floating-point dtype that a config gives; bfloat16 where it gives none."""
+def stored_dtype(config: Json) -> torch.dtype | None:
+    """The floating-point dtype that a config, or one in it, gives; None where none does."""
     for _, each in objects_in(config):
         for key in ("dtype", "torch_dtype"):
             dtype = getattr(torch, str(each.get(key)).removeprefix("torch."), None)
             if isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize > 1:
                 return dtype
-    return torch.bfloat16
+    return None
 
 
 def _fp8(body: Json, dtype: torch.dtype, where: str) -> Scheme | None:
