@@ -18,8 +18,9 @@ from support.interop import need
 from torch import Tensor
 
 import lrsurgery
+from lrsurgery.checkpoints.mapping import open_checkpoint
 from lrsurgery.checkpoints.quantised.dense import weight_bytes
-from lrsurgery.checkpoints.source import resolve
+from lrsurgery.checkpoints.source import SourceOptions, resolve
 from lrsurgery.errors import SourceError
 
 gguf = need("gguf")
@@ -93,6 +94,71 @@ def write_llama(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def write_mixture(file: Path, width: int = 768) -> None:
+    """Qwen3-MoE, whose banks of gates and ups are two tensors of the file and one of the model.
+
+    transformers reads no width of experts from the file, and takes 768.
+    """
+    torch.manual_seed(0)
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": width, "head_dim": 16}
+    state = tf.Qwen3MoeForCausalLM(tf.Qwen3MoeConfig(**SIZES, **experts)).state_dict()
+    writer = gguf.GGUFWriter(file, "qwen3moe")
+    writer.add_name("mixture")
+    writer.add_context_length(tiny.BLOCK)
+    writer.add_block_count(2)
+    writer.add_embedding_length(64)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_key_length(16)
+    writer.add_value_length(16)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_expert_count(4)
+    writer.add_expert_used_count(2)
+    writer.add_expert_feed_forward_length(width)
+    writer.add_vocab_size(tiny.VOCABULARY)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3MOE, 2)
+    as_type = gguf.GGMLQuantizationType.Q8_0
+    for key, weight in state.items():
+        stored = {f"{names.get_name(key.removesuffix('.weight'))}.weight": weight}
+        if ".experts." in key:
+            block = f"blk.{key.split('.')[2]}"
+            gate, up = weight.chunk(2, 1) if "gate_up" in key else (None, None)
+            stored = {f"{block}.ffn_down_exps.weight": weight}
+            if gate is not None:
+                stored = {f"{block}.ffn_gate_exps.weight": gate, f"{block}.ffn_up_exps.weight": up}
+        for name, part in stored.items():
+            if part.ndim == 1:
+                writer.add_tensor(name, part.numpy())
+            else:
+                values = gguf.quants.quantize(part.contiguous().numpy(), as_type)
+                writer.add_tensor(name, values, raw_dtype=as_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_experts_are_read_one_at_a_time(tmp_path: Path) -> None:
+    write_mixture(tmp_path / "mixture.gguf")
+    wanted = theirs(tmp_path / "mixture.gguf", torch.bfloat16)
+    ours = lrsurgery.load_model(tmp_path / "mixture.gguf").state_dict()
+    assert all(torch.equal(tensor, ours[key]) for key, tensor in wanted.state_dict().items())
+    tensors = open_checkpoint(resolve(str(tmp_path / "mixture.gguf")), SourceOptions()).tensors
+    for name in ("gate_up_proj", "down_proj"):
+        key = f"model.layers.1.mlp.experts.{name}"
+        for number in range(4):
+            assert torch.equal(tensors.part(key, number), ours[key][number])
+    wanted.save_pretrained(tmp_path / "dense")
+    for name in ("mixture.gguf", "dense"):
+        lrsurgery.factorise_checkpoint(tmp_path / name, tmp_path / f"half-{name}", rank=0.5, allow_larger=True)
+    halves = [load_file(tmp_path / f"half-{name}" / "model.safetensors") for name in ("mixture.gguf", "dense")]
+    assert any(".experts." in key for key in halves[0])
+    assert halves[0].keys() == halves[1].keys()
+    assert all(torch.equal(halves[0][key], halves[1][key]) for key in halves[0])
 
 
 @pytest.fixture
@@ -189,6 +255,12 @@ def test_several_files_have_to_be_named(file: Path, tmp_path: Path) -> None:
 def test_part_of_a_split_file(tmp_path: Path) -> None:
     write_llama(tmp_path / "tiny.gguf", "F16", more=lambda writer: writer.add_uint16("split.count", 3))
     refused(tmp_path / "tiny.gguf", "one of 3 parts; join them first", tmp_path)
+
+
+def test_size_that_transformers_does_not_read(tmp_path: Path) -> None:
+    write_mixture(tmp_path / "narrow.gguf", 32)
+    message = "blk.0.ffn_gate_exps.weight and blk.0.ffn_up_exps.weight hold 16,384 numbers"
+    refused(tmp_path / "narrow.gguf", message, tmp_path)
 
 
 def test_unknown_architecture(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -151,6 +152,13 @@ class GgufSource:
                 shapes[place] = tuple(state[place].shape)
             else:
                 beside.append(name)
+        for place, names in found._names.items():
+            have = sum(math.prod(self._shapes[name]) for name in names)
+            if have != math.prod(shapes[place]):  # a size that transformers did not find in the file
+                raise SourceError(
+                    f"{self._file}: {' and '.join(names)} hold {have:,} numbers, and {place} of the model that"
+                    f" transformers makes of it is {shapes[place]}; {REMEDY}"
+                )
         found._shapes, found.beside, found._processor, found._places = shapes, tuple(beside), processor, places
         return found
 
@@ -161,25 +169,32 @@ class GgufSource:
         return self.dtype, self._shapes[key]
 
     def read(self, key: str) -> Tensor:
+        return self._checked(key, self._shapes[key], slice(None))
+
+    def part(self, key: str, index: int) -> Tensor:
+        if len(self._shapes[key]) < 3:
+            return self.read(key)[index]
+        return self._checked(key, (1, *self._shapes[key][1:]), slice(index, index + 1))[0]
+
+    def _checked(self, key: str, shape: tuple[int, ...], experts: slice) -> Tensor:
         try:
-            weight = self._read(key)
+            weight = self._read(key, experts)
         except Exception as e:  # of a type that gguf does not unpack, or of another shape than the config's
             raise SourceError(f"{self._file}: {key} cannot be read ({_cause(e)}); {REMEDY}") from e
-        if tuple(weight.shape) != self._shapes[key]:
-            raise SourceError(
-                f"{self._file}: {key} has shape {tuple(weight.shape)}, the model wants {self._shapes[key]}; {REMEDY}"
-            )
+        if tuple(weight.shape) != shape:
+            raise SourceError(f"{self._file}: {key} has shape {tuple(weight.shape)}, the model wants {shape}; {REMEDY}")
         if not bool(torch.isfinite(weight).all()):
             raise SourceError(f"{self._file}: {key} holds NaN or Inf; download it again")
         return weight
 
-    def _read(self, key: str) -> Tensor:
+    def _read(self, key: str, experts: slice) -> Tensor:
+        """The weight; of one with three axes some of the first."""
         from gguf import dequantize
 
         parsed: Any = {"tensors": {}}  # where some of transformers' processors put what is made of several tensors
         for name in self._names.get(key, [key]):
             tensor = self._tensors[name]
-            values = dequantize(tensor.data, tensor.tensor_type)
+            values = dequantize(tensor.data[experts], tensor.tensor_type)
             if self._processor is None:
                 return torch.tensor(values).to(self.dtype)
             found = self._processor.process(
@@ -192,9 +207,6 @@ class GgufSource:
 
     def slices(self, key: str) -> Iterator[Tensor]:
         yield self.read(key).reshape(-1)
-
-    def part(self, key: str, index: int) -> Tensor:
-        return self.read(key)[index]
 
 
 def _of_newer_reader() -> frozenset[str]:
