@@ -24,6 +24,7 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+BLOCK = (32, 16)  # of compressed-tensors
 EXPONENT = 127  # of E8M0, at 1
 LEVELS = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])  # of 4-bit elements, whose highest bit is the sign
 
@@ -92,15 +93,24 @@ def compressed(strategy: str) -> tuple[Callable[[str, Tensor], tuple[State, Tens
     def quantise(key: str, weight: Tensor) -> tuple[State, Tensor] | None:
         if not is_matrix(key):
             return None
-        block = (1, weight.shape[1]) if strategy == "channel" else tuple(weight.shape)
+        block = {"channel": (1, weight.shape[1]), "tensor": tuple(weight.shape), "block": BLOCK}[strategy]
         # compressed-tensors keeps scales in the model's dtype
         scales = block_scales(weight, block).bfloat16()
-        elements = (weight.float() / scales.float()).clamp(-448, 448).to(FLOAT8)
-        stored = scales if strategy == "channel" else scales.reshape(1)
+        elements = (weight.float() / spread(scales, block, tuple(weight.shape))).clamp(-448, 448).to(FLOAT8)
+        stored = scales.reshape(1) if strategy == "tensor" else scales
         activation = {f"{key.removesuffix('weight')}input_scale": torch.ones(1)}
-        return {key: elements, f"{key}_scale": stored, **activation}, (elements.float() * scales.float()).bfloat16()
+        wide = spread(scales, block, tuple(weight.shape))
+        return {key: elements, f"{key}_scale": stored, **activation}, (elements.float() * wide).bfloat16()
 
-    weights = {"num_bits": 8, "type": "float", "strategy": strategy, "symmetric": True, "dynamic": False}
+    structure = {"block_structure": list(BLOCK)} if strategy == "block" else {}
+    weights: dict[str, Any] = {
+        **structure,
+        "num_bits": 8,
+        "type": "float",
+        "strategy": strategy,
+        "symmetric": True,
+        "dynamic": False,
+    }
     group = {"targets": ["Linear"], "weights": weights, "input_activations": {**weights, "dynamic": True}}
     return quantise, {
         "quant_method": "compressed-tensors",
@@ -136,6 +146,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Any]] = {
     "fp8 mixture": (_deepseek, fp8((8, 8))),
     "float8 a channel": (lambda: tf.Qwen3Config(**SIZES), compressed("channel")),
     "float8 a tensor": (lambda: tf.LlamaConfig(**SIZES), compressed("tensor")),
+    "float8 a block": (lambda: tf.LlamaConfig(**SIZES), compressed("block")),
     "mxfp4": (_gpt_oss, mxfp4()),
 }
 

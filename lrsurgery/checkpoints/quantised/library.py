@@ -16,9 +16,9 @@ from lrsurgery.errors import SourceError
 
 
 def dequantise_blocks(elements: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
-    """Multiply each block of float8 elements (..., m, n) by its scale in fp32 (..., m / rows, n / columns), rounded up.
+    """Multiply each block of float8 elements (..., m, n) by its fp32 scale; the product is in fp32.
 
-    Returns fp32.
+    `scales` are (..., ceil(m / rows), ceil(n / columns)) for blocks of rows x columns.
     """
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
