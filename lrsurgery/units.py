@@ -31,6 +31,12 @@ def size_text(size: float) -> str:
     return f"{size / UNITS.get(unit, 1):.15g}{unit}"
 
 
+def size_words(size: int) -> str:
+    """A size as people read it: "12.3 GB", "840 KB", "12 bytes"."""
+    unit = next((unit for unit in ("TB", "GB", "MB", "KB") if size >= UNITS[unit]), None)
+    return f"{size:,} bytes" if unit is None else f"{size / UNITS[unit]:.3g} {unit}"
+
+
 def parse_size(text: str) -> int:
     """Parse a shard size such as `5GB` into bytes. Raises OutputError for anything below 1 byte."""
     try:

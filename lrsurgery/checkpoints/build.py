@@ -18,14 +18,15 @@ from lrsurgery.modules import Unfilled
 
 
 def check_not_converted(source: Source) -> None:
-    """Raise SourceError if the checkpoint is already factorised or quantised."""
+    """Raise SourceError if the checkpoint is already factorised, or quantised in a way that is not read."""
     if source.is_factorised:
         raise SourceError(
             f"{source.reference}: already factorised; make it dense first with lrsurgery export --to dense"
         )
-    if source.quant_method:
+    if source.quant_method and source.scheme is None:
         raise SourceError(
-            f"{source.reference}: quantised with {source.quant_method}; start from the checkpoint before quantisation"
+            f"{source.reference}: quantised with {source.quant_method}, which is not read; start from the checkpoint"
+            " before quantisation"
         )
 
 
@@ -99,6 +100,8 @@ def _build_transformers(source: Source, device: str, trust_remote_code: bool, wh
         )
     assert source.folder is not None
     config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code and not native)
+    if source.scheme is not None:  # the model is dense, and so is what it writes
+        upstream.forget_quantisation_(config)
     try:
         cls = upstream.model_class(config, source.folder, None if native else source.config["auto_map"])
     except AttributeError as e:

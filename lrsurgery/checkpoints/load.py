@@ -1,4 +1,7 @@
-"""Loading of factorised and dense checkpoints into modules, and the check that a written folder loads."""
+"""Loading of factorised and dense checkpoints into modules, and the check that a written folder loads.
+
+The file is long because every way from a folder into a module stands here, beside the check that uses them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from torch import nn
 
 from lrsurgery.checkpoints.build import build_model, timm_tensors
 from lrsurgery.checkpoints.mapping import check_plain, is_wide, key_map, unwrap_keys
+from lrsurgery.checkpoints.quantised.dense import open_weights
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.tensors import RenamedSource, TensorSource, check_weights, open_tensors
 from lrsurgery.checkpoints.upstream.layouts import check_not_packed, check_shape, missing
@@ -36,7 +40,13 @@ def load_model(
 
     Raises SourceError that names a tensor which is missing, unexpected or of the wrong shape.
     """
-    source = resolve(str(path))
+    return load_source(resolve(str(path)), dtype=dtype, trust_remote_code=trust_remote_code, **options)
+
+
+def load_source(
+    source: Source, *, dtype: torch.dtype | None = None, trust_remote_code: bool = False, **options: Any
+) -> nn.Module:
+    """As `load_model`, of a checkpoint that is resolved."""
     check_weights(source.folder, source.files)
     if source.library == "timm":
         return load_timm(source, dtype)
@@ -45,8 +55,11 @@ def load_model(
     skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
     _check_files(source, skeleton)
     options |= {"dtype": dtype or "auto", "trust_remote_code": trust_remote_code}
-    model, info = _from_pretrained(type(skeleton), source, options, source.folder)
-    if info["missing_keys"] and not source.is_factorised:
+    if source.scheme is not None:
+        model, info = _dequantised(type(skeleton), source, options, skeleton)
+    else:
+        model, info = _from_pretrained(type(skeleton), source, options, source.folder)
+    if info["missing_keys"] and not source.is_factorised and source.scheme is None:
         model, info = _unwrapped(type(skeleton), source, options, skeleton) or (model, info)
     for key, shape, wanted in sorted(info["mismatched_keys"]):
         check_shape(source, key, shape, wanted)
@@ -91,7 +104,28 @@ def _unwrapped(
         mapping = {f"^{re.escape(p)}": "" for p in prefixes}
         return _from_pretrained(cls, source, {**options, "key_mapping": mapping}, source.folder)
     # transformers neither looks into the entries of a pickle nor takes a part out of a name
-    state = {key: found.read(key) for key in found.keys()}  # noqa: SIM118
+    return _from_tensors(cls, source, options, skeleton, {key: found.read(key) for key in found.keys()})  # noqa: SIM118
+
+
+def _dequantised(
+    cls: Any, source: Source, options: Mapping[str, Any], skeleton: nn.Module
+) -> tuple[nn.Module, dict[str, Any]]:
+    """As `_from_pretrained` from a quantised source, whose weights are dequantised one at a time as the model fills."""
+    from lrsurgery.checkpoints.quantised.library import WeightOnDisk, read_generation_config_
+
+    assert source.scheme is not None
+    tensors = unwrap_keys(source, skeleton, open_weights(source))
+    state = {key: WeightOnDisk(tensors, key) for key in tensors.keys()}  # noqa: SIM118
+    dtype = source.scheme.dtype if options["dtype"] == "auto" else options["dtype"]
+    model, info = _from_tensors(cls, source, {**options, "dtype": dtype}, skeleton, state)
+    read_generation_config_(model, source)
+    return model, info
+
+
+def _from_tensors(
+    cls: Any, source: Source, options: Mapping[str, Any], skeleton: nn.Module, state: Mapping[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """As `_from_pretrained` from tensors by their keys; `skeleton` is of the own class of the source."""
     if hasattr(cls, "from_config"):  # an AutoModelFor...
         with torch.device("meta"):
             cls = type(cls.from_config(skeleton.config, trust_remote_code=options["trust_remote_code"]))
@@ -215,8 +249,12 @@ def load_with_head(
     if id2label is not None:
         options |= {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
     cls = getattr(transformers, auto_class)
-    model, info = _from_pretrained(cls, source, options, source.folder)
-    if info["missing_keys"] and not source.is_factorised:
+    if source.scheme is not None:
+        skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
+        model, info = _dequantised(cls, source, options, skeleton)
+    else:
+        model, info = _from_pretrained(cls, source, options, source.folder)
+    if info["missing_keys"] and not source.is_factorised and source.scheme is None:
         skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
         model, info = _unwrapped(cls, source, options, skeleton) or (model, info)
     keys = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.checkpoints.build import build_model, read_num_classes, timm_tensors
+from lrsurgery.checkpoints.quantised.dense import dequantised
+from lrsurgery.checkpoints.quantised.gguf import GgufSource
 from lrsurgery.checkpoints.source import Source, SourceOptions, check_index
 from lrsurgery.checkpoints.tensors import (
     DictSource,
@@ -94,6 +96,7 @@ def open_checkpoint(source: Source, options: SourceOptions) -> Checkpoint:
         for key in tensors.keys():  # noqa: SIM118
             keys_of.setdefault(tensors.file_of(key).name, set()).add(key)
         check_index(source.folder, keys_of)
+    tensors = dequantised(source, tensors)
     tensors = timm_tensors(source, model, tensors) if source.library == "timm" else unwrap_keys(source, model, tensors)
     note = wrapper_note(tensors)
     notes = (*source.notes, *([note] if note else []))
@@ -109,6 +112,8 @@ def notes_of(source: Source, *, trust_remote_code: bool = False) -> tuple[str, .
 
 def unwrap_keys(source: Source, model: nn.Module, tensors: TensorSource) -> TensorSource:
     """Take wrappers off the keys of a transformers checkpoint: within names, and in front if no first key is known."""
+    if isinstance(tensors, GgufSource):
+        return tensors.for_model(model)
     keys = key_map(source, model)
 
     def knows(key: str) -> bool:

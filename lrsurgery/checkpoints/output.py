@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.checkpoints.mapping import is_transformers_model, with_tripwire
+from lrsurgery.checkpoints.quantised.schemes import stored_dtype, without_quantisations
 from lrsurgery.checkpoints.source import ADAPTER_FILES, Source, check_inside
 from lrsurgery.checkpoints.tensors import SAFETENSORS_NAMES, HeaderEntry
 from lrsurgery.checkpoints.upstream.forms import METHOD, Modules, layers_entry
@@ -133,6 +134,10 @@ def output_config(
     if source.library == "timm":
         config = _timm_output_config(source, model, config)
     config.pop("quantization_config", None)
+    if source.scheme is not None:
+        config = without_quantisations(config)
+        if stored_dtype(config) is None:
+            config["dtype"] = str(source.scheme.dtype).removeprefix("torch.")
     if layers:
         config["quantization_config"] = {"quant_method": METHOD, **layers_entry(layers)}
     if dtype is not None and source.library == "transformers":

@@ -9,16 +9,19 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from lrsurgery.checkpoints.quantised.gguf import ENDING, gguf_in, write_companions
+from lrsurgery.checkpoints.quantised.schemes import Scheme, scheme_name, scheme_of
 from lrsurgery.checkpoints.upstream.forms import METHOD, Index, check_config, check_layers, quantisations, specs_from
 from lrsurgery.errors import SourceError
 from lrsurgery.files.digests import check_files
 from lrsurgery.files.json import Json, read_as, read_json
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.text import expanded
+from lrsurgery.units import size_words
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin")  # of weights in a folder
 # of a weight file that is named itself; timm's training script writes .pth.tar, Lightning .ckpt
-FILE_ENDINGS = (*WEIGHT_SUFFIXES, ".pth.tar", ".pt.tar", ".th", ".ckpt")
+FILE_ENDINGS = (*WEIGHT_SUFFIXES, ".pth.tar", ".pt.tar", ".th", ".ckpt", ".gguf")
 # in the order in which transformers and timm search
 WEIGHT_NAMES = (
     "model.safetensors",
@@ -67,10 +70,14 @@ class Source:
     @property
     def quant_method(self) -> str | None:
         """The tool that quantised or factorised the checkpoint, according to its config."""
-        found = next(iter(quantisations(self.config)), {})
-        # a config that names no method is one all the same
-        named = found.get("quant_method")
-        return str(named) if named else "an unnamed method" if found else None
+        return next(map(scheme_name, quantisations(self.config)), None)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How the weights are quantised, if they are dequantised on reading. Raises SourceError for a bad config."""
+        if self.library != "transformers":
+            return None
+        return scheme_of(self.config, str(self.folder / "config.json") if self.folder is not None else self.reference)
 
     @property
     def is_factorised(self) -> bool:
@@ -107,12 +114,15 @@ class Source:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of files beside the weights."""
+        """What the user should know of how the weights are stored, and of files beside them."""
+        found = []
+        if self.scheme is not None and self.bytes is not None:
+            found.append(f"{self.scheme.note}; the weight files have {size_words(self.bytes)}")
         names = [name for name in ADAPTER_FILES if self.folder is not None and (self.folder / name).is_file()]
-        if not names:
-            return ()
-        which = f"the adapter beside the model ({', '.join(names)})"
-        return (f"{which} is left out; merge it first ({MERGE}) if it is to count",)
+        if names:
+            which = f"the adapter beside the model ({', '.join(names)})"
+            found.append(f"{which} is left out; merge it first ({MERGE}) if it is to count")
+        return tuple(found)
 
     @property
     def bytes(self) -> int | None:
@@ -149,6 +159,8 @@ def resolve(
         raise SourceError(f"{reference[:200]}: no such file or folder ({e})") from e
     if is_folder:
         return _folder(path, reference, weights)
+    if is_file and path.suffix.lower() == ENDING:
+        return _gguf(path, reference, weights)
     if is_file:
         if not weight_ending(path.name):
             raise SourceError(f"{reference}: not a weight file; known endings: {', '.join(FILE_ENDINGS)}")
@@ -163,10 +175,17 @@ def resolve(
     return _folder(folder, reference, weights, hub_id=reference, revision=folder.name)
 
 
+def _gguf(file: Path, reference: str, weights: bool) -> Source:
+    folder = write_companions(file)  # the config and the tokenizer in the file
+    return Source(reference, "transformers", read_config(folder), folder, (file,) if weights else ())
+
+
 def _folder(
     folder: Path, reference: str, weights: bool, *, hub_id: str | None = None, revision: str | None = None
 ) -> Source:
     check_files(folder)
+    if (file := gguf_in(folder)) is not None:
+        return _gguf(file, reference, weights)
     config = read_config(folder)
     library = "timm" if isinstance(config.get("architecture"), str) else "transformers"
     return Source(reference, library, config, folder, tuple(weight_files(folder) if weights else ()), hub_id, revision)
@@ -209,7 +228,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [check_inside(folder, loose[0])]
     if any((folder / name).is_file() for name in ADAPTER_FILES):
         raise SourceError(f"{folder}: a LoRA adapter beside a config; merge it into its base model first ({MERGE})")
-    others = [p.name for p in folder.iterdir() if p.suffix in (".h5", ".msgpack", ".gguf", ".onnx", ".ckpt")]
+    others = [p.name for p in folder.iterdir() if p.suffix in (".h5", ".msgpack", ".onnx", ".ckpt")]
     hint = f"; the format of {others[0]} is not supported" if others else ""
     raise SourceError(f"{folder}: no weights ({WEIGHT_NAMES[0]} or an index of shards){hint}")
 

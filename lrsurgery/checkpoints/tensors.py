@@ -29,6 +29,7 @@ SAFETENSORS_NAMES = {
     torch.float8_e5m2: "F8_E5M2",
     torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
     torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
+    torch.float8_e8m0fnu: "F8_E8M0",
     torch.complex64: "C64",
     torch.uint16: "U16",
     torch.uint32: "U32",
@@ -235,6 +236,10 @@ def open_tensors(files: list[Path]) -> TensorSource:
     """Open the files of a checkpoint, which are all of one format. Raises SourceError."""
     if files and files[0].suffix == ".safetensors":
         return SafetensorsSource(files)
+    if files and files[0].suffix == ".gguf":
+        from lrsurgery.checkpoints.quantised.gguf import GgufSource
+
+        return GgufSource(files[0])
     from lrsurgery.checkpoints.upstream.pickles import read_pickles
 
     return DictSource(*read_pickles(files))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 
 from lrsurgery.checkpoints.build import build_model
-from lrsurgery.checkpoints.load import load_model, load_timm, load_with_head
+from lrsurgery.checkpoints.load import load_source, load_timm, load_with_head
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
 from lrsurgery.data.options import IMAGES, SENTENCES, TEXT
@@ -245,8 +244,7 @@ def _load(
     if from_scratch_seed is not None:
         model = _initialise(source, task, own, from_scratch_seed, classes, trust_remote_code)
     elif own and classes is None:
-        place: str | Path = source.folder if source.folder is not None else source.reference
-        model = load_model(place, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        model = load_source(source, dtype=torch.float32, trust_remote_code=trust_remote_code)
     else:
         model, new = load_with_head(
             source,
@@ -264,11 +262,11 @@ def _load(
 
 def _stored_dtype(source: Source) -> torch.dtype:
     """The dtype of most of the checkpoint's floating-point tensors."""
-    from lrsurgery.checkpoints.tensors import open_tensors
+    from lrsurgery.checkpoints.quantised.dense import open_weights
 
     if not source.files:
         return torch.float32
-    tensors = open_tensors(list(source.files))
+    tensors = open_weights(source)
     dtypes = [tensors.describe(key)[0] for key in tensors.keys()]  # noqa: SIM118
     floating = [dtype for dtype in dtypes if dtype.is_floating_point]
     return max(set(floating), key=floating.count) if floating else torch.float32

@@ -23,7 +23,7 @@ from lrsurgery.calibration.loss import IMPORTANCES, Batch, IndependentLoss, Loss
 from lrsurgery.calibration.offload import load_offloaded
 from lrsurgery.calibration.statistics import FILE_NAME, Statistics, StatisticsWriter
 from lrsurgery.checkpoints.build import build_model
-from lrsurgery.checkpoints.load import load_model
+from lrsurgery.checkpoints.load import load_source
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.batches import Rows
 from lrsurgery.data.datasets import TRAIN_SPLITS, documents_of
@@ -315,7 +315,7 @@ def _prepare(
     task = bare or how.task or task_of(source)
     rows = rows_of(calibration.data, task, how, calibration.split)
     if bare is not None:
-        model = load_model(str(source.folder), dtype=torch.float32, trust_remote_code=trust_remote_code).to(device)
+        model = load_source(source, dtype=torch.float32, trust_remote_code=trust_remote_code).to(device)
         subject, offloaded = Subject(source, task, model, torch.float32), False
     else:
         room_left = None if by_block else room
@@ -429,7 +429,7 @@ def _load_offloaded(
     logging.getLogger("accelerate").setLevel(logging.ERROR)  # it warns of parameters on the meta device, as intended
 
     def load(**places: Any) -> nn.Module:
-        return load_model(str(source.folder), dtype=torch.float32, trust_remote_code=trust_remote_code, **places)
+        return load_source(source, dtype=torch.float32, trust_remote_code=trust_remote_code, **places)
 
     model = load_offloaded(load, skeleton, blocks, folder, str(device))
     subject = Subject(source, task, model, torch.float32)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lrsurgery.checkpoints.mapping import notes_of
+from lrsurgery.checkpoints.quantised.dense import weight_bytes
 from lrsurgery.data.options import LARGEST, TASKS, check_choice
 from lrsurgery.errors import OutputError, SurgeryError
 from lrsurgery.files.faults import disk_faults
@@ -178,7 +179,7 @@ class _Measurement:
             BenchModel(
                 name=reference,
                 parameters=sum(parameter.numel() for parameter in model.parameters()),
-                bytes=contender.source.bytes,
+                bytes=weight_bytes(contender.source),
                 peak_memory=peaks[reference],
             )
             for reference, contender, model in zip(self.references, self.contenders, models, strict=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lrsurgery.checkpoints.mapping import notes_of
+from lrsurgery.checkpoints.quantised.dense import weight_bytes
 from lrsurgery.checkpoints.source import SourceOptions
 from lrsurgery.data.datasets import EVAL_SPLITS
 from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subject
@@ -101,7 +102,7 @@ def evaluate(
         values |= _by_extent(values["loss"] * values["scored"], extent)
     parameters = sum(parameter.numel() for parameter in subject.body.parameters())
     return Evaluation(
-        model=str(model), task=task, parameters=parameters, bytes=source.bytes, values=values, notes=notes
+        model=str(model), task=task, parameters=parameters, bytes=weight_bytes(source), values=values, notes=notes
     )
 
 

@@ -11,14 +11,13 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lrsurgery.checkpoints.build import build_model
-from lrsurgery.checkpoints.load import load_model, load_timm, load_with_head
+from lrsurgery.checkpoints.load import load_source, load_timm, load_with_head
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.data.tasks import TASKS, TIMM, is_for, task_of
 from lrsurgery.data.text.padding import position_limit
@@ -88,8 +87,7 @@ class Contender:
         if source.library == "timm":
             model = load_timm(source, dtype)
         elif is_for(source, self.task):
-            place: str | Path = source.folder if source.folder is not None else source.reference
-            model = load_model(place, dtype=dtype, trust_remote_code=self.trust_remote_code)
+            model = load_source(source, dtype=dtype, trust_remote_code=self.trust_remote_code)
         else:
             name = TASKS[self.task].auto_class
             model, _ = load_with_head(source, name, trust_remote_code=self.trust_remote_code, dtype=dtype)

@@ -276,7 +276,7 @@ class _Run:
             source, trust = recipe.resolve(recipe.teacher), recipe.trust_remote_code
             teacher = prepare_subject(source, DataOptions(task=task_of(source)), rows, trust_remote_code=trust)
             teacher = match_teacher(subject, teacher, train.size if TASKS[self.task].is_language else 1, trust)
-            for note in teacher.notes:
+            for note in (*(f"{recipe.teacher}: {note}" for note in source.notes), *teacher.notes):
                 self._note(note)
             if TASKS[self.task].takes_images:
                 ours, theirs = (

@@ -118,7 +118,7 @@ def check_config(file: Path, config: Json) -> None:
     checked(_Config, config, lead)
     if isinstance(config.get("architecture"), str):
         checked(_TimmConfig, config, lead, finite=False)  # timm would compute with a NaN
-    for path, inner in _objects(config):
+    for path, inner in objects_in(config):
         found = inner.get("quantization_config")
         if found is not None and not isinstance(found, dict):
             where = ".".join((*path, "quantization_config"))
@@ -129,17 +129,17 @@ def check_config(file: Path, config: Json) -> None:
         check_layers(own.get("layers"), f"{file}: quantization_config.layers")
 
 
-def _objects(config: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Json]]:
+def objects_in(config: Json, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Json]]:
     """A config and the configs in it, such as `text_config`, with where they stand."""
     yield path, config
     for key, value in config.items():
         if isinstance(value, dict) and key != "quantization_config":
-            yield from _objects(value, (*path, key))
+            yield from objects_in(value, (*path, key))
 
 
 def quantisations(config: Json) -> list[Json]:
     """Every quantization_config of a config and of the configs in it."""
-    found = [inner.get("quantization_config") for _, inner in _objects(config)]
+    found = [inner.get("quantization_config") for _, inner in objects_in(config)]
     return [each for each in found if each]
 
 

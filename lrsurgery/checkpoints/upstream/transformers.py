@@ -185,6 +185,14 @@ def model_class(config: Any, folder: Path, auto_map: Mapping[str, Any] | None) -
     return transformers.AutoModel._model_mapping[type(config)]
 
 
+def forget_quantisation_(config: Any) -> None:
+    """Take the quantization_config out of a config and of the configs in it."""
+    for name in config.sub_configs:
+        if (inner := getattr(config, name, None)) is not None:
+            forget_quantisation_(inner)
+    vars(config).pop("quantization_config", None)
+
+
 def _registered(mapping: str | None = None) -> list[type]:
     """Classes registered with `AutoModel....register`: with that of one kind of head, or with any."""
     from transformers.models.auto import modeling_auto

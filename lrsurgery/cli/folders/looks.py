@@ -17,15 +17,17 @@ def show_reach(models: list[str], source_options: dict[str, Any], screen: Screen
     from lrsurgery.errors import SurgeryError
     from lrsurgery.report.dense.reach import read_reach
 
-    options, found = SourceOptions(**source_options), {}
+    options, found, notes = SourceOptions(**source_options), {}, {}
     for name in models:
         source = options.resolve(name)
         if source.is_factorised:
             raise SurgeryError(f"{name}: is factorised; --reach looks at a dense model")
-        found[name] = read_reach(source, options)
+        found[name], notes[name] = read_reach(source, options), source.notes
     screen.emit({"models": {name: each.to_dict() for name, each in found.items()}})
     for name, each in found.items():
         screen.show(f"{name}: {each.parameters:,} parameters")
+        for note in notes[name]:
+            screen.say(f"Note: {note}")
         for line in each.lines():
             screen.show(line)
 

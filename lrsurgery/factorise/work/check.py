@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.checkpoints.load import load_model, load_timm
+from lrsurgery.checkpoints.load import load_source, load_timm
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SurgeryError
@@ -79,4 +79,4 @@ def _load_wide(source: Source, trust_remote_code: bool) -> nn.Module:
     """The model in fp32, in which rounding is small."""
     if source.library == "timm":
         return load_timm(source, torch.float32)
-    return load_model(source.folder or source.reference, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return load_source(source, dtype=torch.float32, trust_remote_code=trust_remote_code)

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from lrsurgery.checkpoints.output import OutputOptions
 from lrsurgery.checkpoints.spectra import SpectrumLookup
 from lrsurgery.errors import WeightError
 from lrsurgery.factorise.work.folder import WorkFolder
+from lrsurgery.factorise.work.running import Running
 from lrsurgery.files.digests import tensor_digest
 from lrsurgery.files.json import Json
 from lrsurgery.files.pieces import Piece, load_piece, save_piece
@@ -315,38 +314,3 @@ def _has_piece(job: Job, file: Path, owner: str) -> bool:
     if any(piece.facts.get(name) != value for name, value in identity_of(job, owner).items()):
         return False
     return bool(piece.facts["digest"] == tensor_digest(job.entry.dtype, job.entry.shape, job.entry.slices()))
-
-
-class Running:
-    """The jobs that this process has started, by number, in the order in which they were started.
-
-    `wait_for` is called for one job after the other, and looks at each future about once in all.
-    """
-
-    def __init__(self, futures: Mapping[int, Future[None]]) -> None:
-        self._futures = futures
-        self._waiting = deque(futures.items())  # those not known to have succeeded
-
-    def __contains__(self, number: int) -> bool:
-        return number in self._futures
-
-    def wait_for(self, number: int, seconds: float) -> bool:
-        """Wait for a job, at most for some seconds, and tell whether it is done.
-
-        Raises the exception of the first job that failed, of those up to this one.
-        """
-        wait([self._futures[number]], timeout=seconds)
-        while self._waiting and self._waiting[0][0] <= number and self._waiting[0][1].done():
-            self._waiting[0][1].result()
-            self._waiting.popleft()
-        if self._futures[number].done():
-            self._futures[number].result()
-            return True
-        return False
-
-    def wait_for_all(self) -> None:
-        """Wait until all jobs are done, or one has failed. Raises the exception of the first that failed."""
-        wait(self._futures.values(), return_when=FIRST_EXCEPTION)
-        for future in self._futures.values():
-            if future.done():
-                future.result()

@@ -23,7 +23,6 @@ from lrsurgery.factorise.work.folder import WorkFolder
 from lrsurgery.factorise.work.jobs import (
     Decomposer,
     Job,
-    Running,
     check_finite,
     check_overflow,
     group_jobs,
@@ -31,6 +30,7 @@ from lrsurgery.factorise.work.jobs import (
     schedule,
     start_jobs,
 )
+from lrsurgery.factorise.work.running import Running
 from lrsurgery.files.digests import as_bytes, digest_of_all, tensor_digest, tensor_header
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.pieces import Piece, load_piece

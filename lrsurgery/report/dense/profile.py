@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lrsurgery.checkpoints.build import check_not_converted
 from lrsurgery.checkpoints.mapping import Checkpoint, list_entries, open_checkpoint, weights_by_layer
+from lrsurgery.checkpoints.quantised.dense import weight_bytes
 from lrsurgery.checkpoints.source import Source, SourceOptions
 from lrsurgery.checkpoints.spectra import SpectrumCache, SpectrumLookup, cache_limit
 from lrsurgery.errors import WeightError
@@ -122,7 +123,7 @@ def profile(
         every,
         parameters,
         None if plan is None else parameters_after(every, parameters),
-        bytes_before=source.bytes,
+        bytes_before=weight_bytes(source),
         source={"reference": source.reference, "hub_id": source.hub_id, "revision": source.revision},
         command=command,
         options={} if options.plan is None else recorded_options(options.plan),

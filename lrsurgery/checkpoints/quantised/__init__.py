@@ -1,0 +1,1 @@
+"""Checkpoints that other tools quantised and whose weights are dequantised as they are read."""
