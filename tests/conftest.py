@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections import Counter
 
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp(prefix="lrsurgery-datasets-")
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"], ignore_errors=True)
@@ -26,8 +27,10 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the long runs out, unless they are asked for."""
+    """Leave the long runs out, unless they are asked for; begin with files that take long, so that none is the last."""
     if "fuzz" not in config.getoption("-m"):
         out = [item for item in items if item.get_closest_marker("fuzz")]
         config.hook.pytest_deselected(items=out)
         items[:] = [item for item in items if item not in out]
+    starts = Counter(item.path for item in items if item.get_closest_marker("process"))
+    items.sort(key=lambda item: -starts[item.path])

@@ -233,6 +233,7 @@ def main() -> None:
     parser = harness.parser(__doc__ or "")
     parser.add_argument("--models", nargs="+", default=["gpt2", "vit"], choices=["gpt2", "vit"])
     parser.add_argument("--work", nargs="+", default=list(WORK), choices=WORK)
+    parser.add_argument("--name", default="running", help="name of the file of results")
     parser.add_argument("--peak", nargs=2, metavar=("MODEL", "RANK"), help="used by itself, for one process of each")
     given = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # past_key_values has a new name in the newest version
@@ -249,7 +250,7 @@ def main() -> None:
             elif (model, work) != ("vit", "generation"):
                 rows += throughput(model, work, device, given.repeats)
     if rows:
-        harness.finish("running", rows, given)
+        harness.finish(given.name, rows, given)
     if peaks:
         harness.finish("training_memory", peaks, given)
 

@@ -1,4 +1,6 @@
-"""Put tables of results/*.json into README.md, between `<!-- NAME -->` or `<!-- NAME.PART -->` and `<!-- end -->`.
+"""Put tables of results/*.json into README.md and the guides.
+
+Each stands between `<!-- NAME -->` or `<!-- NAME.PART -->` and `<!-- end -->`.
 
 python examples/benchmarks/tables.py
 """
@@ -12,7 +14,8 @@ from typing import Any
 
 from harness import RESULTS, table
 
-README = Path(__file__).parent / "README.md"
+HERE = Path(__file__).parent
+FILES = (HERE / "README.md", *sorted((HERE.parent / "guides").glob("*.md")))
 
 
 def block(body: dict[str, Any]) -> str:
@@ -23,8 +26,8 @@ def block(body: dict[str, Any]) -> str:
     return f"`python examples/benchmarks/{script} {options}`\n({machine})\n\n{table(body['rows'])}"
 
 
-def main() -> None:
-    text = README.read_text(encoding="utf-8")
+def fill(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
     for mark in re.findall(r"<!-- ([\w.]+) -->", text):
         if mark != "end":
             name, _, part = mark.partition(".")
@@ -32,7 +35,12 @@ def main() -> None:
             filled = table(body[part]) if part else block(body)
             pattern = rf"(<!-- {re.escape(mark)} -->\n).*?(<!-- end -->)"
             text = re.sub(pattern, lambda m, f=filled: f"{m[1]}{f}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
-    README.write_text(text, encoding="utf-8")
+    file.write_text(text, encoding="utf-8")
+
+
+def main() -> None:
+    for file in FILES:
+        fill(file)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ def with_order(plan: Plan, checkpoint: Checkpoint, options: FactoriseOptions) ->
     except DataError:
         return plan
     # a vocabulary is padded by a few rows, but a table of other codes has another size
-    fitting = {name: row for name, row in tables.items() if words <= row.rows <= 1.1 * words + 1024}
+    fitting = {name: row for name, row in tables.items() if words <= row.rows <= 1.1 * words + 16}
     return plan.with_rows({name: replace(row, by_order=True) for name, row in fitting.items()})
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import check_folder
-from lrsurgery.checkpoints.mapping import PARTS, KeyTargets, check_plain, key_map
+from lrsurgery.checkpoints.mapping import PARTS, KeyTargets, check_plain, is_transformers_model, key_map
 from lrsurgery.checkpoints.output import (
     OutputOptions,
     ShardWriter,
@@ -104,6 +104,10 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
     modules_before = model.named_modules(remove_duplicate=False)
     folds = {name: (module, fold) for name, module in modules_before if (fold := fold_of(module))}
     swap_(model, source.layers)
+    if is_transformers_model(model):
+        from lrsurgery.checkpoints.upstream.transformers import retie_
+
+        retie_(model)
     tensors = open_tensors(list(source.files))
     every = model.named_modules(remove_duplicate=False)
     keys, modules = key_map(source, model), {name: m for name, m in every if isinstance(m, FactorisedLayer)}
@@ -145,9 +149,12 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
     names_of: dict[int, list[str]] = {}
     for name, module in modules.items():
         names_of.setdefault(id(module), []).append(name)
+    # of a bias that a head shares with another part of the model, as BERT's, the files may have that name alone
+    stored = {keys.target(key)[0] for key in others}
+    aliases: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
     for layer, module in found.items():
         for part in module.state_dict():
-            own = part.endswith(".bias") or layer not in tied
+            own = (part.endswith(".bias") and aliases.get(f"{layer}.{part}") not in stored) or layer not in tied
             if own and not any(f"{name}.{part}" in places for name in names_of[id(module)]):
                 raise missing(source, f"{layer}.{part}", ())
     return Parts(

@@ -57,7 +57,8 @@ def factorise_(
     singular values on disk, as the CLI does. `form` "pivoted" stores rank^2 numbers less a layer, and saves below every
     full rank; "balanced" trains better. With a budget and statistics by the loss, layers with the same inputs share one
     v where that loses less; `share` "never" keeps them apart. `embeddings` takes tables of tokens with the heads tied
-    to them, as a budget of bytes does by itself; `heads` takes output heads and classifiers.
+    to them, as a budget of bytes does by itself, without `statistics` each token alike; `heads` takes output heads and
+    classifiers.
 
     Raises RankError, PlanError or WeightError that name the layer; BudgetError for an infeasible budget;
     CalibrationError for statistics of another model.

@@ -135,7 +135,7 @@ def in_a_second_process(folder: Path, imports: str) -> subprocess.CompletedProce
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("family", ["gpt_oss"])  # with biases, and stored transposed
 def test_a_second_process_loads_it_only_with_the_import(family: str, tmp_path: Path) -> None:
     dense: Any = moe.build(family)
     dense.save_pretrained(tmp_path / "dense")
