@@ -122,7 +122,7 @@ MultipleOption = Annotated[
         "--multiple-of",
         panel=CUT,
         metavar="N",
-        text="Round ranks to multiples of N; 8 by default where full rank is 256 or more and the rank no number.",
+        text="Round ranks to multiples of N; 8 by default where full rank is 384 or more and the rank no number.",
     ),
 ]
 SCHEMES = "channel: kh x kw then 1x1; spatial: kh x 1 then 1 x kw; auto: for each layer what loses less."

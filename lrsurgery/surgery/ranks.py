@@ -20,7 +20,7 @@ from lrsurgery.units import finite
 
 FORMS = ("balanced", "pivoted")  # of factorised layers; see `linalg.pivot`
 BALANCED, PIVOTED = FORMS
-FAST_MULTIPLE, LARGE = 8, 256  # ranks of matrices of that full rank and more are multiples of 8; see `multiple_for`
+FAST_MULTIPLE, LARGE = 8, 384  # ranks of matrices of that full rank and more are multiples of 8; see `multiple_for`
 READABLE = "a fraction of full rank such as 0.5, a rank such as 64, energy:0.9, params:0.5 or stable"
 
 
