@@ -1,7 +1,7 @@
 """The products of dense fused experts, seen one by one while a model runs: inputs and outputs by expert.
 
-An object in the place of the parameter answers the code of the experts; the parameter itself stays where it is, so
-that loaders and hooks which look for it find it. Transformers' functions for all experts at once are switched off.
+An object in front of the parameter answers the code of the experts. Transformers' functions for all experts
+at once are switched off.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lrsurgery.errors import CalibrationError
+from lrsurgery.surgery.parameters.shadow import Shadow, in_front
 
 # expert, inputs (positions, in), outputs (positions, out) -> the outputs to go on with
 See: TypeAlias = Callable[[int, Tensor, Tensor], Tensor]
@@ -38,12 +39,9 @@ def watch_products(holder: nn.Module, seen: Mapping[str, See], mask: Callable[[]
     try:
         if asked is not None:
             config._experts_implementation = "eager"
-        for key, see in seen.items():
-            vars(holder)[key] = _WatchedBank(holder, key, see)  # in front of the parameter of that name
-        yield
+        with in_front(holder, {key: _WatchedBank(holder, key, see) for key, see in seen.items()}):
+            yield
     finally:
-        for key in seen:
-            vars(holder).pop(key, None)
         if asked is not None:
             config._experts_implementation = asked
         for handle in handles:
@@ -80,17 +78,12 @@ class _Masking:
         return whole
 
 
-class _WatchedBank:
+class _WatchedBank(Shadow):
     """What stands before a parameter (experts, ...) in the code of its experts."""
 
     def __init__(self, holder: nn.Module, key: str, see: See) -> None:
-        self._holder, self._key, self._see = holder, key, see
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self._holder._parameters[self._key]
-        assert weight is not None
-        return weight
+        super().__init__(holder, key)
+        self._see = see
 
     def __getattr__(self, name: str) -> Any:
         if name in ("shape", "dtype", "device", "ndim", "size", "dim", "is_floating_point"):

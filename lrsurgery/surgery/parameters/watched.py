@@ -2,7 +2,7 @@
 
 An object in the place of the parameter answers the function of torch that the module calls with its weights. It
 computes the products of these weights by itself, so that they can be seen, and hands on what the function would have
-computed. The parameter itself stays where it is, so that loaders and hooks which look for it find it.
+computed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from lrsurgery.errors import CalibrationError
 from lrsurgery.surgery.parameters.recurrence import run_step_by_layer
+from lrsurgery.surgery.parameters.shadow import Shadow, in_front
 
 # inputs (batch, positions, columns), outputs of the product (batch, positions, rows) -> the outputs to go on with
 See: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -25,27 +26,19 @@ See: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 def watch_matrices(holder: nn.Module, seen: Mapping[str, See]) -> Iterator[None]:
     """Show every product of these parameters of a recurrent or attention module within this context."""
     try:
-        for key, see in seen.items():
-            vars(holder)[key] = WatchedMatrix(holder, key, see)  # in front of the parameter of that name
-        yield
+        with in_front(holder, {key: WatchedMatrix(holder, key, see) for key, see in seen.items()}):
+            yield
     finally:
-        for key in seen:
-            vars(holder).pop(key, None)
         if isinstance(holder, nn.RNNBase):
             holder._init_flat_weights()  # it keeps a list of its weights
 
 
-class WatchedMatrix:
+class WatchedMatrix(Shadow):
     """What stands before a parameter (rows, columns) in the code of its module."""
 
     def __init__(self, holder: nn.Module, key: str, see: See) -> None:
-        self._holder, self._key, self.see = holder, key, see
-
-    @property
-    def weight(self) -> Tensor:
-        weight = self._holder._parameters[self._key]
-        assert weight is not None
-        return weight
+        super().__init__(holder, key)
+        self.see = see
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
