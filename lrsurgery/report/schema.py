@@ -74,7 +74,8 @@ class Row:
     spectrum_after: Points | None = None
     overlap: Overlap | None = None  # of the dense and the factorised leading directions
     ladder: tuple[Rung, ...] | None = None
-    weighted_error: float | None = None  # ||G^(1/2) (W - U V) C^(1/2)||_F / ||G^(1/2) W C^(1/2)||_F, G and C calibrated
+    # ||G^(1/2) (W - U V) C^(1/2)||_F / ||G^(1/2) W C^(1/2)||_F, G and C calibrated, or of a table by its tokens' order
+    weighted_error: float | None = None
     predicted_loss: float | None = None  # predicted increase of the loss (nats); None without Fisher statistics
     balance: float | None = None  # ||U^T U - V V^T||_F / ||U^T U||_F; 0 right after surgery
     form: Literal["balanced", "pivoted"] | None = None  # of a factorised layer; None in reports of older versions

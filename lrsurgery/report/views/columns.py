@@ -276,7 +276,7 @@ COLUMNS: tuple[Column[Row], ...] = (
         key="weighted_error",
         title="error in the metric",
         form="share",
-        hint="Relative error, weighed by the calibration data",
+        hint="Relative error, weighed by the calibration data; of a table without data by the order of its tokens",
         value=lambda row: row.weighted_error,
     ),
     Column(
