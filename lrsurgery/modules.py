@@ -291,3 +291,15 @@ def model_faults(reference: str) -> Iterator[None]:
             f"{reference}: the model cannot work on this data: {type(e).__name__}: {reason}; its config.json, its"
             " tokenizer or image processor and the data have to go together (--debug shows where it fails)"
         ) from e
+
+
+def tensors_of(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and mappings (which models' outputs are), in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from tensors_of(item)

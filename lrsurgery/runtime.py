@@ -245,6 +245,22 @@ class Processes:
             while (stage == "come" or self.is_main) and store.add(f"{name}/{stage}", 0) < self.size:
                 time.sleep(0.02)
 
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Add a tensor up over all processes, in place, and return it; every process calls this in the same order."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor, group=_group(self))
+        return tensor
+
+    def any(self, value: bool) -> bool:
+        """Whether a condition holds in any process."""
+        return self.mean(float(value)) > 0
+
+    def mean(self, value: float) -> float:
+        """The mean of a number over all processes."""
+        return value if self.size == 1 else float(self.sum_(torch.tensor(value, dtype=torch.float64))) / self.size
+
 
 _VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
 
@@ -275,3 +291,14 @@ def _store(processes: Processes) -> Any:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     store: Any = dist.TCPStore  # type: ignore[attr-defined]  # torch's stubs leave it out
     return store(host, port, None, hosts, timeout=timedelta(minutes=10))
+
+
+@cache
+def _group(processes: Processes) -> Any:
+    """The group of all processes, over the same store."""
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        store = dist.PrefixStore(f"group{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", _store(processes))  # type: ignore[attr-defined]
+        dist.init_process_group("gloo", store=store, rank=processes.rank, world_size=processes.size)
+    return dist.group.WORLD

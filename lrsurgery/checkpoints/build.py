@@ -8,6 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from lrsurgery.checkpoints.format import CODE
+from lrsurgery.checkpoints.quantised.schemes import scheme_name
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.tensors import DictSource, TensorSource, open_tensors
 from lrsurgery.checkpoints.upstream.construction import Held, Look, bounded, check_numbers, check_size, held_by, meta_of
@@ -28,6 +30,26 @@ def check_not_converted(source: Source) -> None:
             f"{source.reference}: quantised with {source.quant_method}, which is not read; start from the checkpoint"
             " before quantisation"
         )
+
+
+def factors_quantised_by(source: Source) -> str | None:
+    """The tool that quantised the factors of a factorised checkpoint, if one did."""
+    then = (source.config.get("quantization_config") or {}).get("then")
+    return scheme_name(then) if source.is_factorised and isinstance(then, dict) else None
+
+
+def check_plain_factors(source: Source) -> None:
+    """Raise SourceError for a factorised checkpoint whose factors are quantised, which may only be run."""
+    if (tool := factors_quantised_by(source)) is not None:
+        raise SourceError(
+            f"{source.reference}: its factors are quantised by {tool}, so it can be run and measured, no more; start"
+            " from the folder that it was exported from"
+        )
+
+
+def has_own_code(source: Source) -> bool:
+    """Whether the layers of a folder have their code beside them, which is not run where this package reads it."""
+    return source.is_factorised and source.folder is not None and (source.folder / f"{CODE}.py").is_file()
 
 
 def build_model(source: Source, *, device: str, trust_remote_code: bool = False) -> nn.Module:
@@ -99,7 +121,11 @@ def _build_transformers(source: Source, device: str, trust_remote_code: bool, wh
             f"{source.reference}: needs the Python code in the checkpoint; review it, then add --trust-remote-code"
         )
     assert source.folder is not None
-    config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code and not native)
+    if has_own_code(source):
+        config = upstream.config_of(source.config)
+    else:
+        trusted = trust_remote_code and not native
+        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=trusted)
     if source.scheme is not None:  # the model is dense, and so is what it writes
         upstream.forget_quantisation_(config)
     try:

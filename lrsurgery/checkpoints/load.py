@@ -1,13 +1,10 @@
-"""Loading of factorised and dense checkpoints into modules, and the check that a written folder loads.
-
-The file is long because every way from a folder into a module stands here, beside the check that uses them.
-"""
+"""Loading of factorised and dense checkpoints into modules; timm's and one's own are in `loading.modules`."""
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from lrsurgery.checkpoints.build import build_model, timm_tensors
+from lrsurgery.checkpoints.build import (
+    build_model,
+    check_plain_factors,
+    factors_quantised_by,
+    has_own_code,
+)
+from lrsurgery.checkpoints.loading.modules import load_timm
 from lrsurgery.checkpoints.mapping import check_plain, is_wide, key_map, unwrap_keys
 from lrsurgery.checkpoints.quantised.dense import open_weights
 from lrsurgery.checkpoints.source import Source, resolve
-from lrsurgery.checkpoints.tensors import RenamedSource, TensorSource, check_weights, open_tensors
+from lrsurgery.checkpoints.tensors import RenamedSource, check_weights, open_tensors
 from lrsurgery.checkpoints.upstream.layouts import check_not_packed, check_shape, missing
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.linalg.factors import Factors
 from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.modules import Unfilled
-from lrsurgery.surgery.apply import check_orders, factorised_layers, specs_of, swap_
+from lrsurgery.surgery.apply import factorised_layers, specs_of, swap_
 from lrsurgery.surgery.layers import FactorisedLayer, Spec, Stored, product_factors
 from lrsurgery.surgery.shared.forms import Part, product_of
 from lrsurgery.surgery.shared.modules import SharedLinear
@@ -36,9 +39,10 @@ def load_model(
 ) -> nn.Module:
     """Load a factorised or dense checkpoint in eval mode, as a timm module or as the transformers class of its config.
 
-    `options` go to transformers' `from_pretrained` (`device_map`, `attn_implementation`, ...).
+    `options` go to transformers' `from_pretrained` (`device_map`, `attn_implementation`, ...); a timm model takes none.
 
-    Raises SourceError that names a tensor which is missing, unexpected or of the wrong shape.
+    Raises SourceError that names a tensor which is missing, unexpected or of the wrong shape, or an option that would
+    be ignored.
     """
     return load_source(resolve(str(path)), dtype=dtype, trust_remote_code=trust_remote_code, **options)
 
@@ -49,8 +53,13 @@ def load_source(
     """As `load_model`, of a checkpoint that is resolved."""
     check_weights(source.folder, source.files)
     if source.library == "timm":
+        if options:
+            raise SourceError(
+                f"{source.reference}: load_model passes {', '.join(options)} to transformers, and this is a timm model;"
+                " lrsurgery.timm.create_model takes timm's options"
+            )
         return load_timm(source, dtype)
-    import lrsurgery.checkpoints.quantizer  # noqa: F401  (registers the format)
+    import lrsurgery.checkpoints.pretrained.register  # noqa: F401  (registers the format)
 
     skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
     _check_files(source, skeleton)
@@ -58,7 +67,7 @@ def load_source(
     if source.scheme is not None:
         model, info = _dequantised(type(skeleton), source, options, skeleton)
     else:
-        model, info = _from_pretrained(type(skeleton), source, options, source.folder)
+        model, info = from_pretrained(type(skeleton), source, options, source.folder)
     if info["missing_keys"] and not source.is_factorised and source.scheme is None:
         model, info = _unwrapped(type(skeleton), source, options, skeleton) or (model, info)
     for key, shape, wanted in sorted(info["mismatched_keys"]):
@@ -68,13 +77,15 @@ def load_source(
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _from_pretrained(
+def from_pretrained(
     cls: Any, source: Source, options: Mapping[str, Any], folder: Path | None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """The model and transformers' account of its loading from `folder`, or from tensors in `options`.
 
     Raises SourceError with its reason if it cannot load.
     """
+    if has_own_code(source) and "config" not in options:
+        options = _with_config(source, options)
     try:
         with Unfilled():
             model, info = cls.from_pretrained(
@@ -92,6 +103,15 @@ def _from_pretrained(
     return model, info
 
 
+def _with_config(source: Source, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options with the config that a folder would have without the code of its layers."""
+    from lrsurgery.checkpoints.upstream.transformers import config_of
+
+    labels = {name: options[name] for name in ("id2label", "label2id") if name in options}
+    rest = {name: value for name, value in options.items() if name not in labels}
+    return {**rest, "trust_remote_code": False, "config": config_of({**source.config, **labels})}
+
+
 def _unwrapped(
     cls: Any, source: Source, options: Mapping[str, Any], skeleton: nn.Module
 ) -> tuple[nn.Module, dict[str, Any]] | None:
@@ -102,7 +122,7 @@ def _unwrapped(
     prefixes = found.prefixes if isinstance(found, RenamedSource) else None
     if prefixes is not None and all(file.suffix == ".safetensors" for file in source.files):
         mapping = {f"^{re.escape(p)}": "" for p in prefixes}
-        return _from_pretrained(cls, source, {**options, "key_mapping": mapping}, source.folder)
+        return from_pretrained(cls, source, {**options, "key_mapping": mapping}, source.folder)
     # transformers neither looks into the entries of a pickle nor takes a part out of a name
     return _from_tensors(cls, source, options, skeleton, {key: found.read(key) for key in found.keys()})  # noqa: SIM118
 
@@ -134,7 +154,7 @@ def _from_tensors(
     for name in ("id2label", "label2id"):
         if name in options:
             setattr(config, name, options[name])
-    return _from_pretrained(cls, source, {**given, "config": config, "state_dict": state}, None)
+    return from_pretrained(cls, source, {**given, "config": config, "state_dict": state}, None)
 
 
 def _check_files(source: Source, skeleton: nn.Module | None = None, *, trust_remote_code: bool = False) -> None:
@@ -143,7 +163,7 @@ def _check_files(source: Source, skeleton: nn.Module | None = None, *, trust_rem
     Transformers names neither.
     """
     tensors = open_tensors(list(source.files))
-    if source.quant_method is not None and not source.is_factorised:
+    if (source.quant_method is not None and not source.is_factorised) or factors_quantised_by(source) is not None:
         return
     narrow = [key for key in tensors.keys() if not is_wide(tensors.describe(key)[0])]  # noqa: SIM118
     if not narrow:
@@ -172,8 +192,10 @@ class FactorisedCheckpoint:
 def open_factorised(source: Source, *, trust_remote_code: bool = False) -> FactorisedCheckpoint:
     """Open a factorised checkpoint without reading its weights.
 
-    Raises SourceError for a missing factor, a factor of the wrong shape or an invalid config.
+    Raises SourceError for a missing factor, a factor of the wrong shape or an invalid config, and for factors that are
+    quantised.
     """
+    check_plain_factors(source)
     check_weights(source.folder, source.files)
     model = build_model(source, device="meta", trust_remote_code=trust_remote_code)
     swap_(model, source.layers)
@@ -241,7 +263,7 @@ def load_with_head(
     """
     import transformers
 
-    import lrsurgery.checkpoints.quantizer  # noqa: F401  (registers the format)
+    import lrsurgery.checkpoints.pretrained.register  # noqa: F401  (registers the format)
 
     check_weights(source.folder, source.files)
     _check_files(source, trust_remote_code=trust_remote_code)
@@ -253,107 +275,9 @@ def load_with_head(
         skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
         model, info = _dequantised(cls, source, options, skeleton)
     else:
-        model, info = _from_pretrained(cls, source, options, source.folder)
+        model, info = from_pretrained(cls, source, options, source.folder)
     if info["missing_keys"] and not source.is_factorised and source.scheme is None:
         skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
         model, info = _unwrapped(cls, source, options, skeleton) or (model, info)
     keys = set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
     return model.eval(), sorted({key.rpartition(".")[0] for key in keys})
-
-
-def load_timm(source: Source, dtype: torch.dtype | None = None) -> nn.Module:
-    """Load the timm module of a factorised or dense timm folder.
-
-    Raises SourceError that names a tensor which is missing, unexpected or of the wrong shape.
-    """
-    model = build_model(source, device="cpu")
-    tensors, places = _match_timm(source, model)
-    state = {name: tensors.read(key).clone() for name, key in places.items()}
-    for name in model.state_dict().keys() - state.keys():
-        state[name] = torch.zeros((), dtype=torch.long)
-    model.load_state_dict(state, assign=True)
-    check_orders(model)
-    return (model.to(dtype) if dtype is not None else model).eval()
-
-
-def _match_timm(source: Source, model: nn.Module) -> tuple[TensorSource, dict[str, str]]:
-    """Swap factorised layers in, and map the model's state-dict keys to those of the files.
-
-    Old files lack batch counters, which are left out; a tensor with several names is stored under one at least.
-
-    Raises SourceError that names a tensor which is missing, unexpected, quantised or of the wrong shape.
-    """
-    check_weights(source.folder, source.files)
-    tensors = open_tensors(list(source.files))
-    if source.is_factorised:
-        swap_(model, source.layers)
-    else:
-        tensors = timm_tensors(source, model, tensors)
-    every = model.named_modules(remove_duplicate=False)
-    tripwires = {m.layout.weight_key(name) for name, m in every if isinstance(m, FactorisedLayer)}
-    wanted, stored = model.state_dict(keep_vars=True), set(tensors.keys()) - tripwires
-    same: dict[int, list[str]] = {}  # tensor -> its names
-    for name, tensor in wanted.items():
-        same.setdefault(id(tensor), []).append(name)
-    places: dict[str, str] = {}
-    for name, tensor in sorted(wanted.items()):
-        key = next((key for key in (name, *same[id(tensor)]) if key in stored), None)
-        if key is not None:
-            places[name] = key
-        elif not name.endswith("num_batches_tracked"):
-            raise missing(source, name, stored)
-    for key in sorted(stored):
-        if key not in wanted:
-            raise SourceError(f"{source.reference}: {key} has no place in {source.config['architecture']}")
-        dtype, shape = tensors.describe(key)
-        check_plain(source, key, dtype, wanted[key])
-        check_shape(source, key, shape, tuple(wanted[key].shape))
-    return tensors, places
-
-
-def check_folder(
-    folder: Path, reference: str, *, unused: Collection[str] = (), trust_remote_code: bool = False
-) -> None:
-    """Run the load of a folder that is being written once on the meta device, and compare names and shapes.
-
-    No weight is read. `reference` names the source, `unused` tensors of it that its model class does not use.
-
-    Raises SurgeryError for a tensor that is missing, left over or of another shape.
-    """
-    problem = load_problem(folder, unused=unused, trust_remote_code=trust_remote_code)
-    if problem is not None:
-        raise SurgeryError(f"{reference}: the output would not load, so it is not written: {problem}")
-
-
-def load_problem(folder: Path, *, unused: Collection[str] = (), trust_remote_code: bool = False) -> str | None:
-    """As `check_folder`: why a folder does not load; None if it does."""
-    try:
-        _load_on_meta(folder, unused, trust_remote_code)
-    except SourceError as e:
-        return str(e)
-    return None
-
-
-def _load_on_meta(folder: Path, unused: Collection[str], trust_remote_code: bool) -> None:
-    source = resolve(str(folder))
-    model = build_model(source, device="meta", trust_remote_code=trust_remote_code)
-    if source.library == "timm":
-        _match_timm(source, model)
-        return
-    import lrsurgery.checkpoints.quantizer  # noqa: F401  (registers the format)
-    from lrsurgery.checkpoints.upstream.transformers import quiet
-
-    tensors = open_tensors(list(source.files))
-    described = {key: tensors.describe(key) for key in tensors.keys()}  # noqa: SIM118
-    state = {key: torch.empty(shape, dtype=dtype, device="meta") for key, (dtype, shape) in described.items()}
-    options = {"config": model.config, "state_dict": state, "device_map": {"": "meta"}}
-    with quiet():
-        _, info = _from_pretrained(type(model), source, options, None)
-    wrong = {
-        "is missing from": info["missing_keys"],
-        "has another shape in": [key for key, *_ in info["mismatched_keys"]],
-        "has no place in the model, but stands in": set(info["unexpected_keys"]) - set(unused),
-    }
-    for what, keys in wrong.items():
-        if keys:
-            raise SourceError(f"{min(keys)} {what} the folder as {type(model).__name__} loads it")

@@ -33,7 +33,7 @@ from lrsurgery.files.digests import digest_of_all, tensor_digest
 from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.surgery.experts.stack import Stack
 from lrsurgery.surgery.kinds.folds import Fold, fold_of, folded
-from lrsurgery.surgery.layers import Kind, Spec
+from lrsurgery.surgery.layers import Kind, Spec, outline
 from lrsurgery.surgery.rows import Replacement
 
 BANK_AXES = 3  # of a weight under its layer's own name, as of fused experts, whose first axis they are
@@ -137,13 +137,13 @@ def is_transformers_model(module: nn.Module) -> bool:
 def with_tripwire(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Add a tripwire to a state dict: a zero-length tensor under the dense key of the first factorised layer.
 
-    A load without `import lrsurgery.hf` then fails on its shape; otherwise it would initialise the layers randomly.
+    A load where the format is not registered then fails on its shape, in place of initialising the layers randomly.
     """
     layers = factorised_layers(model)
     # a layer that computes its dense weight may store no tensor of that name
     for name in sorted(layers, key=lambda name: layers[name].folded is not None):
         key = layers[name].layout.weight_key(name)
-        return {**state, key: torch.empty(0, dtype=layers[name].u.weight.dtype)}
+        return {**state, key: torch.empty(0, dtype=outline(layers[name].u.weight).dtype)}
     return state
 
 

@@ -11,18 +11,19 @@ import os
 import shutil
 import struct
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
 
+from lrsurgery.checkpoints.format import CODE, METHOD
 from lrsurgery.checkpoints.mapping import is_transformers_model, with_tripwire
 from lrsurgery.checkpoints.quantised.schemes import stored_dtype, without_quantisations
-from lrsurgery.checkpoints.source import ADAPTER_FILES, Source, check_inside
+from lrsurgery.checkpoints.source import ADAPTER_FILES, OWN_CLASS, Source, check_inside, read_config
 from lrsurgery.checkpoints.tensors import SAFETENSORS_NAMES, HeaderEntry
-from lrsurgery.checkpoints.upstream.forms import METHOD, Modules, layers_entry
+from lrsurgery.checkpoints.upstream.forms import Modules, layers_entry
 from lrsurgery.errors import OutputError, SourceError
 from lrsurgery.files.digests import as_bytes
 from lrsurgery.files.faults import disk_faults
@@ -38,7 +39,8 @@ from lrsurgery.text import expanded
 
 COMPANION_SUFFIXES = (".json", ".model", ".jinja", ".py", ".spm", ".vocab", ".tiktoken")
 COMPANION_NAMES = ("vocab.txt", "merges.txt", "added_tokens.txt")
-NOT_COMPANIONS = ("config.json", "rank_report.json", "bench.json", MARK, *ADAPTER_FILES)  # valid for the source only
+# valid for the source only
+NOT_COMPANIONS = ("config.json", "rank_report.json", "bench.json", f"{CODE}.py", MARK, *ADAPTER_FILES)
 SHARD_SIZE = 5 * 10**9
 
 
@@ -51,6 +53,7 @@ class OutputOptions:
     overwrite: bool = False
     resume: bool = False
     command: str | None = None  # the command line, for the report and the card
+    remote_code: bool = False  # with the code of the layers, for transformers without this package
     check: bool = False  # run the output against the plan's own factors before it is published
 
     def stored(self, dtype: torch.dtype) -> torch.dtype:
@@ -165,8 +168,11 @@ def _timm_output_config(source: Source, model: nn.Module, config: Json) -> Json:
 
 
 def write_timm(model: nn.Module, config: Json, stage: Path) -> None:
-    """Write weights and config.json of a timm model, in the layout that `load_model`, timm and TimmWrapper read."""
-    state = with_tripwire(model, model.state_dict())
+    """Write weights and config.json of a timm model, in the layout that `load_model`, timm and TimmWrapper read.
+
+    Raises OutputError for an entry of the state dict that is no tensor.
+    """
+    state = with_tripwire(model, _untied(model))
     writer = ShardWriter(stage, shard_size=SHARD_SIZE)
     try:
         for key in in_write_order([(tensor.dtype, key) for key, tensor in state.items()]):
@@ -177,46 +183,82 @@ def write_timm(model: nn.Module, config: Json, stage: Path) -> None:
     write_text(stage / "config.json", json_text(config))
 
 
+def _untied(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with a tensor of several names under the first of them."""
+    state: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            raise OutputError(f"{key}: its state is a {type(tensor).__name__}, and a folder holds tensors alone")
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            state[key] = tensor
+    return state
+
+
 def write_transformers(model: nn.Module, stage: Path) -> None:
     """Write a transformers model by `save_pretrained`, as a factorised checkpoint if it has factorised layers."""
+    from lrsurgery.checkpoints.pretrained.beside import left_to_caller
+
     tell_form(model)
-    model.save_pretrained(stage)  # type: ignore[operator]
+    with left_to_caller():
+        model.save_pretrained(stage)  # type: ignore[operator]
 
 
 def tell_form(model: nn.Module) -> None:
     """Tell `save_pretrained` of a transformers model what its factorised layers are now."""
     if is_transformers_model(model) and factorised_layers(model):
-        from lrsurgery.checkpoints.quantizer import attach_
+        from lrsurgery.checkpoints.pretrained.register import attach_
 
         attach_(model)
 
 
 def save_model(module: nn.Module, folder: str | Path, *, overwrite: bool = False, form: str = PIVOTED) -> None:
-    """Write a transformers or timm model, factorised or dense, as a folder that `load_model` and its library read.
+    """Write a module, factorised or dense, as a folder.
 
-    Layers are written in `form`, where their kinds have it; the module keeps its own. The write is atomic. Raises
-    OutputError if the folder exists, cannot be written or is being written, or if the module is of neither library.
+    `load_model` and its own library read that of a transformers or timm model, `load_into_` that of any other module.
+    Layers are written in `form`, where their kinds have it; the module keeps its own. A factorised model that was
+    loaded from a folder takes the other files of that folder along, and the report where nothing has changed. The write
+    is atomic.
+
+    Raises OutputError if the folder exists, cannot be written or is being written, or for a state that is no tensor.
     """
+    from lrsurgery.checkpoints.pretrained.beside import folder_of, keep_card, keep_report
+
     check_form(form)
     check_storable(module)
     output = with_name(Path(folder))
     with disk_faults(output), locked(output), staged(output, overwrite=overwrite) as stage:
-        if is_transformers_model(module):
-            try:
-                with in_form(module, form):
-                    write_transformers(module, stage)
-            finally:
-                tell_form(module)
-            return
-        known: Any = getattr(module, "pretrained_cfg", None)
-        if not isinstance(known, dict) or not known.get("architecture"):
-            raise OutputError(
-                f"{type(module).__name__}: neither a transformers nor a timm model; save its state_dict() as"
-                " safetensors, or call densify_ and save it as a dense model"
-            )
+        old = folder_of(module)
+        if old is not None:
+            copy_companions(Source(str(old), "transformers", {}, old, ()), stage)
+        try:
+            with in_form(module, form):
+                holds = keep_card(module, stage)
+                _write_module(module, stage)
+                keep_report(module, stage, holds)
+        finally:
+            tell_form(module)
+
+
+def _write_module(module: nn.Module, stage: Path) -> None:
+    from lrsurgery.checkpoints.pretrained.beside import folder_of
+
+    known: Any = getattr(module, "pretrained_cfg", None)
+    if is_transformers_model(module):
+        write_transformers(module, stage)
+    elif isinstance(known, dict) and known.get("architecture") and "_features" not in type(module).__module__:
         source = Source(known["architecture"], "timm", {"architecture": known["architecture"]}, None, ())
-        with in_form(module, form):
-            write_timm(module, output_config(source, module, specs_of(module)), stage)
+        old = folder_of(module)
+        if old is not None and (config := read_config(old)).get("num_classes") == getattr(module, "num_classes", None):
+            source = replace(source, config=config, folder=old)
+        write_timm(module, output_config(source, module, specs_of(module)), stage)
+    else:
+        layers = specs_of(module)
+        config = {OWN_CLASS: f"{type(module).__module__}.{type(module).__qualname__}"}
+        if layers:
+            config["quantization_config"] = {"quant_method": METHOD, **layers_entry(layers)}
+        write_timm(module, config, stage)
 
 
 class ShardWriter:

@@ -1,4 +1,7 @@
-"""Resolution of MODEL arguments: local folders, hub ids, timm names and bare weight files."""
+"""Resolution of MODEL arguments: local folders, hub ids, timm names and bare weight files.
+
+The file is long because every kind of MODEL, and what is said of one that cannot be read, stands here.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from pathlib import Path
 
 from typing_extensions import TypedDict
 
+from lrsurgery.checkpoints.format import METHOD, without_code
 from lrsurgery.checkpoints.quantised.gguf import ENDING, gguf_in, write_companions
 from lrsurgery.checkpoints.quantised.schemes import Scheme, scheme_name, scheme_of
-from lrsurgery.checkpoints.upstream.forms import METHOD, Index, check_config, check_layers, quantisations, specs_from
+from lrsurgery.checkpoints.upstream.forms import Index, check_config, check_layers, quantisations, specs_from
 from lrsurgery.errors import SourceError
 from lrsurgery.files.digests import check_files
 from lrsurgery.files.json import Json, read_as, read_json
@@ -34,6 +38,7 @@ WEIGHT_NAMES = (
 # of peft, which adds an adapter to a model as it loads
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 MERGE = "peft's merge_and_unload"
+OWN_CLASS = "module_class"  # key of the config of a module of neither library: its class, which its author builds
 HUB_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "LICENSE*", "README.md", "*.spm", "*.vocab")
 HUB_MODULES = ("[0-9]*_*/*",)  # folders of sentence-transformers, such as 1_Pooling
 HUB_SAFE_WEIGHTS = ("model.safetensors", "model-*.safetensors")
@@ -60,7 +65,7 @@ class Source:
     """A checkpoint on this machine's disk."""
 
     reference: str  # the MODEL argument
-    library: str  # "transformers" or "timm"
+    library: str  # "transformers" or "timm"; "torch" for a module of neither, which `load_into_` reads
     config: Json  # config.json, or {"architecture": ...} for a timm model without a folder
     folder: Path | None  # None for a bare weight file or a timm name without weights
     files: tuple[Path, ...]  # weights, all of one format; empty if none were requested
@@ -101,9 +106,8 @@ class Source:
     def with_classes(self, names: Sequence[str]) -> Source:
         """The source of a timm model with a new head for these classes."""
         old = ("label_names", "label_descriptions")  # at the top, where timm's writer puts them, they come first
-        config, pretrained = (
-            {key: value for key, value in each.items() if key not in old} for each in (self.config, self.pretrained_cfg)
-        )
+        both = (self.config, self.pretrained_cfg)
+        config, pretrained = ({key: value for key, value in each.items() if key not in old} for each in both)
         pretrained |= {"num_classes": len(names), "label_names": list(names)}
         return replace(self, config={**config, "num_classes": len(names), "pretrained_cfg": pretrained})
 
@@ -200,8 +204,13 @@ def read_config(folder: Path) -> Json:
         if (folder / "model_index.json").is_file():
             raise SourceError(f"{folder}: a diffusers pipeline; name one of its transformers or timm models")
         raise SourceError(f"{file}: missing, so this is no transformers or timm model folder")
-    config = read_json(file)
+    config = without_code(read_json(file))
     check_config(file, config)
+    if isinstance(name := config.get(OWN_CLASS), str):
+        raise SourceError(
+            f"{folder}: the weights of a {name[:200]}, which its own code builds; build it dense, then call"
+            f" lrsurgery.load_into_(module, {str(folder)!r})"
+        )
     if not (
         isinstance(config.get("model_type"), str) or isinstance(config.get("architecture"), str) or "auto_map" in config
     ):
@@ -212,6 +221,19 @@ def read_config(folder: Path) -> Json:
             )
         raise SourceError(f"{file}: not a model's (it has neither model_type nor architecture)")
     return config
+
+
+def resolve_own(folder: Path) -> Source:
+    """The folder that `save_model` wrote for a module of neither library. Raises SourceError for any other."""
+    check_files(folder)
+    file = folder / "config.json"
+    if not file.is_file():
+        raise SourceError(f"{file}: missing; lrsurgery.save_model writes one")
+    config = read_json(file)
+    check_config(file, config)
+    if not isinstance(config.get(OWN_CLASS), str):
+        raise SourceError(f"{folder}: not the weights of a module of one's own; use lrsurgery.load_model")
+    return Source(str(folder), "torch", config, folder, tuple(weight_files(folder)))
 
 
 def weight_files(folder: Path) -> list[Path]:

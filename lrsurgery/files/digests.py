@@ -84,9 +84,9 @@ class _Recorded(TypedDict):
     files: NotRequired[dict[str, FileDigest] | None]
 
 
-def file_digests(folder: Path) -> dict[str, FileDigest]:
-    """Digest of each file in a folder and below, by its path in the folder. Raises OSError."""
-    names = sorted(_names_in(folder))
+def file_digests(folder: Path, only: Collection[str] | None = None) -> dict[str, FileDigest]:
+    """Digest of each file in a folder and below, or of those named, by its path in the folder. Raises OSError."""
+    names = sorted(_names_in(folder) if only is None else only)
     return dict(zip(names, _hash_all([folder / name for name in names]), strict=True))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -132,7 +133,8 @@ def in_a_second_process(folder: Path, imports: str) -> subprocess.CompletedProce
     torch.save(moe.IDS, folder.with_suffix(".ids"))
     places = [str(folder), *(str(folder.with_suffix(suffix)) for suffix in (".logits", ".hidden", ".ids"))]
     command = [sys.executable, "-c", LOAD.format(imports=imports), *places]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
+    off = {**os.environ, "LRSURGERY_AUTOLOAD": "0"}  # without an import an installed package registers the format
+    return subprocess.run(command, env=off, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
 
 
 @pytest.mark.parametrize("family", ["gpt_oss"])  # with biases, and stored transposed

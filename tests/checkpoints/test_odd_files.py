@@ -22,7 +22,7 @@ from lrsurgery.checkpoints.source import SourceOptions, resolve
 from lrsurgery.checkpoints.tensors import open_tensors
 from lrsurgery.checkpoints.upstream.forms import Interpolation
 from lrsurgery.errors import SourceError, SurgeryError
-from lrsurgery.factorise.export import export_dense
+from lrsurgery.export.targets import export_dense
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from support.checks import assert_close, load, run
 from torch import Tensor, nn
 
 import lrsurgery
-from lrsurgery.checkpoints import load as loading
+from lrsurgery.checkpoints.loading import check as loading
 from lrsurgery.checkpoints.tensors import SafetensorsSource
 from lrsurgery.errors import SurgeryError
 from lrsurgery.surgery.apply import factorised_layers

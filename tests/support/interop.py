@@ -17,3 +17,7 @@ def need(package: str) -> ModuleType:
         return importlib.import_module(package)
     found: ModuleType = pytest.importorskip(package, reason=f"{package}: pip install '.[test-interop]'")
     return found
+
+
+# for tests of many fresh processes that need no package: the main job has no time for them
+in_its_job = pytest.mark.skipif(not os.environ.get(REQUIRED), reason=f"the interop job runs it: {REQUIRED}=1")

@@ -33,7 +33,7 @@ PRELOADED = (
     "transformers.trainer",
     "lrsurgery.cli.app",
     "lrsurgery.factorise.checkpoint",
-    "lrsurgery.factorise.export",
+    "lrsurgery.export.targets",
     "lrsurgery.factorise.memory",
     "lrsurgery.measure.bench",
     "lrsurgery.measure.evaluate",

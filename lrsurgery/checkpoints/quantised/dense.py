@@ -170,6 +170,16 @@ def weight_bytes(source: Source) -> int | None:
     return sum(math.prod(shape) * dtype.itemsize for dtype, shape in described)
 
 
+def usual_dtype(source: Source) -> torch.dtype:
+    """The dtype of most of the checkpoint's floating-point tensors; fp32 without weight files."""
+    if not source.files:
+        return torch.float32
+    tensors = open_weights(source)
+    dtypes = [tensors.describe(key)[0] for key in tensors.keys()]  # noqa: SIM118
+    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
+    return max(set(floating), key=floating.count) if floating else torch.float32
+
+
 def _find_float8(reference: str, tensors: TensorSource, scheme: Scheme) -> dict[str, Packed]:
     keys = dict.fromkeys(tensors.keys())
     found: dict[str, Packed] = {}

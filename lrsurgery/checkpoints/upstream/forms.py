@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 from pydantic import ConfigDict, Field
 from typing_extensions import NotRequired, TypedDict
 
+from lrsurgery.checkpoints.format import FORMAT_VERSION, LAYERS_VERSION, METHOD
 from lrsurgery.errors import SourceError, SurgeryError
 from lrsurgery.files.json import Json, check_version, checked
 from lrsurgery.linalg.pivot import Side
@@ -17,8 +18,6 @@ from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.surgery.shared.specs import groups_in
 
-METHOD = "lrsurgery"  # quantization_config.quant_method of a factorised checkpoint
-FORMAT_VERSION = 2  # of its quantization_config; 1 knows the balanced form alone
 LARGEST_RANK = 1 << 31
 
 Size: TypeAlias = Annotated[int, Field(gt=0, lt=1 << 31)]  # of an image or a tensor
@@ -194,8 +193,8 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
 
     Raises SurgeryError for a version that there is not, or that a layer's form is too new for.
     """
-    if version not in (None, *range(1, FORMAT_VERSION + 1)):
-        raise SurgeryError(f"format {version}: write 1, which has balanced layers alone, or {FORMAT_VERSION}")
+    if version not in (None, *range(1, LAYERS_VERSION + 1)):
+        raise SurgeryError(f"format {version}: write 1, which has balanced layers alone, or {LAYERS_VERSION}")
     pivoted = [name for name, spec in specs.items() if spec.side]
     led = [name for name, spec in specs.items() if spec.v_of is not None]
     if version == 1 and led:
@@ -212,7 +211,7 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
             f"{pivoted[0]}: is pivoted, as {len(pivoted)} of {len(specs)} layers are, and format 1 has balanced layers"
             " alone; add --form balanced"
         )
-    if not (pivoted or led or newer) and version != FORMAT_VERSION:
+    if not (pivoted or led or newer) and version != LAYERS_VERSION:
         return {"format_version": 1, "layers": {n: LayerSpec(kind=s.kind, rank=s.rank) for n, s in specs.items()}}
     layers = {}
     for name, spec in specs.items():
@@ -227,4 +226,4 @@ def layers_entry(specs: Mapping[str, Spec], version: int | None = None) -> Json:
             layers[name]["pivots"] = list(spec.pivots)
         if spec.tied_to is not None:
             layers[name]["tied_to"] = spec.tied_to
-    return {"format_version": FORMAT_VERSION, "layers": layers}
+    return {"format_version": LAYERS_VERSION, "layers": layers}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lrsurgery.modules import tensors_of
 
 TOKENS, SAMPLES, PIXELS = 8, 4000, 224  # of a text, of a sound, of an image whose size no config gives
 
@@ -46,7 +48,7 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Tensor]:
     torch.manual_seed(0)
     with torch.no_grad():
         result = model(inputs["x"]) if "x" in inputs else model(**inputs)
-    return [tensor.float() for tensor in _tensors(result) if tensor.is_floating_point()]
+    return [tensor.float() for tensor in tensors_of(result) if tensor.is_floating_point()]
 
 
 def _noise(*shape: int) -> Tensor:
@@ -62,14 +64,3 @@ def _find(config: Any, name: str) -> Any:
 
 def _side(size: Any, name: str, index: int) -> int:
     return int(size[name] if isinstance(size, Mapping) else size[index])
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, Mapping):
-        for value in result.values():
-            yield from _tensors(value)
-    elif isinstance(result, list | tuple):
-        for value in result:
-            yield from _tensors(value)

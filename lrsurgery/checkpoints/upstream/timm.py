@@ -33,3 +33,17 @@ def download(url: str) -> Path:
 def checkpoint_filter(model: nn.Module) -> Callable[[Mapping[str, Tensor], nn.Module], Mapping[str, Tensor]] | None:
     """The function that converts older layouts of a model's weights; None if its module has none."""
     return getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+
+
+def adapted_to_channels(weight: Tensor, channels: int) -> Tensor | None:
+    """The weight (out, in, height, width) of an input convolution for images of other channels; None if timm has none.
+
+    timm repeats or sums over the channels, so of a product u v it changes v alone.
+    """
+    from timm.models._manipulate import adapt_input_conv
+
+    try:
+        found: Tensor = adapt_input_conv(channels, weight.detach(), weight.shape[1])
+    except (NotImplementedError, ValueError, AssertionError):
+        return None
+    return found

@@ -82,7 +82,9 @@ def keep_names_plain(model: PreTrainedModel, dense_keys: Iterable[str]) -> None:
     conversions = getattr(model, "_weight_conversions", None)
     if conversions is None:
         conversions = get_model_conversion_mapping(model, add_legacy=False)
-    converters = [c.reverse_transform() for c in conversions if isinstance(c, WeightConverter)]
+    # those of a quantizer make its tensors of what the files have, and have no reverse
+    ours = [c for c in conversions if isinstance(c, WeightConverter) and not any(map(_of_quantizer, c.operations))]
+    converters = [c.reverse_transform() for c in ours]
     if any(converter.rename_source_key(key)[1] is not None for converter in converters for key in dense_keys):
         model._weight_conversions = []
 
@@ -109,6 +111,18 @@ def retie_(model: PreTrainedModel) -> None:
             if any(layer.layout.lookup for layer in every.values()):
                 own[method] = functools.partial(resize, module)
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+
+
+def _of_quantizer(operation: object) -> bool:
+    return hasattr(operation, "hf_quantizer")
+
+
+def forget_deserialisers_(model: PreTrainedModel) -> None:
+    """Forget the conversions that made quantised tensors of a load, without whose reverse transformers cannot save."""
+    known = getattr(model, "_weight_conversions", None) or []
+    kept = [c for c in known if not (isinstance(c, WeightConverter) and any(map(_of_quantizer, c.operations)))]
+    if len(kept) != len(known):
+        model._weight_conversions = kept
 
 
 def _resize_table(model: PreTrainedModel, table: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
@@ -152,6 +166,31 @@ def ignore_unexpected(model: PreTrainedModel, patterns: set[str]) -> None:
 def missing_keys_excused(model: nn.Module) -> tuple[str, ...]:
     """Patterns of keys that a checkpoint of this model may lack."""
     return tuple(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+
+
+def is_filled(parameter: Tensor) -> bool:
+    """Whether a load has given a parameter values, or needs none: meta, or ZeRO-3's, whose parts come later."""
+    return parameter.is_meta or hasattr(parameter, "ds_id") or getattr(parameter, "_is_hf_initialized", False)
+
+
+def auto_classes(config_class: type) -> dict[str, type]:
+    """AutoModel... -> the class that it loads for a config of this class."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, type] = {}
+    for name, auto in vars(modeling_auto).items():
+        mapping = getattr(auto, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and config_class in mapping:
+            cls = mapping[config_class]
+            found[name] = cls[0] if isinstance(cls, tuple) else cls
+    return found
+
+
+def config_of(config: Mapping[str, Any]) -> Any:
+    """The configuration of a model that transformers has, from the entries of its config.json."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    return CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
 
 
 def is_native(model_type: object) -> bool:
@@ -247,6 +286,20 @@ def train_on_one_gpu_(arguments: Any) -> None:
     """Use one GPU of several: DataParallel in one process is slower than one GPU; torchrun uses them all."""
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
+
+
+@contextmanager
+def measured(model: nn.Module) -> Iterator[None]:
+    """Let a Trainer measure a model with quantised weights, which it refuses to hold for fear of training it."""
+    own = vars(model)
+    if not own.get("is_quantized"):
+        yield
+        return
+    own["is_quantized"] = False
+    try:
+        yield
+    finally:
+        own["is_quantized"] = True
 
 
 def forget_preparation_(modules: Iterable[nn.Module]) -> None:

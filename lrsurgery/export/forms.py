@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from lrsurgery.checkpoints.build import build_model
-from lrsurgery.checkpoints.load import check_folder
+from lrsurgery.checkpoints.format import METHOD
+from lrsurgery.checkpoints.loading.check import check_folder
 from lrsurgery.checkpoints.mapping import key_map
 from lrsurgery.checkpoints.output import OutputOptions, ShardWriter, copy_companions, in_write_order, output_config
+from lrsurgery.checkpoints.remote_code.folder import check_code, write_code
 from lrsurgery.checkpoints.source import SourceOptions
-from lrsurgery.checkpoints.upstream.forms import METHOD, layers_entry
+from lrsurgery.checkpoints.upstream.forms import layers_entry
 from lrsurgery.errors import SurgeryError
-from lrsurgery.factorise.export import Parts, open_parts, read_layer, stems_of
+from lrsurgery.export.parts import Parts, open_parts, read_layer, stems_of
 from lrsurgery.factorise.work.jobs import check_finite, check_overflow
 from lrsurgery.files.digests import file_digests
 from lrsurgery.files.faults import disk_faults
@@ -25,7 +27,7 @@ from lrsurgery.files.json import json_text
 from lrsurgery.files.locks import locked
 from lrsurgery.files.writing import staged, with_name, write_text
 from lrsurgery.linalg.factors import Factors, balance_of
-from lrsurgery.progress import SILENT, Listener
+from lrsurgery.progress import SILENT, USUAL, Listener
 from lrsurgery.report.card import model_card, quality_lines, stages_in
 from lrsurgery.report.rows import planned_row, rank_report, replacement_of
 from lrsurgery.report.runs import METRICS, RECIPE
@@ -58,7 +60,9 @@ def export_form(
     """
     options = OutputOptions(shard_size=parse_size(shard_size), overwrite=overwrite)
     source_options = SourceOptions(trust_remote_code=trust_remote_code)
-    export_in_form(str(folder), Path(output), source_options, options, form=form, version=format_version)
+    export_in_form(
+        str(folder), Path(output), source_options, options, form=form, version=format_version, listener=USUAL
+    )
 
 
 def export_in_form(
@@ -76,25 +80,44 @@ def export_in_form(
         check_form(form)
     output = with_name(output)
     with disk_faults(output, lambda: "nothing is written"), locked(output):
-        parts = open_parts(reference, output, source_options, overwrite=options.overwrite)
-        specs = _specs_in(parts, form)
-        entry = layers_entry(specs, version)  # raises before anything is written
-        model = build_model(parts.source, device="meta", trust_remote_code=source_options.trust_remote_code)
-        swap_(model, specs)
-        rewriting = _Rewriting(parts=parts, model=model, names=_choose_names(parts, model))
-        with staged(output, overwrite=options.overwrite) as stage:
-            bytes_after = rewriting.write(stage, options.shard_size, listener)
-            copy_companions(parts.source, stage)
-            lines = _carry_run(parts.source.folder, stage)
-            config = output_config(parts.source, model, {})
-            config["quantization_config"] = {"quant_method": METHOD, **entry}
-            write_text(stage / "config.json", json_text(config))
-            check_folder(stage, reference, unused=parts.unused, trust_remote_code=source_options.trust_remote_code)
-            report = _report(parts, model, form, rewriting.balances)
-            report = replace(report, bytes_after=bytes_after, files=file_digests(stage))
-            write_text(stage / FILE_NAME, report.to_json())
-            card = model_card(report, parts.source, output.name, config, lines, options.command)
-            write_text(stage / "README.md", card)
+        write_in_form(reference, output, source_options, options, form=form, version=version, listener=listener)
+
+
+def write_in_form(
+    reference: str,
+    output: Path,
+    source_options: SourceOptions,
+    options: OutputOptions,
+    *,
+    form: str | None = None,
+    version: int | None = None,
+    listener: Listener = SILENT,
+) -> None:
+    """As `export_in_form`, to a path that is locked."""
+    parts = open_parts(reference, output, source_options, overwrite=options.overwrite)
+    if options.remote_code:
+        check_code(parts.source)
+    specs = _specs_in(parts, form)
+    entry = layers_entry(specs, version)  # raises before anything is written
+    model = build_model(parts.source, device="meta", trust_remote_code=source_options.trust_remote_code)
+    swap_(model, specs)
+    tripwires = [] if options.remote_code else parts.tripwires
+    rewriting = _Rewriting(parts=parts, model=model, names=_choose_names(parts, model), tripwires=tripwires)
+    with staged(output, overwrite=options.overwrite) as stage:
+        bytes_after = rewriting.write(stage, options.shard_size, listener)
+        copy_companions(parts.source, stage)
+        lines = _carry_run(parts.source.folder, stage)
+        config = output_config(parts.source, model, {})
+        config["quantization_config"] = {"quant_method": METHOD, **entry}
+        if options.remote_code:
+            config = write_code(stage, config, model)
+        write_text(stage / "config.json", json_text(config))
+        check_folder(stage, reference, unused=parts.unused, trust_remote_code=source_options.trust_remote_code)
+        report = _report(parts, model, form, rewriting.balances)
+        report = replace(report, bytes_after=bytes_after, files=file_digests(stage))
+        write_text(stage / FILE_NAME, report.to_json())
+        card = model_card(report, parts.source, output.name, config, lines, options.command)
+        write_text(stage / "README.md", card)
 
 
 def _specs_in(parts: Parts, form: str | None) -> dict[str, Spec]:
@@ -142,6 +165,7 @@ class _Rewriting:
     parts: Parts
     model: nn.Module  # on the meta device, with the layers in their new form
     names: Mapping[str, str]
+    tripwires: Sequence[str]  # keys of those that the output has too
     balances: dict[str, float | None] = field(default_factory=dict)  # of the layers that changed, see `Row.balance`
     # the layer read last, with those that share its v, in their new form: what its keys begin with -> layer
     held: dict[str, FactorisedLayer] = field(default_factory=dict)
@@ -150,7 +174,7 @@ class _Rewriting:
     def write(self, stage: Path, shard_size: int, listener: Listener) -> int:
         """Write the shards and return the bytes of all tensors."""
         tensors = self.parts.tensors
-        copied = {key: key for key in (*self.parts.others, *self.parts.tripwires)}
+        copied = {key: key for key in (*self.parts.others, *self.tripwires)}
         changed: dict[str, tuple[torch.dtype, str, str]] = {}  # key in the output -> dtype, stem, part
         every = dict(self.model.named_modules(remove_duplicate=False))
         orders = 0

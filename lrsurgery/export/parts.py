@@ -1,78 +1,29 @@
-"""Export of factorised checkpoints to folders that load without lrsurgery."""
+"""A factorised checkpoint whose tensors are to be written anew: which tensor in its files is what."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lrsurgery.checkpoints.build import build_model
-from lrsurgery.checkpoints.load import check_folder
+from lrsurgery.checkpoints.build import build_model, check_plain_factors
 from lrsurgery.checkpoints.mapping import PARTS, KeyTargets, check_plain, is_transformers_model, key_map
 from lrsurgery.checkpoints.output import (
-    OutputOptions,
-    ShardWriter,
     check_output,
-    copy_companions,
-    in_write_order,
-    output_config,
 )
 from lrsurgery.checkpoints.source import Source, SourceOptions
 from lrsurgery.checkpoints.tensors import TensorSource, check_weights, open_tensors
 from lrsurgery.checkpoints.upstream.layouts import check_shape, missing
-from lrsurgery.errors import SourceError, SurgeryError
-from lrsurgery.files.faults import disk_faults
-from lrsurgery.files.json import json_text
-from lrsurgery.files.locks import locked
-from lrsurgery.files.writing import staged, with_name, write_text
+from lrsurgery.errors import SourceError
 from lrsurgery.linalg.pivot import is_permutation
-from lrsurgery.progress import SILENT, Listener
-from lrsurgery.report.card import dense_card
 from lrsurgery.surgery.apply import factorised_layers, swap_
-from lrsurgery.surgery.forms.fill import dense_bias
 from lrsurgery.surgery.kinds.folds import Fold, fold_of
-from lrsurgery.surgery.layers import FactorisedLayer, dense_weight
+from lrsurgery.surgery.layers import FactorisedLayer
 from lrsurgery.surgery.shared.modules import SharedLinear
 from lrsurgery.surgery.tables.ties import leaders_of_tied
-from lrsurgery.units import parse_size
-
-
-def export_dense(
-    folder: str | Path,
-    output: str | Path,
-    *,
-    shard_size: str = "5GB",
-    overwrite: bool = False,
-    trust_remote_code: bool = False,
-) -> None:
-    """Write the factorised checkpoint in `folder` as a dense one, with the product of each layer's factors.
-
-    Weights keep their dtype. Raises SurgeryError that gives the file or layer, the fault and the remedy; nothing is
-    written then.
-    """
-    options = OutputOptions(shard_size=parse_size(shard_size), overwrite=overwrite)
-    export(str(folder), Path(output), SourceOptions(trust_remote_code=trust_remote_code), options)
-
-
-def export(
-    reference: str,
-    output: Path,
-    source_options: SourceOptions,
-    options: OutputOptions,
-    *,
-    to: str = "dense",
-    listener: Listener = SILENT,
-) -> None:
-    """Write a factorised checkpoint in one of the formats of `EXPORTS`. Raises SurgeryError."""
-    if to not in EXPORTS:
-        raise SurgeryError(f"unknown target '{to}'; known: {', '.join(EXPORTS)}")
-    output = with_name(output)
-    with disk_faults(output, lambda: "nothing is written"), locked(output):
-        EXPORTS[to](reference, output, source_options, options, listener)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +48,7 @@ def open_parts(reference: str, output: Path, source_options: SourceOptions, *, o
     source = source_options.resolve(reference)
     if not source.is_factorised:
         raise SourceError(f"{reference}: not a factorised checkpoint, so there is nothing to export")
+    check_plain_factors(source)
     check_output(output, source, overwrite)
     check_weights(source.folder, source.files)
     model = build_model(source, device="meta", trust_remote_code=source_options.trust_remote_code)
@@ -207,101 +159,3 @@ def _read_into(parts: Parts, stem: str, layer: FactorisedLayer) -> None:
     layer.load_state_dict({part: parts.tensors.read(f"{stem}.{part}") for part in layer.state_dict()}, assign=True)
     if layer.order is not None and not is_permutation(layer.order):
         raise SourceError(f"{stem}.order is no permutation, so the file is damaged")
-
-
-def to_dense(
-    reference: str,
-    output: Path,
-    source_options: SourceOptions,
-    options: OutputOptions,
-    listener: Listener = SILENT,
-) -> None:
-    """Write a factorised checkpoint as a dense one; see `export_dense`."""
-    parts = open_parts(reference, output, source_options, overwrite=options.overwrite)
-    source, tensors = parts.source, parts.tensors
-    readers: dict[str, tuple[torch.dtype, Callable[[], Tensor]]] = {
-        key: (tensors.describe(key)[0], _reader(tensors, key)) for key in parts.others
-    }
-    weights = set()
-    for stem, layer in parts.layers.items():
-        names = _dense_names(parts, stem, layer)
-        for number, name in enumerate(names):
-            readers[name] = (tensors.describe(f"{stem}.u.weight")[0], _weight(parts, stem, number))
-        weights.add(names[-1])
-        if parts.modules[layer].bias is not None:
-            readers[f"{stem}.bias"] = (tensors.describe(f"{stem}.u.bias")[0], _bias(parts, stem))
-    done = 0
-    with staged(output, overwrite=options.overwrite) as stage:
-        writer = ShardWriter(stage, shard_size=options.shard_size)
-        try:
-            for name in in_write_order([(dtype, name) for name, (dtype, _) in readers.items()]):
-                writer.add(name, readers[name][1]())
-                if name in weights:
-                    done += 1
-                    listener.progress(name.removesuffix(".weight"), done, len(weights))
-            writer.finish()
-        finally:
-            writer.close()
-        copy_companions(source, stage)
-        config = output_config(source, parts.model, {})
-        write_text(stage / "config.json", json_text(config))
-        check_folder(stage, reference, unused=parts.unused, trust_remote_code=source_options.trust_remote_code)
-        write_text(stage / "README.md", dense_card(source, output.name, config, options.command))
-
-
-def _dense_names(parts: Parts, stem: str, layer: str) -> list[str]:
-    """The keys of a layer's dense weight, or of the tensors that it is computed from.
-
-    Raises SurgeryError where there are none.
-    """
-    key_of = parts.modules[layer].layout.weight_key
-    wanted = [(key_of(stem), key_of(layer))]
-    names = []
-    if layer in parts.folds:
-        module, fold = parts.folds[layer]
-        if fold.store is None:
-            raise SurgeryError(
-                f"{layer}: a {type(module).__name__} standardises its weight, so it can hold no product of factors; it"
-                " cannot be exported"
-            )
-        wanted = [(f"{stem}.{part}", f"{layer}.{part}") for part in fold.parts]
-    for own, target in wanted:
-        for name in (own, target):
-            if parts.dense_keys.target(name) == (target, None):
-                names.append(name)
-                break
-        else:
-            raise SurgeryError(f"{layer}: transformers would rename its dense weight on loading; it cannot be exported")
-    return names
-
-
-def _reader(tensors: TensorSource, key: str) -> Callable[[], Tensor]:
-    return lambda: tensors.read(key)
-
-
-def _weight(parts: Parts, stem: str, number: int) -> Callable[[], Tensor]:
-    """What reads a layer's dense weight; or the tensor of this number, of those that it is computed from."""
-    module, fold = parts.folds.get(parts.layers[stem], (None, None))
-
-    def read() -> Tensor:
-        weight = dense_weight(read_layer(parts, stem))
-        return weight if fold is None or fold.store is None else fold.store(module, weight)[number]
-
-    return read
-
-
-def _bias(parts: Parts, stem: str) -> Callable[[], Tensor]:
-    if parts.modules[parts.layers[stem]].side != "rows":
-        return _reader(parts.tensors, f"{stem}.u.bias")
-
-    def read() -> Tensor:
-        bias = dense_bias(read_layer(parts, stem))
-        assert bias is not None
-        return bias
-
-    return read
-
-
-# the formats of `export --to`
-Export = Callable[[str, Path, SourceOptions, OutputOptions, Listener], None]
-EXPORTS: dict[str, Export] = {"dense": to_dense}

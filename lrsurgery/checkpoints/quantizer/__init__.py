@@ -1,0 +1,1 @@
+"""The integration with transformers: factorised checkpoints load through its `from_pretrained`."""

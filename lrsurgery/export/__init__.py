@@ -1,0 +1,1 @@
+"""From a factorised folder to what other tools read."""

@@ -1,0 +1,1 @@
+"""Export as a graph that another runtime runs, its layers still low rank."""

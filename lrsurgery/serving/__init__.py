@@ -1,0 +1,1 @@
+"""Factorised checkpoints in servers of other people."""
