@@ -32,6 +32,9 @@ from lrsurgery.surgery.speed import Timer
 LEAST = {"activations": 1.0, "none": 0.75}
 DENSE = "worth its parameters dense, within the budget"
 PICO = 1e12  # a budget's costs are integers
+NARROW = ("linear", "conv1d")  # kinds whose factors are linear layers of torch, which quantisers take
+NF4_BLOCK = 64  # entries that have one scale
+NF4_ACCOUNT = 160  # bytes at most of the 16 levels and a line of JSON that are stored with each weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +49,7 @@ class Weights:
     device: torch.device | None = None  # device for computation; None: that of each weight
     timer: Timer | None = None  # of the layers, for a budget of time
     alone: frozenset[str] = frozenset()  # layers that can share their v with no other
+    heads: frozenset[str] = frozenset()  # layers that are never quantised
 
 
 def allocate_ranks(
@@ -177,12 +181,15 @@ def apply_budget(
             " other data"
         )
     total = {"params": weights.parameters, "bytes": weights.stored_bytes}.get(budget.kind, whole)
+    if budget.stored is not None:
+        total += whole - sum(weights.stored_widths[row.name] * row.matrices * row.rows * row.columns for row in rows)
     if budget.of == "model" and budget.kind in ("flops", "time"):
         raise BudgetError(f"budget {budget}: {UNITS[budget.kind]} is counted for the layers only; remove --budget-of")
     rest = total - whole if budget.of == "model" else 0  # cost of parameters in no planned layer
     asked = budget.amount if budget.kind == "bytes" else budget.amount * (rest + whole)
     if budget.kind == "bytes" and asked < total:  # then layers get pivots, whose orders are int32
-        rest += sum(4 * (row.rows if row.side == "rows" else row.columns) for row in rows if row.side is not None)
+        pivoted = [row for row in rows if row.side is not None]  # what is tied to a layer has a copy of its order
+        rest += sum(4 * (1 + len(row.tied)) * (row.rows if row.side == "rows" else row.columns) for row in pivoted)
     share = max(1e-9, min(1.0, (asked - rest) / whole))
     if statistics is not None:
         layers = [
@@ -256,6 +263,8 @@ def _costs(
     """In the unit of the budget, what the dense matrix costs and what each of these ranks does."""
     if budget.kind in ("params", "bytes"):
         width = 1 if budget.kind == "params" else weights.stored_widths[row.name]
+        if budget.stored is not None and row.kind in NARROW and row.name not in weights.heads:
+            return _int8_bytes(row, ranks, width) if budget.stored == "int8" else _nf4_bytes(row, ranks)
         return width * row.matrices * row.rows * row.columns, [width * row.cost(rank) for rank in ranks]
     if statistics is None and not row.layout.takes_tokens:
         raise BudgetError(
@@ -274,6 +283,28 @@ def _costs(
     saving = 0 if row.side is None else 1  # a pivoted layer has as many positions in v as in u
     each = [row.groups * r * (outputs * row.rows + positions * row.columns - r * outputs * saving) for r in ranks]
     return outputs * row.flops // row.active, [2 * cost for cost in each]  # of experts, outputs are those of each
+
+
+def _int8_bytes(row: Replacement, ranks: Sequence[int], width: int) -> tuple[int, list[int]]:
+    """Bytes of a layer whose linear layers are int8, with a scale and a zero point a row: dense, and at each rank."""
+    one = width + 1
+    dense = row.rows * row.columns
+    dense = width * dense if row.kind == "conv1d" else dense + one * row.rows  # torchao leaves Conv1D as it is
+    lines = (row.rows if row.side == "rows" else row.rows + rank for rank in ranks)
+    return dense, [row.cost(rank) + one * rows for rank, rows in zip(ranks, lines, strict=True)]
+
+
+def _nf4_bytes(row: Replacement, ranks: Sequence[int]) -> tuple[int, list[int]]:
+    """Bytes of a layer in bitsandbytes' nf4, at most: half a byte an entry, an fp32 scale for 64; dense, at each rank.
+
+    Each packed weight is rounded up to a byte and to a block, and has its own account (`NF4_ACCOUNT`).
+    """
+
+    def packed(entries: int, weights: int) -> int:
+        return (entries + weights) // 2 + 4 * (entries // NF4_BLOCK + weights) + NF4_ACCOUNT * weights
+
+    factors = 2 if row.joint is None or row.leads else 1
+    return packed(row.rows * row.columns, 1), [packed(row.cost(rank), factors) for rank in ranks]
 
 
 def _make_layer(

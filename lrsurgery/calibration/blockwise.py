@@ -110,7 +110,8 @@ class _Batch(Thread):
         self.at: str | None = None  # the block it waits at
         self.inside = False
         self._call: Callable[[], Any] | None = call
-        self._variables = contextvars.copy_context()
+        # replays run in another context than the forward, in which transformers' recording of hidden states is not on
+        self._variables, self._outside = contextvars.copy_context(), contextvars.copy_context()
         self._go, self._back = Semaphore(0), Semaphore(0)
         self._order = "run"
         self._error: BaseException | None = None
@@ -164,7 +165,7 @@ class _Batch(Thread):
             if self._order == "run":
                 return
             try:
-                replay()
+                self._outside.run(replay)
             except BaseException as e:
                 self._error = e
 
@@ -183,7 +184,7 @@ def _stop_at(modules: dict[str, nn.Module], name: str) -> None:
             return plain(*args, **kwargs)
         batch.inside = True
         try:
-            batch.wait(name, lambda: plain(*_copy(args), **_copy(kwargs)))
+            batch.wait(name, lambda: plain(*copy_of(args), **copy_of(kwargs)))
             return plain(*args, **kwargs)
         finally:
             batch.inside = False
@@ -191,13 +192,14 @@ def _stop_at(modules: dict[str, nn.Module], name: str) -> None:
     modules[name].__dict__["_call_impl"] = stop
 
 
-def _copy(value: Any) -> Any:
+def copy_of(value: Any) -> Any:
+    """Copy the tensors in nested lists, tuples and dictionaries, without gradients; other objects are the same."""
     if isinstance(value, Tensor):
-        return value.clone()
+        return value.detach().clone()
     if type(value) in {tuple, list}:
-        return type(value)(map(_copy, value))
+        return type(value)(map(copy_of, value))
     if type(value) is dict:
-        return {key: _copy(item) for key, item in value.items()}
+        return {key: copy_of(item) for key, item in value.items()}
     return value
 
 

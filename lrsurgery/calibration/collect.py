@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -29,9 +28,8 @@ from lrsurgery.checkpoints.mapping import tied_weights
 from lrsurgery.errors import CalibrationError
 from lrsurgery.files.json import Json
 from lrsurgery.modules import for_model
-from lrsurgery.progress import SILENT, Listener
-from lrsurgery.surgery.apply import apply_plan_
-from lrsurgery.surgery.plan import Plan, SurgeryOptions, find_heads, plan_rows
+from lrsurgery.progress import SILENT, USUAL, Listener
+from lrsurgery.surgery.plan import SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
 from lrsurgery.surgery.rows import Replacement
 
@@ -48,6 +46,7 @@ def collect_statistics(
     loss: Loss | None = None,
     seed: int = 0,
     temperature: float = TEMPERATURE,
+    listener: Listener = USUAL,
 ) -> Statistics:
     """Run batches through a model in memory and return the statistics for `factorise_(..., statistics=...)`.
 
@@ -82,6 +81,7 @@ def collect_statistics(
         loss=loss or SampledLoss(seed, temperature),
         store=MemoryStore(),
         facts=facts,
+        listener=listener,
     )
 
 
@@ -149,7 +149,7 @@ def collect(
 
 
 def _forward_backward(model: nn.Module, batch: Batch, collector: Collector, loss: Loss) -> None:
-    with torch.enable_grad(), collector.batch(_mask(batch)):
+    with torch.enable_grad(), collector.batch(*padding_masks(batch)):
         value, count = loss(call(model, batch), batch)
         collector.scored += count
         if value.requires_grad:  # otherwise the batch reached no hooked layer
@@ -208,39 +208,15 @@ def call(model: nn.Module, batch: Batch) -> Outputs:
     return model(*(part.to(device) if isinstance(part, Tensor) else part for part in batch))
 
 
-def _mask(batch: Batch) -> Tensor | None:
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def collect_sequentially(
-    model: nn.Module,
-    batches: Sequence[Batch],
-    plan: Plan,
-    gradients_of: Callable[[Replacement], Tensor | None],
-    *,
-    init: str,
-    seed: int,
-    store: Store,
-    facts: Json | None = None,
-    listener: Listener = SILENT,
-) -> Statistics:
-    """Collect the inputs of each block after the blocks before it are factorised as planned.
-
-    `gradients_of` returns the gradient moment of a layer, which is stored as it is. Factorises the model.
-    """
-
-    def factorise(collected: Mapping[str, tuple[LayerUse, Moments]]) -> None:
-        rows = tuple(row for row in plan.replacements if row.name in collected)
-        metrics = {name: moments.metric(use) for name, (use, moments) in collected.items() if use.positions}
-        apply_plan_(model, replace(plan, rows=rows), init=init, seed=seed, metric_of=metrics.get)
-
-    _by_block(model, batches, plan.replacements, store, gradients_of, factorise, listener)
-    return store.finish(facts or {})
-
-
-def _no_gradients(row: Replacement) -> Tensor | None:
-    return None
+def padding_masks(batch: Batch) -> tuple[Tensor | None, ...]:
+    """The mask of a batch, 0 at padding, and that of its decoder where it has a label for each of those tokens."""
+    if not isinstance(batch, Mapping):
+        return (None,)
+    mask, labels, decoded = (batch.get(name) for name in ("attention_mask", "labels", "decoder_input_ids"))
+    own = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+    if isinstance(labels, Tensor) and isinstance(decoded, Tensor) and labels.shape == decoded.shape:
+        return own, labels >= 0
+    return (own,)
 
 
 def _by_block(
@@ -248,26 +224,17 @@ def _by_block(
     batches: Sequence[Batch],
     rows: Sequence[Replacement],
     store: Store,
-    gradients_of: Callable[[Replacement], Tensor | None] = _no_gradients,
-    factorise: Callable[[Mapping[str, tuple[LayerUse, Moments]]], None] | None = None,
     listener: Listener = SILENT,
 ) -> None:
-    """Collect moments of the inputs block by block, with one block's moments and offloaded weights in memory.
-
-    With `factorise`, each block first runs dense, then its layers are replaced, then it runs again.
-    """
+    """Collect moments of the inputs block by block, with one block's moments and offloaded weights in memory."""
     collector = Collector(model, rows, gradients=False)
     blocks = find_blocks(model)
     inside = {block: [row for row in rows if row.name.startswith(f"{block}.")] for block in blocks}
     outside = {row.name for row in rows} - {row.name for each in inside.values() for row in each}
 
-    def take(row: Replacement) -> tuple[LayerUse, Moments]:
-        use, moments = collector.take(row)
-        return use, moments if row.layout.lookup else replace(moments, gradients=gradients_of(row))
-
     def run(batch: Batch) -> Callable[[], None]:
         def forward() -> None:
-            with torch.no_grad(), collector.batch(_mask(batch)):
+            with torch.no_grad(), collector.batch(*padding_masks(batch)):
                 call(model, batch)
 
         return forward
@@ -279,14 +246,10 @@ def _by_block(
         for number, visit in enumerate(visits):
             own = inside[visit.name]
             with collector.watch({row.name for row in own}):
-                visit.run() if factorise is None else visit.replay()
-            taken = [(row.name, take(row)) for row in own]
-            for name, (use, moments) in taken:
-                store.add(name, use, moments)
-            if factorise is not None:
-                factorise(dict(taken))
                 visit.run()
+            for row in own:
+                store.add(row.name, *collector.take(row))
             listener.progress(visit.name, min(number + 1, len(blocks)), len(blocks))
     rest = [row for own in inside.values() for row in own if row not in store]  # in blocks that never ran
     for row in [*rest, *sorted((row for row in rows if row.name in outside), key=lambda row: row.name)]:
-        store.add(row.name, *take(row))
+        store.add(row.name, *collector.take(row))

@@ -68,13 +68,17 @@ class Collector:
         self._recomputing = False
 
     @contextmanager
-    def batch(self, mask: Tensor | None) -> Iterator[None]:
-        """Process a batch whose positions count if mask (batch, positions) is not 0; without a mask all count."""
+    def batch(self, mask: Tensor | None, *more: Tensor | None) -> Iterator[None]:
+        """Process a batch whose positions count if mask (batch, positions) is not 0; without a mask all count.
+
+        Each of `more` is a mask of other positions, such as those of a decoder, and of another shape.
+        """
         self._batch.mask = None if mask is None or bool(mask.all()) else mask.bool()
+        self._batch.more = tuple(each.bool() for each in more if each is not None)
         try:
             yield
         finally:
-            self._batch.mask = None
+            self._batch.mask, self._batch.more = None, ()
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
@@ -207,13 +211,16 @@ class Collector:
 
     def _mask(self, x: Tensor, row: Replacement) -> Tensor | None:
         """The mask of the layer's positions, if the batch is padded and the input has the layout of the mask."""
-        mask: Tensor | None = getattr(self._batch, "mask", None)
-        if mask is None or not row.layout.takes_tokens:
+        if not row.layout.takes_tokens:
             return None
         positions = x.shape if row.layout.lookup else x.shape[:-1]
-        if positions == mask.shape:
-            return mask.to(x.device)
-        return mask.to(x.device).flatten() if positions == (mask.numel(),) else None
+        masks: list[Tensor | None] = [getattr(self._batch, "mask", None), *getattr(self._batch, "more", ())]
+        for mask in masks:
+            if mask is not None and positions == mask.shape:
+                return mask.to(x.device)
+            if mask is not None and positions == (mask.numel(),):
+                return mask.to(x.device).flatten()
+        return None
 
     def _add_lookups(self, sums: _Sums, row: Replacement, module: nn.Module, x: Tensor, mask: Tensor | None) -> int:
         count = 0

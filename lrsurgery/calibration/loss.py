@@ -99,6 +99,13 @@ class SampledLoss:
         return (gradients * weights * signs).to(logits.dtype)
 
 
+class PixelLoss(SampledLoss):
+    """As `SampledLoss`, for logits (batch, classes, height, width): each position of these is a prediction."""
+
+    def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, int]:
+        return super().__call__({"logits": logits_of(outputs).movedim(1, -1)}, None)
+
+
 class IndependentLoss:
     """As `SampledLoss`, for heads whose outputs are independent: any number of classes (`binary`), or numbers.
 
@@ -146,6 +153,8 @@ class ProjectionLoss:
 
 def _pooled(outputs: Outputs, batch: Batch) -> Tensor:
     """The mean output (n, channels) of an encoder's samples. Raises CalibrationError if there are no hidden states."""
+    if isinstance(outputs, Mapping) and isinstance(found := outputs.get("embeddings"), Tensor):
+        return found  # pooled as the checkpoint says
     hidden = getattr(outputs, "last_hidden_state", None)
     if not isinstance(hidden, Tensor) or hidden.ndim < 3:
         raise CalibrationError(

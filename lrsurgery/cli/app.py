@@ -22,6 +22,7 @@ from lrsurgery.cli.bench import bench
 from lrsurgery.cli.factorise import factorise
 from lrsurgery.cli.folders.cache import cache
 from lrsurgery.cli.folders.export import export
+from lrsurgery.cli.folders.refine import refine
 from lrsurgery.cli.report import report
 from lrsurgery.cli.study import study
 from lrsurgery.cli.training import evaluate, finetune
@@ -102,7 +103,7 @@ def _without_eof(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-COMMANDS = (factorise, finetune, evaluate, report, bench, study, export, cache)
+COMMANDS = (factorise, refine, finetune, evaluate, report, bench, study, export, cache)
 for command in COMMANDS:
     app.command()(_without_eof(_at_home(command)))
 

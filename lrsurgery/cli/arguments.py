@@ -160,9 +160,15 @@ TemperatureOption = Annotated[
         "--fisher-temperature", metavar="T", text="Divisor of the logits in the gradients of fisher: 2; 1 for none."
     ),
 ]
-SequentialOption = Annotated[
-    bool, _calibration("--sequential", text="Inputs of each block as they are once those before it are replaced.")
+REFINE = "Fit each block to the dense block's outputs on the data: much better, and takes longer; needs no labels."
+RefineOption = Annotated[bool, _calibration("--refine", text=REFINE)]
+RefineStepsOption = Annotated[
+    int | None,
+    _calibration(
+        "--refine-steps", metavar="N", text="At most so many steps a block, with --refine: 400; 0: closed form alone."
+    ),
 ]
+SequentialOption = Annotated[bool, typer.Option("--sequential", hidden=True)]  # what --refine has taken the place of
 StatisticsOption = Annotated[
     Path | None, _calibration("--statistics", metavar="DIR", text="What --save-statistics kept, in place of data.")
 ]
@@ -179,6 +185,9 @@ BOS = "BOS token at the head of each sequence; auto: where the tokenizer adds on
 BosOption = Annotated[Bos, _calibration("--bos", text=BOS, default=True)]
 JoinOption = Annotated[bool, _calibration("--join", text="All rows of text as one document.")]
 TextColumnOption = Annotated[str | None, _calibration("--text-column", text="Column of the text.")]
+TargetColumnOption = Annotated[
+    str | None, _calibration("--target-column", text="Column of the text to write, for seq2seq.")
+]
 ImageColumnOption = Annotated[str | None, _calibration("--image-column", text="Column of the image.")]
 ImageSizeOption = Annotated[
     int | None, _calibration("--image-size", text="Pixels; the checkpoint's own size if left out.")
@@ -190,6 +199,9 @@ OutputOption = Annotated[
     option("--output", "-o", panel=OUTPUT, metavar="DIR", text="Output folder; named from model and rank if left out."),
 ]
 OverwriteOption = Annotated[bool, option("--overwrite", panel=OUTPUT, text="Replace what is already at --output.")]
+ResumeOption = Annotated[
+    bool, option("--resume", panel=OUTPUT, text="Go on where this command was interrupted or killed.")
+]
 ShardOption = Annotated[
     str, option("--shard-size", panel=OUTPUT, metavar="SIZE", text="Largest weight file, such as 5GB or 500MB.")
 ]

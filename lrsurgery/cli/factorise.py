@@ -39,6 +39,9 @@ from lrsurgery.cli.arguments import (
     OverwriteOption,
     QuietOption,
     RankOption,
+    RefineOption,
+    RefineStepsOption,
+    ResumeOption,
     RevisionOption,
     SamplesOption,
     SaveStatisticsOption,
@@ -48,6 +51,7 @@ from lrsurgery.cli.arguments import (
     SplitOption,
     StatisticsOption,
     SubsetOption,
+    TargetColumnOption,
     TaskOption,
     TemperatureOption,
     TextColumnOption,
@@ -119,6 +123,8 @@ def factorise(
     samples: SamplesOption = 128,
     fisher_temperature: TemperatureOption = None,
     block_size: BlockSizeOption = None,
+    refine: RefineOption = False,
+    refine_steps: RefineStepsOption = None,
     sequential: SequentialOption = False,
     statistics: StatisticsOption = None,
     save_statistics: SaveStatisticsOption = None,
@@ -126,6 +132,7 @@ def factorise(
     subset: SubsetOption = None,
     split: SplitOption = None,
     text_column: TextColumnOption = None,
+    target_column: TargetColumnOption = None,
     bos: BosOption = "auto",
     join: JoinOption = False,
     image_column: ImageColumnOption = None,
@@ -183,12 +190,14 @@ def factorise(
     architecture: ArchitectureOption = None,
     trust_remote_code: TrustOption = False,
     overwrite: OverwriteOption = False,
-    resume: Annotated[
-        bool, option("--resume", panel=OUTPUT, text="Go on where this command was interrupted or killed.")
-    ] = False,
+    resume: ResumeOption = False,
     no_loss_check: Annotated[
         bool,
         option("--no-loss-check", panel=OUTPUT, text="No quick look at the loss at the end."),
+    ] = False,
+    remote_code: Annotated[
+        bool,
+        option("--remote-code", panel=OUTPUT, text="Code of the layers in the folder, for transformers alone."),
     ] = False,
     check: Annotated[
         bool,
@@ -213,6 +222,8 @@ def factorise(
 
       lrsurgery factorise gpt2 --rank params:0.5 --calibration builtin
 
+      lrsurgery factorise gpt2 --budget 0.5 --calibration text.txt --refine
+
       lrsurgery factorise gpt2 --max-loss 2% --calibration text.txt --eval-data valid.txt --test-data test.txt
 
       lrsurgery factorise gpt2 --from-scratch --init spectral-ones --rank 0.62
@@ -226,6 +237,7 @@ def factorise(
     from lrsurgery.factorise.options import parse_calibration, parse_options
     from lrsurgery.measure.targets.choose import factorise_to_goal
     from lrsurgery.measure.targets.goals import parse_goal
+    from lrsurgery.refine.options import refinement_of
     from lrsurgery.runtime import Processes
 
     goal = parse_goal(
@@ -239,6 +251,7 @@ def factorise(
         task=str(task) if task else None,
         subset=subset,
         text_column=text_column,
+        target_column=target_column,
         image_column=image_column,
         block_size=block_size,
         bos=str(bos),
@@ -253,7 +266,6 @@ def factorise(
         statistics=statistics,
         samples=samples,
         fisher_temperature=fisher_temperature,
-        sequential=sequential,
         save=save_statistics,
         split=split,
         # without calibration these options are about the data to measure on alone
@@ -267,6 +279,8 @@ def factorise(
         budget_of=str(budget_of),
         dry_run=dry_run,
     )
+    if sequential:  # what anchored regression has taken the place of
+        refine, refine_steps = True, 0 if refine_steps is None else refine_steps
     options = parse_options(
         rank=rank,
         budget=budget if goal is None else stand_in(goal),
@@ -297,9 +311,11 @@ def factorise(
         overwrite=overwrite,
         resume=resume,
         check=check,
+        remote_code=remote_code,
         command=command_line(),
         calibration=calibrated,
         loss_check=not no_loss_check,
+        refine=refinement_of(refine_steps, seed) if refine or refine_steps is not None else False,
     )
     if dry_run:
         with screen.follow("calibrate") as listener:

@@ -1,1 +1,1 @@
-"""Factorisation of checkpoints and models: calibrate, allocate ranks, decompose, rewrite, export."""
+"""Factorisation of checkpoints and models: calibrate, allocate ranks, decompose, rewrite."""

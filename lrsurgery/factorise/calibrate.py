@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lrsurgery.calibration import texts
 from lrsurgery.calibration.blocks import find_blocks
-from lrsurgery.calibration.collect import collect, collect_sequentially, estimate_seconds, moment_bytes, split
-from lrsurgery.calibration.loss import IMPORTANCES, Batch, IndependentLoss, Loss, ProjectionLoss, SampledLoss
+from lrsurgery.calibration.collect import collect, estimate_seconds, moment_bytes, split
+from lrsurgery.calibration.loss import IMPORTANCES, Batch, IndependentLoss, Loss, PixelLoss, ProjectionLoss, SampledLoss
 from lrsurgery.calibration.offload import load_offloaded
 from lrsurgery.calibration.statistics import FILE_NAME, Statistics, StatisticsWriter
 from lrsurgery.checkpoints.build import build_model
@@ -28,14 +28,15 @@ from lrsurgery.checkpoints.source import Source
 from lrsurgery.data.batches import Rows
 from lrsurgery.data.datasets import TRAIN_SPLITS, documents_of
 from lrsurgery.data.examples import calibration_examples, open_rows, prepare_subject
+from lrsurgery.data.interfaces.wrapped import MULTI, SINGLE
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import problem_of
 from lrsurgery.data.tasks import (
-    MULTI,
-    SINGLE,
     TASKS,
     MissingHeadError,
     Subject,
+    behind_interface,
+    count_logits,
     head_size,
     is_for,
     task_of,
@@ -49,7 +50,6 @@ from lrsurgery.modules import model_faults
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import free_memory
 from lrsurgery.surgery.parameters.views import dense_layers
-from lrsurgery.surgery.plan import Plan
 from lrsurgery.surgery.rows import Replacement
 from lrsurgery.units import duration_text
 
@@ -61,7 +61,7 @@ LEAST_UNCERTAINTY = 1e-3  # below this the curvature at the weights says little 
 
 
 @dataclass(frozen=True)
-class _Setup:
+class Setup:
     """A model and its calibration batches."""
 
     subject: Subject
@@ -75,6 +75,8 @@ class _Setup:
         if self.bare:
             return ProjectionLoss(seed)
         problem = self.subject.problem
+        if TASKS[self.subject.task].takes_masks:
+            return PixelLoss(seed, temperature)
         return (
             SampledLoss(seed, temperature)
             if problem == SINGLE
@@ -128,7 +130,7 @@ def calibrate(
     fisher = IMPORTANCES[calibration.importance]
     available = free_memory(device)
     limit = max(1, available // 3)
-    setup = _prepare(
+    setup = prepare(
         source,
         calibration,
         seed,
@@ -225,7 +227,7 @@ class _TimesFirstBlock(Listener):
 
 
 def _announce(
-    setup: _Setup, calibration: Calibration, rows: Sequence[Replacement], passes: int, listener: Listener
+    setup: Setup, calibration: Calibration, rows: Sequence[Replacement], passes: int, listener: Listener
 ) -> None:
     """Say what the model is about to see, and about how long it takes."""
     fisher = IMPORTANCES[calibration.importance]
@@ -250,54 +252,7 @@ def _save(folder: Path, target: Path) -> None:
         shutil.copytree(folder, stage, dirs_exist_ok=True, ignore=shutil.ignore_patterns("offload"))
 
 
-def recalibrate(
-    source: Source,
-    calibration: Calibration,
-    plan: Plan,
-    known: Statistics,
-    folder: Path,
-    *,
-    owner: str,
-    seed: int,
-    init: str,
-    device: torch.device,
-    trust_remote_code: bool = False,
-    listener: Listener = SILENT,
-) -> Statistics:
-    """Collect the inputs of each block again, after the blocks before it are factorised as planned (--sequential).
-
-    Gradients stay those of the dense model. Statistics that a resumed job finds in `folder` are read from there if
-    they are whole and of this `owner`.
-    """
-    kept = _read_own(folder, owner, plan.replacements)
-    if kept is not None:
-        return kept
-    shutil.rmtree(folder, ignore_errors=True)
-    setup = _prepare(source, calibration, seed, device, trust_remote_code, folder / "offload", by_block=True)
-    named = match_names(setup.subject, plan.replacements)
-    original = {new: old for old, new in named.items()}
-    renamed = replace(plan, rows=tuple(replace(row, name=named[row.name]) for row in plan.replacements))
-
-    def gradients_of(row: Replacement) -> Tensor | None:
-        return known.moments(original[row.name], row.kind).gradients
-
-    with model_faults(source.reference):
-        statistics = collect_sequentially(
-            setup.subject.model,
-            setup.batches,
-            renamed,
-            gradients_of,
-            init=init,
-            seed=seed,
-            store=StatisticsWriter(folder, named, owner),
-            facts={**known.facts, **setup.facts},
-            listener=listener,
-        )
-    shutil.rmtree(folder / "offload", ignore_errors=True)
-    return statistics
-
-
-def _prepare(
+def prepare(
     source: Source,
     calibration: Calibration,
     seed: int,
@@ -307,8 +262,12 @@ def _prepare(
     *,
     by_block: bool,
     room: int = 0,
-) -> _Setup:
-    """Open data and model; blocks stay on disk if the pass is by block, or if the model exceeds `room` bytes."""
+    least: int = 1,
+) -> Setup:
+    """Open data and model; blocks stay on disk if the pass is by block, or if the model exceeds `room` bytes.
+
+    The samples stand in at least so many batches as `least`, if there are so many.
+    """
     assert calibration.data is not None
     how = calibration.how
     bare = _bare_task(source, trust_remote_code) if how.task is None else None
@@ -335,22 +294,26 @@ def _prepare(
         subject, rows, how, calibration.samples, seed, trust_remote_code=trust_remote_code
     )
     size = max(1, _tokens_at_a_time(subject) // examples.size) if TASKS[task].is_language else IMAGES
+    if TASKS[task].decodes:
+        longest = max(len(examples.dataset[i]["labels"]) for i in chosen)
+        size = max(1, min(size, LOGITS // (longest * count_logits(subject))))
+    size = min(size, max(1, len(chosen) // least))
     batches = [
         dict(examples.collate([examples.dataset[i] for i in chosen[at : at + size]]))
         for at in range(0, len(chosen), size)
     ]
+    projected = bare is not None or TASKS[task].embeds
     facts = {
         "data": calibration.data,
         "samples": len(chosen),
-        "scored_in": examples.unit.removesuffix("s"),
+        "scored_in": TASKS[task].scored or examples.unit.removesuffix("s"),
         "tokens": examples.size if TASKS[task].is_language else None,
         "seed": seed,
-        "sequential": calibration.sequential,
         "model": source.reference,
-        **({"head": "random projections of the pooled output"} if bare is not None else {}),
+        **({"head": "random projections of the pooled output"} if projected else {}),
     }
     notes = (*subject.notes, *examples.notes)
-    return _Setup(replace(subject, notes=notes), batches, facts, offloaded, bare is not None)
+    return Setup(replace(subject, notes=notes), batches, facts, offloaded, projected)
 
 
 def _tokens_at_a_time(subject: Subject) -> int:
@@ -385,7 +348,7 @@ def load_subject(
 
     A model without blocks, or without the task's head, is loaded into memory.
     """
-    subject = _load_offloaded(source, task, device, trust_remote_code, folder, room)
+    subject = load_offloaded_subject(source, task, device, trust_remote_code, folder, room)
     if subject is not None:
         return subject, True
     own = replace(how, task=task)
@@ -413,7 +376,7 @@ def _bare_task(source: Source, trust_remote_code: bool) -> str | None:
     return None if is_decoder or has_head else known.get(skeleton.main_input_name)
 
 
-def _load_offloaded(
+def load_offloaded_subject(
     source: Source, task: str, device: torch.device, trust_remote_code: bool, folder: Path, room: int | None
 ) -> Subject | None:
     """Load the model with its blocks on disk; None if it should be in memory.
@@ -432,8 +395,8 @@ def _load_offloaded(
         return load_source(source, dtype=torch.float32, trust_remote_code=trust_remote_code, **places)
 
     model = load_offloaded(load, skeleton, blocks, folder, str(device))
-    subject = Subject(source, task, model, torch.float32)
-    if TASKS[task].is_language:
+    subject = Subject(source, task, behind_interface(model, task), torch.float32)
+    if not TASKS[task].classifies:
         return subject
     return with_problem(subject, problem_of(subject.config.problem_type, head_size(subject), None))
 

@@ -22,10 +22,12 @@ from lrsurgery.calibration.blockwise import visit_blocks
 from lrsurgery.calibration.collect import call
 from lrsurgery.calibration.loss import Batch, logits_of
 from lrsurgery.checkpoints.source import Source, resolve
+from lrsurgery.data.batches import IGNORED
 from lrsurgery.data.examples import calibration_examples, evaluation_examples, open_rows
+from lrsurgery.data.interfaces.wrapped import SINGLE
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import LEARNT_BY, measure_batch, summarise
-from lrsurgery.data.tasks import SINGLE, TASKS, Subject, is_for, task_of
+from lrsurgery.data.tasks import TASKS, Subject, is_for, task_of
 from lrsurgery.data.text.tokens import load_tokenizer
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.factorise.calibrate import load_subject, rows_of
@@ -139,6 +141,7 @@ def _compare(source: Source, output: Path, options: FactoriseOptions, listener: 
         # the output may lack what the dense model's head needs, never the other way round
         subject, offloaded = load(resolve(str(output)), "low-rank")
         after = _figures(subject, offloaded, samples)
+        listener.progress("loss check", 2, 2)
     found = {"before": before, "after": after, "samples": samples.count, "tokens": samples.tokens, "data": samples.name}
     return {"measured": True, **found, "own_answers": samples.own, "text": _text(found, samples)}
 
@@ -189,7 +192,9 @@ def _samples(
         model = subject.model
         for batch in batches:
             with torch.no_grad():
-                batch["labels"] = logits_of(call(model, batch)).argmax(-1).cpu()
+                answers = logits_of(call(model, batch)).argmax(1 if task.takes_masks else -1).cpu()
+            unread = batch["labels"].eq(IGNORED) if task.data else torch.zeros_like(answers, dtype=torch.bool)
+            batch["labels"] = answers.masked_fill(unread, IGNORED)
     name = texts.TITLE if data == texts.NAME else public_name(data)  # a card shows it
     return _Samples(subject.task, batches, len(chosen), examples.size if task.is_language else None, name, own)
 
@@ -220,7 +225,9 @@ def _figures(subject: Subject, offloaded: bool, samples: _Samples) -> dict[str, 
         raise _UnknownError(f"{samples.name}: no answer in the samples")
     loss = round(figures["loss"], 4) if math.isfinite(figures["loss"]) else None
     # outputs that are NaN are hits of nothing
-    return {"loss": loss} if samples.tokens is not None else {"loss": loss, "top1": round(figures.get("top1", 0.0), 4)}
+    if samples.tokens is not None or TASKS[samples.task].takes_masks:
+        return {"loss": loss}
+    return {"loss": loss, "top1": round(figures.get("top1", 0.0), 4)}
 
 
 def _text(found: Json, samples: _Samples) -> str:

@@ -15,14 +15,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from lrsurgery.calibration import texts
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.mapping import Checkpoint, Entry, list_entries
 from lrsurgery.checkpoints.output import check_output, copy_companions, output_config
+from lrsurgery.checkpoints.remote_code.folder import check_code, write_code
 from lrsurgery.checkpoints.spectra import SpectrumCache, cache_limit
-from lrsurgery.errors import SurgeryError
+from lrsurgery.errors import CalibrationError, SurgeryError
 from lrsurgery.factorise.check import check_loss, warnings
 from lrsurgery.factorise.decide import decide, decision_of, describe_job, notes_on, open_plan, read_decisions
 from lrsurgery.factorise.options import FactoriseOptions, choose_calibration, parse_options
+from lrsurgery.factorise.refining import refine_stage
 from lrsurgery.factorise.work.folder import WorkFolder, keep_work
 from lrsurgery.factorise.work.jobs import find_pending
 from lrsurgery.factorise.work.rewrite import Rewriter
@@ -31,7 +34,7 @@ from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import json_text
 from lrsurgery.files.locks import locked
 from lrsurgery.files.writing import staged, with_name, write_text
-from lrsurgery.progress import SILENT, Listener
+from lrsurgery.progress import SILENT, USUAL, Listener
 from lrsurgery.report.card import model_card
 from lrsurgery.report.rows import plan_report
 from lrsurgery.report.schema import FILE_NAME, Report
@@ -43,7 +46,7 @@ Complete: TypeAlias = "Callable[[Path, Report], Report]"  # a written folder bef
 
 
 def factorise_checkpoint(
-    source: str | Path, output: str | Path, *, listener: Listener = SILENT, **options: Any
+    source: str | Path, output: str | Path, *, listener: Listener = USUAL, **options: Any
 ) -> Report:
     """Write the factorised checkpoint of a model, in the memory of a few tensors; `options` as in `parse_options`.
 
@@ -86,11 +89,15 @@ def _factorise(
 ) -> Report:
     source = options.source.resolve(reference)
     options, note = choose_calibration(source, options)
+    if options.refinement is not None and options.calibration is None:
+        raise CalibrationError(f"--refine needs data; add --calibration DATA, for language models also {texts.NAME}")
     work = WorkFolder(output)
     finished = options.output.resume and work.is_published()
     check_output(output, source, options.output.overwrite or finished)
     limit = cache_limit()
     checkpoint, plan = open_plan(source, options)
+    if options.output.remote_code:
+        check_code(source)
     entries = list_entries(checkpoint, {row.name for row in plan.replacements})
     parameters = checkpoint.parameters
     if not processes.is_main:
@@ -147,8 +154,12 @@ def _factorise(
             )
             copy_companions(source, stage)
             config = output_config(source, checkpoint.model, layers, options.output.dtype)
+            if options.output.remote_code:
+                config = write_code(stage, config, checkpoint.model)
             write_text(stage / "config.json", json_text(config))
             rewriter.check(stage, work, options.source, listener)
+            if options.refinement is not None:
+                report = refine_stage(source, stage, options, work, report, listener)
             report = replace(report, loss_check=check_loss(source, stage, options, listener))
             report = report if complete is None else complete(stage, report)
             report = replace(report, files=file_digests(stage))

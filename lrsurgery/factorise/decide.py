@@ -20,7 +20,7 @@ from lrsurgery.data.datasets import digest_of
 from lrsurgery.data.tasks import TASKS, is_for
 from lrsurgery.data.text.tokens import load_tokenizer
 from lrsurgery.errors import DataError
-from lrsurgery.factorise.calibrate import calibrate, recalibrate
+from lrsurgery.factorise.calibrate import calibrate
 from lrsurgery.factorise.options import Calibration, FactoriseOptions, choose_calibration
 from lrsurgery.factorise.work.folder import SPEEDS, Decision, WorkFolder
 from lrsurgery.files.digests import fingerprint
@@ -28,7 +28,7 @@ from lrsurgery.files.json import Json
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.rows import plan_report
 from lrsurgery.report.schema import Report
-from lrsurgery.surgery.plan import Plan, layers_of_several_names
+from lrsurgery.surgery.plan import Plan, find_heads, layers_of_several_names
 from lrsurgery.surgery.rows import Kept, Replacement, join_rows
 from lrsurgery.surgery.speed import POSITIONS, SpeedTable, describe, make_timer, plan_layers
 
@@ -49,7 +49,7 @@ def plan_checkpoint(reference: str, options: FactoriseOptions, listener: Listene
         with tempfile.TemporaryDirectory(prefix="lrsurgery-") as folder:
             statistics = calibrate_plan(source, plan, options, Path(folder), "", listener)
             weights = weights_of(checkpoint, entries, options)
-            plan = allocate_ranks(plan, weights, options.compute, statistics, share=shares(options))
+            plan = allocate_ranks(plan, weights, options.compute, statistics, share=options.surgery.shares)
     return replace(
         plan_report(plan, checkpoint.parameters),
         command=options.output.command,
@@ -125,12 +125,8 @@ def weights_of(
         device=options.compute.device,
         timer=timer,
         alone=layers_of_several_names(checkpoint.model),
+        heads=frozenset(find_heads(checkpoint.model)),
     )
-
-
-def shares(options: FactoriseOptions) -> bool:
-    """Whether layers may share one v; --sequential calibrates each block again, where no group is known."""
-    return options.surgery.shares and not (options.calibration is not None and options.calibration.sequential)
 
 
 def _is_timed(options: FactoriseOptions) -> bool:
@@ -150,31 +146,15 @@ def decide(
     """Decide ranks as far as needed before decomposition, and collect the statistics of calibration.
 
     A rank that depends on the layer's own spectrum is decided with its decomposition. It is decided earlier where
-    speeds cannot be measured beside decompositions, where a budget needs the spectra of all layers, where --sequential
-    factorises a block before it calibrates the next, and where convolution schemes compare.
+    speeds cannot be measured beside decompositions, where a budget needs the spectra of all layers, and where
+    convolution schemes compare.
     """
     statistics = calibrate_plan(source, plan, options, work.path / "statistics", work.job, listener)
-    sequential = options.calibration is not None and options.calibration.sequential
     schemes = any(row.others for row in plan.replacements)
-    early = options.surgery.min_speedup is not None or options.surgery.budget is not None or sequential or schemes
+    early = options.surgery.min_speedup is not None or options.surgery.budget is not None or schemes
     if plan.needs_spectra and early:
         weights = weights_of(checkpoint, entries, options, work.path / SPEEDS)
-        plan = allocate_ranks(plan, weights, options.compute, statistics, share=shares(options))
-    if sequential and statistics is not None:
-        assert options.calibration is not None
-        statistics = recalibrate(
-            source,
-            options.calibration,
-            plan,
-            statistics,
-            work.path / "sequential",
-            owner=f"{work.job} sequential",
-            seed=options.surgery.seed,
-            init=options.surgery.init,
-            device=options.compute.device,
-            trust_remote_code=options.source.trust_remote_code,
-            listener=listener,
-        )
+        plan = allocate_ranks(plan, weights, options.compute, statistics, share=options.surgery.shares)
     return plan, statistics
 
 
@@ -205,7 +185,7 @@ def read_decisions(plan: Plan, calibration: Calibration | None, work: WorkFolder
         return plan, None
     if calibration.statistics is not None:
         return plan, calibration.read_statistics()
-    return plan, Statistics.read(work.path / ("sequential" if calibration.sequential else "statistics"))
+    return plan, Statistics.read(work.path / "statistics")
 
 
 def describe_job(source: Source, options: FactoriseOptions) -> Json:

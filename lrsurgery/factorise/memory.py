@@ -14,13 +14,14 @@ from lrsurgery.checkpoints.mapping import is_transformers_model, tied_weights
 from lrsurgery.checkpoints.output import tell_form
 from lrsurgery.factorise.options import parse_target
 from lrsurgery.linalg.weighted import Metric, StackedMetric
+from lrsurgery.progress import SILENT, USUAL, Listener
 from lrsurgery.runtime import Compute, pick_device
 from lrsurgery.surgery.apply import apply_plan_, densify_layers_
 from lrsurgery.surgery.forms.change import balance_layers_, pivot_layers_
 from lrsurgery.surgery.kinds.folds import weight_of
 from lrsurgery.surgery.kinds.table import AUTO
 from lrsurgery.surgery.parameters.views import dense_layers
-from lrsurgery.surgery.plan import Plan, SurgeryOptions, layers_of_several_names
+from lrsurgery.surgery.plan import Plan, SurgeryOptions, find_heads, layers_of_several_names
 from lrsurgery.surgery.ranks import BALANCED, RankLike
 from lrsurgery.surgery.speed import SpeedTable, make_timer, plan_layers
 
@@ -46,6 +47,7 @@ def factorise_(
     share: str = AUTO,
     embeddings: bool | None = None,
     heads: bool = False,
+    listener: Listener = USUAL,
 ) -> None:
     """Replace the layers of a module in memory by factorised ones. A transformers model then saves as factorised.
 
@@ -58,7 +60,7 @@ def factorise_(
     full rank; "balanced" trains better. With a budget and statistics by the loss, layers with the same inputs share one
     v where that loses less; `share` "never" keeps them apart. `embeddings` takes tables of tokens with the heads tied
     to them, as a budget of bytes does by itself, without `statistics` each token alike; `heads` takes output heads and
-    classifiers.
+    classifiers. `listener` is told of the layers that are done.
 
     Raises RankError, PlanError or WeightError that name the layer; BudgetError for an infeasible budget;
     CalibrationError for statistics of another model.
@@ -78,7 +80,14 @@ def factorise_(
         embeddings=embeddings,
         heads=heads,
     )
-    factorise_module_(module, options, statistics, torch.device(device) if device is not None else None, cache=cache)
+    factorise_module_(
+        module,
+        options,
+        statistics,
+        torch.device(device) if device is not None else None,
+        cache=cache,
+        listener=listener,
+    )
 
 
 def factorise_module_(
@@ -89,6 +98,7 @@ def factorise_module_(
     *,
     cache: bool = False,
     change: Callable[[Plan], Plan] = lambda plan: plan,
+    listener: Listener = SILENT,
 ) -> None:
     """Replace the layers of a module in memory, with parsed options; see `factorise_`.
 
@@ -113,7 +123,16 @@ def factorise_module_(
     def metric_of(name: str) -> Metric | StackedMetric | None:
         return statistics.metric_of(rows[name]) if statistics is not None else None
 
-    apply_plan_(module, plan, init=options.init, seed=options.seed, device=device, metric_of=metric_of, svd=options.svd)
+    apply_plan_(
+        module,
+        plan,
+        init=options.init,
+        seed=options.seed,
+        device=device,
+        metric_of=metric_of,
+        svd=options.svd,
+        listener=listener,
+    )
     tell_form(module)
 
 
@@ -136,6 +155,7 @@ def _weights(module: nn.Module, plan: Plan, device: torch.device | None) -> Weig
         stored_bytes=sum(p.numel() * p.element_size() for p in stored),
         device=device,
         alone=layers_of_several_names(module),
+        heads=frozenset(find_heads(module)),
     )
 
 
@@ -143,7 +163,7 @@ def densify_(module: nn.Module) -> None:
     """Replace every factorised layer by a dense layer that holds the product of its factors, in its dtype."""
     densify_layers_(module)
     if is_transformers_model(module):
-        from lrsurgery.checkpoints.quantizer import detach_
+        from lrsurgery.checkpoints.pretrained.register import detach_
 
         detach_(module)
 

@@ -15,6 +15,7 @@ from lrsurgery.data.options import LARGEST, DataOptions
 from lrsurgery.errors import CalibrationError, DataError, RankError, RecipeError, SurgeryError
 from lrsurgery.files.json import Json
 from lrsurgery.linalg.inits import WITHOUT_DIRECTIONS
+from lrsurgery.refine.options import Refinement
 from lrsurgery.report.rows import recorded_options
 from lrsurgery.runtime import Compute, check_seed, pick_device, pick_dtype
 from lrsurgery.surgery.budget import parse_budget
@@ -38,7 +39,6 @@ class Calibration:
     importance: str = "fisher"  # or "activations"
     samples: int = SAMPLES  # sequences, sentences or images
     fisher_temperature: float | None = None  # of the logits; None: 2, or that of the statistics
-    sequential: bool = False  # calibrate each block after those before it are factorised
     statistics: Path | None = None  # folder of existing statistics
     save: Path | None = None  # folder to keep the statistics in
     own_statistics: Path | None = None  # folder of the statistics of `data` that an earlier part of the job collected
@@ -53,8 +53,6 @@ class Calibration:
             raise CalibrationError(f"samples {str(self.samples)[:20]}: write 1 to {LARGEST:,}")
         if self.data is None and self.statistics is None:
             raise CalibrationError("no calibration data and no statistics are given; add --calibration or --statistics")
-        if self.sequential and self.data is None:
-            raise CalibrationError("--sequential needs data; add --calibration")
         if self.statistics is not None and self.data is not None:
             raise CalibrationError("--calibration and --statistics are both given; leave one out")
         if self.save is not None and self.data is None:
@@ -100,7 +98,6 @@ class Calibration:
             "metric": self.importance,
             "samples": self.samples,
             "temperature": self.temperature if self.data is not None and IMPORTANCES[self.importance] else None,
-            "sequential": self.sequential,
             "split": self.split,
             **how,
         }
@@ -113,7 +110,6 @@ def parse_calibration(
     statistics: Path | None = None,
     samples: int = SAMPLES,
     fisher_temperature: float | None = None,
-    sequential: bool = False,
     save: Path | None = None,
     split: str | None = None,
     how: DataOptions | None = None,
@@ -124,7 +120,7 @@ def parse_calibration(
     """
     check_importance(importance, "none")
     declined, data = data == texts.DECLINED, None if data == texts.DECLINED else data
-    unused = data is None and statistics is None and not sequential and save is None
+    unused = data is None and statistics is None and save is None
     if importance == "none" or (declined and unused):
         return texts.DECLINED
     if unused and samples >= 1:
@@ -147,7 +143,6 @@ def parse_calibration(
         importance=importance,
         samples=samples,
         fisher_temperature=fisher_temperature,
-        sequential=sequential,
         statistics=statistics,
         save=save,
         split=split,
@@ -166,6 +161,7 @@ class FactoriseOptions:
     calibration: Calibration | None = None
     declined: bool = False  # no calibration, though a budget would take the built-in text
     loss_check: bool = True  # see `factorise.check`
+    refinement: Refinement | None = None  # of the blocks, once they are factorised
 
     def __post_init__(self) -> None:
         init = self.surgery.init
@@ -178,6 +174,8 @@ class FactoriseOptions:
                 raise SurgeryError("--from-scratch has no pretrained weights to calibrate; remove --calibration")
             if self.surgery.svd == "fast":
                 raise SurgeryError("--svd fast applies to plain SVD only; remove it, or remove --calibration")
+            if self.refinement is not None and self.calibration.data is None:
+                raise CalibrationError("--refine needs the data itself, and not statistics; add --calibration DATA")
 
     @property
     def can_calibrate(self) -> bool:
@@ -188,7 +186,8 @@ class FactoriseOptions:
     def recorded(self) -> Json:
         """The options that determine the result, as JSON."""
         calibration = None if self.calibration is None else self.calibration.recorded()
-        return recorded_options(self.surgery, self.source, self.output.dtype, calibration)
+        refine = {} if self.refinement is None else {"refine": self.refinement.recorded()}
+        return {**recorded_options(self.surgery, self.source, self.output.dtype, calibration), **refine}
 
 
 def choose_calibration(source: Source, options: FactoriseOptions) -> tuple[FactoriseOptions, str | None]:
@@ -276,6 +275,7 @@ def parse_options(
     overwrite: bool = False,
     resume: bool = False,
     check: bool = False,
+    remote_code: bool = False,
     command: str | None = None,
     calibration: Calibration | str | None = None,
     loss_check: bool = True,
@@ -283,6 +283,7 @@ def parse_options(
     share: str = AUTO,
     embeddings: bool | None = None,
     heads: bool = False,
+    refine: Refinement | bool = False,
 ) -> FactoriseOptions:
     """Parse the options of the command line and of Python callers. Raises SurgeryError that names the value.
 
@@ -326,6 +327,7 @@ def parse_options(
         overwrite=overwrite,
         resume=resume,
         check=check,
+        remote_code=remote_code,
         command=command,
     )
     return FactoriseOptions(
@@ -336,4 +338,5 @@ def parse_options(
         calibration=calibration,
         declined=declined,
         loss_check=loss_check,
+        refinement=Refinement(seed=seed) if refine is True else refine or None,
     )

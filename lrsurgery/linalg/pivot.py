@@ -41,16 +41,19 @@ def inverse_of(order: Tensor) -> Tensor:
     """The inverse (n,) int64 of a permutation (n,)."""
     # not kept between calls of a layer: it costs microseconds, and a stale one would be silently wrong
     places = torch.arange(order.shape[0], device=order.device)
-    return torch.empty_like(places).scatter_(0, order.long(), places)
+    return places.scatter(0, order.long(), places)  # exporters lack or mistake the dtype of an empty tensor
 
 
 def take(x: Tensor, places: Tensor, axis: int) -> Tensor:
     """The entries `places` (int64) of x along an axis, -1 or that of the channels of images, in its memory format."""
+    if torch.compiler.is_compiling():  # no indices of x's own shape in the graphs of other runtimes
+        return x.index_select(axis, places)
     if axis == -1:
         # gather takes 1/5 of index_select's time on batches, forward and backward on a CPU, and uses several threads
         return x.gather(-1, places.expand_as(x))
     if x.stride(axis) == 1:  # channels last
-        return take(x.movedim(axis, -1), places, -1).movedim(-1, axis)
+        moved = x.movedim(axis, -1)
+        return moved.gather(-1, places.expand_as(moved)).movedim(-1, axis)  # no recursion, for torch.jit.script
     return x.index_select(axis, places)  # copies whole images
 
 

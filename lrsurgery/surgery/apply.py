@@ -14,6 +14,7 @@ from lrsurgery.linalg.pivot import is_permutation
 from lrsurgery.linalg.svd import Decomposition, RankChoice, Spectrum
 from lrsurgery.linalg.weighted import Metric, StackedMetric
 from lrsurgery.modules import References, Unfilled
+from lrsurgery.progress import SILENT, Listener
 from lrsurgery.runtime import Compute
 from lrsurgery.surgery.forms.fill import dense_bias, fill_
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of, weight_of
@@ -223,6 +224,7 @@ def apply_plan_(
     device: torch.device | None = None,
     metric_of: Callable[[str], Metric | StackedMetric | None] = lambda name: None,
     svd: str = "auto",
+    listener: Listener = SILENT,
 ) -> None:
     """Replace every planned layer of a model in memory, computing on `device` (the layer's own by default).
 
@@ -256,7 +258,7 @@ def apply_plan_(
     needs = [
         decomposition_bytes(whole_of(unit), plain_of(modules[unit[0].name]).weight.element_size()) for unit in units
     ]
-    for unit, parts in zip(units, compute.in_order(parts_of, units, needs), strict=True):
+    for done, (unit, parts) in enumerate(zip(units, compute.in_order(parts_of, units, needs), strict=True), 1):
         held = [modules[row.name] for row in unit]
         dense = [plain_of(each) for each in held]
         trained, biases = [each.weight.requires_grad for each in dense], [getattr(each, "bias", None) for each in dense]
@@ -281,6 +283,7 @@ def apply_plan_(
             assert unit[0].rank is not None
             partner = make_partner(modules[name], kind, unit[0].rank, unit[0].pivots)
             references.replace_(modules[name], partner)
+        listener.progress(unit[0].name, done, len(units))
     tie_(factorised_layers(model), {name: row.name for row in plan.replacements for name, _ in row.tied})
 
 

@@ -23,8 +23,9 @@ from lrsurgery.units import finite, size_of, size_text
 
 READABLE = (
     "a share of the parameters such as 0.5, of the FLOPs such as flops:0.5 or of the time such as time:0.7, or a size"
-    " such as bytes:500MB"
+    " such as bytes:500MB, or bytes:500MB:int8 or bytes:500MB:nf4 for what `export --quantise` makes of it"
 )
+QUANTISED = ("int8", "nf4")  # ways to store linear layers that bytes may be counted in
 SCOPES = ("layers", "model")  # what a share refers to
 SHARING = ("auto", "never")  # whether layers with the same inputs may have one v
 TOGETHER, APART = SHARING
@@ -47,6 +48,7 @@ class Budget:
     amount: float
     of: str = "layers"  # or model
     multiple_of: int | None = None  # of every chosen rank; see `ranks.multiple_for`
+    stored: str | None = None  # of bytes: one of `QUANTISED` counts linear layers as quantised afterwards
 
     def __post_init__(self) -> None:
         if self.multiple_of is not None and self.multiple_of < 1:
@@ -72,13 +74,15 @@ class Budget:
 
     def __str__(self) -> str:
         if self.kind == "bytes":
-            return f"bytes:{size_text(self.amount)}"
+            return f"bytes:{size_text(self.amount)}" + (f":{self.stored}" if self.stored else "")
         share = repr(self.amount) if self.kind == "params" else f"{self.kind}:{self.amount!r}"
         return share + (" of the model" if self.of == "model" else "")
 
 
 def parse_budget(text: str, of: str = "layers", multiple_of: int | None = None) -> Budget:
-    """Parse `0.5`, `flops:0.5`, `time:0.7` or `bytes:500MB`; KB to TB are decimal, KiB to TiB binary, none is bytes.
+    """Parse `0.5`, `flops:0.5`, `time:0.7`, `bytes:500MB`, `bytes:500MB:int8` or `:nf4`.
+
+    KB to TB are decimal, KiB to TiB binary, none is bytes.
 
     Raises BudgetError that lists the accepted forms.
     """
@@ -89,7 +93,9 @@ def parse_budget(text: str, of: str = "layers", multiple_of: int | None = None) 
         if kind in ("flops", "time"):
             return Budget(kind, finite(number), of, multiple_of)
         if kind == "bytes":
-            return Budget("bytes", float(round(size_of(number))), "model", multiple_of)
+            size, colon, stored = number.partition(":")
+            if stored in (QUANTISED if colon else ("",)):
+                return Budget("bytes", float(round(size_of(size))), "model", multiple_of, stored or None)
     except BudgetError:
         raise
     except (ValueError, OverflowError):

@@ -96,7 +96,11 @@ class FrobeniusDecay:
         self._handle: RemovableHandle | None = None
 
     def attach(self, optimizer: Optimizer) -> FrobeniusDecay:
-        """Register the hook of the optimizer; return self, so that it can be detached later."""
+        """Register the hook of the optimizer; return self, so that it can be detached later.
+
+        Of an optimizer that accelerate or others wrapped, the innermost gets it: that one takes the steps.
+        """
+        optimizer = _innermost(optimizer)
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         if not any(id(factor.weight) in held for layer in self._layers for factor in (layer.u, layer.v)):
             raise SurgeryError(
@@ -179,6 +183,12 @@ class FrobeniusDecay:
             us.append(u)
             vs.append(v)
         return list(alike.values())
+
+
+def _innermost(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that a wrapper, such as accelerate's, calls; an AcceleratedOptimizer takes no hooks itself."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _innermost(inner) if isinstance(inner, Optimizer) else optimizer
 
 
 def _add_(targets: list[Any], gradients: list[Tensor], factor: float | Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -117,14 +117,22 @@ class FactorisedLayer(nn.Module):
     where x_P, x_rest are the parts of x[order].
     """
 
-    u: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-    v: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
-    order: Tensor | None
-    rank: int
-    axis: int  # of the channels in inputs and outputs
-    start = 0
-    tied: tuple[FactorisedLayer, ...] = ()  # all layers with the same u and v, first the one that stores them
-    folded: str | None = None  # the class that computed the dense weight from other tensors (`kinds.folds`)
+    if TYPE_CHECKING:  # torch.jit.script reads the annotations that are left, and knows none of these
+        u: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+        v: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+        order: Tensor | None
+        rank: int
+        axis: int  # of the channels in inputs and outputs
+        tied: tuple[FactorisedLayer, ...]  # all layers with the same u and v, first the one that stores them
+        folded: str | None  # the class that computed the dense weight from other tensors (`kinds.folds`)
+    start, tied, folded = 0, (), None
+    __constants__: ClassVar[list[str]] = ["axis"]  # both are for torch.jit.script
+    __jit_unused_properties__: ClassVar[list[str]]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Keep torch.jit.script, which compiles properties, to what `forward` uses."""
+        super().__init_subclass__(**kwargs)
+        cls.__jit_unused_properties__ = [name for name in dir(cls) if isinstance(getattr(cls, name, None), property)]
 
     def __init__(self, layout: Kind, v: nn.Module, u: nn.Module, side: Side | None = None) -> None:
         super().__init__()
@@ -133,11 +141,20 @@ class FactorisedLayer(nn.Module):
         self.u = u  # type: ignore[assignment]
         # here: quantisers pack weights into other shapes
         self.rank = layout.to_matrices(self.u.weight, self.v.weight).u.shape[-1]
-        self.side: Side | None = side
+        self.side = side
         rows, columns = self.matrix_shape
         length = {"rows": rows, "columns": columns}
         order = torch.empty(length[side], dtype=torch.int32, device=self.u.weight.device) if side else None
         self.register_buffer("order", order)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FactorisedLayer:
+        """As of any module; `module.type(dtype)` casts integer buffers too, and fp16 rounds places above 2,048."""
+        before = self._buffers.get("order")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        after = self._buffers.get("order")
+        if before is not None and after is not None and after.is_floating_point():
+            self._buffers["order"] = before.to(after.device)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         if self.order is None:
@@ -168,7 +185,7 @@ class FactorisedLayer(nn.Module):
     @property
     def matrix_shape(self) -> tuple[int, int]:
         """(rows, columns) of the matrix of the weight, or of each group's."""
-        u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
+        u, v = self.layout.to_matrices(outline(self.u.weight), outline(self.v.weight))
         more = {"rows": (self.own, 0), "columns": (0, self.rank)}[self.side] if self.side else (0, 0)
         return u.shape[-2] + more[0], v.shape[-1] + more[1]
 
@@ -182,7 +199,7 @@ class FactorisedLayer(nn.Module):
         """The parts of a pivoted layer as matrices."""
         if self.side is None or self.order is None:
             raise AttributeError("a balanced layer has no pivots")  # as torch.jit.trace asks with hasattr
-        u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
+        u, v = self.layout.to_matrices(plain(self.u.weight), plain(self.v.weight))
         return Pivoted(self.side, self.order, *((v, u) if self.side == "rows" else (u, v)))
 
     @property
@@ -193,7 +210,7 @@ class FactorisedLayer(nn.Module):
 
         In the other they are the kept part, and the mixing with an identity in the pivots' place.
         """
-        return product_factors(self.layout, Stored(self.u.weight, self.v.weight, self.order), self.side)
+        return product_factors(self.layout, Stored(plain(self.u.weight), plain(self.v.weight), self.order), self.side)
 
     @property
     def matrix(self) -> Tensor:
@@ -219,7 +236,7 @@ class FactorisedLayer(nn.Module):
             return self.u.bias
         assert self.v.bias is not None
         assert self.order is not None
-        mixing = self.layout.to_matrices(self.u.weight, self.v.weight).u
+        mixing = self.layout.to_matrices(plain(self.u.weight), plain(self.v.weight)).u
         first = self.v.bias[self.start : self.start + self.own]
         return torch.cat([first, self.u.bias + mixing @ self.v.bias])[inverse_of(self.order)]
 
@@ -230,7 +247,7 @@ class FactorisedLayer(nn.Module):
 
     def wide_matrix(self) -> Tensor:
         """The matrix of the weight, detached and computed in fp32 or wider."""
-        wide = working_dtype(self.u.weight.dtype)
+        wide = working_dtype(outline(self.u.weight).dtype)
         if self.side is None:
             u, v = self.factors
             return u.detach().to(wide) @ v.detach().to(wide)
@@ -240,8 +257,40 @@ class FactorisedLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.kind}, rank={self.rank}{self._form_repr()}"
 
+    def __format__(self, spec: str) -> str:
+        """The representation, and a hint: PEFT formats a module that it cannot adapt into its error."""
+        if spec:
+            return super().__format__(spec)
+        return f"{self!r} (low rank; adapt its parts: target_modules=lrsurgery.hf.lora_targets(model, [...]))"
+
     def _form_repr(self) -> str:
         return f", pivoted {self.side}" if self.side else ""
+
+
+def packing_of(tensor: Tensor) -> Any:
+    """What bitsandbytes knows of a weight that it packs into 4 bits: shape, dtype, quant_type; None for others."""
+    return getattr(tensor, "quant_state", None)
+
+
+def outline(tensor: Tensor) -> Tensor:
+    """A tensor with the shape and dtype of a parameter's values: itself, or an empty one where it is packed."""
+    packing = packing_of(tensor)
+    return tensor if packing is None else torch.empty(packing.shape, dtype=packing.dtype, device="meta")
+
+
+def count_parameters(module: nn.Module, *, recurse: bool = True) -> int:
+    """How many numbers the parameters of a module have, of packed ones those of the dense weight."""
+    return sum(outline(parameter).numel() for parameter in module.parameters(recurse))
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """The values of a parameter that another tool keeps in a class of its own, such as a quantised weight."""
+    if (packing := packing_of(tensor)) is not None:
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(tensor.data, packing)  # type: ignore[no-any-return]
+    own = type(tensor).dequantize is not Tensor.dequantize
+    return tensor.dequantize() if own else tensor
 
 
 def _multiply(layer: FactorisedLayer) -> Tensor:
@@ -275,6 +324,8 @@ class Product(Tensor):
         if func in FREE:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
+        if func is Tensor.data_ptr:  # PEFT compares those of tied weights; a product is a new tensor each time
+            return args[0].layer.u.weight.data_ptr()
         if func in MATMULS and type(args[0]) is cls and args[0].layer.layout.plain_product and not kwargs:
             u, v = args[0].layer.factors  # Mamba applies its dt_proj this way
             return u @ (v @ args[1])
@@ -296,8 +347,9 @@ MATMULS = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 class FactorisedLinear(FactorisedLayer):
     """A factorised `nn.Linear` or transformers `Conv1D`: `v` (in -> rank, no bias), then `u` (rank -> out)."""
 
-    u: nn.Linear
-    v: nn.Linear
+    if TYPE_CHECKING:
+        u: nn.Linear
+        v: nn.Linear
     axis = -1
 
     @property
@@ -323,8 +375,9 @@ class FactorisedConv(FactorisedLayer):
     With groups, both have them: rank channels and one matrix a group.
     """
 
-    u: Dense
-    v: Dense
+    if TYPE_CHECKING:
+        u: Dense
+        v: Dense
 
     @property
     def in_channels(self) -> int:
@@ -437,7 +490,7 @@ def split_bias(kind: Kind, bias: Tensor, stored: Stored, side: Side | None) -> t
 
 def dense_weight(layer: FactorisedLayer) -> Tensor:
     """The dense weight: the product in fp32 or wider, rounded once to the layer's dtype."""
-    return layer.layout.to_weight(layer.wide_matrix(), layer).to(layer.u.weight.dtype).contiguous()
+    return layer.layout.to_weight(layer.wide_matrix(), layer).to(outline(layer.u.weight).dtype).contiguous()
 
 
 def build_dense(layer: FactorisedLayer) -> nn.Module:

@@ -21,7 +21,7 @@ from lrsurgery.modules import References, output_modules
 from lrsurgery.surgery.budget import SHARING, TOGETHER, UNITS, Budget
 from lrsurgery.surgery.kinds.folds import fold_of, plain_of
 from lrsurgery.surgery.kinds.table import AUTO, check_conv, explain_no_kind, kind_of, kinds_of
-from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind, side_for
+from lrsurgery.surgery.layers import Dense, FactorisedLayer, Kind, count_parameters, outline, packing_of, side_for
 from lrsurgery.surgery.parameters.matrix import explain_parameter
 from lrsurgery.surgery.parameters.views import views_in
 from lrsurgery.surgery.ranks import BALANCED, PIVOTED, RankSpec, break_even_rank, check_form
@@ -192,15 +192,16 @@ def plan_rows(
         kinds = kinds_of(module, options.conv) if module is not None else ()
         kind = next(iter(kinds), None)
         inside = not isinstance(module, FactorisedLayer)
-        own = sum(p.numel() for p in module.parameters(inside)) if module is not None else weight.numel()
+        own = count_parameters(module, recurse=inside) if module is not None else weight.numel()
         reason = (
             _no_layer_reason(name, model, module, weight)
+            or _packed_reason(weight)
             or _reason_to_keep(name, model, module, weight, kind, heads or {}, shared, tables, options)
             or (references.reason_to_keep(module) if module is not None else None)
         )
         if reason is not None:
             shown = kind.name if kind else (type(module).__name__ if module is not None else "Parameter")
-            rows.append(Kept(name, shown, tuple(weight.shape), own, reason))
+            rows.append(Kept(name, shown, tuple(outline(weight).shape), own, reason))
             continue
         assert kind is not None
         # an init without directions gives no reason to prefer a scheme
@@ -214,6 +215,11 @@ def plan_rows(
         decided = _apply_refusal(first, options.allow_larger, refuses)
         rows.append(replace(decided, others=tuple(others)) if isinstance(decided, Replacement) else decided)
     return rows
+
+
+def _packed_reason(weight: Tensor) -> str | None:
+    packing = packing_of(weight)
+    return None if packing is None else f"quantised weight ({packing.quant_type})"
 
 
 def _row(name: str, module: Dense, weight: Tensor, kind: Kind, more: int, form: str) -> Replacement:

@@ -113,6 +113,8 @@ SWITCH = "lrsurgery.training.switch"
 FOLDER = "lrsurgery.training.run_folder"
 MARKS = "lrsurgery.training.checkpoints"
 WRITING = "lrsurgery.files.writing"
+BLOCKS = "lrsurgery.factorise.work.blocks"
+REFINE, REFINING = "lrsurgery.refine.walk", "lrsurgery.factorise.refining"
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,25 @@ class Stage:
 
 
 STAGES = {
-    "factorise: calibration": Stage("factorise", ((MOMENTS, 0, 0.5), (ADD, 0, 0.5))),
-    "factorise: sequential calibration": Stage("factorise", ((MOMENTS, 0.6, 1), (ADD, 0.5, 1))),
+    "factorise: calibration": Stage("factorise", ((MOMENTS, 0, 0.6), (ADD, 0, 1))),
+    "factorise: refinement": Stage(
+        "factorise",
+        ((f"{REFINE}:fit_", 0, 1), (f"{BLOCKS}:save_piece", 0, 1), (f"{REFINING}:rewrite", 0, 1)),
+    ),
+    "refine": Stage(
+        "refine",
+        (
+            (f"{REFINE}:regress_", 0, 1),
+            (f"{REFINE}:fit_", 0, 1),
+            ("lrsurgery.refine.reconstruction:run", 0, 1),
+            ("lrsurgery.refine.streams:call", 0, 1),
+            (f"{BLOCKS}:save_piece", 0, 1),
+            (f"{REFINING}:rewrite", 0, 1),
+            (f"{SHARD}.add", 0, 1),
+            (f"{REFINING}:write_text", 0, 1),
+            (f"{WRITING}:_publish", 0, 1),
+        ),
+    ),
     "factorise: decomposition": Stage(
         "factorise",
         (("lrsurgery.factorise.work.jobs:decompose", 0, 1), ("lrsurgery.factorise.work.jobs:save_piece", 0, 1)),
@@ -235,8 +254,20 @@ class Bench:
 
     def words(self, command: str, output: Path) -> list[object]:
         if command == "factorise":
-            calibration = ["--calibration", self.train, "--samples", 8, "--sequential", "--importance", "activations"]
+            calibration = [
+                "--calibration",
+                self.train,
+                "--samples",
+                8,
+                "--refine-steps",
+                3,
+                "--importance",
+                "activations",
+            ]
             return ["factorise", self.folder / "model", "--rank", 0.4, *calibration, "--output", output, "--jobs", 1]
+        if command == "refine":
+            data = ["--against", self.folder / "model", "--calibration", self.train, "--samples", 8]
+            return ["refine", self.folder / "low", *data, "--refine-steps", 6, "--output", output]
         if command == "finetune":
             data = ["--data", self.train, "--eval-data", self.valid]
             rest = "--rank 0.5 --dense-steps 5 --steps 12 --save-steps 3 --eval-steps 3 --log-steps 2 --batch-size 2"
@@ -247,6 +278,9 @@ class Bench:
         """Do a job undisturbed, counting the calls of its places."""
         if command in self.counts:
             return
+        if command == "refine":
+            self.prepare("factorise")
+            shutil.copytree(self.folder / "factorise-whole", self.folder / "low")
         places = places_of(command)
         counts, output = self.folder / f"{command}.counts", self.folder / f"{command}-whole"
         asked = json.dumps([places, None, 0, 0, str(counts)])
@@ -288,7 +322,7 @@ class Bench:
 
 def left_to_resume(command: str, output: Path) -> bool:
     """Whether a killed job left its folder, by which it is resumed; one that had removed it was finished."""
-    return (output.parent / (".output.factorising" if command == "factorise" else "output.run")).exists()
+    return (output.parent / (".output.factorising" if command in ("factorise", "refine") else "output.run")).exists()
 
 
 def places_of(command: str) -> list[str]:

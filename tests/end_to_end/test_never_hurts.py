@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -18,7 +19,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from support import tiny, warm, zoo
 
-import lrsurgery.checkpoints.quantizer
+import lrsurgery.checkpoints.quantizer.method
 from lrsurgery.files.marks import write_mark
 
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -389,7 +390,7 @@ def test_damaged_output_is_noticed(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.process
 def test_transformers_alone_refuses_the_output(model: Path, tmp_path: Path) -> None:
-    """In a process that knows nothing of this package."""
+    """In a process that knows nothing of this package, as an installed one can be told to."""
     out = tmp_path / "out"
     assert tiny.run("factorise", model, "--rank", "0.5", "--output", out) == 0
     transformers.AutoModelForCausalLM.from_pretrained(out).save_pretrained(tmp_path / "again")
@@ -406,7 +407,8 @@ for folder in sys.argv[1:]:
 assert "lrsurgery" not in sys.modules
 """
     words = [sys.executable, "-c", code, out, tmp_path / "again"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    off = {**os.environ, "LRSURGERY_AUTOLOAD": "0"}
+    done = subprocess.run(words, env=off, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

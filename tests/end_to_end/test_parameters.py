@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -150,7 +151,8 @@ def test_a_load_without_this_package_fails(tmp_path: Path) -> None:
     run("factorise", tmp_path / "dense", "--rank", 0.5, *include, "--output", tmp_path / "low")
     plain = "import sys, transformers as tf; tf.EncodecModel.from_pretrained(sys.argv[1])"
     command = [sys.executable, "-c", plain, str(tmp_path / "low")]
-    found = subprocess.run(command, check=False, capture_output=True, text=True)
+    off = {**os.environ, "LRSURGERY_AUTOLOAD": "0"}
+    found = subprocess.run(command, env=off, check=False, capture_output=True, text=True)
     assert found.returncode != 0
     assert "ignore_mismatched_sizes" in found.stderr
 

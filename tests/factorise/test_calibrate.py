@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import lrsurgery
 from lrsurgery.calibration import collect as calibration
-from lrsurgery.calibration.collect import MemoryStore, collect_sequentially
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.factorise import calibrate
@@ -361,38 +360,14 @@ def test_a_checkpoint_without_its_head_calibrates_under_one(place: Path, tmp_pat
         torch.testing.assert_close(tensor, wanted[key])
 
 
-def test_sequential_sees_blocks_after_those_before_are_replaced(place: Path) -> None:
-    model: Any = lrsurgery.load_model(place / "llama")
-    batches = [{"input_ids": torch.randint(0, tiny.VOCABULARY, (2, 20))} for _ in range(3)]
-    plan = make_plan(model, SurgeryOptions(target=parse_rank(0.4), exclude=["lm_head"]))
-    by_hand: dict[str, torch.Tensor] = {}
-    step = copy.deepcopy(model)
-    for i in range(3):
-        block = [f"model.layers.{i}.*"]
-        known = lrsurgery.collect_statistics(step, batches, importance="activations", include=block)
-        by_hand |= {name: known.moments(name).inputs for name in known.uses}
-        lrsurgery.factorise_(step, rank=0.4, include=block, statistics=known)
-    done = copy.deepcopy(model)
-    found = collect_sequentially(done, batches, plan, lambda name: None, init="spectral", seed=0, store=MemoryStore())
-    assert set(found.uses) == set(by_hand)
-    for name, wanted in by_hand.items():
-        torch.testing.assert_close(found.moments(name).inputs, wanted, rtol=1e-4, atol=1e-5)
-    for name, layer in factorised_layers(step).items():
-        torch.testing.assert_close(factorised_layers(done)[name].weight + 0, layer.weight + 0, rtol=1e-3, atol=1e-5)
-
-
-@pytest.mark.process
-def test_sequential_from_the_command_line_differs_and_loads(place: Path, tmp_path: Path) -> None:
+def test_sequential_is_the_old_name_of_refinement_in_closed_form(place: Path, tmp_path: Path) -> None:
     options = "--budget 0.6 --samples 4 --block-size 24 --quiet"
-    for name, more in {"plain": "", "sequential": "--sequential"}.items():
+    for name, more in {"old": "--sequential", "new": "--refine --refine-steps 0"}.items():
         where = {"calibration": place / "train.txt", "output": tmp_path / name}
         assert factorise(place / "llama", f"{options} {more}", **where) == 0
-    plain, sequential = report_of(tmp_path / "plain"), report_of(tmp_path / "sequential")
-    assert [row["rank"] for row in plain["layers"]] == [row["rank"] for row in sequential["layers"]]
-    first, last = ([r["relative_error"] for r in report["layers"] if r["rank"]] for report in (plain, sequential))
-    assert first[0] == pytest.approx(last[0], rel=1e-4)  # nothing is before the first block
-    assert first[-1] != pytest.approx(last[-1], rel=1e-4)
-    lrsurgery.load_model(tmp_path / "sequential")
+    old, new = tensors_of(tmp_path / "old"), tensors_of(tmp_path / "new")
+    assert all(torch.equal(tensor, new[key]) for key, tensor in old.items())
+    assert report_of(tmp_path / "old")["refinement"] == report_of(tmp_path / "new")["refinement"] is not None
 
 
 @pytest.mark.parametrize("layers", [0, 2], ids=["before any layer", "after two"])

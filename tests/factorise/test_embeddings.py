@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import lrsurgery
 from lrsurgery.checkpoints.load import open_factorised
 from lrsurgery.checkpoints.source import resolve
-from lrsurgery.factorise.export import export_dense
-from lrsurgery.factorise.forms import export_form
+from lrsurgery.export.forms import export_form
+from lrsurgery.export.targets import export_dense
 from lrsurgery.report.schema import Report
 
 READ = """

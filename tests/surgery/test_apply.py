@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, pipeline
 
 import lrsurgery
-import lrsurgery.checkpoints.quantizer
+import lrsurgery.checkpoints.quantizer.method
 from lrsurgery.checkpoints.upstream.forms import FORMAT_VERSION
 from lrsurgery.errors import PlanError, WeightError
 from lrsurgery.surgery.apply import factorised_layers, swap_

@@ -45,6 +45,8 @@ def allocate(layers: Sequence[Layer], budget: float) -> dict[str, int | None]:
         ("time:0.7", Budget("time", 0.7)),
         ("bytes:500MB", Budget("bytes", 500e6, "model")),
         ("bytes:1.5GB", Budget("bytes", 1.5e9, "model")),
+        ("bytes:500MB:int8", Budget("bytes", 500e6, "model", stored="int8")),
+        ("bytes:500MB:nf4", Budget("bytes", 500e6, "model", stored="nf4")),
         ("bytes:300kb", Budget("bytes", 300e3, "model")),
         ("bytes:2.01 GB", Budget("bytes", 2_010_000_000, "model")),
         ("bytes:2MiB", Budget("bytes", 2 * 2**20, "model")),
@@ -64,6 +66,7 @@ def test_text_is_read_and_given_back(text: str, budget: Budget) -> None:
         ("0.5", "model", "0.5 of the model"),
         ("flops:0.5", "model", "flops:0.5 of the model"),
         ("bytes:1500MB", "model", "bytes:1.5GB"),
+        ("bytes:1500MB:int8", "model", "bytes:1.5GB:int8"),
         ("bytes:500MB", "layers", "bytes:500MB"),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 from support import tiny, warm
@@ -257,3 +258,27 @@ def test_two_processes_decay_once(tmp_path: Path) -> None:
     script.write_text(SHARDED)
     done = warm.program(*tiny.TORCHRUN, script)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_optimizer_that_accelerate_wrapped() -> None:
+    """The step is that of the bare optimizer with the decay, and once detached that of one without."""
+    after = []
+    for wrapped in (False, True):
+        model, layer, x = build("linear")
+        optimizer: Any = torch.optim.SGD(model.parameters(), RATE)
+        stepped = optimizer
+        if wrapped:
+            stepped = accelerate.Accelerator(cpu=True).prepare(optimizer)
+            assert type(stepped) is not type(optimizer)
+        decay = lrsurgery.FrobeniusDecay(model, STRENGTH).attach(stepped)
+        model(x).square().sum().mul(1e-3).backward()
+        moved = penalty_gradients(layer)[0]
+        before = layer.u.weight - RATE * layer.u.weight.grad
+        stepped.step()
+        assert close(layer.u.weight, before - RATE * moved)
+        after.append(layer.u.weight.clone())
+        decay.detach()
+        stepped.zero_grad()
+        stepped.step()
+        assert torch.equal(layer.u.weight, after[-1])
+    assert torch.equal(*after)

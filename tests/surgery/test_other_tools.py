@@ -99,6 +99,53 @@ def test_traced(name: str) -> None:
     same(torch.jit.trace(layer, (x,))(x[:3]), dense(x[:3]))  # type: ignore[no-untyped-call]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("name", LAYERS)
+def test_scripted(name: str) -> None:
+    layer, dense, x = build(name)
+    scripted = torch.jit.script(layer)  # type: ignore[no-untyped-call]
+    same(scripted(x), dense(x))
+    same(gradients(scripted, x)[0], gradients(dense, x)[0])
+    if x.ndim == 4:
+        same(scripted(x.to(memory_format=torch.channels_last)), dense(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("form", ["balanced", "pivoted"])
+def test_a_scripted_table(form: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(30, 12))
+    lrsurgery.factorise_(model, rank=5, embeddings=True, form=form)
+    dense = copy.deepcopy(model)
+    lrsurgery.densify_(dense)
+    tokens = torch.arange(30)
+    torch.testing.assert_close(torch.jit.script(model)(tokens), dense(tokens))  # type: ignore[no-untyped-call]
+
+
+CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "half": nn.Module.half,
+    "bfloat16": nn.Module.bfloat16,
+    "float": nn.Module.float,
+    "to(dtype)": lambda module: module.to(torch.float32),
+    "type(dtype)": lambda module: module.type(torch.float32),
+}
+
+
+@pytest.mark.parametrize("how", CASTS)
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "balanced"])
+def test_casts_leave_the_order_alone(name: str, how: str) -> None:
+    layer, dense, x = build(name)
+    assert layer.order is not None
+    before = layer.order.clone()
+    CASTS[how](layer)
+    assert layer.order.dtype == torch.int32
+    assert torch.equal(layer.order, before)
+    dtype = layer.u.weight.dtype
+    assert dtype != torch.float64
+    tolerance = 16 * torch.finfo(dtype).eps
+    torch.testing.assert_close(layer(x.to(dtype)).double(), dense(x), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_function_transforms(name: str) -> None:
     """vmap, and gradients of each example."""

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lrsurgery.checkpoints.load import load_source, load_timm
+from lrsurgery.checkpoints.load import load_source
+from lrsurgery.checkpoints.loading.modules import load_timm
 from lrsurgery.checkpoints.source import Source, resolve
 from lrsurgery.checkpoints.upstream.samples import outputs_of, sample_inputs
 from lrsurgery.errors import SurgeryError

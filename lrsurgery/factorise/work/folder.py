@@ -24,7 +24,8 @@ WORK = "work"  # what a work folder's mark says
 POINTS = "points.json"  # what a search for a target has measured
 PUBLISHED = "published"  # fingerprint of the whole output
 SPEEDS = "speed.json"  # times of layers, for a budget of time
-FOLDERS = ("statistics", "sequential")
+REFINED = "refined"  # the folder of blocks that refinement has finished
+FOLDERS = ("statistics", REFINED, "activations")
 # what a job writes beside PUBLISHED; the last says what the others are
 ENTRIES = ("to_do.json", "ranks.json", SPEEDS, POINTS, "failed", *FOLDERS, "*.safetensors", "*.half", "job.json")
 
@@ -136,6 +137,8 @@ class WorkFolder:
         parts = ["the statistics"] if (self.path / "statistics" / STATISTICS).exists() else []
         parts += ["the measured points"] if (self.path / POINTS).exists() else []
         parts += [f"{self.count()} of {layers} layers"] if self.count() else []
+        refined = sum(1 for _ in (self.path / REFINED).glob("*.safetensors"))
+        parts += [f"{refined} refined blocks"] if refined else []
         return " and ".join(parts)
 
     def remove(self) -> None:

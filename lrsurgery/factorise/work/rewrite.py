@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.calibration.statistics import Statistics
-from lrsurgery.checkpoints.load import check_folder
+from lrsurgery.checkpoints.loading.check import check_folder
 from lrsurgery.checkpoints.mapping import Checkpoint, Entry, Names, choose_names, layer_of
 from lrsurgery.checkpoints.output import OutputOptions, ShardWriter, in_write_order
 from lrsurgery.checkpoints.source import SourceOptions
@@ -92,7 +92,8 @@ class Rewriter:
             ]
         )
         self._job_of = {job.row.name: job for job in self.jobs}
-        self._tripwire, self._all_folded = False, all(job.entry.parts for job in self.jobs)
+        # a folder with the code of its layers has none, as nothing else loads it
+        self._tripwire, self._all_folded = output.remote_code, all(job.entry.parts for job in self.jobs)
 
     def _planned_row(self, layer: str) -> Replacement:
         row = self.decided[layer]

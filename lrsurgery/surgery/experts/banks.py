@@ -81,7 +81,7 @@ class FactorisedBank(FactorisedLayer):
     @property
     def operand(self) -> Operand:
         """What stands for the dense parameter, in its orientation."""
-        return Operand(self.u.weight, self.v.weight, turned=self.transposed)
+        return Operand(local(self.u.weight), local(self.v.weight), turned=self.transposed)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -156,6 +156,17 @@ class FactorisedBank(FactorisedLayer):
             return args[0] if args else (kwargs or {})["tensor"]
         args, kwargs = tree_map_only(FactorisedBank, lambda bank: bank.operand, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def local(weight: Any) -> Tensor:
+    """This process's part of a weight that is sharded over several; of a copy, gradients are summed over them."""
+    if not hasattr(weight, "to_local"):
+        return weight  # type: ignore[no-any-return]
+    from torch.distributed.tensor import Partial
+
+    copied = all(placement.is_replicate() for placement in weight.placements)
+    options = {"grad_placements": [Partial()] * len(weight.placements)} if copied else {}
+    return weight.to_local(**options)  # type: ignore[no-any-return]
 
 
 def banks_in(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lrsurgery.surgery.layers import (
     FactorisedLayer,
     Stored,
+    plain,
     split_bias,
 )
 
@@ -33,7 +34,7 @@ def dense_bias(layer: FactorisedLayer) -> Tensor | None:
         return layer.bias
     assert layer.v.bias is not None
     assert layer.order is not None
-    mixing = layer.layout.to_matrices(layer.u.weight, layer.v.weight).u
+    mixing = layer.layout.to_matrices(plain(layer.u.weight), plain(layer.v.weight)).u
     first, rest = layer.v.bias.double(), layer.u.bias.double()
     bias = torch.empty(len(layer.order), dtype=layer.u.bias.dtype, device=rest.device)
     own = first[layer.start : layer.start + layer.own]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.linalg.factors import Factors
-from lrsurgery.surgery.layers import Dense, FactorisedLayer
+from lrsurgery.surgery.layers import Dense, FactorisedLayer, outline
 
 CONV_SCHEMES = ("auto", "channel", "spatial")
 AUTO, CHANNEL, SPATIAL = CONV_SCHEMES
@@ -18,7 +18,7 @@ OWN = frozenset(vars(nn.Module()))  # attributes of every module
 
 def on_meta(layer: Dense) -> dict[str, Any]:
     """Arguments that build a module on the meta device in the dtype of a layer."""
-    return {"device": "meta", "dtype": layer.weight.dtype}
+    return {"device": "meta", "dtype": outline(layer.weight).dtype}
 
 
 def is_one_of(module: nn.Module, classes: set[tuple[str, str]]) -> bool:

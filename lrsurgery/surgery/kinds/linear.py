@@ -21,7 +21,7 @@ from lrsurgery.surgery.kinds.common import (
     token_outputs,
 )
 from lrsurgery.surgery.kinds.subclasses import behaves_as
-from lrsurgery.surgery.layers import Dense, FactorisedLayer, FactorisedLinear, Kind
+from lrsurgery.surgery.layers import Dense, FactorisedLayer, FactorisedLinear, Kind, outline
 
 CONV1D_CLASSES = {("transformers.pytorch_utils", "Conv1D")}  # by name, so that the library is not imported
 
@@ -83,7 +83,7 @@ def _dense_conv1d(layer: FactorisedLayer) -> nn.Module:
 
     assert isinstance(layer, FactorisedLinear)
     with torch.device("meta"):
-        return Conv1D(layer.out_features, layer.in_features).to(layer.u.weight.dtype)  # type: ignore[no-any-return]
+        return Conv1D(layer.out_features, layer.in_features).to(outline(layer.u.weight).dtype)  # type: ignore[no-any-return]
 
 
 def _conv1d_fan_in(shape: torch.Size) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.surgery.kinds.common import OWN, copy_as
-from lrsurgery.surgery.layers import Dense
+from lrsurgery.surgery.layers import Dense, packing_of
 
 LARGEST = 1 << 26  # entries of a weight that is tried: 256 MB
 SIDE = 256  # rows and columns of the copy of a linear layer that has no settings of its own
@@ -28,6 +28,8 @@ def behaves_as(module: nn.Module, base: type[nn.Module]) -> bool:
     if type(module) is base:
         return True
     if not isinstance(module, base) or not _holds_the_same(module) or _is_too_large(module):
+        return False
+    if packing_of(module.weight) is not None:  # type: ignore[arg-type]
         return False
     key = _settings(module)
     if key is None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lrsurgery.errors import SurgeryError
 from lrsurgery.linalg.factors import Factors, working_dtype
 from lrsurgery.linalg.pivot import Pivoted, inverse_of, put
-from lrsurgery.surgery.layers import Dense, FactorisedLayer, FactorisedLinear, Kind, Spec
+from lrsurgery.surgery.layers import Dense, FactorisedLayer, FactorisedLinear, Kind, Spec, outline, plain
 
 
 class SharedLinear(FactorisedLinear):
@@ -85,7 +85,7 @@ class SharedLinear(FactorisedLinear):
 
     @property
     def factors(self) -> Factors:
-        u, v = self.layout.to_matrices(self.u.weight, self.v.weight)
+        u, v = self.layout.to_matrices(plain(self.u.weight), plain(self.v.weight))
         if self.order is None:
             return Factors(u, v)
         one = torch.eye(self.rank, dtype=u.dtype, device=u.device)[self.start : self.start + self.own]
@@ -101,7 +101,7 @@ class SharedLinear(FactorisedLinear):
         return u @ v
 
     def wide_matrix(self) -> Tensor:
-        wide = working_dtype(self.u.weight.dtype)
+        wide = working_dtype(outline(self.u.weight).dtype)
         u, v = (factor.detach().to(wide) for factor in self.factors)
         return u @ v
 

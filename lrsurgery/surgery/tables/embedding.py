@@ -7,7 +7,7 @@ the vocabulary. Pivots are columns: r of the d columns are looked up in u as the
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,9 @@ class FactorisedEmbedding(FactorisedLayer):
     `u` is of the class of the dense layer and does what that does beside the lookup, such as scaling.
     """
 
-    u: nn.Embedding  # type: ignore[assignment]
-    v: Projection  # type: ignore[assignment]
+    if TYPE_CHECKING:
+        u: nn.Embedding  # type: ignore[assignment]
+        v: Projection  # type: ignore[assignment]
     axis = -1
 
     def forward(self, x: Tensor) -> Tensor:

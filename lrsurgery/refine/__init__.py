@@ -1,0 +1,1 @@
+"""Fitting of a factorised model to its dense model, block by block and without labels."""

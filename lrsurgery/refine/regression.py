@@ -1,0 +1,176 @@
+"""Anchored regression: the factors of a layer in closed form, by the dense layer's outputs and the compressed inputs.
+
+With x the inputs of the dense layer, x' those that the layer gets behind compressed ones, W the dense weight and M the
+cut one, the B of least E ||W x - B x'||^2 + rho ||B - M||_F^2 is (W E[x x'^T] + rho M) (E[x' x'^T] + rho I)^-1, and its
+best approximation of a rank in the metric E[x' x'^T] + rho I is what the layer becomes (reduced-rank regression;
+AdaSVD, arXiv 2502.01403, alternates towards the same optimum). Where a layer has a bias, moments are centred, and the
+bias takes the means.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lrsurgery.calibration.statistics import damping_share
+from lrsurgery.linalg.weighted import Metric, damp, weighted_factors
+from lrsurgery.modules import Unfilled
+from lrsurgery.refine.activations import Cache, Masks, fitting, run
+from lrsurgery.runtime import Processes
+from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.forms.fill import dense_bias, fill_
+from lrsurgery.surgery.layers import FactorisedLayer, build_dense, factor_weights
+from lrsurgery.surgery.shared.modules import SharedLinear
+
+
+@dataclass
+class _Sums:
+    """Sums over positions, in fp64."""
+
+    gram: Tensor  # of x' x'^T, (columns, columns)
+    cross: Tensor  # of x x'^T, (columns, columns)
+    first: Tensor  # of x, (columns,)
+    second: Tensor  # of x', (columns,)
+    count: int = 0
+
+
+@dataclass
+class _Group:
+    """Layers that are given the same tensor."""
+
+    names: list[str] = field(default_factory=list)
+
+
+def regress_(
+    dense: nn.Module,
+    block: nn.Module,
+    given: tuple[Cache, Cache],
+    numbers: Sequence[int],
+    masks: Sequence[Masks],
+    processes: Processes,
+) -> list[str]:
+    """Fit the layers of a block in the order in which they run, and return their names.
+
+    `given` are the arguments of the dense and of the compressed block in each call, `numbers` the calls to go by. Fits
+    layers of one matrix that run once, and leaves out those that share a v, are tied, or see other positions than the
+    dense layer.
+    """
+    layers = {name: layer for name, layer in factorised_layers(block).items() if _is_plain(layer)}
+    fitted: list[str] = []
+    for group in _groups(block, layers, given[1][0]):
+        sums = _collect(dense, block, {name: layers[name] for name in group.names}, given, numbers, masks)
+        if processes.any(sums is None):
+            continue
+        if sums is not None:
+            sums.count = int(processes.sum_(torch.tensor(sums.count)))
+            for each in (sums.gram, sums.cross, sums.first, sums.second):
+                processes.sum_(each)
+        for name in group.names:
+            if sums is not None and sums.count:
+                original = dense.get_submodule(name) if name else dense
+                _fit_(layers[name], original, sums)
+                fitted.append(name)
+    return fitted
+
+
+def _is_plain(layer: FactorisedLayer) -> bool:
+    layout = layer.layout
+    odd = layout.lookup or layout.stacked or layout.parameter or layer.groups > 1
+    return not (odd or layer.tied or layer.folded or isinstance(layer, SharedLinear))
+
+
+def _groups(block: nn.Module, layers: dict[str, FactorisedLayer], call: Any) -> Iterator[_Group]:
+    """The layers that run once, in order, together where they are given the same tensor."""
+    seen: list[tuple[str, Tensor]] = []  # holds the tensors, so that no other takes their place
+    handles = [
+        layer.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))  # type: ignore[misc]
+        for name, layer in layers.items()
+    ]
+    try:
+        with torch.no_grad():
+            run(block, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    names = [name for name, _ in seen]
+    groups: dict[tuple[int, str], _Group] = {}
+    for name, x in seen:
+        if names.count(name) == 1:
+            groups.setdefault((id(x), layers[name].kind), _Group()).names.append(name)
+    yield from groups.values()
+
+
+def _collect(
+    dense: nn.Module,
+    block: nn.Module,
+    layers: dict[str, FactorisedLayer],
+    given: tuple[Cache, Cache],
+    numbers: Sequence[int],
+    masks: Sequence[Masks],
+) -> _Sums | None:
+    """The sums over these calls of layers with the same inputs; None where both blocks see other positions."""
+    name, layer = next(iter(layers.items()))
+    original: Any = dense.get_submodule(name) if name else dense
+    layout = layer.layout
+    sums: _Sums | None = None
+    for number in numbers:
+        pair = [_input_of(each, name, cache[number]) for each, cache in zip((dense, block), given, strict=True)]
+        x, moved = pair
+        if x is None or moved is None or x.shape != moved.shape:
+            return None
+        mask = fitting(masks[number], x.shape[:-1]) if layout.takes_tokens else None
+        for one, other in zip(layout.inputs(original, x, mask), layout.inputs(original, moved, mask), strict=True):
+            if sums is None:
+                size = one.shape[1]
+                zeros = torch.zeros(size, size, dtype=torch.float64, device=one.device)
+                sums = _Sums(zeros, zeros.clone(), zeros[0].clone(), zeros[0].clone())
+            sums.gram += other.T @ other
+            sums.cross += one.T @ other
+            sums.first += one.sum(0)
+            sums.second += other.sum(0)
+            sums.count += len(one)
+    return sums
+
+
+def _input_of(block: nn.Module, name: str, call: Any) -> Tensor | None:
+    """The input of a layer in a call of its block."""
+    found: list[Tensor] = []
+    layer = block.get_submodule(name) if name else block
+    handle = layer.register_forward_pre_hook(lambda _, args: found.append(args[0].detach()))
+    try:
+        with torch.no_grad():
+            run(block, call)
+    finally:
+        handle.remove()
+    return found[0] if len(found) == 1 else None
+
+
+@torch.no_grad()
+def _fit_(layer: FactorisedLayer, original: Any, sums: _Sums) -> None:
+    layout = layer.layout
+    weight = layout.matrix_of(original.weight.detach()).double()
+    gram, cross = sums.gram / sums.count, sums.cross / sums.count
+    first, second = sums.first / sums.count, sums.second / sums.count
+    bias = dense_bias(layer)
+    centred = bias is not None and original.bias is not None and len(weight) == bias.numel()
+    if centred:
+        gram, cross = gram - second[:, None] * second, cross - first[:, None] * second
+    share = damping_share("inputs", len(gram), sums.count)
+    damped = damp(gram, share)
+    ridge = share * gram.diagonal().mean()
+    before = layer.wide_matrix().double()
+    target = torch.linalg.solve(damped, (weight @ cross + ridge * before).T).T
+    factors = weighted_factors(target, layer.rank, Metric(damped)).factors
+    new = bias
+    if centred:
+        means = weight @ first + original.bias.detach().double() - factors.u @ (factors.v @ second)
+        new = means.to(layer.u.weight.dtype)
+    with Unfilled():
+        empty = build_dense(layer)
+    dtype = layer.u.weight.dtype
+    stored = factor_weights(layout, empty.weight.to(dtype), factors, layer.side)  # type: ignore[operator, arg-type]
+    fill_(layer, stored, new, layer.u.weight.requires_grad)
