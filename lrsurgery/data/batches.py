@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
@@ -20,6 +20,8 @@ Example: TypeAlias = dict[str, Any]  # the same of one example, before collation
 Collator: TypeAlias = Callable[[Sequence[Example]], Batch]
 
 IGNORED = -100  # the label that no loss counts, as everywhere in transformers
+PLACES = "places"  # of a batch to measure: each example's place in its dataset, by which a judge finds its texts
+UNREAD = ("labels", PLACES)  # what a batch holds beside the inputs of a model
 
 
 class ExampleSet(Protocol):
@@ -27,6 +29,20 @@ class ExampleSet(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int, /) -> Example: ...
+
+
+class Judge(Protocol):
+    """Further figures of a task, from columns of its own, so that examples of any batches add up."""
+
+    columns: ClassVar[int]  # of each example
+
+    def measure(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+        """Judge the outputs for a batch: (batch, columns), in fp64."""
+        ...
+
+    def summarise(self, rows: torch.Tensor) -> dict[str, float]:
+        """Compute the figures of a whole set from the columns of its examples."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -50,9 +66,10 @@ class Examples:
 
     dataset: ExampleSet
     collate: Collator
-    unit: str  # what progress counts: "tokens", "images" or "sentences"
+    unit: str  # what progress counts: the unit of the task
     size: int  # units in one example
     notes: tuple[str, ...] = ()  # for the user: how the data is read
+    judge: Judge | None = None  # of examples to measure on
 
 
 def seed_of(*parts: int) -> int:

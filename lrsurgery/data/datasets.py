@@ -71,7 +71,7 @@ def open_data(
             if split == ALL:
                 found = datasets.concatenate_datasets(list(found.values()))
             else:
-                found = found[_choose(list(map(str, found)), split, prefer, reference)]
+                found = found[choose_split(list(map(str, found)), split, prefer, reference)]
     except DataError:
         raise
     except Exception as e:  # the readers of `datasets` raise anything; whatever it is, it is about this data
@@ -94,7 +94,7 @@ def _is_written(text: str) -> bool:
     return bool(text.strip())
 
 
-def _choose(names: Sequence[str], asked: str | None, prefer: Sequence[str], reference: str) -> str:
+def choose_split(names: Sequence[str], asked: str | None, prefer: Sequence[str], reference: str) -> str:
     """Choose a split: the one asked for, under any of its names, else the first preferred one or the only one."""
     if asked is not None:
         wanted, only = [asked, *next((known for known in SAME_SPLITS if asked in known), ())], None
@@ -174,7 +174,7 @@ def _files_of(folder: Path, split: str | None, prefer: Sequence[str], reference:
     named = [name for name in tops if _split_of(name) is not None]
     whole = split == ALL
     if named and not whole and (len(named) == len(tops) or _has(split, named)):
-        name = _choose(named, split, prefer, reference)
+        name = choose_split(named, split, prefer, reference)
         return name, folder / name, _data_files(folder / name)
     if not whole and split is None and len({_split_of(name) for name in named}) > 1:
         raise DataError(

@@ -8,13 +8,20 @@ from collections.abc import Sequence
 import torch
 
 from lrsurgery.checkpoints.source import Source
+from lrsurgery.data.answers.pairs import pairs_of
+from lrsurgery.data.answers.spans import windows_of_questions
+from lrsurgery.data.answers.tags import TAG_COLUMNS, tagged_words_of
 from lrsurgery.data.batches import Examples, Rows
 from lrsurgery.data.datasets import IMAGE_COLUMNS, LABEL_COLUMNS, TRAIN_SPLITS, open_data, pick_column
+from lrsurgery.data.embeddings.pairs import scored_pairs_of
 from lrsurgery.data.images import Images, Preprocessing, stack
-from lrsurgery.data.labels import read_column, read_label_map, rename
-from lrsurgery.data.options import TEXT, DataOptions
+from lrsurgery.data.interfaces.wrapped import SINGLE
+from lrsurgery.data.labels import read_column, read_label_map, read_tags, rename
+from lrsurgery.data.options import NO_TASK, TEXT, DataOptions
 from lrsurgery.data.scores import Targets, new_head_for, placeholder, problem_of, targets_of
-from lrsurgery.data.tasks import SINGLE, TASKS, Subject, class_names, head_size, load_subject, task_of, with_problem
+from lrsurgery.data.segmentation.folders import paired_folder
+from lrsurgery.data.segmentation.pictures import classes_of, pictures_of
+from lrsurgery.data.tasks import TASKS, Subject, class_names, head_size, load_subject, task_of, with_problem
 from lrsurgery.data.text.examples import sentences_of, sequence_size, sequences_of, windows_of
 from lrsurgery.errors import DataError, RecipeError
 
@@ -31,15 +38,27 @@ def open_rows(
     streaming: bool = False,
     prefer: Sequence[str] = TRAIN_SPLITS,
 ) -> Rows:
-    """Open a dataset and, where the task has labels and `labels` asks for them, read them. Raises DataError."""
-    lines = not TASKS[task].is_language  # a file of text is sentences then, and not a document
+    """Open a dataset and, where the task has labels and `labels` asks for them, read them.
+
+    Raises DataError; RecipeError for no task, which `data.unlabelled` is for.
+    """
+    if task == NO_TASK:
+        raise RecipeError(f"task {NO_TASK}: is for finetune with --teacher and for evaluate with --against")
+    about = TASKS[task]
+    if about.takes_masks:
+        paired = paired_folder(reference, split, prefer)
+        if paired is not None:
+            return Rows(paired, reference)
+    labels = labels and (about.classifies or about.tags)
+    lines = not about.is_language  # a file of text is sentences then, and not a document
     rows = open_data(reference, subset=options.subset, split=split, streaming=streaming, prefer=prefer, lines=lines)
-    if TASKS[task].is_language or not labels:
-        return Rows(rows, reference)
-    if streaming:
+    if streaming and not about.is_language:
         raise DataError(f"{reference}: streaming is for text; labels have to be known beforehand")
-    column = pick_column(rows, options.label_column, LABEL_COLUMNS, "label", reference)
-    found = read_column(rows, column, reference)
+    if not labels:
+        return Rows(rows, reference)
+    usual = TAG_COLUMNS if about.tags else LABEL_COLUMNS
+    column = pick_column(rows, options.label_column, usual, "label", reference)
+    found = (read_tags if about.tags else read_column)(rows, column, reference)
     if options.label_map is not None:
         found = rename(found, read_label_map(options.label_map), options.label_map)
     return Rows(rows, reference, found)
@@ -68,6 +87,8 @@ def prepare_subject(
         problem, classes = new_head_for(labels) if fresh else (None, None)
         if problem == SINGLE and classes is not None and len(classes) < 2:
             raise DataError(f"{rows.reference}: has one class, {classes}; a head for classes needs two at least")
+    if task.takes_masks and new_head and rows is not None:
+        classes = classes_of(source, rows, options, trust_remote_code)
     subject = load_subject(
         source,
         name,
@@ -76,9 +97,11 @@ def prepare_subject(
         new_head=new_head,
         trust_remote_code=trust_remote_code,
     )
-    if not task.is_language:
+    if task.classifies:
         own = problem or (subject.config.problem_type if source.library == "transformers" else None)
         subject = with_problem(subject, problem_of(own, head_size(subject), labels))
+    if options.image_size is not None and task.takes_masks:
+        raise RecipeError(f"image_size {options.image_size}: is not for {name}; change preprocessor_config.json")
     if options.image_size is not None and task.takes_images:
         subject = _with_image_size(subject, options.image_size, trust_remote_code)
     return subject
@@ -114,6 +137,13 @@ def training_examples(
     """Make examples to train on: sequences of tokens, sentences, or images (augmented by `seed`). Raises DataError."""
     task = TASKS[subject.task]
     options.check_for(task.reads)
+    if task.data:
+        return _answered(subject, rows, options, trust_remote_code)
+    if task.embeds:
+        return scored_pairs_of(subject, rows, options, measured=False, trust_remote_code=trust_remote_code)
+    if task.takes_masks:
+        flips = seed if augment else None
+        return pictures_of(subject, rows, options, masks=True, flip_seed=flips, trust_remote_code=trust_remote_code)
     if not task.is_language:
         options = dataclasses.replace(options, test_size=False)  # that is for measuring
         targets = _targets(subject, rows)
@@ -138,6 +168,12 @@ def evaluation_examples(
     if not task.is_language:
         if stride is not None:
             raise RecipeError(f"stride {stride}: is for {TEXT}, and this model reads {task.reads}; leave it out")
+        if task.data:
+            return _answered(subject, rows, options, trust_remote_code, measured=True)
+        if task.embeds:
+            return scored_pairs_of(subject, rows, options, measured=True, trust_remote_code=trust_remote_code)
+        if task.takes_masks:
+            return pictures_of(subject, rows, options, masks=True, trust_remote_code=trust_remote_code)
         return _labelled(subject, rows, options, _targets(subject, rows), trust_remote_code, padded=False)
     return windows_of(subject, rows, options, stride=stride, trust_remote_code=trust_remote_code)
 
@@ -155,11 +191,34 @@ def calibration_examples(
         options = dataclasses.replace(options, block_size=min(CALIBRATION_SIZE, sequence_size(subject, None)))
     if is_language:
         examples = training_examples(subject, rows, options, seed=seed, trust_remote_code=trust_remote_code)
+    elif TASKS[subject.task].data:
+        examples = _answered(subject, rows, options, trust_remote_code, labels=False)
+    elif TASKS[subject.task].embeds:
+        examples = scored_pairs_of(subject, rows, options, measured=False, trust_remote_code=trust_remote_code)
+    elif TASKS[subject.task].takes_masks:
+        examples = pictures_of(subject, rows, options, masks=False, trust_remote_code=trust_remote_code)
     else:
         unread = Targets(None, [placeholder(subject)] * len(rows.rows))
         examples = _labelled(subject, rows, options, unread, trust_remote_code)
     order = torch.randperm(len(examples.dataset), generator=torch.Generator().manual_seed(seed))
     return examples, sorted(order[:samples].tolist())
+
+
+def _answered(
+    subject: Subject,
+    rows: Rows,
+    options: DataOptions,
+    trust_remote_code: bool,
+    *,
+    measured: bool = False,
+    labels: bool = True,
+) -> Examples:
+    """Make examples of a task with data of its own, to train on or to be `measured`; without `labels` to calibrate."""
+    if TASKS[subject.task].points:
+        return windows_of_questions(subject, rows, options, trust_remote_code, measured=measured, labels=labels)
+    if TASKS[subject.task].decodes:
+        return pairs_of(subject, rows, options, trust_remote_code, measured=measured)
+    return tagged_words_of(subject, rows, options, trust_remote_code, measured=measured)
 
 
 def _targets(subject: Subject, rows: Rows) -> Targets:

@@ -23,8 +23,9 @@ from lrsurgery.text import expanded
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# "class": one class of a row; "classes": any number of them; "value": a number, or a list of numbers, to predict
-Kind: TypeAlias = Literal["class", "classes", "value"]
+# "class": one class of a row; "classes": any number of them; "value": a number, or a list of numbers, to predict;
+# "tags": a class of each of its words
+Kind: TypeAlias = Literal["class", "classes", "value", "tags"]
 HIDDEN = (-1, -100)  # numbers that stand for "no label", as in test sets of GLUE
 NUMBER = re.compile(r"(?:LABEL_)?(\d+)")  # transformers names nameless classes LABEL_0, LABEL_1, ...
 SYNSET = re.compile(r"n\d{8}")
@@ -38,7 +39,8 @@ class Labels:
     """The labels of a dataset's rows, before they are matched with a head."""
 
     kind: Kind
-    # one of each row: a class (place in `names`), a tuple of classes, a number or a tuple of numbers; None: no label
+    # one of each row: a class (place in `names`), a tuple of classes, a number or a tuple of numbers; None: no label.
+    # A word without a tag has one of `HIDDEN`
     of_rows: tuple[Any, ...]
     names: tuple[str, ...] = ()  # of classes
     numbered: bool = False  # the classes' numbers are the dataset's own, and not an order that was made up here
@@ -139,6 +141,33 @@ def _lists(values: Sequence[Any], column: str, reference: str) -> Labels:
         names_of = _numbered(max(items, default=-1), column, reference)
         return Labels(kind="classes", of_rows=tuple(rows), names=names_of, numbered=True)
     return Labels(kind="value", of_rows=tuple(None if r is None else tuple(map(float, r)) for r in rows))
+
+
+def read_tags(rows: Dataset, column: str, reference: str) -> Labels:
+    """Read a column with a list of tags in each row: ClassLabel, numbers or names. Raises DataError."""
+    import datasets
+
+    inner = getattr(rows.features[column], "feature", None)
+    values = rows[column][:]
+    for row, tags in enumerate(values):
+        whole = isinstance(tags, list) and (all(type(t) is int for t in tags) or all(isinstance(t, str) for t in tags))
+        if not whole:
+            raise DataError(
+                f"{reference}: row {row} of column '{column}' holds {str(tags)[:40]}; a row is a list of tags, one for"
+                " each word"
+            )
+    if isinstance(inner, datasets.ClassLabel):
+        return _class_labels("tags", inner.names, [tuple(tags) for tags in values])
+    items = {tag for tags in values for tag in tags}
+    if all(isinstance(tag, int) for tag in items):
+        least = min(items - set(HIDDEN), default=0)
+        if least < 0:
+            raise DataError(f"{reference}: column '{column}' has tag {least}; numbers of tags begin at 0")
+        names = _numbered(max(items, default=-1), column, reference)
+        return Labels(kind="tags", of_rows=tuple(map(tuple, values)), names=names, numbered=True)
+    names = tuple(sorted(items))
+    place = {name: i for i, name in enumerate(names)}
+    return Labels(kind="tags", of_rows=tuple(tuple(place[tag] for tag in tags) for tags in values), names=names)
 
 
 def read_labels(rows: Dataset, column: str, reference: str) -> tuple[list[str], list[int | None]]:
@@ -363,6 +392,9 @@ def rename(labels: Labels, renamed: Mapping[str, str | None], file: str) -> Labe
     to = [None if kept[old] is None else place[str(kept[old])] for old in labels.names]
 
     def renumbered(value: Any) -> Any:
+        if labels.kind == "tags" and isinstance(value, tuple):
+            tags = [item if item in HIDDEN else to[item] for item in value]
+            return tuple(HIDDEN[0] if tag is None else tag for tag in tags)
         if isinstance(value, tuple):
             new = tuple(to[item] for item in value)
             return tuple(dict.fromkeys(item for item in new if item is not None))

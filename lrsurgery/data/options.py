@@ -9,9 +9,21 @@ from typing import TypeVar
 from lrsurgery.errors import RecipeError
 
 # names of `data.tasks.TASKS`, for a command line that does not import torch
-TASKS = ("causal-lm", "masked-lm", "sequence-classification", "image-classification")
+TASKS = (
+    "causal-lm",
+    "masked-lm",
+    "sequence-classification",
+    "image-classification",
+    "token-classification",
+    "seq2seq",
+    "question-answering",
+    "semantic-segmentation",
+    "sentence-embeddings",
+)
+NO_TASK = "none"  # whatever the model returns, compared with what a teacher returns
 DATA = "Data"  # panel of help
 TEXT, SENTENCES, IMAGES = "running text", "sentences", "images"  # what a model reads
+WORDS, PAIRS, QUESTIONS = "tagged words", "pairs of texts", "questions"
 BOS = ("auto", "always", "never")
 LARGEST = 2**31 - 1  # of whole numbers
 Value = TypeVar("Value")
@@ -75,24 +87,31 @@ class DataOptions:
     """How text or images become examples."""
 
     task: str | None = setting(
-        None, "Purpose of the model; from its architecture by default.", panel=DATA, choices=TASKS
+        None,
+        "Purpose of the model; from its architecture by default; none: whatever it returns, as a teacher returns it.",
+        panel=DATA,
+        choices=(*TASKS, NO_TASK),
     )
     subset: str | None = setting(None, "Configuration of a hub dataset that has several.", panel=DATA)
     text_column: str | None = setting(
         None,
-        "Column of the text; for sentence pairs two, with a comma between.",
+        "Column of the text or the words; for sentence pairs, or question and context, two with a comma between.",
         panel=DATA,
-        of=(TEXT, SENTENCES),
+        of=(TEXT, SENTENCES, WORDS, PAIRS, QUESTIONS),
     )
+    target_column: str | None = setting(None, "Column of the text to write, for seq2seq.", panel=DATA, of=(PAIRS,))
     label_column: str | None = setting(
-        None, "Column of the class, the classes or the number.", panel=DATA, of=(SENTENCES, IMAGES)
+        None,
+        "Column of the class, the classes, the number, the tags, the answers or the mask.",
+        panel=DATA,
+        of=(SENTENCES, IMAGES, WORDS, QUESTIONS),
     )
     label_map: str | None = setting(
         None,
         "JSON or CSV file: class of the data, class of the model.",
         panel=DATA,
         metavar="FILE",
-        of=(SENTENCES, IMAGES),
+        of=(SENTENCES, IMAGES, WORDS),
     )
     image_column: str | None = setting(None, "Column of the image.", panel=DATA, of=(IMAGES,))
     block_size: int | None = setting(
@@ -100,7 +119,7 @@ class DataOptions:
         "Tokens of a sequence; the model's maximum by default, 2,048 at most.",
         panel=DATA,
         least=2,
-        of=(TEXT, SENTENCES),
+        of=(TEXT, SENTENCES, WORDS, PAIRS, QUESTIONS),
     )
     bos: str = setting(
         "auto",
@@ -114,6 +133,14 @@ class DataOptions:
         "All rows of text as one document, each row on lines of its own, as WikiText's are meant.",
         panel=DATA,
         of=(TEXT,),
+    )
+    generate: int | None = setting(
+        None,
+        "Tokens to generate for each text at most, which is slow: ROUGE and the word error rate beside the loss.",
+        panel=DATA,
+        metavar="N",
+        least=1,
+        of=(PAIRS,),
     )
     image_size: int | None = setting(
         None, "Pixels of an image's side; the checkpoint's own size by default.", panel=DATA, least=1, of=(IMAGES,)
@@ -142,7 +169,7 @@ class DataOptions:
                     raise RecipeError(f"{name} {str(value)[:20]}: write at most {LARGEST:,}")
 
     def check_for(self, reads: str) -> None:
-        """Check that every setting is about what the model reads: TEXT, SENTENCES or IMAGES. Raises RecipeError."""
+        """Check that every setting is about what the model reads, such as TEXT or IMAGES. Raises RecipeError."""
         for name, about in settings_of(type(self)).items():
             value = getattr(self, name)
             # turning off what is not there is no mistake

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax, logsigmoid
 
-from lrsurgery.data.batches import IGNORED, Batch
+from lrsurgery.data.batches import IGNORED, UNREAD, Batch, Judge
+from lrsurgery.data.interfaces.wrapped import MULTI, REGRESSION, SINGLE
 from lrsurgery.data.labels import HIDDEN, NUMBER, Labels, as_classes, match_names, occurring
-from lrsurgery.data.tasks import MULTI, REGRESSION, SINGLE, TASKS, Subject, class_names, count_logits
+from lrsurgery.data.segmentation.figures import measure_masks, summarise_masks
+from lrsurgery.data.tasks import TASKS, Subject, class_names, count_logits
 from lrsurgery.data.text.padding import MOST_LOGITS, without_padding
 from lrsurgery.errors import DataError
 from lrsurgery.modules import for_model
@@ -147,6 +149,8 @@ def measure(task: str, logits: Tensor, labels: Tensor, problem: str = SINGLE) ->
     cross entropy, 1, true and false positives, false negatives, whether all classes are right. Numbers: the outputs
     and the labels themselves.
     """
+    if TASKS[task].takes_masks:
+        return measure_masks(task, logits, labels)
     if problem == REGRESSION:
         return torch.cat([part.double().reshape(len(logits), -1) for part in (logits, labels)], dim=-1)
     if problem == MULTI:
@@ -172,35 +176,51 @@ def _measure_tokens(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def measure_batch(
-    subject: Subject, model: Callable[..., Mapping[str, Tensor]], inputs: Batch, *, whole: bool = False
+    subject: Subject,
+    model: Callable[..., Mapping[str, Tensor]],
+    inputs: Batch,
+    *,
+    whole: bool = False,
+    judge: Judge | None = None,
 ) -> Tensor:
     """Run `model`, the subject's, on a batch and measure each example (batch, columns), free of padding.
 
-    With `whole`, in one piece, padding and all; otherwise in parts whose logits fit in memory.
+    With `whole`, in one piece, padding and all; otherwise in parts whose logits fit in memory. The columns of `judge`
+    stand behind those of `measure`.
     """
-    is_language = TASKS[subject.task].is_language
-    width = count_logits(subject) if is_language else 1
-    split = without_padding(inputs, subject.body, width, labels_of_tokens=is_language)
+    task = TASKS[subject.task]
+    width = count_logits(subject) if task.is_language or task.tags else 1
+    if task.decodes:  # logits of the target, by the tokens of the shortest source
+        width = count_logits(subject) * -(-inputs["labels"].shape[1] // int(inputs["attention_mask"].sum(-1).min()))
+    split = without_padding(inputs, subject.body, width, labels_of_tokens=task.is_language or task.tags)
     parts = [(torch.arange(len(inputs["labels"])), inputs)] if whole else split
     places, found = [], []
     for place, part in parts:
         taken = for_model(subject.body, part)
-        outputs = model(**{name: value for name, value in taken.items() if name != "labels"})
+        outputs = model(**{name: value for name, value in taken.items() if name not in UNREAD})
         places.append(place)
-        found.append(measure(subject.task, outputs["logits"], part["labels"], subject.problem))
+        columns = measure(subject.task, outputs["logits"], part["labels"], subject.problem)
+        own = [] if judge is None else [judge.measure(outputs, part).to(columns)]
+        found.append(torch.cat([columns, *own], dim=-1))
     return torch.cat(found)[torch.cat(places).argsort()]
 
 
-def summarise(task: str, rows: Tensor, problem: str = SINGLE) -> dict[str, float]:
-    """Compute the figures of a whole set from the rows (examples, columns) of `measure`.
+def summarise(task: str, rows: Tensor, problem: str = SINGLE, judge: Judge | None = None) -> dict[str, float]:
+    """Compute the figures of a whole set from the rows (examples, columns) of `measure`, and of `judge` behind them.
 
     A correlation is left out where the labels or the answers are all the same.
     """
     if not len(rows):
         return {}
+    if judge is not None:
+        found = summarise(task, rows[:, : -judge.columns], problem)
+        known = math.isfinite(found.get("loss", math.nan))
+        return {**found, **judge.summarise(rows[:, -judge.columns :])} if known else found
     if problem == REGRESSION:
         return _regression(*rows.double().chunk(2, dim=-1))
     sums = [float(value) for value in rows.double().sum(0)]
+    if TASKS[task].takes_masks:
+        return summarise_masks(sums)
     nll, count = sums[:2]
     if not count:
         return {}

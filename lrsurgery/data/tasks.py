@@ -1,6 +1,8 @@
 """Tasks: the head that each one needs, how it is scored, and models loaded for it, from transformers and timm alike.
 
 To add a task: a `Task` in `TASKS`, its name in `data/options.py`, and its examples in `data/examples.py`.
+
+The file is long because the table and the loading of models by it stand together.
 """
 
 from __future__ import annotations
@@ -12,20 +14,25 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.functional import interpolate
 
 from lrsurgery.checkpoints.build import build_model
-from lrsurgery.checkpoints.load import load_source, load_timm, load_with_head
+from lrsurgery.checkpoints.load import load_source, load_with_head
+from lrsurgery.checkpoints.loading.modules import load_timm
+from lrsurgery.checkpoints.quantised.dense import usual_dtype
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
-from lrsurgery.data.options import IMAGES, SENTENCES, TEXT
+from lrsurgery.data.batches import IGNORED
+from lrsurgery.data.embeddings.encoder import SentenceEncoder, pooling_of
+from lrsurgery.data.interfaces.wrapped import REGRESSION, SINGLE, ImageClassifier, SpanPointer, Wrapped
+from lrsurgery.data.options import IMAGES, PAIRS, QUESTIONS, SENTENCES, TEXT, WORDS
 from lrsurgery.errors import RecipeError, SourceError
+from lrsurgery.surgery.layers import plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-# problems that a head solves, by transformers' names: one class of several, any number of classes, numbers
-SINGLE, MULTI, REGRESSION = "single_label_classification", "multi_label_classification", "regression"
+BACKGROUND = 255  # the class of a mask that no loss counts, as transformers' configs have it
 
 
 class MissingHeadError(RecipeError):
@@ -44,6 +51,13 @@ def _one_class(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:, None], labels.view(-1, 1)
 
 
+def _pixels(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (batch, classes, h, w) at the size of the labels (batch, height, width), as transformers enlarges them."""
+    large = interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
+    answers = labels.flatten(1).long()
+    return large.flatten(2).transpose(1, 2), answers.masked_fill(answers == BACKGROUND, IGNORED)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Task:
     """What a model is for."""
@@ -55,18 +69,44 @@ class Task:
     figures: tuple[str, ...]  # of quality, in the order of reports
     # logits and labels -> logits (batch, positions, classes) and the labels (batch, positions) that they answer
     align: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-    is_language: bool = False  # predicts tokens of running text; the other tasks predict one class for each example
+    is_language: bool = False  # predicts tokens of running text
     generates: bool = False  # decodes token by token
     masks: bool = False  # hides the tokens that it predicts
     takes_images: bool = False
+    takes_masks: bool = False  # predicts a class for each pixel of an image; logits have the classes on axis 1
+    embeds: bool = False  # compares sentences, without a head
     needs_padding: bool = False  # the head may find the last token by the padding token in the config
+    scored: str = ""  # what one term of the loss is about, where that is not the unit
+    data: str = ""  # what settings of data call it, where that is neither running text, sentences nor images
 
     @property
     def reads(self) -> str:
-        """What settings of data go by: running text, sentences or images."""
+        """What settings of data go by: running text, sentences, images, or the task's own `data`."""
+        if self.data:
+            return self.data
         if self.is_language:
             return TEXT
         return IMAGES if self.takes_images else SENTENCES
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a head answers each example with one class, any number of classes, or numbers."""
+        return not (self.is_language or self.data or self.takes_masks or self.embeds)
+
+    @property
+    def tags(self) -> bool:
+        """Whether a head answers each word with one class."""
+        return self.data == WORDS
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a decoder writes a text for each example, one token of its target after the other."""
+        return self.data == PAIRS
+
+    @property
+    def points(self) -> bool:
+        """Whether a head answers with the first and the last token of a span."""
+        return self.data == QUESTIONS
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -112,8 +152,64 @@ IMAGE_CLASSIFICATION = Task(
     align=_one_class,
     takes_images=True,
 )
-# a checkpoint is for the first task whose mapping lists its model class
-TASKS = {task.name: task for task in (CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION)}
+TOKEN_CLASSIFICATION = Task(
+    name="token-classification",
+    auto_class="AutoModelForTokenClassification",
+    heads="TOKEN_CLASSIFICATION",
+    unit="sentences",
+    figures=("loss", "scored", "top1"),
+    align=_same_tokens,
+    scored="word",
+    data=WORDS,
+)
+SEQ2SEQ = Task(
+    name="seq2seq",
+    auto_class="AutoModelForSeq2SeqLM",
+    heads="SEQ_TO_SEQ_CAUSAL_LM",
+    unit="pairs",
+    figures=("loss", "scored", "perplexity", "top1"),
+    align=_same_tokens,
+    scored="token",
+    data=PAIRS,
+)
+QUESTION_ANSWERING = Task(
+    name="question-answering",
+    auto_class="AutoModelForQuestionAnswering",
+    heads="QUESTION_ANSWERING",
+    unit="windows",
+    figures=("loss", "scored", "top1"),
+    align=_same_tokens,
+    scored="position",
+    data=QUESTIONS,
+)
+SEMANTIC_SEGMENTATION = Task(
+    name="semantic-segmentation",
+    auto_class="AutoModelForSemanticSegmentation",
+    heads="SEMANTIC_SEGMENTATION",
+    unit="images",
+    figures=("loss", "scored", "pixel_accuracy", "mean_iou"),
+    align=_pixels,
+    scored="pixel",
+    takes_images=True,
+    takes_masks=True,
+)
+SENTENCE_EMBEDDINGS = Task(
+    name="sentence-embeddings",
+    auto_class="AutoModel",
+    heads="",  # only for those who ask for it
+    unit="sentences",
+    figures=("loss", "scored", "mse", "pearson", "spearman"),
+    align=_one_class,
+    embeds=True,
+)
+# a checkpoint is for the first task whose mapping lists its model class; for MASKED_LM after all others
+TASKS = {
+    task.name: task
+    for task in (
+        *(CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION),
+        *(TOKEN_CLASSIFICATION, SEQ2SEQ, QUESTION_ANSWERING, SEMANTIC_SEGMENTATION, SENTENCE_EMBEDDINGS),
+    )
+}
 TIMM = IMAGE_CLASSIFICATION  # the task of every timm model
 
 
@@ -124,8 +220,9 @@ def task_of(source: Source) -> str:
     from lrsurgery.checkpoints.upstream.transformers import head_classes
 
     name = source.architecture
-    for task in TASKS.values():
-        if name in head_classes(task.heads):
+    # of BART and its kin, which transformers lists as masked models, too
+    for task in sorted(TASKS.values(), key=lambda task: task is MASKED_LM):
+        if task.heads and name in head_classes(task.heads):
             return task.name
     raise RecipeError(
         f"{source.reference}: {name or 'a model without a head'} is for none of {', '.join(TASKS)};"
@@ -141,45 +238,13 @@ def is_for(source: Source, task: str) -> bool:
         return False
 
 
-class ImageClassifier(nn.Module):
-    """A timm model behind the interface that transformers' Trainer expects."""
-
-    main_input_name = "pixel_values"
-
-    def __init__(self, body: nn.Module) -> None:
-        super().__init__()
-        self.body = body
-        self.problem = SINGLE
-
-    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        logits = self.body(pixel_values)
-        if labels is None:
-            return {"logits": logits}
-        return {"loss": self._loss(logits.float(), labels), "logits": logits}
-
-    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.problem == REGRESSION:
-            return mse_loss(logits.reshape(-1), labels.float().reshape(-1))
-        if self.problem == MULTI:
-            return binary_cross_entropy_with_logits(logits, labels.float())
-        return cross_entropy(logits, labels)
-
-    def gradient_checkpointing_enable(self, **_: object) -> None:
-        if not hasattr(self.body, "set_grad_checkpointing"):
-            raise RecipeError(f"gradient_checkpointing: timm's {type(self.body).__name__} cannot do it")
-        self.body.set_grad_checkpointing(True)  # type: ignore[operator]
-
-    def activation_checkpointing_enable(self, **options: object) -> None:
-        self.gradient_checkpointing_enable(**options)
-
-
 @dataclass(frozen=True)
 class Subject:
     """A model, the checkpoint that it was loaded from, and its task."""
 
     source: Source
     task: str
-    model: nn.Module  # in fp32; a timm module is wrapped in ImageClassifier
+    model: nn.Module  # in fp32; behind an interface (`Wrapped`) where it is timm's, marks spans, embeds or has no task
     stored: torch.dtype  # of the checkpoint's weights
     notes: tuple[str, ...] = ()
     problem: str = SINGLE  # of a head for classification or regression
@@ -187,7 +252,7 @@ class Subject:
     @property
     def body(self) -> nn.Module:
         """The transformers or timm module itself."""
-        return self.model.body if isinstance(self.model, ImageClassifier) else self.model
+        return self.model.body if isinstance(self.model, Wrapped) else self.model
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -215,16 +280,21 @@ def load_subject(
     Raises SourceError, also for weights that are not finite; RecipeError for a task that the library has no head for,
     MissingHeadError for a checkpoint without one.
     """
-    _stored_dtype(source)  # reads the headers: a damaged file is named here, before any library's loader meets it
+    usual_dtype(source)  # reads the headers: a damaged file is named here, before any library's loader meets it
     subject = _load(source, task, from_scratch_seed, classes, new_head or classes is not None, trust_remote_code)
-    for name, parameter in subject.body.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
-            raise SourceError(f"{source.reference}: {name} holds NaN or Inf; repair the checkpoint first")
-    if source.library == "transformers" and is_own(subject.body):
+    check_finite_weights(source, subject.body)
+    if source.library == "transformers" and is_own(subject.body) and not TASKS[task].points:
         lacks = lacks_for_measuring(subject.body, TASKS[task].inputs)
         if lacks is not None:
             raise SourceError(f"{source.reference}: {type(subject.body).__name__}: {lacks}")
     return subject
+
+
+def check_finite_weights(source: Source, body: nn.Module) -> None:
+    """Raise SourceError that names a parameter which holds NaN or Inf."""
+    for name, parameter in body.named_parameters():
+        if not bool(torch.isfinite(plain(parameter)).all()):
+            raise SourceError(f"{source.reference}: {name} holds NaN or Inf; repair the checkpoint first")
 
 
 def _load(
@@ -239,6 +309,8 @@ def _load(
         if task != TIMM.name:
             raise RecipeError(f"task {task}: timm models are for {TIMM.name}")
         return _load_timm(source, from_scratch_seed, classes, new_head)
+    if TASKS[task].embeds:
+        return _load_encoder(source, from_scratch_seed, trust_remote_code)
     own = is_for(source, task)
     notes: tuple[str, ...] = ()
     if from_scratch_seed is not None:
@@ -257,19 +329,26 @@ def _load(
             raise MissingHeadError(_no_head(source, task, new))
         if new:
             notes = (f"new and untrained: {', '.join(new)}",)
-    return Subject(source, task, model, _stored_dtype(source), notes)
+    return Subject(source, task, behind_interface(model, task), usual_dtype(source), notes)
 
 
-def _stored_dtype(source: Source) -> torch.dtype:
-    """The dtype of most of the checkpoint's floating-point tensors."""
-    from lrsurgery.checkpoints.quantised.dense import open_weights
+def behind_interface(model: nn.Module, task: str) -> nn.Module:
+    """Wrap a transformers model whose outputs for the task are no logits."""
+    return SpanPointer(model).train(model.training) if TASKS[task].points else model
 
-    if not source.files:
-        return torch.float32
-    tensors = open_weights(source)
-    dtypes = [tensors.describe(key)[0] for key in tensors.keys()]  # noqa: SIM118
-    floating = [dtype for dtype in dtypes if dtype.is_floating_point]
-    return max(set(floating), key=floating.count) if floating else torch.float32
+
+def _load_encoder(source: Source, seed: int | None, trust_remote_code: bool) -> Subject:
+    task = SENTENCE_EMBEDDINGS
+    pooling, note = pooling_of(source.folder)
+    if seed is not None:
+        body = _initialise(source, task.name, False, seed, None, trust_remote_code)
+    else:
+        body, new = load_with_head(source, task.auto_class, trust_remote_code=trust_remote_code, dtype=torch.float32)
+        new = [name for name in new if "pooler" not in name.split(".")]  # which nobody reads
+        if new:
+            raise SourceError(f"{source.reference}: lacks {new[0]}, which would be random")
+    notes = () if note is None else (f"{source.reference}: {note}",)
+    return Subject(source, task.name, SentenceEncoder(body, pooling).eval(), usual_dtype(source), notes, REGRESSION)
 
 
 def _initialise(
@@ -308,7 +387,7 @@ def _load_timm(source: Source, seed: int | None, classes: Sequence[str] | None, 
             raise RecipeError(f"{source.reference}: {name} has no reset_classifier, by which timm makes a new head")
         body.reset_classifier(len(classes))  # type: ignore[operator]
         source = source.with_classes(classes)
-    return Subject(source, TIMM.name, ImageClassifier(body).eval(), _stored_dtype(source))
+    return Subject(source, TIMM.name, ImageClassifier(body).eval(), usual_dtype(source))
 
 
 def class_names(subject: Subject) -> list[str]:
@@ -330,7 +409,7 @@ def head_size(subject: Subject) -> int:
 
 def count_logits(subject: Subject) -> int:
     """Count the logits of one prediction: classes, or tokens of the vocabulary."""
-    if not TASKS[subject.task].is_language:
+    if not (TASKS[subject.task].is_language or TASKS[subject.task].decodes):
         return head_size(subject)
     return int(subject.config.get_text_config().vocab_size)
 

@@ -30,7 +30,7 @@ def test_the_command_line_knows_the_tasks_of_the_table() -> None:
     assert all(name == task.name for name, task in TASKS.items())
 
 
-@pytest.mark.parametrize("task", TASKS.values(), ids=list(TASKS))
+@pytest.mark.parametrize("task", [task for task in TASKS.values() if task.heads], ids=lambda task: task.name)
 def test_transformers_has_the_head_of_every_task(task: Task) -> None:
     auto_class = getattr(transformers, task.auto_class)
     assert head_classes(task.heads) == {c.__name__ for c in _classes(auto_class)}

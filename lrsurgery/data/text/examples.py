@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lrsurgery.data.batches import Collator, Examples, Rows
+from lrsurgery.data.batches import Collator, Examples, ExampleSet, Rows
 from lrsurgery.data.datasets import TEXT_COLUMNS, column_names, pick_column
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.scores import Targets
@@ -155,6 +156,30 @@ def sequence_size(subject: Subject, asked: int | None) -> int:
     return asked
 
 
+def text_limit(subject: Subject, options: DataOptions, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of a text that is taken whole: those that model and tokenizer take, unless --block-size asks for fewer.
+
+    Raises RecipeError for more than the model takes.
+    """
+    if options.block_size:
+        return sequence_size(subject, options.block_size)
+    return min(_limits(subject)[1], int(tokenizer.model_max_length))
+
+
+def check_tokenizer(
+    subject: Subject,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: ExampleSet,
+    reference: str,
+    names: Sequence[str] = ("input_ids",),
+) -> None:
+    """Raise DataError for a token that the model does not know; the data decides where the tokenizer has such ones."""
+    known = _vocabulary(subject)
+    if max(tokenizer.get_vocab().values()) >= known:
+        for name in names:
+            check_known([examples[i][name] for i in range(len(examples))], known, reference)
+
+
 def sentences_of(
     subject: Subject, rows: Rows, options: DataOptions, targets: Targets, trust_remote_code: bool, padded: bool
 ) -> Examples:
@@ -173,15 +198,11 @@ def sentences_of(
     columns = [pick_column(rows.rows, c, TEXT_COLUMNS, "text", rows.reference) for c in asked]
     for column in columns:
         check_texts(rows.rows, column, rows.reference)
-    known, longest = _limits(subject)
-    size = (
-        sequence_size(subject, options.block_size) if options.block_size else min(longest, tokenizer.model_max_length)
-    )
+    size = text_limit(subject, options, tokenizer)
     if not tokenizer("")["input_ids"]:
         check_written(rows.rows, columns, rows.reference)
     sentences = Sentences(rows.rows, columns, targets.labels, tokenizer, size, rows.reference)
-    if max(tokenizer.get_vocab().values()) >= known:  # then the data decides
-        check_known([sentences[i]["input_ids"] for i in range(len(sentences))], known, rows.reference)
+    check_tokenizer(subject, tokenizer, sentences, rows.reference)
     what = f"{len(sentences):,} {'pairs of sentences' if len(columns) > 1 else 'sentences'}"
     about = f"{rows.name}: {what}, {'whole' if size >= LONGEST else f'cut to {size:,} tokens'}"
     return Examples(sentences, pad, task.unit, 1, (about, *targets.notes, *notes))

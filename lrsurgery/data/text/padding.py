@@ -79,7 +79,7 @@ def without_padding(
         return
     longest = mask.shape[1]
     # labels of several outputs can be as many as the tokens
-    cut = {name for name in inputs if name != "labels" or labels_of_tokens}
+    cut = {name for name in inputs if labels_of_tokens or (name != "labels" and not name.startswith("decoder_"))}
     alone = pad_token_of(config) is None and finds_last_token(model)
     lengths = mask.sum(-1)
     prefix = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]

@@ -1,0 +1,1 @@
+"""Models behind the interface that transformers' Trainer expects."""
