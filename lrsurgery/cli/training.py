@@ -38,7 +38,7 @@ Command = TypeVar("Command", bound=Callable[..., None])
 
 def parameter_of(name: str, **changes: Any) -> inspect.Parameter:
     """The option of a recipe's field, as typer reads a command's parameter; `changes` are to its `Setting`."""
-    about = replace(settings_of(Recipe)[name], **changes)
+    about, kind = replace(settings_of(Recipe)[name], **changes), kinds_of_values()[name]
     found: Any
     if name == "model":
         found = typer.Argument(help=about.help, metavar=about.metavar, show_default=False)
@@ -52,15 +52,28 @@ def parameter_of(name: str, **changes: Any) -> inspect.Parameter:
             rich_help_panel=about.panel,
             autocompletion=_completion(about.suggestions) if about.suggestions else None,
             show_default=about.default is not None and about.default is not False,
+            parser=_number_or(kind.words) if kind.words else None,
         )
     default = list(about.default) or None if isinstance(about.default, tuple) else about.default
-    annotation: Any = Annotated[_type_of(name, about, kinds_of_values()[name]), found]  # type: ignore[misc]
+    annotation: Any = Annotated[_type_of(name, about, kind), found]  # type: ignore[misc]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _number_or(words: tuple[str, ...]) -> Callable[[str], float | str]:
+    def parse(text: str) -> float | str:
+        try:
+            return text if text in words else float(text)
+        except ValueError as e:
+            raise typer.BadParameter(f"'{text}': write a number or {' or '.join(words)}") from e
+
+    return parse
 
 
 def _type_of(name: str, about: Setting, kind: ValueKind) -> Any:
     if kind.is_list or kind.type is dict:
         return list[str] | None
+    if kind.words:
+        return str  # what `_number_or` reads
     of_value: Any = kind.type
     if about.table is not None:
         of_value = choice(name, *about.table)
@@ -156,6 +169,8 @@ def finetune(
 
       lrsurgery finetune resnet50-half --data imagenet/ --eval-split validation --optimizer sgd --lr 0.01 --epochs 5
 
+      lrsurgery finetune clip-half --data captions/ --teacher openai/clip-vit-base-patch32 --output clip-healed
+
       lrsurgery finetune --recipe gpt2-healed/recipe.yaml --seed 1 --output gpt2-healed-1
 
       torchrun --nproc-per-node 8 -m lrsurgery finetune gpt2-rank-0.5 --data train.txt --output gpt2-healed
@@ -193,7 +208,7 @@ def finetune(
     *map(parameter_of, settings_of(DataOptions)),
     parameter_of("split", help="Split of the data; validation or test by default."),
     parameter_of("stride", help="Tokens between the starts of windows; the block size by default, so no overlap."),
-    parameter_of("against", help="Another model, measured beside it."),
+    parameter_of("against", help="Another model, measured beside it; without a task, what its outputs should be."),
     parameter_of("batch_size", help="Examples of a batch.", panel=MACHINE),
     parameter_of("precision", default="fp32"),
     parameter_of("device", help="Device to measure on."),
@@ -226,7 +241,8 @@ def evaluate(
     """Measure a model on a whole dataset, exactly: loss and perplexity, or top-1 and top-5.
 
     Text is scored in windows that slide by --stride; with a stride below the block size, every token has at least the
-    difference before it. The figures do not depend on the batch size.
+    difference before it. The figures do not depend on the batch size. A model without a task, or data without labels,
+    is measured by how far the outputs agree with those of --against.
 
     [bold]Examples[/bold]
 
@@ -237,19 +253,18 @@ def evaluate(
       lrsurgery evaluate gpt2-healed --data wiki.txt --protocol lm-eval --against gpt2
 
       lrsurgery evaluate resnet50-half --data imagenet/ --split validation --against timm/resnet50.a1_in1k
+
+      lrsurgery evaluate clip-half --data captions/ --against openai/clip-vit-base-patch32
     """
     screen = make_screen(quiet, as_json)
     from lrsurgery.cli.console import quality_table
-    from lrsurgery.measure.evaluate import evaluate as measure
+    from lrsurgery.measure.evaluate import evaluate_all
 
     plain: dict[str, Any] = {name: _plain(value) for name, value in {**values, "protocol": protocol}.items()}
     options = DataOptions(**{name: plain.pop(name) for name in settings_of(DataOptions)})
     against = plain.pop("against")
-    found = []
     with screen.follow("evaluate") as listener:
-        for reference in [against, model] if against else [model]:
-            its_own = revision if reference == model else None
-            found.append(measure(reference, data, options, revision=its_own, listener=listener, **plain))
+        found = evaluate_all(model, data, options, against=against, revision=revision, listener=listener, **plain)
     screen.emit({"data": data, "models": [measured.to_dict() for measured in found]})
     screen.show(quality_table([(m.model, m.parameters, m.bytes, m.values) for m in found]))
     if len({m.values.get("scored") for m in found}) > 1:

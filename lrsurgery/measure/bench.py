@@ -49,6 +49,7 @@ from lrsurgery.report.bench import (
 )
 from lrsurgery.runtime import MOST_JOBS, check_seed, imported, machine_of, pick_device, pick_dtype, versions
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.layers import count_parameters
 from lrsurgery.text import expanded
 from lrsurgery.timing import CONFIDENCE, Timings, Workload, compare, percentile
 
@@ -178,7 +179,7 @@ class _Measurement:
         sizes = [
             BenchModel(
                 name=reference,
-                parameters=sum(parameter.numel() for parameter in model.parameters()),
+                parameters=count_parameters(model),
                 bytes=weight_bytes(contender.source),
                 peak_memory=peaks[reference],
             )

@@ -17,14 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from lrsurgery.checkpoints.build import build_model
-from lrsurgery.checkpoints.load import load_source, load_timm, load_with_head
+from lrsurgery.checkpoints.load import load_source, load_with_head
+from lrsurgery.checkpoints.loading.modules import load_timm
 from lrsurgery.checkpoints.source import Source, resolve
-from lrsurgery.data.tasks import TASKS, TIMM, is_for, task_of
+from lrsurgery.checkpoints.upstream.transformers import head_classes
+from lrsurgery.data.tasks import SEQ2SEQ, TASKS, TIMM, is_for, task_of
 from lrsurgery.data.text.padding import position_limit
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.forms.fill import dense_bias
-from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight
+from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight, outline
 from lrsurgery.timing import Workload
 
 PREFILL, FORWARD = "prefill", "forward"
@@ -152,7 +154,7 @@ def make_workload(
     """
     forward = model if wrap is None else wrap(model)
     if work == FORWARD:
-        return Workload(functools.partial(_forward, forward, x, {}))
+        return Workload(functools.partial(_forward, forward, x, _beside(model, x)))
     # a prefill needs the last logits alone, as in transformers' generate
     arguments = inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if "logits_to_keep" in arguments else {}
@@ -177,6 +179,11 @@ def make_workload(
             yield
 
     return Workload(decode, prepare)
+
+
+def _beside(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """What a forward pass takes beside the tokens x: those of a decoder that writes a text, as many."""
+    return {"decoder_input_ids": x} if type(model).__name__ in head_classes(SEQ2SEQ.heads) else {}
 
 
 @torch.no_grad()
@@ -253,7 +260,7 @@ class LayerGroup:
     def random_input(self, device: torch.device, seed: int) -> Tensor:
         """Normal values of the input's shape, in the layer's dtype."""
         generator = torch.Generator().manual_seed(seed)
-        return torch.randn(self.shape, generator=generator).to(device, self.layer.u.weight.dtype)
+        return torch.randn(self.shape, generator=generator).to(device, outline(self.layer.u.weight).dtype)
 
 
 def layer_groups(model: nn.Module, x: Tensor) -> list[LayerGroup]:
@@ -263,7 +270,7 @@ def layer_groups(model: nn.Module, x: Tensor) -> list[LayerGroup]:
     shapes = _input_shapes(model, layers, x)
     for name, shape in shapes.items():
         layer = layers[name]
-        key = (layer.kind, str(build_dense(layer)), layer.u.weight.dtype, layer.rank, layer.side, shape)
+        key = (layer.kind, str(build_dense(layer)), outline(layer.u.weight).dtype, layer.rank, layer.side, shape)
         groups.setdefault(key, []).append(name)
     return [LayerGroup(names=tuple(names), layer=layers[names[0]], shape=shapes[names[0]]) for names in groups.values()]
 
@@ -281,7 +288,7 @@ def _input_shapes(model: nn.Module, layers: Mapping[str, FactorisedLayer], x: Te
     handles = [layer.register_forward_pre_hook(hook_for(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with torch.inference_mode():
-            model(x)
+            model(x, **_beside(model, x))
     finally:
         for handle in handles:
             handle.remove()

@@ -16,7 +16,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from torch import nn
 
+from lrsurgery.checkpoints.build import check_plain_factors
 from lrsurgery.checkpoints.mapping import notes_of
 from lrsurgery.checkpoints.output import check_apart, check_output
 from lrsurgery.checkpoints.upstream.own import lacks_argument
@@ -24,28 +26,34 @@ from lrsurgery.data.batches import Examples, Rows
 from lrsurgery.data.datasets import EVAL_SPLITS
 from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subject, training_examples
 from lrsurgery.data.images import Preprocessing, other_pixels
-from lrsurgery.data.options import DataOptions
+from lrsurgery.data.options import NO_TASK, DataOptions
 from lrsurgery.data.tasks import TASKS, Subject, task_of
+from lrsurgery.data.unlabelled.agreement import Agreement
+from lrsurgery.data.unlabelled.models import load_bare
 from lrsurgery.errors import Interrupted, OutputError, RecipeError, SourceError, TrainingError
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.locks import locked
 from lrsurgery.files.writing import with_name
 from lrsurgery.linalg.pivot import Side
-from lrsurgery.progress import SILENT, Listener
+from lrsurgery.progress import USUAL, Listener
 from lrsurgery.report.runs import DENSE_TRAINED, stages_of
 from lrsurgery.report.schema import Report
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.training.blend import Blend, BlendCallback
 from lrsurgery.training.checkpoints import WEIGHTS, State, check_owner, step_of
 from lrsurgery.training.forms import describe, published_sides, to_publish_, to_train_
 from lrsurgery.training.loop.arguments import total_steps, training_arguments
 from lrsurgery.training.loop.callbacks import RunCallback, interrupts
 from lrsurgery.training.loop.dynamics import overshoot
+from lrsurgery.training.loop.range_test import range_test, test_length
 from lrsurgery.training.loop.teacher import match_teacher
 from lrsurgery.training.loop.trainer import LowRankTrainer, quality, release_
+from lrsurgery.training.loop.unlabelled import prepare_unlabelled, training_task
+from lrsurgery.training.optimizers.spectron import others_note
 from lrsurgery.training.publish import FinishedRun, Outcome, gather, outcome_of, publish, round_to_stored_
-from lrsurgery.training.recipe import Recipe, check_recipe_for, read_recipe
-from lrsurgery.training.run_folder import Facts, RunFolder
-from lrsurgery.training.switch import check_surgery, factorise_subject_, restore_structure_, switch_
+from lrsurgery.training.recipe import AUTO, SPECTRON, USUAL_LR, Recipe, check_recipe_for, read_recipe
+from lrsurgery.training.run_folder import BLENDED, Facts, RunFolder
+from lrsurgery.training.switch import check_surgery, end_blend_, factorise_subject_, restore_structure_, switch_
 
 
 def finetune(
@@ -57,7 +65,7 @@ def finetune(
     overwrite: bool = False,
     keep_checkpoints: bool = False,
     command: str | None = None,
-    listener: Listener = SILENT,
+    listener: Listener = USUAL,
 ) -> Outcome:
     """Train a model by `settings` (fields of `Recipe`) on top of those in `recipe_file`, and write it to `output`.
 
@@ -139,6 +147,7 @@ class _Parts:
     evaluation: Examples | None
     teacher: Subject | None
     total: int  # optimizer steps
+    agreement: Agreement | None = None  # with the teacher, where there is no task
 
 
 class _Run:
@@ -160,6 +169,7 @@ class _Run:
         self.opened = False  # the run's folder, by this process
         self.trainer: LowRankTrainer | None = None  # of the last stage
         self.read: dict[str, Side | None] = {}  # sides of layers that were read pivoted and train balanced
+        self.blend: Blend | None = None  # once it is begun
         self.sides: dict[str, Side | None] = {}  # published, of layers that train in another form
         self.output = output
         self.folder = RunFolder(self.output)
@@ -170,7 +180,8 @@ class _Run:
         assert self.recipe.model is not None
         self.source = self.recipe.resolve(self.recipe.model, weights=not self.recipe.from_scratch)
         check_recipe_for(self.recipe, self.source)
-        self.task = self.recipe.task or task_of(self.source)
+        check_plain_factors(self.source)
+        self.task = training_task(self.recipe, self.source)
         # this also starts the process group, under torchrun
         self.args = training_arguments(self.recipe, self.folder.path, evaluates=self._evaluates)
         self.leads: bool = self.args.process_index == 0
@@ -179,6 +190,10 @@ class _Run:
             listener.note(f"{self.folder.path}: no run to resume, so this one begins at the first step")
         if self._sharded and self.recipe.dense_steps:
             raise RecipeError("dense_steps: the switch does not work under FSDP; use data parallelism, or two runs")
+        if self._sharded and self.recipe.blend:
+            raise RecipeError("blend: does not work under FSDP, whose weights are sharded; use data parallelism")
+        if self._sharded and self.recipe.generate:
+            raise RecipeError("generate: does not work under FSDP; lrsurgery evaluate generates from the output")
         if self._sharded and self.recipe.against_trained:
             raise RecipeError("against_trained: does not work under FSDP; train the dense model in a run of its own")
 
@@ -209,6 +224,8 @@ class _Run:
         torch.manual_seed(recipe.seed)  # a new head is drawn by it
         parts = self._prepare()
         subject = parts.subject
+        if recipe.blend >= parts.total:
+            raise RecipeError(f"blend {recipe.blend}: must be below the {parts.total} steps of the whole run")
         if recipe.dense_steps >= parts.total:
             raise RecipeError(
                 f"dense_steps {recipe.dense_steps}: must be below the {parts.total} steps of the whole run"
@@ -221,6 +238,16 @@ class _Run:
         self._open(facts)
         if checkpoint is None:
             self._measure_dense(parts)
+        dense = self._dense_layers(parts) if self._blends(checkpoint) else {}
+        if recipe.rank and not recipe.dense_steps and checkpoint is None:
+            factorise_subject_(subject, recipe, self.folder if self.leads else None)
+        if recipe.lr == AUTO:
+            if checkpoint is not None:
+                raise RecipeError(
+                    f"{self.folder.path}: names no learning rate that was found, but has steps that used one; start"
+                    " over with --overwrite"
+                )
+            recipe = self._find_lr(parts)
         if recipe.dense_steps and (checkpoint is None or checkpoint.parent.name == "dense"):
             if checkpoint is None or step_of(checkpoint) < recipe.dense_steps:
                 checkpoint = self._train_stage(parts, "dense", checkpoint)
@@ -230,14 +257,21 @@ class _Run:
             checkpoint = switch_(subject, recipe, checkpoint, self.folder, self.leads, self._note)
             self._together()
         elif recipe.rank and checkpoint is not None:
-            restore_structure_(subject, self.folder, checkpoint)
+            restore_structure_(subject, self.folder, checkpoint, lambda: self._blend(subject, dense))
             if step_of(checkpoint) == recipe.dense_steps:  # the factors are looked at before the Trainer loads them
                 safetensors.torch.load_model(subject.model, str(checkpoint / WEIGHTS))
-        elif recipe.rank:
-            factorise_subject_(subject, recipe, self.folder if self.leads else None)
         self.sides = published_sides(subject.body, recipe, self.read)
         self._note(describe(subject.body, self.sides))
+        if recipe.optimizer == SPECTRON:
+            self._note(others_note(subject.body))
         stage = "factorised" if factorised_layers(subject.body) else "dense"
+        if self._blends(checkpoint):
+            self._blend(subject, dense)
+            dense.clear()
+            checkpoint = self._train_stage(parts, BLENDED, checkpoint)
+            assert self.blend is not None
+            checkpoint = end_blend_(subject, recipe, checkpoint, self.folder, self.leads, self.blend)
+            self._together()
         self._train_stage(parts, stage, checkpoint)
         return self._finish(parts, stage)
 
@@ -253,6 +287,8 @@ class _Run:
     def _prepare(self) -> _Parts:
         recipe = self.recipe
         assert recipe.data is not None
+        if self.task == NO_TASK:
+            return self._prepare_unlabelled()
         evaluation: Examples | None = None
         held_out: Rows | None = None
         with self.args.main_process_first(desc="reading data"):
@@ -278,7 +314,7 @@ class _Run:
             teacher = match_teacher(subject, teacher, train.size if TASKS[self.task].is_language else 1, trust)
             for note in (*(f"{recipe.teacher}: {note}" for note in source.notes), *teacher.notes):
                 self._note(note)
-            if TASKS[self.task].takes_images:
+            if TASKS[self.task].takes_images and not TASKS[self.task].takes_masks:
                 ours, theirs = (
                     Preprocessing.of(each.source, each.body, size, trust_remote_code=trust)
                     for each, size in ((subject, recipe.image_size), (teacher, None))
@@ -286,8 +322,26 @@ class _Run:
                 self._note(other_pixels(ours, theirs, f"teacher {recipe.teacher}"))
         return _Parts(rows, held_out, subject, train, evaluation, teacher, total_steps(recipe, self.args, train))
 
+    def _prepare_unlabelled(self) -> _Parts:
+        recipe = self.recipe
+        with self.args.main_process_first(desc="reading data"):
+            found = prepare_unlabelled(recipe, self.source, evaluates=self._evaluates)
+        subject, train, evaluation = found.pair.subject, found.train, found.evaluation
+        self.read = to_train_(subject.body, recipe.train_form) or self.read
+        for note in (*notes_of(self.source, trust_remote_code=recipe.trust_remote_code), *found.notes):
+            self._note(note)
+        for note in (*train.notes, *(evaluation.notes if evaluation is not None else ())):
+            self.listener.note(note)
+        total = total_steps(recipe, self.args, train)
+        pair = found.pair
+        return _Parts(found.rows, found.held_out, subject, train, evaluation, pair.teacher, total, pair.agreement)
+
     def _build(self, rows: Rows) -> Subject:
         recipe = self.recipe
+        if self.task == NO_TASK:
+            subject = load_bare(self.source, rows, recipe, trust_remote_code=recipe.trust_remote_code)
+            self.read = to_train_(subject.body, recipe.train_form) or self.read
+            return subject
         subject = prepare_subject(
             self.source,
             recipe,
@@ -344,6 +398,8 @@ class _Run:
         recipe = self.recipe
         if parts.evaluation is None or (recipe.dense_steps and not recipe.against):
             return
+        if parts.agreement is not None:  # the teacher agrees with itself
+            return
         dense, examples = parts.teacher, parts.evaluation
         if recipe.against is not None:
             assert parts.held_out is not None
@@ -361,21 +417,70 @@ class _Run:
 
     # training
 
+    def _blends(self, checkpoint: Path | None) -> bool:
+        """Whether the next step, after that of the checkpoint, is of self-guided training, or ends it."""
+        return bool(self.recipe.blend) and (checkpoint is None or checkpoint.parent.name == BLENDED)
+
+    def _dense_layers(self, parts: _Parts) -> dict[str, nn.Module]:
+        """The modules of the dense model by name: before the surgery of this run, or of --against or --teacher."""
+        if self.recipe.rank:
+            return dict(parts.subject.body.named_modules())
+        source, trust = self.recipe.resolve(str(self._dense_name)), self.recipe.trust_remote_code
+        options = replace(self.recipe, task=parts.subject.task)
+        return dict(prepare_subject(source, options, parts.rows, trust_remote_code=trust).body.named_modules())
+
+    @property
+    def _dense_name(self) -> str | None:
+        """The model with the dense weights of self-guided training, as the user calls it."""
+        recipe = self.recipe
+        return recipe.model if recipe.rank else recipe.against or recipe.teacher
+
+    def _blend(self, subject: Subject, dense: Mapping[str, nn.Module]) -> None:
+        """Put the dense layers beside the factorised ones, unless they are there or the blend is over."""
+        if dense and self.blend is None:
+            self.blend = Blend(subject.body, dense, str(self._dense_name))
+
+    def _find_lr(self, parts: _Parts) -> Recipe:
+        """Find the learning rate of `lr: auto` on the model as it is; note it, keep it, and return the recipe with it.
+
+        Resumed runs read what was kept; one that was stopped before that has no checkpoint, and finds the same again.
+        """
+        steps, usual = test_length(parts.total), f"the learning rate is {USUAL_LR:g}"
+        if self._sharded or self.args.deepspeed:
+            lr, note = USUAL_LR, f"{usual}: no range test where weights are sharded; give --lr"
+        elif not steps:
+            lr, note = USUAL_LR, f"{usual}: a run of {parts.total} steps is too short for a range test; give --lr"
+        else:
+            teacher = parts.teacher.model if parts.teacher else None
+            curve = range_test(parts.subject, self.recipe, parts.train, teacher, steps, parts.agreement)
+            lr, note = curve.found, curve.describe()
+        self.recipe = replace(self.recipe, lr=lr)
+        if self.leads:
+            self.folder.set_lr(self.recipe)
+        self._note(note)
+        self._together()
+        return self.recipe
+
     def _train_stage(self, parts: _Parts, stage: str, checkpoint: Path | None) -> Path:
         """Train to the stage's end. Returns its last checkpoint; raises Interrupted where a signal came before."""
         recipe, folder, total = self.recipe, self.folder.path / stage, parts.total
-        last = recipe.dense_steps if stage == "dense" and recipe.dense_steps else total
+        ends = {"dense": recipe.dense_steps, BLENDED: recipe.blend}  # of stages that another follows
+        last = ends.get(stage) or total
         judged = bool(recipe.best or recipe.early_stopping) and last == total
         args = training_arguments(recipe, folder, evaluates=self._evaluates, total=total, judged=judged)
         switched = checkpoint is not None and stage == "factorised" and step_of(checkpoint) == recipe.dense_steps
         args.eval_on_start = self._evaluates and (checkpoint is None or switched)
         if checkpoint is None or switched:  # else the weights are not loaded yet
-            lr = recipe.lr * (recipe.switch_lr if switched else 1)
+            lr = recipe.peak_lr * (recipe.switch_lr if switched else 1)
             self._note(overshoot(parts.subject.model, recipe, lr))
         with interrupts() as interrupted:
-            callback = RunCallback(self.folder, stage, self.listener, interrupted, parts.train, last)
+            shown = "factorised" if stage == BLENDED else stage
+            callback = RunCallback(self.folder, shown, self.listener, interrupted, parts.train, last)
             teacher = parts.teacher.model if parts.teacher else None
-            trainer = LowRankTrainer(parts.subject, recipe, args, parts.train, parts.evaluation, teacher, callback)
+            data = (parts.train, parts.evaluation)
+            trainer = LowRankTrainer(parts.subject, recipe, args, *data, teacher, callback, parts.agreement)
+            if stage == BLENDED and self.blend is not None:
+                trainer.add_callback(BlendCallback(self.blend, recipe.blend, self._note))
             if checkpoint is not None and self._ends_at(checkpoint, last):
                 best = State.read(checkpoint).best(checkpoint) if judged else None
                 trainer._load_from_checkpoint(str(best or checkpoint))
@@ -442,7 +547,7 @@ class _Run:
     def _train_dense(self, parts: _Parts) -> None:
         """Train the dense model for as many steps on the same data with the same settings, and measure it."""
         assert parts.held_out is not None
-        recipe = replace(self.recipe, rank=(), dense=True, dense_steps=0, teacher=None)
+        recipe = replace(self.recipe, rank=(), dense=True, dense_steps=0, blend=0, teacher=None)
         torch.manual_seed(recipe.seed)
         subject = self._dense(parts.rows, parts.subject.task, recipe.new_head)
         judged = bool(recipe.best or recipe.early_stopping)

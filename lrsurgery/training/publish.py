@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from lrsurgery.checkpoints.load import load_problem
+from lrsurgery.checkpoints.loading.check import load_problem
 from lrsurgery.checkpoints.mapping import source_digest
 from lrsurgery.checkpoints.output import copy_companions, output_config, write_timm, write_transformers
 from lrsurgery.checkpoints.source import SourceOptions
@@ -159,7 +159,7 @@ def training_lines(recipe: Recipe, steps: int, stages: Mapping[str, Mapping[str,
     teacher = f", teacher {code(public_name(recipe.teacher))}" if recipe.teacher else ""
     lines = [
         f"Trained for {steps} steps on {code(public_name(recipe.data or ''))} with {recipe.optimizer}, learning rate"
-        f" {recipe.lr:g} ({recipe.schedule}), {decay} on the factors{teacher}; `recipe.yaml` has every setting,"
+        f" {recipe.peak_lr:g} ({recipe.schedule}), {decay} on the factors{teacher}; `recipe.yaml` has every setting,"
         " `metrics.jsonl` the course of the run.",
     ]
     table = quality_lines(stages)

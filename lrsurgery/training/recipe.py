@@ -1,7 +1,7 @@
 """Settings of a training run: their defaults and help texts, their checks, and the YAML file that holds them.
 
 To add a setting: a field of `Recipe`; `lrsurgery finetune` builds its options from the fields. Importing this module
-imports neither torch nor transformers, so that `--help` is fast.
+imports neither torch nor transformers, so that `--help` is fast. The file is long because every setting is a field.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Final, Literal, get_args, get_type_hints
 
 from lrsurgery.data.options import DATA, IMAGES, TEXT, DataOptions, Setting, check_choice, setting
 from lrsurgery.errors import RecipeError
@@ -24,12 +24,16 @@ if TYPE_CHECKING:
 
 SURGERY, DECAY, TRAINING, RUN, MACHINE = "Surgery", "Decay", "Training", "The run", "Machine"  # panels of help
 DECAYS = ("frobenius", "l2", "none")
-OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd"}  # transformers' names
+OPTIMIZERS = {"adamw": "adamw_torch", "sgd": "sgd", "spectron": "adamw_torch"}  # transformers' names
+SPECTRON = "spectron"
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 FORMS = ("balanced", "pivoted")  # of `surgery.ranks`, which imports torch
 TRAIN_FORMS = ("auto", *FORMS)
 DEVICES = ("auto", "cpu", "cuda")
+AUTO: Final = "auto"  # of lr
+USUAL_LR = 1e-3  # where auto runs no range test
+WARM_UP = 20  # times the warm-up of cosine is the run, in steps
 # what only the command line can turn on: running a checkpoint's code, and sending anything elsewhere
 LOCAL_TRACKERS = ("tensorboard", "none")  # of report_to; all others can upload
 UPLOADING = ("deepspeed", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id", "logging_dir")  # of set
@@ -112,11 +116,32 @@ class Recipe(DataOptions):
     )
     weight_decay: float = setting(0.01, "Weight decay of all other weights, biases and norms excepted.", panel=DECAY)
 
-    optimizer: str = setting("adamw", "Optimizer.", panel=TRAINING, choices=tuple(OPTIMIZERS))
+    optimizer: str = setting(
+        "adamw",
+        "Optimizer; spectron bounds the updates of products by their spectral norm, and is AdamW for other weights.",
+        panel=TRAINING,
+        choices=tuple(OPTIMIZERS),
+    )
+    spectral_scale: float = setting(
+        10.0, "Bound of spectron's updates, times the learning rate.", panel=TRAINING, positive=True
+    )
     momentum: float = setting(0.9, "Momentum of sgd.", panel=TRAINING)
-    lr: float = setting(1e-3, "Peak learning rate.", panel=TRAINING, positive=True)
-    schedule: str = setting("linear", "Learning rate schedule; linear goes to 0.", panel=TRAINING, choices=SCHEDULES)
-    warmup_steps: int = setting(0, "Steps of linear warm-up.", panel=TRAINING, least=0)
+    lr: Literal["auto"] | float = setting(
+        AUTO,
+        "Peak learning rate, or auto: found by a range test of a few steps; 1e-3 in short runs.",
+        panel=TRAINING,
+        positive=True,
+        metavar="FLOAT|auto",
+    )
+    schedule: str = setting(
+        "cosine", "Learning rate schedule; cosine and linear go to 0.", panel=TRAINING, choices=SCHEDULES
+    )
+    warmup_steps: int | None = setting(
+        None,
+        "Steps of linear warm-up; a twentieth of the run with cosine, else 0, by default.",
+        panel=TRAINING,
+        least=0,
+    )
     epochs: float | None = setting(None, "Passes over the data; 1 without --steps.", panel=TRAINING, positive=True)
     steps: int | None = setting(None, "Optimizer steps, in place of epochs.", panel=TRAINING, least=1)
     batch_size: int = setting(8, "Examples of a batch, in each process.", panel=TRAINING, least=1)
@@ -135,7 +160,13 @@ class Recipe(DataOptions):
         None, "Evaluations without gain after which training stops.", panel=TRAINING, least=1
     )
     best: bool = setting(False, "Best model by the evaluations as output, not the last.", panel=TRAINING)
-    teacher: str | None = setting(None, "Model to distil from, by its logits.", panel=TRAINING, metavar="DENSE")
+    blend: int = setting(
+        0,
+        "Steps of self-guided training: layers pass from their dense weights over to the factors.",
+        panel=TRAINING,
+        least=0,
+    )
+    teacher: str | None = setting(None, "Model to distil from, by its outputs.", panel=TRAINING, metavar="DENSE")
     temperature: float = setting(2.0, "Temperature of distillation.", panel=TRAINING, positive=True)
     teacher_weight: float = setting(0.5, "Share of the loss that distillation has, 0 to 1.", panel=TRAINING)
 
@@ -198,6 +229,14 @@ class Recipe(DataOptions):
             raise RecipeError("against_trained needs --eval-data to measure on")
         if self.against_trained and self.dense:
             raise RecipeError("against_trained and dense are both given: the run trains the dense model already")
+        if self.optimizer == SPECTRON and (self.dense or (self.from_scratch and not self.rank)):
+            raise RecipeError("optimizer spectron: is for factors, and this run trains none; use adamw")
+        if self.optimizer == SPECTRON and "optim" in self.set:
+            raise RecipeError("set optim: is another optimizer than spectron; leave one out")
+        if self.blend and (self.dense or self.dense_steps):
+            raise RecipeError("blend: does not go with --dense or --dense-steps, which train without factors")
+        if self.steps is not None and self.blend >= self.steps > 0:
+            raise RecipeError(f"blend {self.blend}: must be below the {self.steps} steps of the whole run")
         if self.steps is not None and self.dense_steps >= self.steps > 0:
             raise RecipeError(f"dense_steps {self.dense_steps}: must be below the {self.steps} steps of the whole run")
         self._check_surgery()
@@ -211,6 +250,17 @@ class Recipe(DataOptions):
         if self.rank:
             parse_rank(self.rank, self.multiple_of)
         get_init(self.init)
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate as a number, the usual one as long as it is still to be found."""
+        return USUAL_LR if self.lr == AUTO else self.lr
+
+    def warm_up(self, total: int) -> int:
+        """The steps of linear warm-up of a run of `total` steps."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return total // WARM_UP if self.schedule == "cosine" else 0
 
     def to_dict(self) -> Json:
         """Plain values, as YAML and JSON hold them."""
@@ -240,24 +290,29 @@ class ValueKind:
     type: type  # bool, int, float, str or dict; of a list, of its items
     is_list: bool = False
     is_optional: bool = False
+    words: tuple[str, ...] = ()  # texts that stand for a value
 
 
 @cache
 def kinds_of_values() -> Mapping[str, ValueKind]:
     """Setting -> what values it takes, read from the fields' annotations."""
-    return {name: _kind(str(hint)) for name, hint in get_type_hints(Recipe).items()}
+    return {name: _kind(hint) for name, hint in get_type_hints(Recipe).items()}
 
 
-def _kind(hint: str) -> ValueKind:
+def _kind(annotation: Any) -> ValueKind:
+    hint = str(annotation)
     if "Mapping" in hint:
         return ValueKind(dict)
     kind = next(t for t in (bool, int, float, str) if t.__name__ in hint)
-    return ValueKind(kind, hint.startswith("tuple"), "None" in hint)
+    words = tuple(word for part in get_args(annotation) for word in get_args(part) if isinstance(word, str))
+    return ValueKind(kind, hint.startswith("tuple"), "None" in hint, words)
 
 
 def _typed(key: str, kind: ValueKind, value: Any) -> Any:
     """A YAML value in the setting's own type; text such as `1e-3`, which YAML takes for a string, becomes a number."""
     wanted = kind.type
+    if value in kind.words:
+        return value
     if value is None:
         if kind.is_optional:
             return None
@@ -275,7 +330,8 @@ def _typed(key: str, kind: ValueKind, value: Any) -> Any:
             raise ValueError
         return wanted(float(value)) if wanted is int else wanted(value)
     except (TypeError, ValueError, OverflowError) as e:
-        raise RecipeError(f"{key} '{value}': write {'a whole number' if wanted is int else 'a number'}") from e
+        number = "a whole number" if wanted is int else "a number"
+        raise RecipeError(f"{key} '{value}': write {' or '.join([number, *kind.words])}") from e
 
 
 def _closest(key: str, known: Mapping[str, object]) -> str | None:
@@ -336,12 +392,18 @@ def check_recipe_for(recipe: Recipe, source: Source) -> None:
     if source.is_factorised:
         if recipe.against_trained and recipe.against is None:
             raise RecipeError(f"{model}: is factorised; name the dense model to train as long with --against")
+        if recipe.blend and not (recipe.against or recipe.teacher):
+            raise RecipeError(
+                f"blend: {model} holds no dense weights; name the dense model with --against or --teacher"
+            )
         if recipe.rank or recipe.dense_steps or recipe.dense:
             raise RecipeError(f"{model}: is factorised already; leave --rank, --dense-steps and --dense out")
         if recipe.from_scratch:
             raise RecipeError(
                 f"{model}: is factorised; for training from scratch use `lrsurgery factorise DENSE --from-scratch`"
             )
+    elif recipe.blend and not recipe.rank:
+        raise RecipeError(f"blend: {model} is dense; say with --rank what to factorise it to")
     elif not (recipe.rank or recipe.dense or recipe.from_scratch):
         raise RecipeError(
             f"{model}: is dense; pass --rank R to factorise it first, --dense-steps N --rank R to factorise it after N"

@@ -21,14 +21,15 @@ from lrsurgery.report.schema import FILE_NAME
 from lrsurgery.runtime import versions
 from lrsurgery.surgery.layers import Spec
 from lrsurgery.training.checkpoints import COMPLETE, damage_of, marked_checkpoints, read_mark, step_of
-from lrsurgery.training.recipe import PERMISSIONS, Recipe, read_recipe, without_permissions, write_recipe
+from lrsurgery.training.recipe import AUTO, PERMISSIONS, Recipe, read_recipe, without_permissions, write_recipe
 
 NOTES = "notes.jsonl"  # what the user was told in the run, for its report
 FACTS = "run.json"
 FORMAT_VERSION = 1  # of FACTS, in which older versions named none
 LAYERS = "layers.json"  # kind and rank of each layer that was factorised within the run
 RUN = "run"  # what a run folder's mark says
-STAGES = ("dense", "factorised", DENSE_TRAINED.replace(" ", "-"))  # folders of checkpoints
+BLENDED = "blended"  # of factorised training with dense weights beside the factors
+STAGES = ("dense", BLENDED, "factorised", DENSE_TRAINED.replace(" ", "-"))  # folders of checkpoints
 ENTRIES = (NOTES, METRICS, LAYERS, RECIPE)  # beside FACTS, without which there is nothing to resume
 IN_STAGES = ("checkpoint-*", "partial-*", "damaged-*", "runs")  # the last is TensorBoard's
 MAY_DIFFER = ("device", "report_to")  # on resuming
@@ -45,6 +46,7 @@ class Facts:
     label_map: str = ""  # which runs of older versions did not keep
     trust_remote_code: bool = False  # whether it was begun with the flag, which it then needs again: no permission
     published: str = ""  # fingerprint of the output, once that is whole
+    found_lr: float | None = None  # of `lr: auto`, once it is known
     format_version: int = FORMAT_VERSION
 
     @staticmethod
@@ -108,6 +110,11 @@ class RunFolder:
             rest += remove_entries(self.path / stage, IN_STAGES)
         return [*rest, *remove_entries(self.path, ENTRIES, FACTS)]
 
+    def set_lr(self, recipe: Recipe) -> None:
+        """Note the learning rate of a recipe that was found, in the facts and in the recipe's file."""
+        self._write_facts(replace(self._read_facts(), found_lr=recipe.peak_lr))
+        write_recipe(recipe, self.path / RECIPE, versions())
+
     # the end
 
     def set_published(self, stage: Path) -> None:
@@ -126,6 +133,9 @@ class RunFolder:
         if body.get("rank"):  # an older version, which knew no forms, made its layers balanced
             body.setdefault("form", "balanced")
         saved = Recipe().merged(body)
+        if self.is_unfinished and (found := self._read_facts().found_lr) is not None:
+            saved = replace(saved, lr=found)
+            asked = {name: value for name, value in asked.items() if (name, value) != ("lr", AUTO)}
         wanted = saved.merged(asked)
         in_file = without_permissions(wanted)
         for name in asked:
@@ -219,7 +229,7 @@ class RunFolder:
         return next(iter(self._marked()), None)
 
     def _marked(self) -> list[Path]:
-        return [c for stage in ("factorised", "dense") for c in marked_checkpoints(self.path / stage)]
+        return [c for stage in ("factorised", BLENDED, "dense") for c in marked_checkpoints(self.path / stage)]
 
     def can_resume(self, output: Path) -> bool:
         """Whether something of the run would be used again: its output or a checkpoint."""

@@ -29,6 +29,7 @@ from lrsurgery.surgery.parameters.views import dense_layers
 from lrsurgery.surgery.plan import SurgeryOptions
 from lrsurgery.surgery.ranks import PIVOTED
 from lrsurgery.surgery.speed import plan_layers
+from lrsurgery.training.blend import Blend
 from lrsurgery.training.checkpoints import STATE, WEIGHTS, check_owner, mark_complete, read_state, step_of
 from lrsurgery.training.forms import in_training
 from lrsurgery.training.loop.trainer import LINEAR, SQUARED, Groups, parameter_groups
@@ -88,8 +89,12 @@ def give_structure_(subject: Subject, layers: Mapping[str, Spec]) -> None:
     swap_(subject.body, layers)
 
 
-def restore_structure_(subject: Subject, run: RunFolder, checkpoint: Path) -> None:
+def restore_structure_(
+    subject: Subject, run: RunFolder, checkpoint: Path, complete: Callable[[], None] = lambda: None
+) -> None:
     """Give a dense model the structure of a checkpoint of factorised training, whose weights are loaded next.
+
+    `complete` adds what the checkpoint has beside the factors.
 
     Raises RecipeError if the run's layers or the checkpoint are another model's.
     """
@@ -97,8 +102,9 @@ def restore_structure_(subject: Subject, run: RunFolder, checkpoint: Path) -> No
         give_structure_(subject, run.read_layers())
     except PlanError as e:
         raise RecipeError(f"{run.path / LAYERS}: is of another model: {e}; start over with --overwrite") from e
-    check_owner(checkpoint, subject.model)
     materialise_(subject)
+    complete()
+    check_owner(checkpoint, subject.model)
 
 
 def materialise_(subject: Subject) -> None:
@@ -127,6 +133,24 @@ def switch_(
         note(f"the optimizer's state of {len(reset)} factorised layers is not Adam's or SGD's; it was reset")
     partial.rename(target)
     mark_complete(target)
+    return target
+
+
+def end_blend_(subject: Subject, recipe: Recipe, blended: Path, run: RunFolder, leads: bool, blend: Blend) -> Path:
+    """Drop the dense weights of self-guided training; the process that leads writes the checkpoint to go on from.
+
+    Returns that checkpoint, whose weights, moments, schedule and random states are those of `blended`.
+    """
+    before = parameter_groups(subject.model, recipe, _decayed(subject))
+    blend.remove_()
+    after = parameter_groups(subject.model, recipe, _decayed(subject))
+    target = run.path / "factorised" / blended.name
+    if leads:
+        partial = target.with_name(f"partial-{step_of(blended)}")
+        shutil.rmtree(partial, ignore_errors=True)
+        write_switched(blended, partial, subject.model, before, after, 1.0)
+        partial.rename(target)
+        mark_complete(target)
     return target
 
 
@@ -170,7 +194,9 @@ def switch_optimizer(
     reset = []
     for name, layer in factorised_layers(model).items():
         state = new.pop(layer.layout.weight_key(name), {})
-        if layer.folded is not None or layer.groups > 1:  # of the tensors that a weight is computed from, or of several
+        if state and (
+            layer.folded is not None or layer.groups > 1
+        ):  # of the tensors that a weight is computed from, or of several
             reset.append(name)
             state = {}
         bias = new.get(f"{name}.bias", {})

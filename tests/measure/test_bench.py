@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from rich.console import Console
-from support import tiny, zoo
+from support import tiny
 from support.warm import program
 from torch import nn
 
@@ -43,7 +43,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lrsurgery.factorise_checkpoint(folder / "gpt2", folder / "quarter", rank=0.25)
     tiny.save_timm(folder / "resnet")
     lrsurgery.factorise_checkpoint(folder / "resnet", folder / "small", rank=0.25, include=["layer3*", "layer4*"])
-    zoo.save_transformers("t5", folder / "t5")
+    tiny.save_bert(folder / "body", "BertModel")
     return folder
 
 
@@ -275,7 +275,7 @@ BAD = {
     "precision": ("{gpt2}", "--precision 0", "precision 0: write a number between 0 and 1"),
     "task": ("{gpt2}", "--task chess", "'--task': 'chess' is not one of 'causal-lm', "),
     "hub": ("openai-community/gpt2", "--save", "--save writes into a model's local folder"),
-    "encoder-decoder": ("{t5}", "", "T5ForConditionalGeneration is for none of"),
+    "no head": ("{body}", "", "BertModel is for none of"),
     "tasks": ("{gpt2}", "--against {resnet}", "is for image-classification"),
 }
 
@@ -285,7 +285,7 @@ def test_a_bad_input_gets_one_line(
     name: str, models: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model, words, wanted = BAD[name]
-    line = f"{model} {words}".format(**{name: models / name for name in ("gpt2", "resnet", "t5")})
+    line = f"{model} {words}".format(**{name: models / name for name in ("gpt2", "resnet", "body")})
     monkeypatch.setattr(sys, "argv", ["lrsurgery", "bench", *line.split()])
     for place in ("signal.signal", "atexit.register", "warnings.filterwarnings"):  # what a program does to its process
         monkeypatch.setattr(place, lambda *_: None)

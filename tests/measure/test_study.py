@@ -301,7 +301,8 @@ def test_a_process_that_nobody_waited_for_is_not_at_work() -> None:
 def test_an_interrupted_study_keeps_what_its_run_has_saved(root: Path) -> None:
     """With a model that the study reshapes, and Ctrl-C in the middle of a run."""
     settings = {key: str(root / str(SETTINGS[key])) for key in ("model", "data", "eval_data")}
-    settings = {**SETTINGS, **settings, "config": {"n_embd": 16}, "steps": 4000, "save_steps": 2, "eval_steps": 4000}
+    settings = {**SETTINGS, **settings, "config": {"n_embd": 16}, "save_steps": 2}
+    settings |= {"steps": 4000, "eval_steps": 4000, "lr": 1e-3}  # a rate of its own would take 40 steps to find
     out = root / "stopped" / "out"
     command = [*tiny.PROGRAM, "study", str(write(out.parent, settings=settings, grid={"seed": [0]})), "--output", out]
     run = out / "runs" / "seed-0" / "model.run"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from support import tiny
 
 import lrsurgery
-import lrsurgery.checkpoints.quantizer
+import lrsurgery.checkpoints.quantizer.method
 from lrsurgery.errors import SurgeryError
 from lrsurgery.progress import Listener, TrainingStep
 from lrsurgery.training import publish

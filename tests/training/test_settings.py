@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -133,10 +134,10 @@ def test_only_what_is_on_the_command_line_is_a_setting(asked: dict[str, Any]) ->
 
 def test_a_default_on_the_command_line_wins_over_a_recipe(asked: dict[str, Any]) -> None:
     """0, false and the defaults themselves are values like any other."""
-    tiny.run("finetune", "--seed", 0, "--warmup-steps", 0, "--lr", "1e-3", "--augment", "--include", "*")
-    assert asked["settings"] == {"seed": 0, "warmup_steps": 0, "lr": 1e-3, "augment": True, "include": ["*"]}
+    tiny.run("finetune", "--seed", 0, "--warmup-steps", 0, "--lr", "auto", "--augment", "--include", "*")
+    assert asked["settings"] == {"seed": 0, "warmup_steps": 0, "lr": "auto", "augment": True, "include": ["*"]}
     recipe = Recipe(seed=3, lr=0.1, warmup_steps=5, augment=False, include=("h.*",)).merged(asked["settings"])
-    assert recipe == Recipe()
+    assert recipe == Recipe(warmup_steps=0)
 
 
 def test_flags_are_values_of_the_recipes_own_types(asked: dict[str, Any]) -> None:
@@ -169,6 +170,7 @@ def test_flags_are_values_of_the_recipes_own_types(asked: dict[str, Any]) -> Non
         (("--conv", "temporal"), "'channel', 'spatial'"),
         (("--init", "random"), "'spectral', 'spectral-ones'"),
         (("--task", "segmentation"), "'causal-lm', 'masked-lm'"),
+        (("--lr", "fast"), "'fast': write a number or auto"),
         (("--set", "beta"), "--set beta: write KEY=VALUE"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
@@ -237,7 +239,7 @@ def test_values_of_a_recipe_file_are_typed(key: str, value: object, wanted: obje
     [
         ("steps", 2.5, "steps '2.5': write a whole number"),
         ("steps", True, "steps 'True': write a whole number"),
-        ("lr", "fast", "lr 'fast': write a number"),
+        ("lr", "fast", "lr 'fast': write a number or auto"),
         ("dense", "yes", "dense 'yes': write true or false"),
         ("lr", None, "lr: needs a value"),
         ("set", "adam", "set: write it as 'NAME: value' lines"),
@@ -415,3 +417,26 @@ def test_a_module_is_prepared_anew() -> None:
     finally:
         AcceleratorState._reset_state()
         PartialState._reset_state()
+
+
+def test_the_warm_up_is_a_twentieth_of_a_cosine() -> None:
+    """Rates of a run, as transformers' own schedule gives them."""
+    assert [Recipe().warm_up(total) for total in (1, 19, 20, 150)] == [0, 0, 1, 7]
+    assert Recipe(schedule="linear").warm_up(150) == 0
+    assert Recipe(warmup_steps=0).warm_up(150) == 0
+    assert Recipe(warmup_steps=30, schedule="linear").warm_up(150) == 30
+
+
+def test_the_default_schedule_is_a_cosine_behind_a_warm_up(tmp_path: Path) -> None:
+    recipe = Recipe(model="gpt2", data="a.txt", lr=0.1, device="cpu")
+    args = training_arguments(recipe, tmp_path, evaluates=False, total=40)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate)
+    steps = args.get_warmup_steps(40)
+    schedule = tf.get_scheduler(args.lr_scheduler_type, optimizer, steps, 40)
+    rates = []
+    for _ in range(40):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    wanted = [0.1 * step / 2 if step < 2 else 0.05 * (1 + math.cos(math.pi * (step - 2) / 38)) for step in range(40)]
+    assert rates == pytest.approx(wanted)

@@ -82,10 +82,10 @@ class Trials:
         """Open a checkpoint without reading its weights. Raises SurgeryError, also for options that fit no trial."""
         if options.source.from_scratch_seed is not None:
             raise SurgeryError("--from-scratch leaves no pretrained weights to measure; remove it, or take --budget")
-        if options.calibration is not None and options.calibration.sequential:
+        if options.refinement is not None:
             raise CalibrationError(
-                "--sequential collects statistics anew for each choice of ranks, and a target tries several; leave it"
-                " out, or take --budget"
+                "--refine takes too long for each size that a target tries; leave it out, and run lrsurgery refine on"
+                " the output"
             )
         source = options.source.resolve(reference)
         if source.is_factorised:

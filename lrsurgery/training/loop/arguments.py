@@ -68,9 +68,8 @@ def training_arguments(
     bf16, fp16 = _precision(recipe.precision, device)
     own: dict[str, object] = {
         "output_dir": str(folder),
-        "learning_rate": recipe.lr,
+        "learning_rate": recipe.peak_lr,
         "lr_scheduler_type": recipe.schedule,
-        "warmup_steps": recipe.warmup_steps,
         "optim": OPTIMIZERS[recipe.optimizer],
         "weight_decay": recipe.weight_decay,
         "per_device_train_batch_size": recipe.batch_size,
@@ -182,6 +181,7 @@ def _step_arguments(recipe: Recipe, total: int, judged: bool) -> dict[str, objec
     save_steps = recipe.save_steps or eval_steps
     found: dict[str, object] = {
         "max_steps": total,
+        "warmup_steps": recipe.warm_up(total),
         "eval_steps": eval_steps,
         "save_steps": save_steps,
         "logging_steps": recipe.log_steps or max(1, min(50, total // 20)),

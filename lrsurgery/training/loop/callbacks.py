@@ -19,17 +19,19 @@ from transformers import TrainingArguments as Arguments
 
 from lrsurgery.data.batches import Examples
 from lrsurgery.progress import Listener, TrainingStep
-from lrsurgery.report.views.columns import QUALITY
+from lrsurgery.report.views.columns import HARNESS, QUALITY
 from lrsurgery.training.checkpoints import mark_complete
 from lrsurgery.training.loop.dynamics import layer_dynamics
 from lrsurgery.training.run_folder import RunFolder
 
-FIGURES = (*QUALITY, "scored")  # of an evaluation, whichever the task has
+FIGURES = (*QUALITY, *HARNESS, "scored")  # of an evaluation, whichever the task has
 
 
 def figures_of(evaluation: Mapping[str, float]) -> dict[str, float]:
-    """The figures among what the Trainer's evaluation gives."""
-    return {name: evaluation[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in evaluation}
+    """The figures among what the Trainer's evaluation gives; then those of single outputs, as `NAME.cosine`."""
+    found = {name: evaluation[f"eval_{name}"] for name in FIGURES if f"eval_{name}" in evaluation}
+    single = {name: name.removeprefix("eval_") for name in evaluation if "." in name and name.startswith("eval_")}
+    return found | {name: evaluation[key] for key, name in single.items()}
 
 
 class HasModel(Protocol):

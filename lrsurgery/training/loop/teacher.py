@@ -48,16 +48,19 @@ def match_teacher(subject: Subject, teacher: Subject, size: int = 1, trust_remot
     if not TASKS[subject.task].takes_images:
         # it sees the padding of the model's own batches
         teacher.config.get_text_config().pad_token_id = pad_token_of(subject.config)
-        notes += _compare_vocabularies(subject, teacher, who, trust_remote_code)
+        notes += compare_vocabularies(subject, teacher, who, trust_remote_code)
         longest, _ = position_limit(teacher.body)
         if longest is not None and size > longest:
             raise SourceError(f"{who}: takes {longest:,} tokens, the examples have up to {size:,}; lower --block-size")
-    if TASKS[subject.task].is_language or ours == 1:
+    task = TASKS[subject.task]
+    if task.is_language or task.decodes or task.points or ours == 1:
         return dataclasses.replace(teacher, notes=tuple(notes))
     order, more = _teacher_order(class_names(subject), class_names(teacher), who)
     notes += more
     if order == list(range(ours)):
         return dataclasses.replace(teacher, notes=tuple(notes))
+    if TASKS[subject.task].takes_masks:
+        raise SourceError(f"{who}: its classes stand in another order than the model's, which is not matched for masks")
     notes.append(f"{who}: its classes stand in another order than the model's, matched by name")
     return dataclasses.replace(teacher, model=Reordered(teacher.model, order).eval(), notes=tuple(notes))
 
@@ -78,7 +81,8 @@ def _teacher_order(ours: list[str], theirs: list[str], who: str) -> tuple[list[i
     return order, notes
 
 
-def _compare_vocabularies(subject: Subject, teacher: Subject, who: str, trust_remote_code: bool) -> list[str]:
+def compare_vocabularies(subject: Subject, teacher: Subject, who: str, trust_remote_code: bool) -> list[str]:
+    """A note where a tokenizer is missing. Raises SourceError for other tokens, or more than the teacher knows."""
     try:
         ours, theirs = (
             {number: token for token, number in load_tokenizer(s.source, trust_remote_code).get_vocab().items()}

@@ -1,7 +1,11 @@
-"""transformers' Trainer for low-rank models: decay on factors, a teacher, exact evaluation, strict checkpoints."""
+"""transformers' Trainer for low-rank models: decay on factors, a teacher, exact evaluation, strict checkpoints.
+
+The file is long because it is one class and its parameter groups.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,10 +21,12 @@ from transformers import EarlyStoppingCallback, EvalPrediction, PrinterCallback,
 from transformers import TrainingArguments as Arguments
 from transformers.trainer_utils import TrainOutput
 
-from lrsurgery.checkpoints.upstream.transformers import forget_preparation_
+from lrsurgery.checkpoints.upstream.transformers import forget_preparation_, measured
 from lrsurgery.data.batches import Examples
+from lrsurgery.data.options import NO_TASK
 from lrsurgery.data.scores import distillation, measure_batch, summarise
-from lrsurgery.data.tasks import Subject
+from lrsurgery.data.tasks import TASKS, Subject
+from lrsurgery.data.unlabelled.agreement import Agreement, run
 from lrsurgery.errors import RecipeError, TrainingError
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.modules import for_model, model_faults
@@ -31,7 +37,8 @@ from lrsurgery.training.checkpoints import WEIGHTS, State
 from lrsurgery.training.loop.arguments import fitting, training_arguments
 from lrsurgery.training.loop.callbacks import EvaluationCallback, figures_of
 from lrsurgery.training.loop.dynamics import steepest_gradient, whole
-from lrsurgery.training.recipe import Recipe
+from lrsurgery.training.optimizers.spectron import Spectron, spectral_layers
+from lrsurgery.training.recipe import SPECTRON, Recipe
 
 LINEAR = ("exp_avg", "momentum_buffer")  # an optimizer's running means of the gradient, which is linear in it
 SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # running means of its square
@@ -70,9 +77,12 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         evaluation: Examples | None,
         teacher: nn.Module | None = None,
         callback: EvaluationCallback | None = None,
+        agreement: Agreement | None = None,
     ) -> None:
         self.subject, self.recipe, self.teacher = subject, recipe, teacher
+        self.agreement = agreement  # with the teacher, in place of labels
         self._collate_evaluation = evaluation.collate if evaluation else None
+        self._judge = evaluation.judge if evaluation else None
         self.use_cache: bool | None = getattr(getattr(subject.model, "config", None), "use_cache", None)
         with fitting(recipe, only_set=True):
             super().__init__(
@@ -84,6 +94,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
                 compute_metrics=self._summarise,
                 callbacks=[callback] if callback else None,
             )
+        self.model_accepts_loss_kwargs &= _scales_loss(subject)
         self.remove_callback(PrinterCallback)
         if callback is not None:
             callback.trainer = self
@@ -93,7 +104,10 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             self.teacher = teacher.to(args.device).eval().requires_grad_(False)
 
     def _summarise(self, found: EvalPrediction) -> dict[str, float]:
-        return summarise(self.subject.task, torch.as_tensor(found.predictions), self.subject.problem)
+        rows = torch.as_tensor(found.predictions)
+        if self.agreement is not None:
+            return self.agreement.summarise(rows)
+        return summarise(self.subject.task, rows, self.subject.problem, self._judge)
 
     # optimisation
 
@@ -131,6 +145,14 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             if self.recipe.optimizer == "sgd" and cls is torch.optim.SGD:
                 options = {"momentum": self.recipe.momentum, **options}
+            if self.recipe.optimizer == SPECTRON:
+                spectral = spectral_layers(target)
+                if factorised_layers(target) and not spectral:
+                    raise RecipeError("optimizer spectron: no layer has two plain factors of its own; use adamw")
+                cls, options = (
+                    Spectron,
+                    {**options, "layers": [*spectral.values()], "scale": self.recipe.spectral_scale},
+                )
             optimizer: torch.optim.Optimizer = cls(groups, **options)
         if self.recipe.decay == "frobenius" and self.recipe.decay_strength and factorised_layers(target):
             decay = FrobeniusDecay(target, self.recipe.decay_strength, decoupled=not self.recipe.decay_coupled)
@@ -154,6 +176,8 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
+        if self.agreement is not None:
+            return self._disagreement(self.agreement, model, inputs, return_outputs)
         labels, inputs = inputs.get("labels"), dict(for_model(self.model, inputs))
         if self.teacher is None or not model.training:
             found: Tensor | tuple[Tensor, Mapping[str, Tensor]] = super().compute_loss(
@@ -175,6 +199,18 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         loss = (1 - weight) * loss + weight * matched
         return (loss, outputs) if return_outputs else loss
 
+    def _disagreement(
+        self, agreement: Agreement, model: nn.Module, inputs: Batch, return_outputs: bool
+    ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
+        outputs = run(model, self.subject.body, inputs)
+        loss = agreement.loss(outputs, self._answers(inputs), inputs, self.recipe.temperature)
+        return (loss, outputs) if return_outputs else loss
+
+    def _answers(self, inputs: Batch) -> Any:
+        assert self.teacher is not None
+        with torch.no_grad(), model_faults(f"teacher {self.recipe.teacher}"):
+            return run(self.teacher, self.teacher, inputs)
+
     # evaluation
 
     def get_eval_dataloader(self, eval_dataset: Dataset[object] | None = None) -> DataLoader[object]:
@@ -193,7 +229,11 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             # FSDP's processes have to run the model equally often
-            sums = measure_batch(self.subject, model, inputs, whole=self.is_fsdp_enabled)
+            whole = self.is_fsdp_enabled
+            if self.agreement is None:
+                sums = measure_batch(self.subject, model, inputs, whole=whole, judge=self._judge)
+            else:
+                sums = self.agreement.measure_batch(model, self._answers, self.subject.body, inputs, whole=whole)
         return None, sums, torch.zeros(len(sums), device=sums.device)
 
     # checkpoints: one way for transformers' and timm's models, loaded strictly
@@ -253,6 +293,17 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
             self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
+def _scales_loss(subject: Subject) -> bool:
+    """Tell whether the model's own loss is a mean over all batches that are accumulated, whose number it is given.
+
+    transformers takes every forward with **kwargs for such a one. Those that have no use for the number return the mean
+    over their batch, and their gradients have to be divided by the number of batches.
+    """
+    if subject.task == NO_TASK or not TASKS[subject.task].is_language:
+        return False
+    return "self.loss_function" in inspect.getsource(inspect.unwrap(type(subject.model).forward))
+
+
 @contextmanager
 def fitting_checkpoint(checkpoint: str | None) -> Iterator[None]:
     """Turn what torch raises for the state of another run into RecipeError."""
@@ -285,11 +336,22 @@ def release_(trainer: LowRankTrainer) -> None:
         trainer.model.config.use_cache = trainer.use_cache
 
 
-def quality(subject: Subject, recipe: Recipe, examples: Examples, listener: Listener) -> dict[str, float]:
-    """The figures of a model on examples, without training it: loss (nats), scored (positions), and the task's own."""
-    with tempfile.TemporaryDirectory() as folder:
+def quality(
+    subject: Subject,
+    recipe: Recipe,
+    examples: Examples,
+    listener: Listener,
+    teacher: nn.Module | None = None,
+    agreement: Agreement | None = None,
+) -> dict[str, float]:
+    """The figures of a model on examples, without training it: loss (nats), scored (positions), and the task's own.
+
+    With an `agreement`, those of that with the teacher.
+    """
+    with tempfile.TemporaryDirectory() as folder, measured(subject.model):
         args = training_arguments(recipe, Path(folder), evaluates=True, total=1)
-        trainer = LowRankTrainer(subject, recipe, args, None, examples, callback=EvaluationCallback(listener))
+        callback = EvaluationCallback(listener)
+        trainer = LowRankTrainer(subject, recipe, args, None, examples, teacher, callback, agreement)
         found = trainer.evaluate()
         release_(trainer)
     return figures_of(found)
