@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lrsurgery.checkpoints.format import ENTRY, without_code
 from lrsurgery.checkpoints.source import Source
 from lrsurgery.errors import SourceError
 from lrsurgery.files.json import Json
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
 TABLE_ROWS = 40
 NO_PART_OF_IT = ("--resume",)  # of a command: it changes nothing in the output, so nothing in its card
+
+NEEDS = {
+    "low rank": "With lrsurgery installed (`pip install lrsurgery`), which is enough",
+    "remote": "With transformers alone: `modeling_lowrank.py` beside the weights has the code of the layers",
+    "dense": "With nothing but its own library",
+}
 
 # columns of the layers' table and how their values are written; one that no layer has a value for is left out
 COLUMNS = {
@@ -64,6 +71,8 @@ def model_card(
         paragraphs.append(f"{words[0].upper()}{words[1:]}.")
     if report.loss_check is not None:
         paragraphs.append(f"Loss right after surgery: {markdown(report.loss_check['text'])}.")
+    if report.refinement is not None:
+        paragraphs.append(f"Refined: {markdown(report.refinement['text'])}.")
     if report.choice is not None:
         paragraphs.append("\n".join(f"- {markdown(line)}" for line in report.choice["lines"]))
     paragraphs += [f"Note: {markdown(note)}." for note in report.notes]
@@ -104,6 +113,20 @@ def dense_card(source: Source, name: str, config: Json, command: str | None = No
     )
 
 
+def graph_card(source: Source, name: str, config: Json, runtime: str, usage: str, command: str | None = None) -> str:
+    """The card of the folder `source` as a graph of a runtime; `usage` is Python that runs it."""
+    former = _report_of(source)
+    return _filled(
+        source,
+        name,
+        config,
+        done=f"a model made low rank by lrsurgery, as a graph for {runtime}, in fp32. Its layers are still low rank.",
+        commands=[former.command if former else None, command],
+        paragraphs=[f"{len(former.factorised)} layers are low rank."] if former is not None else [],
+        usage=usage,
+    )
+
+
 def _filled(
     source: Source,
     name: str,
@@ -117,12 +140,17 @@ def _filled(
     trained: bool = False,
     fresh: bool = False,
     data: str | None = None,
+    usage: str | None = None,
 ) -> str:
-    """The template with all that it names. `fresh`, `trained` on `data`: see `hub.card_data`."""
+    """The template with all that it names; see `hub.card_data` for `fresh`, and for `trained` on `data`.
+
+    `usage` is Python that takes the place of the library's.
+    """
     from huggingface_hub import ModelCard
 
-    metadata = card_data(source, config, trained=trained, fresh=fresh, data=data)
+    metadata = card_data(source, without_code(config), trained=trained, fresh=fresh, data=data)
     trusted = source.library == "transformers" and config.get("auto_map")
+    remote = ENTRY in config  # the folder has the code of its layers
     rows, dense = (report.factorised, report.dense) if report is not None else ((), ())
     columns = [BY_KEY[key] for key in COLUMNS if any(BY_KEY[key].value(row) is not None for row in rows[:TABLE_ROWS])]
     card = ModelCard.from_template(
@@ -131,6 +159,7 @@ def _filled(
         name=name,
         library=source.library,
         low_rank=low_rank,
+        usage=usage,
         limit=TABLE_ROWS,
         quote=shlex.quote,
         literal=_literal,
@@ -138,8 +167,9 @@ def _filled(
         block=code_block,
         link=f"[{source.hub_id}]({HUB}/{source.hub_id})" if source.hub_id else code(source.name),
         done=done,
-        needs="With lrsurgery installed (`pip install lrsurgery`)" if low_rank else "With nothing but its own library",
-        auto_class="AutoModelForImageClassification" if source.library == "timm" else head_of(config)[0],
+        remote=remote,
+        needs=NEEDS["remote" if remote else "low rank" if low_rank else "dense"],
+        auto_class="AutoModelForImageClassification" if source.library == "timm" else head_of(without_code(config))[0],
         trusted=", trust_remote_code=True" if trusted else "",
         commands=[_cleaned(command) for command in commands if isinstance(command, str) and command],
         paragraphs=paragraphs,

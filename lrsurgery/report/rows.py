@@ -35,7 +35,7 @@ from lrsurgery.runtime import DTYPES
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.experts.stack import Stack
 from lrsurgery.surgery.kinds.folds import fold_of, weight_of
-from lrsurgery.surgery.layers import FactorisedLayer
+from lrsurgery.surgery.layers import FactorisedLayer, count_parameters
 from lrsurgery.surgery.parameters.views import dense_layers
 from lrsurgery.surgery.plan import ALREADY, Plan, SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
@@ -191,6 +191,26 @@ def trained_row(row: Row, factors: Factors) -> Row:
     return replace(row, balance=balance, **_after(product_values(factors)))
 
 
+def refitted_row(row: Row, dense: Any, layer: FactorisedLayer) -> Row:
+    """The row of a layer after its factors were fitted to outputs, with its error against the dense weight.
+
+    What was predicted of the former factors is not known of these, and the spectral error would cost a decomposition.
+    """
+    factors = Factors(*(factor.detach() for factor in layer.factors))
+    weight = weight_of(dense) if fold_of(dense) else dense.weight
+    each = Pairs(layer.layout.matrix_of(weight.detach(), layer.groups), factors)
+    energy = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64)) ** 2
+    return replace(
+        trained_row(row, factors),
+        energy_kept=_finite(_energy_within(each, energy)),
+        relative_error=_finite(_relative_error(each)),
+        spectral_error=None,
+        weighted_error=None,
+        predicted_loss=None,
+        overlap=None,
+    )
+
+
 def compared_row(row: Row, matrix: Tensor | Stack, factors: Factors) -> Row:
     """The row with what factors of any origin keep of the dense matrix (rows, columns): errors, energy, directions.
 
@@ -269,7 +289,7 @@ def rank_report(module: nn.Module, against: nn.Module | None = None, *, measured
     ]
     order = {name: i for i, name in enumerate(dense_layers(module))}
     rows = sorted([*rows, *_dense_rows(module)], key=lambda row: order.get(row.name, len(order)))
-    after = sum(p.numel() for p in module.parameters())
+    after = count_parameters(module)
     before = after + sum(r.parameters_before - (r.parameters_after or 0) for r in rows)
     return Report(tuple(rows), before, after)
 

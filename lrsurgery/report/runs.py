@@ -61,6 +61,11 @@ class Quality(TypedDict, total=False):
     mse: float
     pearson: float
     spearman: float
+    kl: float
+    cosine: float
+    relative_mse: float
+    pixel_accuracy: float
+    mean_iou: float
 
 
 class Evaluation(Quality):
@@ -243,7 +248,7 @@ def _settings(file: Path, steps: int) -> Settings:
         decay_strength=number("decay_strength"),
         weight_decay=number("weight_decay"),
         optimizer=text("optimizer"),
-        lr=number("lr"),
+        lr=None if found.get("lr") == "auto" else number("lr"),  # not found yet
         schedule=text("schedule"),
         batch_size=count("batch_size"),
         accumulate=count("accumulate"),

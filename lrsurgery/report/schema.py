@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, asdict, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import ConfigDict
@@ -28,10 +29,14 @@ from lrsurgery.surgery.kinds.table import KINDS
 from lrsurgery.surgery.ranks import break_even_rank
 from lrsurgery.units import shape_text
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 # Older versions are read too. Version 3 had no digests of files, version 2 nothing of calibration, budgets or balance
 # either, version 1 nor FLOPs, spectra, overlaps and ladders.
 FORMAT_VERSION = 4
 FILE_NAME = REPORT
+NOTEBOOK = "lrsurgery.report.notebook"  # by name: it draws the columns of the views, which import this file
 HIGH_DAMAGE = 2.0  # times the median of the model's layers
 NUMBERS = re.compile(r"\[\n[-+.\deE,\s]+\]")  # a list of numbers in indented JSON; no string holds a line break
 
@@ -163,7 +168,35 @@ class Report:
     curve: Curve | None = None  # of a dense model: figures over size
     choice: Choice | None = None  # how a target chose the size
     loss_check: Json | None = None  # of the quick check after surgery; `text` is its line for people
+    refinement: Json | None = None  # of blocks to those of the dense model; `text` is its line for people
     files: dict[str, FileDigest] = field(default_factory=dict)  # the folder's others, as they were written
+
+    def __repr__(self) -> str:
+        return f"<Report: {self.summary}>"
+
+    @property
+    def summary(self) -> str:
+        """One line: the model, how many of its layers are or would be factorised, parameters before and after."""
+        lead = f"{self.name}: " if self.name else ""
+        if self.about == "runs":
+            return f"{lead}{len(self.training)} training runs"
+        if self.about == "dense":
+            return f"{lead}{len(self.rows)} layers, dense, {self.parameters_before:,} parameters"
+        planned = " planned" if self.about == "plan" else ""
+        done = f"{lead}{len(self.factorised)} of {len(self.rows)} layers factorised{planned}"
+        before, after = self.parameters_before, self.parameters_after
+        if after is None or not before:
+            return f"{done}, {before:,} parameters before"
+        return f"{done}, {before:,} -> {after:,} parameters ({after / before:.1%})"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows: the line of `repr` and a table of the layers."""
+        found: str = import_module(NOTEBOOK).to_html(self)
+        return found
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A data frame of the layers, as in the CSV. Raises SurgeryError without pandas."""
+        return import_module(NOTEBOOK).to_pandas(self)
 
     @property
     def factorised(self) -> tuple[Row, ...]:
@@ -239,6 +272,7 @@ class Report:
             "curve": self.curve,
             "choice": self.choice,
             "loss_check": self.loss_check,
+            "refinement": self.refinement,
             "files": self.files,
             "layers": layers,
         }
@@ -328,6 +362,10 @@ class _LossCheck(_Open):
     text: str
 
 
+class _Refinement(_Open):
+    text: str
+
+
 class _Calibration(_Open):
     samples: NotRequired[Count | None]
     tokens: NotRequired[Count | None]
@@ -366,6 +404,7 @@ class _File(TypedDict):
     curve: NotRequired[Curve | None]
     choice: NotRequired[Choice | None]
     loss_check: NotRequired[_LossCheck | None]
+    refinement: NotRequired[_Refinement | None]
     files: NotRequired[dict[str, FileDigest]]
 
 

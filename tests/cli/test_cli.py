@@ -70,7 +70,8 @@ def test_factorise_report_export_in_real_processes(model: Path, tmp_path: Path) 
         f"m, i = A.from_pretrained({str(tmp_path / 'dense')!r}, output_loading_info=True);"
         "assert not i['missing_keys'] and not i['unexpected_keys']; assert 'lrsurgery' not in sys.modules"
     )
-    plain = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    off = {**os.environ, "LRSURGERY_AUTOLOAD": "0"}
+    plain = subprocess.run([sys.executable, "-c", code], env=off, capture_output=True, text=True, check=False)
     assert plain.returncode == 0, plain.stderr
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from huggingface_hub import ModelCard
 from support import tiny, zoo
 from support.checks import run
 from support.hub import COMMIT, cache, put_in_cache
+from support.installed import environment, python
 from support.warm import program
 
 import lrsurgery
@@ -67,12 +67,9 @@ def snippets(folder: Path, language: str = "python") -> list[str]:
 
 
 def run_as_copied(code: str, folder: Path, more: str = "") -> str:
-    """In a process of its own, from the folder beside the model's; without this package if the code names none."""
-    words = (sys.executable, "-c", f"{code}\n{more}")
-    if "lrsurgery" in code:
-        done = program(*words, cwd=folder.parent)
-    else:
-        done = subprocess.run(words, cwd=folder.parent, capture_output=True, text=True, check=False)
+    """In a process of its own, from the folder beside the model's, where lrsurgery is installed."""
+    variables = environment(folder.parent / f"python of {folder.name}")
+    done = python(variables, "-c", f"{code}\n{more}", cwd=folder.parent)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -31,7 +31,7 @@ def _quality(name: QualityName) -> Column[Place]:
     def value(place: Place) -> Value:
         return place.point["values"].get(name)
 
-    form = "share" if name in ("top1", "top5", "f1", "exact_match") else "number"
+    form = "share" if name in ("top1", "top5", "f1", "exact_match", "pixel_accuracy", "mean_iou") else "number"
     text = _text(value, QUALITY[name].format)
     terse = Terse(HEADINGS[name], text, wide=name in ("perplexity", "top5"))
     return Column(key=f"values.{name}", title=HEADINGS[name], form=form, value=value, terse=terse)

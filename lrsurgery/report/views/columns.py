@@ -23,7 +23,20 @@ UNBALANCED = 0.01  # of factors; below, it is rounding
 
 # figures of an evaluation: what people call them, how they are written
 QualityName: TypeAlias = Literal[
-    "loss", "perplexity", "top1", "top5", "f1", "exact_match", "mse", "pearson", "spearman"
+    "loss",
+    "perplexity",
+    "top1",
+    "top5",
+    "f1",
+    "exact_match",
+    "mse",
+    "pearson",
+    "spearman",
+    "kl",
+    "cosine",
+    "relative_mse",
+    "pixel_accuracy",
+    "mean_iou",
 ]
 HEADINGS: dict[QualityName, str] = {
     "loss": "loss",
@@ -35,6 +48,11 @@ HEADINGS: dict[QualityName, str] = {
     "mse": "MSE",
     "pearson": "Pearson",
     "spearman": "Spearman",
+    "kl": "KL",
+    "cosine": "cosine",
+    "relative_mse": "relative MSE",
+    "pixel_accuracy": "pixel accuracy",
+    "mean_iou": "mean IoU",
 }
 QUALITY: dict[QualityName, str] = {
     "loss": "{:.4f}",
@@ -46,11 +64,29 @@ QUALITY: dict[QualityName, str] = {
     "mse": "{:.4f}",
     "pearson": "{:.4f}",
     "spearman": "{:.4f}",
+    "kl": "{:.4f}",
+    "cosine": "{:.4f}",
+    "relative_mse": "{:.4f}",
+    "pixel_accuracy": "{:.2%}",
+    "mean_iou": "{:.2%}",
 }
 
-# further figures of `evaluate`, by lm_eval's protocol
-HARNESS_HEADINGS = {"word_perplexity": "ppl/word", "byte_perplexity": "ppl/byte", "bits_per_byte": "bits/byte"}
-HARNESS = {"word_perplexity": "{:.3f}", "byte_perplexity": "{:.4f}", "bits_per_byte": "{:.4f}"}
+# further figures of `evaluate`: of generated text, and by lm_eval's protocol
+HARNESS_HEADINGS = {
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "wer": "word errors",
+    "word_perplexity": "ppl/word",
+    "byte_perplexity": "ppl/byte",
+    "bits_per_byte": "bits/byte",
+}
+HARNESS = {
+    **dict.fromkeys(("rouge1", "rouge2", "rougeL", "wer"), "{:.2%}"),
+    "word_perplexity": "{:.3f}",
+    "byte_perplexity": "{:.4f}",
+    "bits_per_byte": "{:.4f}",
+}
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ def render(report: Report, *, sort: str = "model", every: bool = True) -> str:
         lines.append(f"- {form_words(report)}")
     if report.loss_check is not None:
         lines.append(f"- loss: {markdown(report.loss_check['text'])}")
+    if report.refinement is not None:
+        lines.append(f"- refined: {markdown(report.refinement['text'])}")
     if report.choice is not None:
         lines += [f"- {markdown(line)}" for line in report.choice["lines"]]
     lines += ["", *(f"> {markdown(note)}\n" for note in report.notes)]

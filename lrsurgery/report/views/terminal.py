@@ -299,6 +299,8 @@ def totals_lines(report: Report) -> list[str]:
         lines.append(f"predicted: +{totals['predicted_loss']:.4g} loss a {unit}, to second order")
     if report.loss_check is not None:
         lines.append(f"loss:       {report.loss_check['text']}")
+    if report.refinement is not None:
+        lines.append(f"refined:    {report.refinement['text']}")
     return lines if report.choice is None else [*lines, *report.choice["lines"]]
 
 

@@ -1,7 +1,7 @@
 // @ts-check
 // Training runs: settings, curves, ranks and norms over the steps.
 
-const HIGHER_IS_BETTER = /^(top|f1|exact|pearson|spearman)/;
+const HIGHER_IS_BETTER = /^(top|f1|exact|pearson|spearman|cosine)/;
 const SETTINGS = ["decay", "decay_strength", "lr", "optimizer", "steps", "teacher", "data", "seed"];
 const STAGES = ["dense", "factorised", "healed"];
 const DYNAMICS = {

@@ -174,6 +174,7 @@ def sentences(report: Report) -> list[list[Part]]:
         _calibration_words(report),
         _loss_words(report),
         _check_words(report),
+        _refined_words(report),
         _quality_words(report),
         _speed_words(report),
         _runs_words(report),
@@ -278,6 +279,10 @@ def _loss_words(report: Report) -> list[Part]:
 def _check_words(report: Report) -> list[Part]:
     check = report.loss_check
     return ["The loss right after surgery: ", str(check["text"]), "."] if check and check.get("measured") else []
+
+
+def _refined_words(report: Report) -> list[Part]:
+    return [f"Refined: {report.refinement['text']}."] if report.refinement is not None else []
 
 
 def _quality_words(report: Report) -> list[Part]:
