@@ -45,7 +45,7 @@ def main() -> None:
 
     half = args.output / "factorised"
     lrsurgery("factorise", DENSE, "--rank", "params:0.5", "--output", half, "--overwrite", "--quiet")
-    steps = ["--steps", args.steps, "--eval-steps", args.steps, "--stride", 64, "--lr", 5e-4]
+    steps = ["--steps", args.steps, "--eval-steps", args.steps, "--stride", 64, "--lr", 5e-4, "--schedule", "linear"]
     common = ["--data", args.text / "train.txt", "--eval-data", DENSE / "valid.txt", "--against", DENSE, *steps]
     found = {}
     for name, options in WAYS.items():

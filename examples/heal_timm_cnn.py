@@ -43,8 +43,15 @@ def main() -> None:
 
     # no augmentation, as mirrored letters are other ones; measured before and after, not on the way
     common = {"data": str(data), "eval_split": "test", "augment": False, "batch_size": 25, "eval_steps": 10_000}
+    common |= {"schedule": "linear"}
     dense, small, healed = (args.output / name for name in ("dense", "factorised", "healed"))
-    settings = {"model": str(args.output / "new"), "dense": True, "lr": 3e-3, "epochs": args.epochs}
+    settings = {
+        "model": str(args.output / "new"),
+        "dense": True,
+        "lr": 3e-3,
+        "schedule": "linear",
+        "epochs": args.epochs,
+    }
     trained = lrsurgery.finetune({**common, **settings}, dense, overwrite=True)
     factorised = lrsurgery.factorise_checkpoint(dense, small, rank=args.rank, conv=args.conv, overwrite=True)
     settings = {"model": str(small), "decay": "frobenius", "decay_strength": STRENGTH, "lr": 5e-3, "epochs": 5}

@@ -70,6 +70,7 @@ def main() -> None:
             "data": str(args.output / "train.txt"),
             "eval_data": str(args.output / "valid.txt"),
             "lr": 1e-2,
+            "schedule": "linear",
             "warmup_steps": args.steps // 10,
             "eval_steps": args.steps,
             "decay": decay,

@@ -9,13 +9,16 @@ The published ways stand as their papers have them: scaling by the root mean squ
 
     python examples/pydocs_text.py --output pydocs-text
     python examples/benchmarks/calibration.py --save
+    python examples/benchmarks/calibration.py --only refinement --steps 100 --shares 0.5 0.25 --name refinement --save
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -300,6 +303,34 @@ def confidence(case: Case, arguments: argparse.Namespace) -> float:
     return float(torch.cat(highest).mean())
 
 
+REFINEMENTS = {
+    "anchored regression": lrsurgery.Refinement(steps=0),  # AdaSVD's optimum
+    "block reconstruction": lrsurgery.Refinement(anchored=False),  # AA-SVD
+    "--refine": lrsurgery.Refinement(),
+}
+
+
+def by_refinement(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Two cuts right after surgery, and after each way of fitting them to the dense model, over seeds."""
+    dense, rows = case.subject.body, [row(case, "dense", 1.0, [case.subject.body], None)]
+    for share, cut in itertools.product(arguments.shares, ("plain SVD", BUDGET)):
+        made: dict[str, list[nn.Module]] = {cut: []}
+        for seed in range(arguments.seeds):
+            statistics = collect(case, arguments.samples, seed)
+            given: list[Any] = case.calibration(arguments.samples, seed)
+            if case.subject.source.library == "timm":
+                given = [batch["pixel_values"] for batch in given]
+            made[cut].append(surgery(dense, cut, share, statistics))
+            for name, how in REFINEMENTS.items():
+                model = copy.deepcopy(made[cut][-1])
+                asked = dataclasses.replace(how, seed=seed, steps=how.steps and arguments.steps)
+                known = statistics if cut == BUDGET else None
+                lrsurgery.refine_(model, dense, given, refinement=asked, statistics=known)
+                made.setdefault(f"{cut}, then {name}", []).append(model)
+        rows += [row(case, name, share, models, None) for name, models in made.items()]
+    return rows
+
+
 def by_samples(case: Case, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The loss right after surgery at one share, by the number of calibration samples."""
     share, rows = arguments.healed_share, []
@@ -411,12 +442,14 @@ def main() -> None:
     made.add_argument("--sensitivity", type=int, nargs="+", default=[8, 32, 128, 256])
     made.add_argument("--seeds", type=int, default=3, help="of the calibration samples")
     made.add_argument("--temperatures", type=float, nargs="+", default=[1, 2, 4], help="of Fisher information")
-    made.add_argument("--only", choices=("all", "samples", "temperatures"), default="all", help="one table by itself")
+    made.add_argument(
+        "--only", choices=("all", "samples", "temperatures", "refinement"), default="all", help="one table by itself"
+    )
     made.add_argument("--name", default="calibration", help="of the results file")
     arguments = made.parse_args()
     case = prepare(arguments)
     if arguments.only != "all":
-        alone = {"samples": by_samples, "temperatures": by_temperature}[arguments.only]
+        alone = {"samples": by_samples, "temperatures": by_temperature, "refinement": by_refinement}[arguments.only]
         finish(arguments.name, alone(case, arguments), arguments)
         return
     parts = {
