@@ -155,6 +155,16 @@ def for_model(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
+def arguments_of(model: nn.Module) -> tuple[str, ...]:
+    """The names of a model's arguments; a timm model takes pixel_values."""
+    if not hasattr(model, "config"):
+        return ("pixel_values",)
+    parameters = inspect.signature(inspect.unwrap(type(model).forward)).parameters.values()
+    names = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
+    main = getattr(model, "main_input_name", "input_ids")
+    return tuple(dict.fromkeys([*names[1:], main]))
+
+
 # outputs
 
 USUAL = ("fc", "classifier", "head", "heads", "lm_head")  # torchvision's names, where a trace shows nothing

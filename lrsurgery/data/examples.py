@@ -21,6 +21,7 @@ from lrsurgery.data.options import NO_TASK, TEXT, DataOptions
 from lrsurgery.data.scores import Targets, new_head_for, placeholder, problem_of, targets_of
 from lrsurgery.data.segmentation.folders import paired_folder
 from lrsurgery.data.segmentation.pictures import classes_of, pictures_of
+from lrsurgery.data.speech.transcripts import transcripts_of
 from lrsurgery.data.tasks import TASKS, Subject, class_names, head_size, load_subject, task_of, with_problem
 from lrsurgery.data.text.examples import sentences_of, sequence_size, sequences_of, windows_of
 from lrsurgery.errors import DataError, RecipeError
@@ -216,6 +217,8 @@ def _answered(
     """Make examples of a task with data of its own, to train on or to be `measured`; without `labels` to calibrate."""
     if TASKS[subject.task].points:
         return windows_of_questions(subject, rows, options, trust_remote_code, measured=measured, labels=labels)
+    if TASKS[subject.task].listens:
+        return transcripts_of(subject, rows, options, trust_remote_code, measured=measured)
     if TASKS[subject.task].decodes:
         return pairs_of(subject, rows, options, trust_remote_code, measured=measured)
     return tagged_words_of(subject, rows, options, trust_remote_code, measured=measured)

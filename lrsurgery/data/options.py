@@ -16,6 +16,7 @@ TASKS = (
     "image-classification",
     "token-classification",
     "seq2seq",
+    "speech-seq2seq",
     "question-answering",
     "semantic-segmentation",
     "sentence-embeddings",
@@ -23,7 +24,7 @@ TASKS = (
 NO_TASK = "none"  # whatever the model returns, compared with what a teacher returns
 DATA = "Data"  # panel of help
 TEXT, SENTENCES, IMAGES = "running text", "sentences", "images"  # what a model reads
-WORDS, PAIRS, QUESTIONS = "tagged words", "pairs of texts", "questions"
+WORDS, PAIRS, QUESTIONS, SPEECH = "tagged words", "pairs of texts", "questions", "speech"
 BOS = ("auto", "always", "never")
 LARGEST = 2**31 - 1  # of whole numbers
 Value = TypeVar("Value")
@@ -99,7 +100,13 @@ class DataOptions:
         panel=DATA,
         of=(TEXT, SENTENCES, WORDS, PAIRS, QUESTIONS),
     )
-    target_column: str | None = setting(None, "Column of the text to write, for seq2seq.", panel=DATA, of=(PAIRS,))
+    target_column: str | None = setting(
+        None, "Column of the text to write, for seq2seq and speech.", panel=DATA, of=(PAIRS, SPEECH)
+    )
+    audio_column: str | None = setting(None, "Column of the recording.", panel=DATA, of=(SPEECH,))
+    language: str | None = setting(
+        None, "Language that is spoken, such as en, for a model of several.", panel=DATA, of=(SPEECH,)
+    )
     label_column: str | None = setting(
         None,
         "Column of the class, the classes, the number, the tags, the answers or the mask.",
@@ -140,7 +147,7 @@ class DataOptions:
         panel=DATA,
         metavar="N",
         least=1,
-        of=(PAIRS,),
+        of=(PAIRS, SPEECH),
     )
     image_size: int | None = setting(
         None, "Pixels of an image's side; the checkpoint's own size by default.", panel=DATA, least=1, of=(IMAGES,)

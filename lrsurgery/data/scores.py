@@ -190,7 +190,7 @@ def measure_batch(
     """
     task = TASKS[subject.task]
     width = count_logits(subject) if task.is_language or task.tags else 1
-    if task.decodes:  # logits of the target, by the tokens of the shortest source
+    if task.decodes and "attention_mask" in inputs:  # logits of the target, by the tokens of the shortest source
         width = count_logits(subject) * -(-inputs["labels"].shape[1] // int(inputs["attention_mask"].sum(-1).min()))
     split = without_padding(inputs, subject.body, width, labels_of_tokens=task.is_language or task.tags)
     parts = [(torch.arange(len(inputs["labels"])), inputs)] if whole else split

@@ -25,7 +25,7 @@ from lrsurgery.checkpoints.upstream.own import is_own, lacks_for_measuring
 from lrsurgery.data.batches import IGNORED
 from lrsurgery.data.embeddings.encoder import SentenceEncoder, pooling_of
 from lrsurgery.data.interfaces.wrapped import REGRESSION, SINGLE, ImageClassifier, SpanPointer, Wrapped
-from lrsurgery.data.options import IMAGES, PAIRS, QUESTIONS, SENTENCES, TEXT, WORDS
+from lrsurgery.data.options import IMAGES, PAIRS, QUESTIONS, SENTENCES, SPEECH, TEXT, WORDS
 from lrsurgery.errors import RecipeError, SourceError
 from lrsurgery.surgery.layers import plain
 
@@ -101,7 +101,12 @@ class Task:
     @property
     def decodes(self) -> bool:
         """Whether a decoder writes a text for each example, one token of its target after the other."""
-        return self.data == PAIRS
+        return self.data in (PAIRS, SPEECH)
+
+    @property
+    def listens(self) -> bool:
+        """Whether a model is fed sound."""
+        return self.data == SPEECH
 
     @property
     def points(self) -> bool:
@@ -111,7 +116,9 @@ class Task:
     @property
     def inputs(self) -> tuple[str, ...]:
         """The names of what transformers' models are given."""
-        return ("pixel_values",) if self.takes_images else ("input_ids", "attention_mask")
+        if self.takes_images:
+            return ("pixel_values",)
+        return ("input_features",) if self.listens else ("input_ids", "attention_mask")
 
 
 CAUSAL_LM = Task(
@@ -172,6 +179,16 @@ SEQ2SEQ = Task(
     scored="token",
     data=PAIRS,
 )
+SPEECH_SEQ2SEQ = Task(
+    name="speech-seq2seq",
+    auto_class="AutoModelForSpeechSeq2Seq",
+    heads="SPEECH_SEQ_2_SEQ",
+    unit="recordings",
+    figures=("loss", "scored", "perplexity", "top1"),
+    align=_same_tokens,
+    scored="token",
+    data=SPEECH,
+)
 QUESTION_ANSWERING = Task(
     name="question-answering",
     auto_class="AutoModelForQuestionAnswering",
@@ -207,7 +224,7 @@ TASKS = {
     task.name: task
     for task in (
         *(CAUSAL_LM, MASKED_LM, SEQUENCE_CLASSIFICATION, IMAGE_CLASSIFICATION),
-        *(TOKEN_CLASSIFICATION, SEQ2SEQ, QUESTION_ANSWERING, SEMANTIC_SEGMENTATION, SENTENCE_EMBEDDINGS),
+        *(TOKEN_CLASSIFICATION, SEQ2SEQ, SPEECH_SEQ2SEQ, QUESTION_ANSWERING, SEMANTIC_SEGMENTATION, SENTENCE_EMBEDDINGS),
     )
 }
 TIMM = IMAGE_CLASSIFICATION  # the task of every timm model
@@ -222,7 +239,9 @@ def task_of(source: Source) -> str:
     name = source.architecture
     # of BART and its kin, which transformers lists as masked models, too
     for task in sorted(TASKS.values(), key=lambda task: task is MASKED_LM):
-        if task.heads and name in head_classes(task.heads):
+        # transformers' mappings also have decoders that read sound among their tokens
+        fits = not task.decodes or bool(source.config.get("is_encoder_decoder"))
+        if fits and task.heads and name in head_classes(task.heads):
             return task.name
     raise RecipeError(
         f"{source.reference}: {name or 'a model without a head'} is for none of {', '.join(TASKS)};"

@@ -209,9 +209,9 @@ class _Measurement:
         asked = self.options.length
         if size:
             if asked is not None:
-                raise SurgeryError(f"length: {self.references[0]} takes images of its own size; leave --length out")
+                raise SurgeryError(f"length: {self.references[0]} takes inputs of its own size; leave --length out")
             if other != size:
-                self.notes.append(f"{self.references[-1]} takes images of {other[-1]} pixels")
+                self.notes.append(f"{self.references[-1]} takes inputs of another size, {' x '.join(map(str, other))}")
             return [size[-1]]
         limit, reference = min((c.limit or math.inf, c.source.reference) for c in self.contenders)
         for length in asked or ():

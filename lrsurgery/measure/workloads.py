@@ -20,8 +20,10 @@ from lrsurgery.checkpoints.build import build_model
 from lrsurgery.checkpoints.load import load_source, load_with_head
 from lrsurgery.checkpoints.loading.modules import load_timm
 from lrsurgery.checkpoints.source import Source, resolve
+from lrsurgery.checkpoints.upstream.samples import sample_inputs
 from lrsurgery.checkpoints.upstream.transformers import head_classes
-from lrsurgery.data.tasks import SEQ2SEQ, TASKS, TIMM, is_for, task_of
+from lrsurgery.data.speech.recordings import SOUNDS
+from lrsurgery.data.tasks import SEQ2SEQ, SPEECH_SEQ2SEQ, TASKS, TIMM, is_for, task_of
 from lrsurgery.data.text.padding import position_limit
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.surgery.apply import factorised_layers
@@ -31,6 +33,7 @@ from lrsurgery.timing import Workload
 
 PREFILL, FORWARD = "prefill", "forward"
 DECODE = "token by token"  # the name that bench.json has for it
+SPOKEN = 64  # tokens that a decoder writes of a recording
 CACHES = ("cache", "past_key_values", "cache_params")  # arguments that carry a KV cache or a state in transformers
 Forward: TypeAlias = Callable[..., Any]  # a model, compiled or not; its output is its library's
 
@@ -53,7 +56,7 @@ class Contender:
 
     source: Source
     task: str
-    size: tuple[int, ...] = ()  # of an image: channels, height, width; empty for text
+    size: tuple[int, ...] = ()  # of an image (channels, height, width) or of sound; empty for text
     vocabulary: int = 0  # of text: ids are below it
     limit: int | None = None  # positions that the model has; None: no limit is known
     trust_remote_code: bool = False
@@ -68,8 +71,8 @@ class Contender:
         if source.library == "timm" and task != TIMM.name:
             raise SurgeryError(f"task {task}: timm models are for {TIMM.name}")
         skeleton = build_model(source, device="meta", trust_remote_code=trust_remote_code)
-        if TASKS[task].takes_images:
-            size = _image_size(source, skeleton)
+        if TASKS[task].takes_images or TASKS[task].listens:
+            size = _image_size(source, skeleton) if TASKS[task].takes_images else _sound_size(source, skeleton)
             return Contender(source=source, task=task, size=size, trust_remote_code=trust_remote_code)
         limit, relative = position_limit(skeleton)
         vocabulary = getattr(_text_config(skeleton), "vocab_size", None)
@@ -113,7 +116,10 @@ class Contender:
         return batch * length if self.unit == "tokens" and work != DECODE else batch
 
     def random_input(self, model: nn.Module, batch: int, length: int, seed: int) -> Tensor:
-        """Token ids (batch, length), without 0, which is often padding; or images (batch, channels, height, width)."""
+        """Token ids (batch, length), without 0, which is often padding; or images (batch, channels, height, width).
+
+        Sound has the shape that the model takes: spectra (batch, bins, frames), or samples (batch, samples).
+        """
         generator = torch.Generator().manual_seed(seed)
         like = next(p for p in model.parameters() if p.is_floating_point())
         if self.size:
@@ -143,6 +149,14 @@ def _image_size(source: Source, model: nn.Module) -> tuple[int, ...]:
     if not isinstance(size, int):
         raise SurgeryError(f"{source.reference}: neither its processor nor its config names one size of images")
     return getattr(config, "num_channels", 3), size, size
+
+
+def _sound_size(source: Source, model: nn.Module) -> tuple[int, ...]:
+    found = sample_inputs(model)[0]
+    name = next((name for name in SOUNDS if name in found), None)
+    if name is None:
+        raise SurgeryError(f"{source.reference}: its config does not say how much sound it takes")
+    return tuple(found[name].shape[1:])
 
 
 def make_workload(
@@ -182,7 +196,10 @@ def make_workload(
 
 
 def _beside(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """What a forward pass takes beside the tokens x: those of a decoder that writes a text, as many."""
+    """What a forward pass takes beside x: the tokens of a decoder that writes a text, as many as those of x."""
+    if type(model).__name__ in head_classes(SPEECH_SEQ2SEQ.heads):
+        tokens = min(SPOKEN, position_limit(model)[0] or SPOKEN)
+        return {"decoder_input_ids": torch.ones(len(x), tokens, dtype=torch.long, device=x.device)}
     return {"decoder_input_ids": x} if type(model).__name__ in head_classes(SEQ2SEQ.heads) else {}
 
 

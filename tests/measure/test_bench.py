@@ -269,7 +269,7 @@ BAD = {
     "batch": ("{gpt2}", "--batch 0", "batch 0: write integers of at least 1"),
     "words": ("{gpt2}", "--batch many", "--batch many: write integers with commas"),
     "length": ("{gpt2}", "--length 16,33", "length 33: over the 32 positions"),
-    "pixels": ("{resnet}", "--length 32", "takes images of its own size"),
+    "pixels": ("{resnet}", "--length 32", "takes inputs of its own size"),
     "threads": ("{gpt2}", "--threads 0", "threads 0: write an integer from 1 to"),
     "seconds": ("{gpt2}", "--seconds 0", "seconds 0: write a number above 0"),
     "precision": ("{gpt2}", "--precision 0", "precision 0: write a number between 0 and 1"),

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lrsurgery.data.batches import IGNORED, PLACES, Batch, Collator, Example, Examples, Rows
+from lrsurgery.data.batches import IGNORED, PLACES, UNREAD, Batch, Collator, Example, Examples, Rows
 from lrsurgery.data.datasets import pick_column
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import TASKS, Subject
 from lrsurgery.data.text.examples import LONGEST, check_tokenizer, text_limit
+from lrsurgery.data.text.padding import position_limit
 from lrsurgery.data.text.tokens import check_texts, load_tokenizer
 from lrsurgery.errors import DataError, RecipeError
+from lrsurgery.modules import for_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 SOURCE_COLUMNS = ("source", "text", "document", "article", "input", "dialogue", "sentence")
 TARGET_COLUMNS = ("target", "summary", "highlights", "output", "labels", "label")
 ROUGE = ("rouge1", "rouge2", "rougeL")
+BEFORE = 4  # tokens that a decoder may begin with: Whisper's language, task and timestamps
 Shift = Callable[[Tensor], Tensor]  # labels (batch, tokens) -> what the decoder reads, one place later
 
 
@@ -125,14 +128,23 @@ def _collator(tokenizer: PreTrainedTokenizerBase, shift: Shift) -> Collator:
 class GenerationJudge:
     """Generates a text for each source, and compares it with the target: ROUGE, and the edits of its words.
 
-    ROUGE stems words (Porter), as the scores of summarisation are usually given.
+    ROUGE stems words (Porter), as the scores of summarisation are usually given. Words are compared as they are
+    written. `options` go to the model's `generate`. Raises RecipeError for more tokens than the decoder takes.
     """
 
     columns: ClassVar[int] = len(ROUGE) + 2
 
     def __init__(
-        self, subject: Subject, tokenizer: PreTrainedTokenizerBase, targets: Sequence[str], new_tokens: int
+        self,
+        subject: Subject,
+        tokenizer: PreTrainedTokenizerBase,
+        targets: Sequence[str],
+        new_tokens: int,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
+        limit, relative = position_limit(subject.body)
+        if limit is not None and not relative and new_tokens > limit - BEFORE:
+            raise RecipeError(f"generate {new_tokens}: the decoder takes {limit}; write at most {limit - BEFORE}")
         try:
             import jiwer  # noqa: F401
             from rouge_score.rouge_scorer import RougeScorer
@@ -142,13 +154,15 @@ class GenerationJudge:
                 " 'lrsurgery[metrics]'"
             ) from e
         self._body: Any = subject.body
-        self._tokenizer, self._targets, self._new_tokens = tokenizer, targets, new_tokens
+        self._tokenizer, self._targets = tokenizer, targets
+        self._options = {"max_new_tokens": new_tokens, "do_sample": False, "use_cache": True, **(options or {})}
         self._scorer = RougeScorer(list(ROUGE), use_stemmer=True)
 
     def measure(self, outputs: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """F-measures of ROUGE, edits and words of the target: (batch, 5)."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        ids = self._body.generate(**inputs, max_new_tokens=self._new_tokens, do_sample=False, use_cache=True)
+        unread = (*UNREAD, "decoder_input_ids", "decoder_attention_mask")
+        inputs = {name: value for name, value in for_model(self._body, batch).items() if name not in unread}
+        ids = self._body.generate(**inputs, **self._options)
         texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
         targets = [self._targets[place] for place in batch[PLACES].tolist()]
         return torch.tensor([self._compare(*pair) for pair in zip(texts, targets, strict=True)], dtype=torch.float64)

@@ -43,8 +43,9 @@ def position_limit(model: nn.Module) -> tuple[int | None, bool]:
     Longformer and ESM, positions begin after it.
     """
     config: PreTrainedConfig = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    # XLNet's kin write -1 where there is no limit; MPT has a name of its own
-    limits = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    # XLNet's kin write -1 where there is no limit; MPT has a name of its own, and so have decoders of speech
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
+    limits = (getattr(config, name, None) for name in names)
     limit = next((found for found in limits if isinstance(found, int) and found > 0), None)
     for name, module in model.named_modules():
         padding, table = getattr(module, "padding_idx", None), getattr(module, "weight", None)

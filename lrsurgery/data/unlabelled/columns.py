@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,11 @@ from torch import nn
 from lrsurgery.data.batches import Rows
 from lrsurgery.data.datasets import IMAGE_COLUMNS, TEXT_COLUMNS, column_names, pick_column
 from lrsurgery.data.options import NO_TASK, DataOptions, settings_of
+from lrsurgery.data.speech.recordings import AUDIO_COLUMNS, SOUNDS
 from lrsurgery.errors import DataError, RecipeError
+from lrsurgery.modules import arguments_of
 
 TARGET_COLUMNS = ("target", "targets", "summary", "highlights", "transcription", "answer", "labels")
-AUDIO_COLUMNS = ("audio", "speech", "sound")
-SOUNDS = ("input_features", "input_values")  # arguments of models of sound
 # arguments that say what an example is; the others go along with them
 MAIN = ("input_ids", "inputs_embeds", "pixel_values", *SOUNDS)
 UNUSED = ("label_column", "label_map", "bos", "join", "image_size", "test_size")  # settings that mean nothing here
@@ -86,16 +85,6 @@ def check_settings(options: DataOptions) -> None:
         value = getattr(options, name)
         if value != usual[name].default:
             raise RecipeError(f"{name}: is for models with a task, and here there is none ({NO_TASK}); leave it out")
-
-
-def arguments_of(body: nn.Module) -> tuple[str, ...]:
-    """The names of a model's arguments; a timm model takes pixel_values."""
-    if not hasattr(body, "config"):
-        return ("pixel_values",)
-    parameters = inspect.signature(inspect.unwrap(type(body).forward)).parameters.values()
-    names = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
-    main = getattr(body, "main_input_name", "input_ids")
-    return tuple(dict.fromkeys([*names[1:], main]))
 
 
 def takes_text(takes: tuple[str, ...]) -> bool:

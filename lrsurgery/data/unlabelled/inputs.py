@@ -14,11 +14,12 @@ from torch.utils.data import Dataset
 from lrsurgery.data.batches import IGNORED, Batch, Collator, Example, Examples, Rows
 from lrsurgery.data.images import Images, Preprocessing
 from lrsurgery.data.options import DataOptions
+from lrsurgery.data.speech.recordings import Recordings
 from lrsurgery.data.tasks import Subject
 from lrsurgery.data.text.examples import LONGEST, WINDOW
 from lrsurgery.data.text.padding import finds_last_token, pad_token_of, position_limit
 from lrsurgery.data.text.tokens import check_texts, load_tokenizer
-from lrsurgery.data.unlabelled.columns import SOUNDS, Feed
+from lrsurgery.data.unlabelled.columns import Feed
 from lrsurgery.errors import DataError, RecipeError
 
 # place, inputs that the parts before it made -> some of the inputs of an example
@@ -146,19 +147,10 @@ class _Maker:
         """Sound by the checkpoint's feature extractor."""
         if self.feed.audio is None:
             return None
-        from transformers import AutoFeatureExtractor
-
-        reference = self.subject.source.reference
-        try:
-            extractor = AutoFeatureExtractor.from_pretrained(self.subject.source.folder, trust_remote_code=self.trust)
-            rate = int(extractor.sampling_rate)
-        except Exception as e:
-            raise DataError(
-                f"{reference}: no feature extractor that loads; sound needs preprocessor_config.json in the folder"
-            ) from e
-        made = f"at {rate:,} Hz, by the checkpoint's {type(extractor).__name__}"
-        self.notes.append(f"{self.rows.name}: sound ({self.feed.audio}) {made}")
-        return _Sounds(_decoded(self.rows, self.feed.audio, rate), self.feed, extractor, rate, self.rows.reference)
+        trust, feed = self.trust, self.feed
+        recordings = Recordings(self.subject.source, self.rows, feed.audio, feed.takes, trust)
+        self.notes.append(f"{self.rows.name}: {recordings.note}")
+        return _Sounds(recordings)
 
     def decoder(self) -> Part:
         """What the decoder reads: the targets if there are any, else the tokens of the input, else its first token."""
@@ -169,7 +161,7 @@ class _Maker:
             self.notes.append(f"{self.rows.name}: no targets, so the decoder reads the input's tokens, shifted by one")
         else:
             self.notes.append(f"{self.rows.name}: no targets, so the decoder reads its first token ({start}) alone")
-        limit = getattr(self.subject.config, "max_target_positions", None) or position_limit(self.subject.body)[0]
+        limit, _ = position_limit(self.subject.body)
         table = None if self.feed.target is None else self.rows.rows.select_columns([self.feed.target])
         most = int(limit or WINDOW)
         return _Decoder(table, self.tokenizer, start, most, "decoder_attention_mask" in self.feed.takes)
@@ -255,48 +247,10 @@ class _Images:
 
 @dataclass(frozen=True)
 class _Sounds:
-    table: Any
-    feed: Feed
-    extractor: Any
-    rate: int
-    reference: str
+    recordings: Recordings
 
     def __call__(self, index: int, before: Example) -> Example:
-        try:
-            value = self.table[index][self.feed.audio]
-            samples, rate = _samples(value)
-        except Exception as e:  # of the decoder, which is another package
-            said = " ".join(str(e).split())[:200]
-            raise DataError(
-                f"{self.reference}: sound {index} does not decode ({said}); give arrays of samples, or a column of"
-                f" {next(name for name in SOUNDS if name in self.feed.takes)}"
-            ) from e
-        if rate is not None and rate != self.rate:
-            raise DataError(
-                f"{self.reference}: sound {index} has {rate:,} samples a second, the model takes {self.rate:,};"
-                " resample the data"
-            )
-        made = self.extractor(samples, sampling_rate=self.rate, return_tensors="np")
-        return {name: torch.as_tensor(value[0]) for name, value in made.items() if name in self.feed.takes}
-
-
-def _decoded(rows: Rows, column: str, rate: int) -> Any:
-    """The column alone, its sound decoded and resampled by `datasets` where it holds files."""
-    from datasets import Audio
-
-    table = rows.rows.select_columns([column])
-    return table.cast_column(column, Audio(sampling_rate=rate)) if isinstance(table.features[column], Audio) else table
-
-
-def _samples(value: Any) -> tuple[Any, int | None]:
-    """Samples (n,) and their number a second, None where the data does not say it."""
-    if hasattr(value, "get_all_samples"):  # of torchcodec
-        found = value.get_all_samples()
-        return found.data.mean(0).numpy(), int(found.sample_rate)
-    if isinstance(value, Mapping):
-        rate = value.get("sampling_rate")
-        return np.asarray(value["array"], np.float32), None if rate is None else int(rate)
-    return np.asarray(value, np.float32), None
+        return {name: torch.as_tensor(value) for name, value in self.recordings[index].items()}
 
 
 @dataclass(frozen=True)

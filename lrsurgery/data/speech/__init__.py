@@ -1,0 +1,1 @@
+"""Sound by the checkpoint's own feature extractor, and what is said in it."""
