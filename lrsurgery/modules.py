@@ -25,6 +25,7 @@ from torch.overrides import TorchFunctionMode
 
 from lrsurgery.errors import Interrupted, PlanError, SurgeryError
 
+Norm = nn.modules.batchnorm._NormBase
 Put: TypeAlias = "Callable[[Any], None] | None"  # stores another object in a place; None where nothing can be stored
 # types that hold no module; a subclass of a tensor holds none that is called as a layer
 PLAIN = (str, bytes, int, float, complex, type(None), type, types.ModuleType, Tensor, torch.dtype, torch.device)
@@ -163,6 +164,11 @@ def arguments_of(model: nn.Module) -> tuple[str, ...]:
     names = [each.name for each in parameters if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)]
     main = getattr(model, "main_input_name", "input_ids")
     return tuple(dict.fromkeys([*names[1:], main]))
+
+
+def batch_norms(model: nn.Module) -> list[Norm]:
+    """The normalisations that keep means and variances of what they were given."""
+    return [module for module in model.modules() if isinstance(module, Norm) and module.track_running_stats]
 
 
 # outputs

@@ -56,10 +56,15 @@ class Compute:
         return (self.jobs or layers_at_once(needs, threads)) if self.device.type == "cpu" else 1
 
     def for_process(self, local_rank: int) -> torch.device:
-        """The device of one process: with several GPUs, the one with its local rank."""
-        if self.device.type == "cuda" and self.device.index is None and local_rank < torch.cuda.device_count():
-            return torch.device("cuda", local_rank)
-        return self.device
+        """The device of one process; see `device_of_process`."""
+        return device_of_process(self.device, local_rank)
+
+
+def device_of_process(device: torch.device, local_rank: int) -> torch.device:
+    """The device of one process: with several GPUs, the one with its local rank."""
+    if device.type == "cuda" and device.index is None and local_rank < torch.cuda.device_count():
+        return torch.device("cuda", local_rank)
+    return device
 
 
 def pick_device(name: str) -> torch.device:

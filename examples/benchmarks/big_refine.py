@@ -2,8 +2,8 @@
 
 The blocks are factorised first. Of both models one block at a time is in memory, as of a model that does not fit: the
 command is told that --free GB are free. Memory does not grow with the blocks, the time does; that of all 32 blocks at
-400 steps is extrapolated from the time of a forward, as the command itself does before it starts, and the column says
-so. Samples are random tokens.
+400 steps is extrapolated from the time of a block, as if all of it were steps, and the column says so. Samples are
+random tokens.
 
     python examples/benchmarks/big_refine.py --folder /somewhere/with/20GB --save
 """
@@ -11,7 +11,6 @@ so. Samples are random tokens.
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from big_checkpoint import VOCABULARY, make
+from calibration_cost import write_tokens
 from harness import finish, parser, run_measured
 
 REFINE = """
@@ -39,22 +39,18 @@ def main() -> None:
     options.add_argument("--rank", default="params:0.5")
     options.add_argument("--free", type=float, default=8.0, help="GB that the command takes for free")
     options.add_argument("--samples", type=int, default=16)
-    options.add_argument("--block-size", type=int, default=512)
     options.add_argument("--steps", type=int, default=1, help="of Adam, in each block")
     arguments = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         place = arguments.folder or Path(temporary)
         dense, half, output = make(place, arguments.layers), place / "refine-half", place / "refine-out"
-        data = place / "tokens.jsonl"
-        draw = random.Random(0)
-        rows = [[draw.randrange(VOCABULARY) for _ in range(arguments.block_size)] for _ in range(arguments.samples)]
-        data.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in rows), encoding="utf-8")
+        data = write_tokens(dense, VOCABULARY, arguments.samples * 512)
         program = [sys.executable, "-m", "lrsurgery", "factorise", str(dense), "--rank", arguments.rank]
         if not half.is_dir():
             words = [*program, "--include", "model.layers.*", "--no-loss-check", "--quiet", "--output", str(half)]
             subprocess.run(words, check=True)
         shutil.rmtree(output, ignore_errors=True)
-        sizes = ["--samples", str(arguments.samples), "--block-size", str(arguments.block_size)]
+        sizes = ["--samples", str(arguments.samples), "--block-size", "512"]
         where = ["--against", str(dense), "--calibration", str(data), "--output", str(output)]
         words = ["refine", str(half), *where, *sizes, "--refine-steps", str(arguments.steps), "--quiet"]
         figures = run_measured([sys.executable, "-c", REFINE, str(arguments.free), *words])
@@ -64,11 +60,15 @@ def main() -> None:
     each = figures["wall_s"] / len(blocks)
     row = {
         "blocks": len(blocks),
-        "samples": f"{arguments.samples} of {arguments.block_size} tokens",
+        "samples": f"{arguments.samples} of 512 tokens",
         "steps a block": arguments.steps,
         "seconds a block": each,
         "peak GB": figures["peak_bytes"] / 1e9,
-        f"days for {BLOCKS} blocks of {STEPS} steps, extrapolated": each * BLOCKS * STEPS / arguments.steps / 86_400,
+        f"days for {BLOCKS} blocks of {STEPS} steps at most, extrapolated": each
+        * BLOCKS
+        * STEPS
+        / arguments.steps
+        / 86_400,
     }
     finish("big_refine", [row], arguments, bars={"peak GB": 12.0}, blocks=blocks)
 

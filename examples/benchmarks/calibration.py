@@ -112,7 +112,8 @@ def surgery(dense: nn.Module, method: str, share: float, statistics: lrsurgery.S
         able = sum(dense.get_submodule(name).weight.numel() for name in statistics.uses)  # type: ignore[union-attr,operator,misc]
         kept = 1 - (size_of(dense) - size_of(model)) / able
         model = copy.deepcopy(dense)
-        lrsurgery.factorise_(model, budget=kept, statistics=statistics)
+        # in two factors, as the published ways have them: the pivoted form would have more rank for its parameters
+        lrsurgery.factorise_(model, budget=kept, statistics=statistics, form="balanced")
         return model
     known = statistics.without_gradients() if method.endswith("activations") else statistics
     for name, layer in lrsurgery.factorised_layers(model).items():

@@ -25,7 +25,7 @@ from lrsurgery.errors import CalibrationError, SurgeryError
 from lrsurgery.factorise.check import check_loss, warnings
 from lrsurgery.factorise.decide import decide, decision_of, describe_job, notes_on, open_plan, read_decisions
 from lrsurgery.factorise.options import FactoriseOptions, choose_calibration, parse_options
-from lrsurgery.factorise.refining import refine_stage
+from lrsurgery.factorise.refining import refine_stage, take_part
 from lrsurgery.factorise.work.folder import WorkFolder, keep_work
 from lrsurgery.factorise.work.jobs import find_pending
 from lrsurgery.factorise.work.rewrite import Rewriter
@@ -104,10 +104,12 @@ def _factorise(
         if not finished:
             plan, statistics = read_decisions(plan, options.calibration, work)
             _rewriter(checkpoint, plan, options, entries, statistics).do_jobs(work, processes)
+            if options.refinement is not None:
+                take_part(source, options, work, processes, listener)
         processes.barrier("end")  # rank 0 has written the output
         return Report.read(output)
     with keep_work(work, output, len(plan.replacements)):
-        work.open(describe_job(source, options), resume=options.output.resume)
+        work.open(describe_job(source, options, processes.size), resume=options.output.resume)
         if finished:
             listener.note(f"{output}: the job is finished")
             for moment in ("begin", "end"):
@@ -159,7 +161,7 @@ def _factorise(
             write_text(stage / "config.json", json_text(config))
             rewriter.check(stage, work, options.source, listener)
             if options.refinement is not None:
-                report = refine_stage(source, stage, options, work, report, listener)
+                report = refine_stage(source, stage, options, work, processes, report, listener)
             report = replace(report, loss_check=check_loss(source, stage, options, listener))
             report = report if complete is None else complete(stage, report)
             report = replace(report, files=file_digests(stage))

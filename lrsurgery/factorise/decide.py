@@ -188,7 +188,7 @@ def read_decisions(plan: Plan, calibration: Calibration | None, work: WorkFolder
     return plan, Statistics.read(work.path / "statistics")
 
 
-def describe_job(source: Source, options: FactoriseOptions) -> Json:
+def describe_job(source: Source, options: FactoriseOptions, processes: int) -> Json:
     """Everything that a piece depends on; `WorkFolder.open` names the entry that differs."""
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in source.files]
     return {
@@ -196,6 +196,7 @@ def describe_job(source: Source, options: FactoriseOptions) -> Json:
         "source": [source.name, *map(list, files)],
         **({"device of the times": describe(options.compute.device)} if _is_timed(options) else {}),
         "calibration data": None if options.calibration is None else _digest_data(options.calibration),
+        **({"number of processes": processes} if options.refinement is not None else {}),
         "version of lrsurgery or torch": [__version__, torch.__version__],
     }
 

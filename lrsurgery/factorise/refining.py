@@ -42,7 +42,7 @@ from lrsurgery.refine.writing import rewrite, written_alone
 from lrsurgery.report.card import model_card, public_name
 from lrsurgery.report.rows import rank_report
 from lrsurgery.report.schema import FILE_NAME, Report
-from lrsurgery.runtime import Processes, check_seed, pick_device, versions
+from lrsurgery.runtime import Processes, check_seed, device_of_process, pick_device, versions
 from lrsurgery.surgery.apply import swap_
 from lrsurgery.units import parse_size
 
@@ -73,7 +73,8 @@ def refine_checkpoint(
     check_seed(seed)
     options = OutputOptions(shard_size=parse_size(shard_size), overwrite=overwrite, resume=resume, command=command)
     place = with_name(Path(output))
-    how = Compute(pick_device(device), trust_remote_code, processes or Processes())
+    processes = processes or Processes()
+    how = Compute(device_of_process(pick_device(device), processes.local_rank), trust_remote_code, processes)
     job = _Job(str(folder), str(against), place, calibration, refinement or Refinement(seed=seed), how, options)
     if not how.processes.is_main:
         return job.take_part(listener)
@@ -112,12 +113,7 @@ class _Job:
         work, processes = WorkFolder(self.output), self.how.processes
         processes.barrier("begin")
         if not (self.options.resume and work.is_published()):
-            report = _report_of(source)
-            refinement = self.refinement.after(_importance(report))
-            blocks = BlockPieces(work.path / REFINED, f"{work.job} {REFINED}", report, writes=False)
-            folder = work.path / "activations" / str(processes.rank)
-            targets = _targets(source, self.how)[1]
-            _walk(source, dense, self.calibration, refinement, targets, blocks, folder, self.how, listener)
+            _take_part(source, dense, self.calibration, self.refinement, work, self.how, listener)
         processes.barrier("end")
         return Report.read(self.output)
 
@@ -240,23 +236,58 @@ def refine_folder(
 
 
 def refine_stage(
-    dense: Source, stage: Path, options: FactoriseOptions, work: WorkFolder, report: Report, listener: Listener
+    dense: Source,
+    stage: Path,
+    options: FactoriseOptions,
+    work: WorkFolder,
+    processes: Processes,
+    report: Report,
+    listener: Listener,
 ) -> Report:
-    """Refine the folder that `factorise` is about to publish; see `refine_folder`."""
+    """Refine the folder that `factorise` is about to publish; see `refine_folder`. The other processes `take_part`."""
     assert options.calibration is not None
     assert options.refinement is not None
+    if processes.size > 1:
+        write_text(stage / FILE_NAME, report.to_json())
+        work.set_stage(stage)
+        processes.barrier("refine")
+    source, how = resolve(str(stage)), _compute_of(options, processes)
+    size = options.output.shard_size
     return refine_folder(
-        resolve(str(stage)),
-        dense,
-        stage,
-        options.calibration,
-        options.refinement,
-        work,
-        Compute(options.compute.device, options.source.trust_remote_code),
-        options.output.shard_size,
-        report,
-        listener,
+        source, dense, stage, options.calibration, options.refinement, work, how, size, report, listener
     )
+
+
+def take_part(
+    dense: Source, options: FactoriseOptions, work: WorkFolder, processes: Processes, listener: Listener
+) -> None:
+    """Do what a process other than the main one does of `refine_stage`."""
+    assert options.calibration is not None
+    assert options.refinement is not None
+    processes.barrier("refine")
+    source, how = resolve(str(work.stage())), _compute_of(options, processes)
+    _take_part(source, dense, options.calibration, options.refinement, work, how, listener)
+
+
+def _compute_of(options: FactoriseOptions, processes: Processes) -> Compute:
+    device = options.compute.for_process(processes.local_rank)
+    return Compute(device, options.source.trust_remote_code, processes)
+
+
+def _take_part(
+    source: Source,
+    dense: Source,
+    calibration: Calibration,
+    refinement: Refinement,
+    work: WorkFolder,
+    how: Compute,
+    listener: Listener,
+) -> None:
+    report = _report_of(source)
+    blocks = BlockPieces(work.path / REFINED, f"{work.job} {REFINED}", report, writes=False)
+    folder = work.path / "activations" / str(how.processes.rank)
+    targets = _targets(source, how)[1]
+    _walk(source, dense, calibration, refinement.after(_importance(report)), targets, blocks, folder, how, listener)
 
 
 def _told(fits: Sequence[Fit], calibration: Calibration, refinement: Refinement) -> Json:

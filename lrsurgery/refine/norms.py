@@ -7,10 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from lrsurgery.modules import batch_norms
 from lrsurgery.refine.activations import Cache, run
 from lrsurgery.runtime import Processes
-
-Norm = nn.modules.batchnorm._NormBase
 
 
 def refresh_norms_(block: nn.Module, given: Cache, numbers: Sequence[int], processes: Processes) -> bool:
@@ -18,7 +17,7 @@ def refresh_norms_(block: nn.Module, given: Cache, numbers: Sequence[int], proce
 
     The caller keeps them only where held-out samples say so: on weak models they help much, on strong ones they harm.
     """
-    norms = [module for module in block.modules() if isinstance(module, Norm) and module.track_running_stats]
+    norms = batch_norms(block)
     if not norms:
         return False
     momenta = [norm.momentum for norm in norms]

@@ -17,7 +17,7 @@ class Refinement:
 
     steps: int = 400  # of Adam, in each block; 0 leaves it at the closed form
     batch: int = 16  # samples of a step
-    lr: float = 5e-3  # at the first step; falls along a half cosine to 0
+    lr: float = 5e-3  # reached at the first look; falls along a half cosine to 0
     # the closed form before the steps. None: where there are no steps, or the cut did not know the gradients of a loss,
     # since what fisher has cut is a better place to begin, and the closed form a better one than a plain SVD
     anchored: bool | None = None

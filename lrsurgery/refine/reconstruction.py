@@ -88,7 +88,8 @@ def fit_(
 ) -> int:
     """Fit the parameters of a block and return the steps up to the kept state, the best on held-out calls.
 
-    A call holds `per_call` samples, and a step takes as many calls as `options.batch` asks for.
+    A call holds `per_call` samples, and a step takes as many calls as `options.batch` asks for. The rate rises up to the
+    first look: Adam's first steps would undo a good start, such as the closed form, and the rate would fall for it.
     """
     if not options.steps or not parameters:
         return 0
@@ -108,7 +109,7 @@ def fit_(
     try:
         for step in range(1, options.steps + 1):
             for group in optimizer.param_groups:
-                group["lr"] = scale * options.lr * (1 + math.cos(math.pi * (step - 1) / options.steps)) / 2
+                group["lr"] = scale * options.lr * min(1.0, step / every) * _half_cosine((step - 1) / options.steps)
             optimizer.zero_grad(set_to_none=True)
             for number in (next(order) for _ in range(calls)):
                 (samples.loss(block, number) / calls).backward()  # type: ignore[no-untyped-call]
@@ -135,6 +136,10 @@ def fit_(
             parameter.grad = None
             parameter.requires_grad_(needed)
     return chosen
+
+
+def _half_cosine(share: float) -> float:
+    return (1 + math.cos(math.pi * share)) / 2
 
 
 @torch.no_grad()

@@ -200,11 +200,11 @@ def test_what_does_not_fit_is_one_line(listeners: Path, tmp_path: Path) -> None:
     rows = listeners / "rows.parquet"
     with pytest.raises(RecipeError, match=r"^generate 40: the decoder takes 40; write at most 36$"):
         lrsurgery.evaluate(listeners / "whisper", rows, DataOptions(generate=40))
-    with pytest.raises(RecipeError, match="^language xx: Unsupported language"):
+    with pytest.raises(RecipeError, match=r"^language xx: Unsupported language"):
         lrsurgery.evaluate(listeners / "whisper", rows, DataOptions(language="xx"))
-    with pytest.raises(RecipeError, match="^language fr: .* has no token for it"):
+    with pytest.raises(RecipeError, match=r"^language fr: .* has no token for it"):
         lrsurgery.evaluate(listeners / "whisper", rows, DataOptions(language="fr"))
-    with pytest.raises(RecipeError, match="^language en: .* has no tokens of languages"):
+    with pytest.raises(RecipeError, match=r"^language en: .* has no tokens of languages"):
         lrsurgery.evaluate(listeners / "moonshine", rows, DataOptions(language="en"))
     silent = write_speech(tmp_path / "silent.parquet", [{"text": "a value"}])
     with pytest.raises(DataError, match="which column holds the audio"):

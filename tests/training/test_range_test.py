@@ -26,7 +26,7 @@ from lrsurgery.data.tasks import Subject
 from lrsurgery.errors import RecipeError
 from lrsurgery.progress import SILENT
 from lrsurgery.training.finetune import finetune
-from lrsurgery.training.loop.range_test import FRACTION, LEAST, SHARE, Curve, range_test, test_length
+from lrsurgery.training.loop.range_test import LEAST, SHARE, Curve, range_test, test_length
 from lrsurgery.training.recipe import Recipe
 
 # a process that kills itself after a step of the run
@@ -125,15 +125,15 @@ RATES = tuple(float(rate) for rate in np.geomspace(1e-4, 1e-1, 13))
 def test_the_found_rate_is_a_fraction_of_the_best(best: float) -> None:
     """A parabola over the logarithm of the rate has its lowest point where it was put, between the rates as well."""
     losses = tuple(2 + 0.1 * math.log(rate / best) ** 2 for rate in RATES)
-    assert Curve(9.0, RATES, losses).found == pytest.approx(FRACTION * best, rel=0.04)  # it has two digits
+    assert Curve(9.0, RATES, losses).found == pytest.approx(best, rel=0.04)  # it has two digits
 
 
 def test_curves_without_a_lowest_point() -> None:
     falling, rising = tuple(5 - 0.1 * i for i in range(13)), tuple(5 + 0.1 * i for i in range(13))
-    assert Curve(5.0, RATES, falling).found == pytest.approx(FRACTION * RATES[-1], rel=0.03)
+    assert Curve(5.0, RATES, falling).found == pytest.approx(RATES[-1], rel=0.03)
     assert Curve(5.0, RATES, rising).found == RATES[0]  # nothing helped
     wrecked = Curve(5.0, RATES[:4], (4.9, 4.8, 4.7, math.nan))
-    assert wrecked.found == pytest.approx(FRACTION * RATES[2], rel=0.03)
+    assert wrecked.found == pytest.approx(RATES[2], rel=0.03)
     assert Curve(5.0, RATES[:2], (math.inf, math.nan)).found == RATES[0]
 
 

@@ -144,6 +144,19 @@ def test_the_loss_falls_and_the_folder_loads(
     assert "without labels" in " ".join(outcome.report.notes)
 
 
+def test_batch_norms_keep_their_statistics(tmp_path: Path, models: Callable[[Family], tuple[Path, Path]]) -> None:
+    """As the teacher's do: a student that sees those of a batch is fitted to something else than it computes later."""
+    (dense, low), heard = models(FAMILIES["timm features"]), Notes()
+    settings = {"model": str(low), "teacher": str(dense), "data": str(images(tmp_path)), "steps": 3, "device": "cpu"}
+    lrsurgery.finetune(settings, tmp_path / "healed", listener=heard)
+    before, after = (load_file(folder / "model.safetensors") for folder in (low, tmp_path / "healed"))
+    kept = [name for name in before if "running" in name]
+    assert kept
+    assert all(torch.equal(before[name], after[name]) for name in kept)
+    assert any(not torch.equal(before[name], after[name]) for name in before)
+    assert any("batch norms keep" in note for note in heard.notes)
+
+
 def test_evaluate_is_what_transformers_gives_one_example_at_a_time(
     tmp_path: Path, models: Callable[[Family], tuple[Path, Path]]
 ) -> None:

@@ -147,8 +147,7 @@ class _Maker:
         """Sound by the checkpoint's feature extractor."""
         if self.feed.audio is None:
             return None
-        trust, feed = self.trust, self.feed
-        recordings = Recordings(self.subject.source, self.rows, feed.audio, feed.takes, trust)
+        recordings = Recordings(self.subject.source, self.rows, self.feed.audio, self.feed.takes, self.trust)
         self.notes.append(f"{self.rows.name}: {recordings.note}")
         return _Sounds(recordings)
 

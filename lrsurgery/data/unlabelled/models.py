@@ -20,10 +20,10 @@ from lrsurgery.data.tasks import Subject, check_finite_weights, task_of
 from lrsurgery.data.text.examples import WINDOW
 from lrsurgery.data.text.padding import finds_last_token, pad_token_of, position_limit
 from lrsurgery.data.unlabelled.agreement import Agreement, find_agreement
-from lrsurgery.data.unlabelled.columns import Feed, arguments_of, find_feed
+from lrsurgery.data.unlabelled.columns import Feed, find_feed
 from lrsurgery.data.unlabelled.inputs import unlabelled_examples
 from lrsurgery.errors import RecipeError, SourceError
-from lrsurgery.modules import model_faults
+from lrsurgery.modules import arguments_of, model_faults
 
 PROBED = 2  # examples that tell what the models return
 

@@ -24,10 +24,11 @@ WORK = "work"  # what a work folder's mark says
 POINTS = "points.json"  # what a search for a target has measured
 PUBLISHED = "published"  # fingerprint of the whole output
 SPEEDS = "speed.json"  # times of layers, for a budget of time
+STAGE = "stage.json"  # the written folder that is about to be refined
 REFINED = "refined"  # the folder of blocks that refinement has finished
 FOLDERS = ("statistics", REFINED, "activations")
 # what a job writes beside PUBLISHED; the last says what the others are
-ENTRIES = ("to_do.json", "ranks.json", SPEEDS, POINTS, "failed", *FOLDERS, "*.safetensors", "*.half", "job.json")
+ENTRIES = ("to_do.json", "ranks.json", SPEEDS, POINTS, STAGE, "failed", *FOLDERS, "*.safetensors", "*.half", "job.json")
 
 # of a layer: its kind and rank (None if its spectrum decides), or the reason to stay dense
 # kind, rank and the layers that share one v with it; or why it stays dense
@@ -121,6 +122,14 @@ class WorkFolder:
     def to_do(self) -> set[int]:
         """Read the job list of `set_to_do`."""
         return set(read_as(list[int], self.path / "to_do.json", "a list of jobs", OutputError))
+
+    def set_stage(self, stage: Path) -> None:
+        """Tell the other processes where the folder is that is about to be refined."""
+        (self.path / STAGE).write_text(json.dumps(stage.name), encoding="utf-8")
+
+    def stage(self) -> Path:
+        """Read the folder of `set_stage`."""
+        return self.path.parent / read_as(str, self.path / STAGE, "the name of a folder", OutputError)
 
     def fail(self, message: str) -> None:
         """Report an error to the other processes, as far as the folder can be written."""

@@ -113,7 +113,7 @@ class _Job:
 
     def _describe(self) -> dict[str, object]:
         """Everything that the points depend on."""
-        job = describe_job(self.trials.source, self.options)
+        job = describe_job(self.trials.source, self.options, 1)
         how = [None if data is None else [data.split, vars(data.how)] for data in (self.data,)]
         heal = None if self.request.healing is None else self.request.healing.settings
         return {**job, "target": str(self.goal), "data to measure on": [self._digest(self.data), *how], "healing": heal}

@@ -29,7 +29,7 @@ from lrsurgery.data.tasks import TASKS, Subject
 from lrsurgery.data.unlabelled.agreement import Agreement, run
 from lrsurgery.errors import RecipeError, TrainingError
 from lrsurgery.files.faults import disk_faults
-from lrsurgery.modules import for_model, model_faults
+from lrsurgery.modules import batch_norms, for_model, model_faults
 from lrsurgery.progress import Listener
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.decay import FrobeniusDecay
@@ -202,6 +202,8 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
     def _disagreement(
         self, agreement: Agreement, model: nn.Module, inputs: Batch, return_outputs: bool
     ) -> Tensor | tuple[Tensor, Mapping[str, Tensor]]:
+        for norm in batch_norms(self.model) if model.training else ():
+            norm.eval()  # as the teacher's; those of a batch differ from what the blocks were fitted to
         outputs = run(model, self.subject.body, inputs)
         loss = agreement.loss(outputs, self._answers(inputs), inputs, self.recipe.temperature)
         return (loss, outputs) if return_outputs else loss

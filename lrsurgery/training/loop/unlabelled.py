@@ -11,6 +11,7 @@ from lrsurgery.data.options import NO_TASK
 from lrsurgery.data.tasks import task_of
 from lrsurgery.data.unlabelled.models import Pair, examples_of, load_pair, open_unlabelled, task_or_none
 from lrsurgery.errors import RecipeError
+from lrsurgery.modules import batch_norms
 from lrsurgery.training.loop.teacher import compare_vocabularies
 from lrsurgery.training.recipe import Recipe
 
@@ -88,6 +89,8 @@ def prepare_unlabelled(recipe: Recipe, source: Source, *, evaluates: bool) -> Un
         held_out = open_unlabelled(data, recipe, split=recipe.eval_split, prefer=EVAL_SPLITS)
         evaluation = examples_of(pair, held_out, recipe, trust_remote_code=trust)
     notes = [*(f"{recipe.teacher}: {note}" for note in teacher.notes), *pair.notes]
+    if batch_norms(pair.subject.model):
+        notes.append(f"{source.reference}: batch normalisation keeps its means and variances, as the teacher's does")
     return Unlabelled(pair, rows, held_out, train, evaluation, (*notes, *other_tokens(pair, trust)))
 
 
