@@ -166,6 +166,17 @@ class Statistics:
         use = self.uses[self.key(name, kind)]
         return self.moments(name, kind).metric(use) if use.positions else None
 
+    def gradients(self, name: str, kind: str, rows: int) -> Tensor | None:
+        """The damped second moment of the gradients at a layer's outputs: (rows, rows), or its diagonal (rows,).
+
+        None where there is none: without gradients, for layers that were not collected as this kind, or of experts.
+        """
+        if not self.has_gradients or self._key(name, kind) is None:
+            return None
+        metric = self.metric(name, kind)
+        found = metric.gradients if isinstance(metric, Metric) else None
+        return None if found is None or len(found) != rows else found
+
     def metric_of(self, row: Replacement) -> Metric | StackedMetric | None:
         """The metric of a layer, for all uses of its weight; None if none received an input."""
         uses = ((row.name, row.kind), *row.tied)

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from lrsurgery.calibration.statistics import FILE_NAME as STATISTICS
+from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.build import build_model, check_plain_factors
 from lrsurgery.checkpoints.load import load_source
 from lrsurgery.checkpoints.loading.check import check_folder
@@ -28,7 +30,7 @@ from lrsurgery.factorise.options import Calibration, FactoriseOptions
 from lrsurgery.factorise.work.blocks import BlockPieces
 from lrsurgery.factorise.work.folder import REFINED, WorkFolder, keep_work
 from lrsurgery.factorise.work.opened import Compute, open_both, room_of, share_of
-from lrsurgery.files.digests import file_digests
+from lrsurgery.files.digests import file_digests, fingerprint
 from lrsurgery.files.faults import disk_faults
 from lrsurgery.files.json import Json, read_json
 from lrsurgery.files.locks import locked
@@ -53,6 +55,7 @@ def refine_checkpoint(
     *,
     against: str | Path,
     calibration: Calibration,
+    statistics: str | Path | None = None,
     refinement: Refinement | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -67,12 +70,16 @@ def refine_checkpoint(
     """Fit the factorised checkpoint in `folder` to the dense model `against`, block by block, and write it to `output`.
 
     Needs neither labels nor a head: each block is fitted to the outputs of the dense block on the calibration data.
-    Ranks, forms and sizes stay. Several `processes`, all of which call this, share
-    the samples. Raises SurgeryError that gives the file or layer, the fault and the remedy.
+    Ranks, forms and sizes stay. The gradients in `statistics`, a folder that `factorise` kept of the dense model, weigh
+    the closed form. Several `processes`, all of which call this, share the samples. Raises SurgeryError that gives the
+    file or layer, the fault and the remedy.
     """
     check_seed(seed)
     options = OutputOptions(shard_size=parse_size(shard_size), overwrite=overwrite, resume=resume, command=command)
     place = with_name(Path(output))
+    if statistics is not None:
+        Statistics.read(Path(statistics))  # raises CalibrationError if they cannot be read
+        calibration = replace(calibration, own_statistics=Path(statistics))
     processes = processes or Processes()
     how = Compute(device_of_process(pick_device(device), processes.local_rank), trust_remote_code, processes)
     job = _Job(str(folder), str(against), place, calibration, refinement or Refinement(seed=seed), how, options)
@@ -193,6 +200,7 @@ def _describe(source: Source, dense: Source, calibration: Calibration, refinemen
         "dense model": [dense.name, *stamps(dense)],
         "calibration": calibration.recorded(),
         "calibration data": digest_of(calibration.data, calibration.split, calibration.how.subset),
+        "statistics": None if (folder := calibration.own_statistics) is None else fingerprint([folder / STATISTICS]),
         "refinement": refinement.recorded(),
         "number of processes": processes,
         "version of torch": torch.__version__,
@@ -218,9 +226,7 @@ def refine_folder(
     refinement = refinement.after(_importance(report))
     tensors, targets = _targets(source, how)
     pieces = BlockPieces(work.path / REFINED, f"{work.job} {REFINED}", report)
-    fits = _walk(
-        source, dense, calibration, refinement, targets, pieces, work.path / "activations" / "0", how, listener
-    )
+    fits = _walk(source, dense, calibration, refinement, targets, pieces, work, how, listener)
     fresh = stage / ".refined"
     fresh.mkdir()
     size = rewrite(tensors, targets, pieces.value, fresh, shard_size)
@@ -285,9 +291,8 @@ def _take_part(
 ) -> None:
     report = _report_of(source)
     blocks = BlockPieces(work.path / REFINED, f"{work.job} {REFINED}", report, writes=False)
-    folder = work.path / "activations" / str(how.processes.rank)
     targets = _targets(source, how)[1]
-    _walk(source, dense, calibration, refinement.after(_importance(report)), targets, blocks, folder, how, listener)
+    _walk(source, dense, calibration, refinement.after(_importance(report)), targets, blocks, work, how, listener)
 
 
 def _told(fits: Sequence[Fit], calibration: Calibration, refinement: Refinement) -> Json:
@@ -315,12 +320,15 @@ def _walk(
     refinement: Refinement,
     targets: Mapping[str, str],
     pieces: BlockPieces,
-    folder: Path,
+    work: WorkFolder,
     how: Compute,
     listener: Listener,
 ) -> list[Fit]:
     if calibration.data is None:
         raise CalibrationError("refinement needs data, and not statistics; add --calibration DATA")
+    folder = work.path / "activations" / str(how.processes.rank)
+    kept = calibration.own_statistics or work.path / "statistics"  # of this job, or an earlier one
+    statistics = Statistics.read(kept) if (kept / STATISTICS).is_file() else None
     shutil.rmtree(folder, ignore_errors=True)
     try:
         opened = open_both(source, dense, calibration, refinement.seed, folder, how)
@@ -339,6 +347,8 @@ def _walk(
             folder=folder,
             room=room_of(how),
             frees=opened.on_disk,
+            statistics=statistics,
+            outer=pieces.outer,
         )
         with model_faults(source.reference):
             return refine_blocks_(walk, pieces, listener)

@@ -88,8 +88,8 @@ def fit_(
 ) -> int:
     """Fit the parameters of a block and return the steps up to the kept state, the best on held-out calls.
 
-    A call holds `per_call` samples, and a step takes as many calls as `options.batch` asks for. The rate rises up to the
-    first look: Adam's first steps would undo a good start, such as the closed form, and the rate would fall for it.
+    A call holds `per_call` samples, and a step takes as many calls as `options.batch` asks for. The rate rises up to
+    the first look: Adam's first steps would undo a good start, such as the closed form, and the rate would fall for it.
     """
     if not options.steps or not parameters:
         return 0

@@ -3,15 +3,17 @@
 With x the inputs of the dense layer, x' those that the layer gets behind compressed ones, W the dense weight and M the
 cut one, the B of least E ||W x - B x'||^2 + rho ||B - M||_F^2 is (W E[x x'^T] + rho M) (E[x' x'^T] + rho I)^-1, and its
 best approximation of a rank in the metric E[x' x'^T] + rho I is what the layer becomes (reduced-rank regression;
-AdaSVD, arXiv 2502.01403, alternates towards the same optimum). Where a layer has a bias, moments are centred, and the
-bias takes the means.
+AdaSVD, arXiv 2502.01403, alternates towards the same optimum). Where the second moment G of the loss's gradients at the
+outputs is known, errors count by it: the best approximation is that of G^(1/2) B. Where a layer has a bias, moments are
+centred, and the bias takes the means.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,9 @@ from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.forms.fill import dense_bias, fill_
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, factor_weights
 from lrsurgery.surgery.shared.modules import SharedLinear
+
+# layer of the block, its kind, rows of its matrix -> second moment of the gradients at its outputs, or None
+Weights: TypeAlias = Callable[[str, str, int], "Tensor | None"]
 
 
 @dataclass
@@ -52,6 +57,7 @@ def regress_(
     numbers: Sequence[int],
     masks: Sequence[Masks],
     processes: Processes,
+    weights: Weights = lambda name, kind, rows: None,
 ) -> list[str]:
     """Fit the layers of a block in the order in which they run, and return their names.
 
@@ -72,7 +78,7 @@ def regress_(
         for name in group.names:
             if sums is not None and sums.count:
                 original = dense.get_submodule(name) if name else dense
-                _fit_(layers[name], original, sums)
+                _fit_(layers[name], original, sums, functools.partial(weights, name))
                 fitted.append(name)
     return fitted
 
@@ -150,7 +156,7 @@ def _input_of(block: nn.Module, name: str, call: Any) -> Tensor | None:
 
 
 @torch.no_grad()
-def _fit_(layer: FactorisedLayer, original: Any, sums: _Sums) -> None:
+def _fit_(layer: FactorisedLayer, original: Any, sums: _Sums, weights: Callable[[str, int], Tensor | None]) -> None:
     layout = layer.layout
     weight = layout.matrix_of(original.weight.detach()).double()
     gram, cross = sums.gram / sums.count, sums.cross / sums.count
@@ -164,7 +170,8 @@ def _fit_(layer: FactorisedLayer, original: Any, sums: _Sums) -> None:
     ridge = share * gram.diagonal().mean()
     before = layer.wide_matrix().double()
     target = torch.linalg.solve(damped, (weight @ cross + ridge * before).T).T
-    factors = weighted_factors(target, layer.rank, Metric(damped)).factors
+    found = weights(layer.kind, len(target))
+    factors = weighted_factors(target, layer.rank, Metric(damped, None if found is None else found.to(damped))).factors
     new = bias
     if centred:
         means = weight @ first + original.bias.detach().double() - factors.u @ (factors.v @ second)

@@ -30,7 +30,7 @@ from lrsurgery.refine.activations import Cache
 from lrsurgery.refine.norms import refresh_norms_
 from lrsurgery.refine.options import Refinement
 from lrsurgery.refine.reconstruction import Fit, Samples, fit_, held_out
-from lrsurgery.refine.regression import regress_
+from lrsurgery.refine.regression import Weights, regress_
 from lrsurgery.refine.streams import Pair, visit_pairs
 from lrsurgery.runtime import Processes
 from lrsurgery.surgery.apply import factorised_layers
@@ -63,6 +63,8 @@ class Walk:
     options: Refinement
     per_call: int  # samples of a batch
     stored: torch.dtype = torch.float32  # of the written weights, to which a finished block is rounded
+    statistics: Statistics | None = None  # of the dense model's layers, by their names in it
+    outer: str = ""  # what the models that run have in front of those names
     writable: Collection[str] | None = None  # names of what may change; None: all
     frees: bool = False  # the compressed model's blocks lie on disk, and need not stay in memory once they are done
     processes: Processes = ALONE  # each with as many batches of its own; all get the same weights
@@ -82,8 +84,9 @@ def refine_(
     """Fit the blocks of a factorised model in memory to those of the dense model, without labels, in place.
 
     `batches` are dicts of keyword arguments, tensors or tuples, of the same number of samples but for the last; one of
-    eight is held out. `statistics` are those that `module` was factorised with, if any; see `Refinement`. Returns what
-    it did to each block, in the order in which they run. Raises CalibrationError as `refine_blocks_` does.
+    eight is held out. `statistics` are those that `module` was factorised with, if any: their gradients weigh the
+    closed form; see `Refinement`. Returns what it did to each block, in the order in which they run. Raises
+    CalibrationError as `refine_blocks_` does.
     """
     if not batches:
         raise CalibrationError("no batches to refine on")
@@ -93,7 +96,12 @@ def refine_(
     was = module.training, against.training
     try:
         walk = Walk(
-            dense=against.eval(), compressed=module.eval(), batches=batches, options=options, per_call=len(first)
+            dense=against.eval(),
+            compressed=module.eval(),
+            batches=batches,
+            options=options,
+            per_call=len(first),
+            statistics=statistics,
         )
         return refine_blocks_(walk, None, listener)
     finally:
@@ -254,7 +262,9 @@ def _refine_block_(walk: Walk, pair: Pair, shared: set[str], *, seed: int) -> tu
                     block,
                     samples,
                     held,
-                    lambda: regress_(pair.dense, block, (dense_given, given), training, masks, processes),
+                    lambda: regress_(
+                        pair.dense, block, (dense_given, given), training, masks, processes, _weights(walk, pair.name)
+                    ),
                 )
                 dense_given.clear()
             _keep_if_better_(block, samples, held, lambda: refresh_norms_(block, given, training, processes))
@@ -274,6 +284,14 @@ def _refine_block_(walk: Walk, pair: Pair, shared: set[str], *, seed: int) -> tu
     finally:
         for cache in (given, dense_given, targets):
             cache.clear()
+
+
+def _weights(walk: Walk, block: str) -> Weights:
+    def find(name: str, kind: str, rows: int) -> Tensor | None:
+        full = f"{block}.{name}".rstrip(".").removeprefix(walk.outer)
+        return None if walk.statistics is None else walk.statistics.gradients(full, kind, rows)
+
+    return find
 
 
 def _may_change(walk: Walk, name: str, shared: set[str]) -> bool:

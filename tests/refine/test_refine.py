@@ -321,3 +321,20 @@ def test_processes_that_factorise_refine_together(text_model: Path, tmp_path: Pa
     assert all(torch.equal(once[key], later[key]) for key in once)
     assert any(not torch.equal(once[key], alone[key]) for key in once)
     assert not list(tmp_path.glob(".*"))
+
+
+def test_statistics_weigh_the_closed_form(text_model: Path, tmp_path: Path) -> None:
+    """Kept by factorise, and given later: what `factorise --refine` does at once. Without them the fit is another."""
+    data = ["--calibration", text_model / "train.txt", "--samples", 32, "--quiet"]
+    cut = ["factorise", text_model / "dense", "--rank", "0.4", "--no-loss-check", *data]
+    how = ["--refine-steps", 0]
+    assert tiny.run(*cut, "--refine", *how, "--output", tmp_path / "at-once") == 0
+    assert tiny.run(*cut, "--save-statistics", tmp_path / "kept", "--output", tmp_path / "cut") == 0
+    for name, more in (("later", ("--statistics", tmp_path / "kept")), ("without", ())):
+        words = ["refine", tmp_path / "cut", "--against", text_model / "dense", *data, *how, *more]
+        assert tiny.run(*words, "--output", tmp_path / name) == 0
+    once, later, without = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("at-once", "later", "without")
+    )
+    assert all(torch.equal(once[key], later[key]) for key in once)
+    assert any(not torch.equal(once[key], without[key]) for key in once)

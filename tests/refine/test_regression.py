@@ -72,6 +72,39 @@ def test_each_layer_is_the_reduced_rank_regression_on_what_it_is_given(bias: boo
     assert all(layer.rank == 3 and layer.form == form for layer in factorised_layers(block).values())
 
 
+def test_gradients_say_which_errors_count() -> None:
+    """With their second moment G, the fit is the reduced-rank regression of G^(1/2) y; and not the one without."""
+    torch.manual_seed(0)
+    dense, weighed, plain = Block(True), Block(True), Block(True)
+    for each in (weighed, plain):
+        each.load_state_dict(dense.state_dict())
+        lrsurgery.factorise_(each, rank=3, form="balanced", heads=True)
+    x = [torch.randn(COUNT // 4, 10) + 0.5 for _ in range(4)]
+    moved = [each @ (torch.eye(10) + 0.1 * torch.randn(10, 10)) for each in x]
+    root = torch.diag(torch.logspace(-1, 1, 8)) @ torch.linalg.qr(torch.randn(8, 8))[0]
+    moments = {"left": root.T @ root, "right": torch.logspace(-1, 1, 8)}
+    asked: list[tuple[str, str, int]] = []
+
+    def weights(*key: object) -> torch.Tensor | None:
+        asked.append(key)  # type: ignore[arg-type]
+        return moments.get(str(key[0]))
+
+    for block, more in ((weighed, (weights,)), (plain, ())):
+        regress_(dense, block, caches(x, moved), range(4), [(None,)] * 4, ALONE, *more)
+    assert asked == [("left", "linear", 8), ("right", "linear", 8), ("last", "linear", 6)]
+    before, after = torch.cat(x), torch.cat(moved)
+    with torch.no_grad():
+        for name, metric in (("left", root), ("right", moments["right"].sqrt().diag())):
+            wanted = dense.get_submodule(name)(before) @ metric.T
+            found, without = (
+                float((each.get_submodule(name)(after) @ metric.T - wanted).square().mean())
+                for each in (weighed, plain)
+            )
+            best = reduced_rank(after.double().numpy(), wanted.double().numpy(), 3, True)
+            assert best * 0.999 <= found <= best * 1.02, name
+            assert without > 1.1 * best, name
+
+
 def test_a_layer_that_is_not_compressed_and_not_moved_keeps_its_product() -> None:
     torch.manual_seed(0)
     dense = Block(bias=True)

@@ -72,6 +72,15 @@ def refine(
             text="Most steps of a block; 0: closed form alone.",
         ),
     ] = 400,
+    statistics: Annotated[
+        Path | None,
+        option(
+            "--statistics",
+            panel=CALIBRATION,
+            metavar="DIR",
+            text="What factorise --save-statistics kept: its gradients weigh the closed form.",
+        ),
+    ] = None,
     samples: SamplesOption = 128,
     block_size: BlockSizeOption = None,
     task: Annotated[
@@ -127,6 +136,7 @@ def refine(
             target,
             against=against,
             calibration=Calibration(data=calibration, samples=samples, split=split, how=how),
+            statistics=statistics,
             refinement=refinement_of(refine_steps, seed),
             seed=seed,
             device=device,
