@@ -154,7 +154,7 @@ def test_batch_norms_keep_their_statistics(tmp_path: Path, models: Callable[[Fam
     assert kept
     assert all(torch.equal(before[name], after[name]) for name in kept)
     assert any(not torch.equal(before[name], after[name]) for name in before)
-    assert any("batch norms keep" in note for note in heard.notes)
+    assert any("batch normalisation keeps" in note for note in heard.notes), heard.notes
 
 
 def test_evaluate_is_what_transformers_gives_one_example_at_a_time(
