@@ -64,7 +64,7 @@ def distil(text: list[str], folder: Path, steps: int, seed: int) -> float:
             wanted = pooled(teacher(**inputs).last_hidden_state, inputs["attention_mask"])
         found = cosine_similarity(pooled(model(**inputs).last_hidden_state, inputs["attention_mask"]), wanted).mean()
         optimizer.zero_grad()
-        (1 - found).backward()
+        (1 - found).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         falling.step()
         reached.append(float(found))
