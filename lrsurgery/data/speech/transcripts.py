@@ -46,7 +46,7 @@ def transcripts_of(
     judge = None
     if measured and options.generate is not None:
         judge = GenerationJudge(subject, tokenizer, targets, options.generate, spoken)
-    begin = subject.config.decoder_start_token_id
+    begin = getattr(subject.config, "decoder_start_token_id", None)
     examples = Transcripts(sounds, targets, tokenizer, size, begin, rows.reference, placed=judge is not None)
     check_tokenizer(subject, tokenizer, examples.labels_alone, rows.reference, ("labels",))
     cut = "whole" if size >= LONGEST else f"cut to {size:,} tokens"
@@ -119,7 +119,7 @@ class Transcripts(Dataset[Example]):
         targets: Sequence[str],
         tokenizer: Any,
         size: int,
-        begin: int,
+        begin: int | None,
         reference: str,
         *,
         placed: bool = False,
