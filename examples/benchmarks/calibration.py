@@ -109,7 +109,8 @@ def surgery(dense: nn.Module, method: str, share: float, statistics: lrsurgery.S
     model = copy.deepcopy(dense)
     lrsurgery.factorise_(model, rank=f"params:{share}")
     if method == BUDGET:
-        able = sum(dense.get_submodule(name).weight.numel() for name in statistics.uses)  # type: ignore[union-attr,operator,misc]
+        taken = lrsurgery.factorised_layers(model)  # statistics also know tables and heads, which stay
+        able = sum(dense.get_submodule(name).weight.numel() for name in taken)  # type: ignore[union-attr,operator,misc]
         kept = 1 - (size_of(dense) - size_of(model)) / able
         model = copy.deepcopy(dense)
         # in two factors, as the published ways have them: the pivoted form would have more rank for its parameters
