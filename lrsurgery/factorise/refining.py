@@ -45,7 +45,7 @@ from lrsurgery.report.card import model_card, public_name
 from lrsurgery.report.rows import rank_report
 from lrsurgery.report.schema import FILE_NAME, Report
 from lrsurgery.runtime import Processes, check_seed, device_of_process, pick_device, versions
-from lrsurgery.surgery.apply import swap_
+from lrsurgery.surgery.apply import factorised_layers, swap_
 from lrsurgery.units import parse_size
 
 
@@ -78,7 +78,10 @@ def refine_checkpoint(
     options = OutputOptions(shard_size=parse_size(shard_size), overwrite=overwrite, resume=resume, command=command)
     place = with_name(Path(output))
     if statistics is not None:
-        Statistics.read(Path(statistics))  # raises CalibrationError if they cannot be read
+        if not Statistics.read(Path(statistics)).has_gradients:  # raises CalibrationError if they cannot be read
+            raise CalibrationError(
+                f"{statistics}: holds no gradients, by which the closed form is weighed; leave --statistics out"
+            )
         calibration = replace(calibration, own_statistics=Path(statistics))
     processes = processes or Processes()
     how = Compute(device_of_process(pick_device(device), processes.local_rank), trust_remote_code, processes)
@@ -335,6 +338,12 @@ def _walk(
         for note in opened.notes:
             listener.note(note)
         pieces.outer = "body." if isinstance(opened.compressed, Wrapped) else ""
+        if calibration.own_statistics is not None and statistics is not None:
+            names = (name.removeprefix(pieces.outer) for name in factorised_layers(opened.compressed))
+            if not any(name in statistics.uses for name in names):
+                raise CalibrationError(f"{kept}: knows none of the factorised layers, so it is of another model")
+            if not refinement.anchored:
+                listener.note(f"{kept}: weighs the closed form alone, which a Fisher cut takes with --refine-steps 0")
         walk = Walk(
             dense=opened.dense,
             compressed=opened.compressed,

@@ -338,3 +338,25 @@ def test_statistics_weigh_the_closed_form(text_model: Path, tmp_path: Path) -> N
     )
     assert all(torch.equal(once[key], later[key]) for key in once)
     assert any(not torch.equal(once[key], without[key]) for key in once)
+
+
+def test_statistics_that_weigh_nothing_are_named(
+    text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--calibration", text_model / "train.txt", "--samples", 16]
+    kept = ["--no-loss-check", "--save-statistics"]
+    cut = ["factorise", text_model / "dense", "--rank", "0.4", *data, "--quiet", *kept]
+    assert tiny.run(*cut, tmp_path / "fisher", "--output", tmp_path / "cut") == 0
+    assert tiny.run(*cut, tmp_path / "plain", "--importance", "activations", "--output", tmp_path / "by-inputs") == 0
+    tiny.save_alike(tmp_path / "llama")
+    other = ["factorise", tmp_path / "llama", "--rank", "0.4", *data, "--quiet", *kept]
+    assert tiny.run(*other, tmp_path / "other", "--output", tmp_path / "llama-half") == 0
+    words = ["refine", tmp_path / "cut", "--against", text_model / "dense", *data, "--output", tmp_path / "out"]
+    for name, wanted in (("plain", "holds no gradients"), ("other", "is of another model"), ("none", "none")):
+        capsys.readouterr()
+        assert tiny.run(*words, "--refine-steps", 0, "--quiet", "--statistics", tmp_path / name) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert wanted in line
+        assert not (tmp_path / "out").exists()
+    assert tiny.run(*words, "--refine-steps", 2, "--statistics", tmp_path / "fisher") == 0
+    assert "weighs the closed form alone" in " ".join(capsys.readouterr().err.split())
