@@ -13,13 +13,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lrsurgery.calibration.statistics import damping_share
-from lrsurgery.linalg.weighted import Metric, damp, weighted_factors
+from lrsurgery.linalg.weighted import Metric, weighted_factors
 from lrsurgery.modules import Unfilled
 from lrsurgery.refine.activations import Cache, Masks, fitting, run
 from lrsurgery.runtime import Processes
@@ -30,6 +30,8 @@ from lrsurgery.surgery.shared.modules import SharedLinear
 
 # layer of the block, its kind, rows of its matrix -> second moment of the gradients at its outputs, or None
 Weights: TypeAlias = Callable[[str, str, int], "Tensor | None"]
+
+ROWS = 1024  # of a sum that are added to at a time
 
 
 @dataclass
@@ -75,11 +77,9 @@ def regress_(
             sums.count = int(processes.sum_(torch.tensor(sums.count)))
             for each in (sums.gram, sums.cross, sums.first, sums.second):
                 processes.sum_(each)
-        for name in group.names:
-            if sums is not None and sums.count:
-                original = dense.get_submodule(name) if name else dense
-                _fit_(layers[name], original, sums, functools.partial(weights, name))
-                fitted.append(name)
+        if sums is not None and sums.count:
+            _fit_group_(dense, {name: layers[name] for name in group.names}, sums, weights)
+            fitted += group.names
     return fitted
 
 
@@ -134,47 +134,88 @@ def _collect(
                 size = one.shape[1]
                 zeros = torch.zeros(size, size, dtype=torch.float64, device=one.device)
                 sums = _Sums(zeros, zeros.clone(), zeros[0].clone(), zeros[0].clone())
-            sums.gram += other.T @ other
-            sums.cross += one.T @ other
+            _add_product_(sums.gram, other, other)
+            _add_product_(sums.cross, one, other)
             sums.first += one.sum(0)
             sums.second += other.sum(0)
             sums.count += len(one)
     return sums
 
 
+def _add_product_(sums: Tensor, one: Tensor, other: Tensor) -> None:
+    """Add one^T other, some rows at a time: the sums of a wide layer are the largest tensors of a refinement."""
+    for some, part in zip(sums.split(ROWS), one.T.split(ROWS), strict=True):
+        some += part @ other
+
+
+class _SeenError(Exception):
+    """Ends a forward whose rest is not needed."""
+
+
 def _input_of(block: nn.Module, name: str, call: Any) -> Tensor | None:
-    """The input of a layer in a call of its block."""
+    """The first input of a layer in a call of its block; None if the call does not come to it."""
     found: list[Tensor] = []
+
+    def see(_: nn.Module, args: Any) -> None:
+        found.append(args[0].detach())
+        raise _SeenError
+
     layer = block.get_submodule(name) if name else block
-    handle = layer.register_forward_pre_hook(lambda _, args: found.append(args[0].detach()))
+    handle = layer.register_forward_pre_hook(see)
     try:
         with torch.no_grad():
             run(block, call)
+    except _SeenError:
+        pass
     finally:
         handle.remove()
-    return found[0] if len(found) == 1 else None
+    return found[0] if found else None
 
 
 @torch.no_grad()
-def _fit_(layer: FactorisedLayer, original: Any, sums: _Sums, weights: Callable[[str, int], Tensor | None]) -> None:
-    layout = layer.layout
-    weight = layout.matrix_of(original.weight.detach()).double()
-    gram, cross = sums.gram / sums.count, sums.cross / sums.count
-    first, second = sums.first / sums.count, sums.second / sums.count
+def _fit_group_(dense: nn.Module, layers: dict[str, FactorisedLayer], sums: _Sums, weights: Weights) -> None:
+    """Fit layers with the same inputs. Takes the sums apart as it goes: at 11,008 columns each has a GB."""
+    originals: dict[str, Any] = {name: dense.get_submodule(name) if name else dense for name in layers}
+    products = {}
+    for name, layer in layers.items():
+        weight = layer.layout.matrix_of(originals[name].weight.detach()).double()
+        products[name] = (weight @ sums.cross).div_(sums.count), weight @ sums.first / sums.count
+    del sums.cross
+    gram, second = sums.gram.div_(sums.count), sums.second / sums.count
+    for left, (name, layer) in zip(reversed(range(len(layers))), layers.items(), strict=True):
+        moments = _Moments(*products.pop(name), gram.clone() if left else gram, second, sums.count)
+        _fit_(layer, originals[name], moments, functools.partial(weights, name))
+
+
+class _Moments(NamedTuple):
+    """Means over positions, in fp64, of the inputs x' of a layer and of the dense layer's outputs W x."""
+
+    cross: Tensor  # of W x x'^T, (rows, columns); overwritten
+    outputs: Tensor  # of W x, (rows,)
+    gram: Tensor  # of x' x'^T, (columns, columns); overwritten
+    inputs: Tensor  # of x', (columns,)
+    count: int  # positions
+
+
+def _fit_(
+    layer: FactorisedLayer, original: Any, moments: _Moments, weights: Callable[[str, int], Tensor | None]
+) -> None:
+    layout, (cross, outputs, gram, inputs, count) = layer.layout, moments
     bias = dense_bias(layer)
-    centred = bias is not None and original.bias is not None and len(weight) == bias.numel()
+    centred = bias is not None and original.bias is not None and len(cross) == bias.numel()
     if centred:
-        gram, cross = gram - second[:, None] * second, cross - first[:, None] * second
-    share = damping_share("inputs", len(gram), sums.count)
-    damped = damp(gram, share)
+        gram.addr_(inputs, inputs, alpha=-1)
+        cross.addr_(outputs, inputs, alpha=-1)
+    share = damping_share("inputs", len(gram), count)
     ridge = share * gram.diagonal().mean()
-    before = layer.wide_matrix().double()
-    target = torch.linalg.solve(damped, (weight @ cross + ridge * before).T).T
+    gram.diagonal().add_(ridge)
+    cross.add_(ridge * layer.wide_matrix().double())
+    target = torch.linalg.solve(gram, cross, left=False)
     found = weights(layer.kind, len(target))
-    factors = weighted_factors(target, layer.rank, Metric(damped, None if found is None else found.to(damped))).factors
+    factors = weighted_factors(target, layer.rank, Metric(gram, None if found is None else found.to(gram))).factors
     new = bias
     if centred:
-        means = weight @ first + original.bias.detach().double() - factors.u @ (factors.v @ second)
+        means = outputs + original.bias.detach().double() - factors.u @ (factors.v @ inputs)
         new = means.to(layer.u.weight.dtype)
     with Unfilled():
         empty = build_dense(layer)
