@@ -145,7 +145,7 @@ def _collect(
 def _add_product_(sums: Tensor, one: Tensor, other: Tensor) -> None:
     """Add one^T other, some rows at a time: the sums of a wide layer are the largest tensors of a refinement."""
     for some, part in zip(sums.split(ROWS), one.T.split(ROWS), strict=True):
-        some += part @ other
+        some.add_(part @ other)
 
 
 class _SeenError(Exception):
