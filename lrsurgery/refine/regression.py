@@ -194,19 +194,19 @@ class _Moments(NamedTuple):
     outputs: Tensor  # of W x, (rows,)
     gram: Tensor  # of x' x'^T, (columns, columns); overwritten
     inputs: Tensor  # of x', (columns,)
-    count: int  # positions
+    positions: int
 
 
 def _fit_(
     layer: FactorisedLayer, original: Any, moments: _Moments, weights: Callable[[str, int], Tensor | None]
 ) -> None:
-    layout, (cross, outputs, gram, inputs, count) = layer.layout, moments
+    layout, (cross, outputs, gram, inputs, positions) = layer.layout, moments
     bias = dense_bias(layer)
     centred = bias is not None and original.bias is not None and len(cross) == bias.numel()
     if centred:
         gram.addr_(inputs, inputs, alpha=-1)
         cross.addr_(outputs, inputs, alpha=-1)
-    share = damping_share("inputs", len(gram), count)
+    share = damping_share("inputs", len(gram), positions)
     ridge = share * gram.diagonal().mean()
     gram.diagonal().add_(ridge)
     cross.add_(ridge * layer.wide_matrix().double())
