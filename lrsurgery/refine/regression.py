@@ -144,7 +144,7 @@ def _collect(
 
 def _add_product_(sums: Tensor, one: Tensor, other: Tensor) -> None:
     """Add one^T other, some rows at a time: the sums of a wide layer are the largest tensors of a refinement."""
-    for some, part in zip(sums.split(ROWS), one.T.split(ROWS), strict=True):
+    for some, part in zip(torch.split(sums, ROWS), torch.split(one.T, ROWS), strict=True):
         some.add_(part @ other)
 
 
