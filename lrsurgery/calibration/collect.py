@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from typing import TypeAlias
 
 import torch
@@ -27,6 +27,7 @@ from lrsurgery.calibration.statistics import LayerUse, Moments, Statistics, Stat
 from lrsurgery.checkpoints.mapping import tied_weights
 from lrsurgery.errors import CalibrationError
 from lrsurgery.files.json import Json
+from lrsurgery.heads import SplitHead, find_head
 from lrsurgery.modules import for_model
 from lrsurgery.progress import SILENT, USUAL, Listener
 from lrsurgery.surgery.plan import SurgeryOptions, find_heads, plan_rows
@@ -136,20 +137,29 @@ def collect(
         _by_block(model, batches, rows, store, listener=listener)
         return store.finish(recorded)
     passes = split(rows, limit)
+    head = find_head(model) if type(loss) is SampledLoss else None
+    if head is not None and not head.known:  # the hooks below must not see how that is found out
+        with torch.no_grad():
+            head.run(lambda: call(model, batches[0]))
     total = len(passes) * len(batches)
     for number, group in enumerate(passes):
         collector = Collector(model, group, gradients=True)
         with freeze(model), collector.watch():
             for index, batch in enumerate(batches):
                 listener.progress("calibration", number * len(batches) + index, total)
-                _forward_backward(model, batch, collector, loss)
+                _forward_backward(model, batch, collector, loss, head)
         for row in group:
             store.add(row.name, *collector.take(row))
     return store.finish({**recorded, "scored": collector.scored})
 
 
-def _forward_backward(model: nn.Module, batch: Batch, collector: Collector, loss: Loss) -> None:
+def _forward_backward(model: nn.Module, batch: Batch, collector: Collector, loss: Loss, head: SplitHead | None) -> None:
     with torch.enable_grad(), collector.batch(*padding_masks(batch)):
+        if head is not None and isinstance(loss, SampledLoss):
+            parts = head.run(lambda: call(model, batch))
+            if parts is not None:
+                collector.scored += loss.backward(parts, batch, collector.backward_pass)
+                return
         value, count = loss(call(model, batch), batch)
         collector.scored += count
         if value.requires_grad:  # otherwise the batch reached no hooked layer
@@ -183,15 +193,25 @@ def estimate_seconds(
     """Estimate the time of one pass of `collect`, from that of a forward on the first batch.
 
     A backward pass down to the activations costs as much as a forward; second moments of a layer (m, n) cost
-    n^2 + m^2 operations a position where the forward costs m n.
+    n^2 + m^2 operations a position where the forward costs m n. The head and the loss of a language model are timed
+    themselves.
     """
+    head, loss, batch = find_head(model) if gradients else None, SampledLoss(0), batches[0]
+    behind = 0.0
     start = time.perf_counter()
     with torch.no_grad():
-        call(model, batches[0])
+        parts = None if head is None else head.run(lambda: call(model, batch))
+        if parts is None:
+            call(model, batch)
     forward = time.perf_counter() - start
+    if parts is not None:
+        start = time.perf_counter()
+        with freeze(model), torch.enable_grad():
+            loss.backward(parts, batch, nullcontext)
+        behind = time.perf_counter() - start
     products = sum(row.at_work * row.rows * row.columns for row in rows)
     moments = sum(row.at_work * moment_bytes(row, gradients=gradients) // (4 * row.matrices) for row in rows)
-    return len(batches) * forward * ((2 if gradients else 1) + moments / max(1, products))
+    return len(batches) * (behind + forward * ((2 if gradients else 1) + moments / max(1, products)))
 
 
 def call(model: nn.Module, batch: Batch) -> Outputs:

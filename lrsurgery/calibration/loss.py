@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lrsurgery.errors import CalibrationError
+from lrsurgery.heads import Split
 
 # importance -> whether it needs gradients of a loss
 IMPORTANCES = {
@@ -20,7 +22,8 @@ IMPORTANCES = {
     "activations": False,  # second moments of the inputs alone
 }
 TEMPERATURE = 2.0  # better than 1 (examples/guides/calibration.md)
-WIDE = 1 << 24  # logits at a time in fp64: 128 MB
+WIDE = 1 << 24  # logits at a time: 64 MB in fp32
+NARROW = 1 << 22  # in fp64, several times: 32 MB
 TINY = 1e-300
 
 Outputs: TypeAlias = Any  # a model's outputs: a mapping, an object with logits, a tensor
@@ -64,39 +67,64 @@ class SampledLoss:
         self._uncertainty, self._scored = 0.0, 0
 
     def __call__(self, outputs: Outputs, batch: Batch) -> tuple[Tensor, int]:
-        logits = logits_of(outputs)
-        counted = _counted(batch, logits.shape[:-1])
-        flat = (logits[counted] if counted is not None else logits.flatten(0, -2)).float()
-        if not bool(torch.isfinite(flat.detach().logsumexp(-1)).all()):  # -inf only excludes a class
-            raise CalibrationError("the model's logits hold NaN or Inf; check the data or the model")
-        if self._generator is None or self._generator.device != flat.device:
-            self._generator = torch.Generator(flat.device).manual_seed(self._seed)
-        at_a_time = max(1, WIDE // flat.shape[-1])
-        gradients = torch.cat(
-            [self._logit_gradients(part, self._generator) for part in torch.split(flat.detach(), at_a_time)]
-        )
-        self._scored += len(flat)
-        return (flat * gradients).sum(), len(flat)
+        flat = _scored(logits_of(outputs), batch)
+        gradients = self._gradients(flat, self._draw(len(flat), flat.device))
+        return (flat.float() * gradients).sum(), len(flat)
+
+    def backward(self, split: Split, batch: Batch, context: Callable[[], AbstractContextManager[None]]) -> int:
+        """Take the gradients of the loss, the head's logits some positions at a time; return the items scored.
+
+        Backward passes run in a `context`.
+        """
+        states = _scored(split.hidden, batch)
+        leaf = states.detach().requires_grad_()
+        draws = self._draw(len(leaf), leaf.device)
+        for part in split.slices(len(leaf), WIDE):
+            logits = split.logits(leaf[part])
+            gradients = self._gradients(logits, tuple(drawn[part] for drawn in draws))
+            if logits.requires_grad:
+                with context():
+                    torch.autograd.backward(logits, gradients.to(logits.dtype))
+        if states.requires_grad and leaf.grad is not None:
+            with context():
+                torch.autograd.backward(states, leaf.grad)
+        return len(leaf)
 
     @property
     def uncertainty(self) -> float:
         """The mean Gini impurity 1 - ||p||^2 so far: probability that two classes sampled from a prediction differ."""
         return self._uncertainty / max(1, self._scored)
 
-    def _logit_gradients(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """Weighted gradients (n, classes) at logits (n, classes). In fp64, since 1 - p matters for p near 1."""
-        log_p = (logits.double() / self._temperature).log_softmax(-1)
-        p, rest = log_p.exp(), -log_p.expm1()
-        squares = p.square().sum(-1, keepdim=True)
-        lengths = (rest.square() + (squares - p.square()).clamp(min=0)).sqrt()
-        q = p * lengths
-        total = q.sum(-1, keepdim=True)
-        self._uncertainty += float((p * rest).sum())
-        classes = torch.multinomial(q.clamp(min=TINY), 1, generator=generator)
-        gradients = p.scatter(-1, classes, -rest.gather(-1, classes))
+    def _draw(self, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A number of [0, 1) and a sign for each of `count` predictions, in fp64 (n, 1)."""
+        if self._generator is None or self._generator.device != device:
+            self._generator = torch.Generator(device).manual_seed(self._seed)
+        places = torch.rand(count, 1, dtype=torch.float64, generator=self._generator, device=device)
+        signs = 1 - 2 * torch.randint(2, (count, 1), generator=self._generator, device=device)
+        return places, signs.double()
+
+    def _gradients(self, logits: Tensor, draws: tuple[Tensor, ...]) -> Tensor:
+        """Weighted gradients (n, classes) at logits (n, classes), in fp32."""
+        flat = logits.detach().float()
+        if not bool(torch.isfinite(flat.logsumexp(-1)).all()):  # -inf only excludes a class
+            raise CalibrationError("the model's logits hold NaN or Inf; check the data or the model")
+        self._scored += len(flat)
+        size = max(1, NARROW // flat.shape[-1])
+        parts = zip(*(torch.split(each, size) for each in (flat, *draws)), strict=True)
+        return torch.cat([self._logit_gradients(*part) for part in parts])
+
+    def _logit_gradients(self, logits: Tensor, places: Tensor, signs: Tensor) -> Tensor:
+        """In fp64, since 1 - p matters for p near 1."""
+        p = (logits.double() / self._temperature).softmax(-1)
+        squares = torch.linalg.vecdot(p, p)[:, None]
+        lengths = (1 - p).square_().add_((squares - p.square()).clamp_(min=0)).sqrt_()
+        self._uncertainty += float((1 - squares).sum())
+        steps = (p * lengths).cumsum_(-1)  # sampling by the inverse of the distribution function
+        total = steps[:, -1:].clone()
+        classes = torch.searchsorted(steps, places * total, right=True).clamp(max=p.shape[-1] - 1)
         weights = (total / lengths.gather(-1, classes).clamp(min=TINY)).sqrt()  # sqrt(p / q)
-        signs = 1 - 2 * torch.randint(2, classes.shape, generator=generator, device=classes.device)
-        return (gradients * weights * signs).to(logits.dtype)
+        gradients = p.scatter_(-1, classes, p.gather(-1, classes) - 1)
+        return gradients.mul_(weights * signs).to(logits.dtype)
 
 
 class PixelLoss(SampledLoss):
@@ -181,6 +209,12 @@ def logits_of(outputs: Outputs) -> Tensor:
             f"the model returns {type(outputs).__name__} without logits; pass a loss, or use importance activations"
         )
     return logits
+
+
+def _scored(values: Tensor, batch: Batch) -> Tensor:
+    """Those (n, width) of the values (batch, ..., width) that count."""
+    counted = _counted(batch, values.shape[:-1])
+    return values[counted] if counted is not None else values.flatten(0, -2)
 
 
 def _counted(batch: Batch, shape: torch.Size) -> Tensor | None:

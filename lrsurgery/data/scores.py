@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax, logsigmoid
+from torch.nn.functional import binary_cross_entropy_with_logits, logsigmoid
 
 from lrsurgery.data.batches import IGNORED, UNREAD, Batch, Judge
 from lrsurgery.data.interfaces.wrapped import MULTI, REGRESSION, SINGLE
@@ -21,7 +21,9 @@ from lrsurgery.data.labels import HIDDEN, NUMBER, Labels, as_classes, match_name
 from lrsurgery.data.segmentation.figures import measure_masks, summarise_masks
 from lrsurgery.data.tasks import TASKS, Subject, class_names, count_logits
 from lrsurgery.data.text.padding import MOST_LOGITS, without_padding
+from lrsurgery.data.text.sliced import kl_sum, measure_split, measure_tokens
 from lrsurgery.errors import DataError
+from lrsurgery.heads import find_head
 from lrsurgery.modules import for_model
 
 LEARNT_BY = {SINGLE: "one class of several", MULTI: "any number of classes", REGRESSION: "numbers (regression)"}
@@ -166,13 +168,9 @@ def measure(task: str, logits: Tensor, labels: Tensor, problem: str = SINGLE) ->
 
 
 def _measure_tokens(logits: Tensor, labels: Tensor) -> Tensor:
-    counted = labels.ne(IGNORED)
     # classes last in memory: across a stride the sum over 262,144 of them is off by 3e-4 in fp32
-    flat, right = logits.float().flatten(0, 1), labels.flatten()
-    nll = cross_entropy(flat, right, reduction="none", ignore_index=IGNORED).view_as(labels)
-    hits = logits.topk(min(5, logits.shape[-1]), dim=-1).indices.eq(labels.unsqueeze(-1)) & counted.unsqueeze(-1)
-    columns = (nll * counted, counted, hits[..., 0], hits.any(-1))
-    return torch.stack([column.double().sum(-1) for column in columns], dim=-1)
+    each = measure_tokens(logits.flatten(0, 1).contiguous(), labels.flatten())
+    return each.view(*labels.shape, -1).sum(1)
 
 
 def measure_batch(
@@ -185,20 +183,25 @@ def measure_batch(
 ) -> Tensor:
     """Run `model`, the subject's, on a batch and measure each example (batch, columns), free of padding.
 
-    With `whole`, in one piece, padding and all; otherwise in parts whose logits fit in memory. The columns of `judge`
-    stand behind those of `measure`.
+    With `whole`, in one piece, padding and all; otherwise in parts whose logits fit in memory, and where the head works
+    position by position, some positions at a time. The columns of `judge` stand behind those of `measure`.
     """
     task = TASKS[subject.task]
     width = count_logits(subject) if task.is_language or task.tags else 1
     if task.decodes and "attention_mask" in inputs:  # logits of the target, by the tokens of the shortest source
         width = count_logits(subject) * -(-inputs["labels"].shape[1] // int(inputs["attention_mask"].sum(-1).min()))
-    split = without_padding(inputs, subject.body, width, labels_of_tokens=task.is_language or task.tags)
-    parts = [(torch.arange(len(inputs["labels"])), inputs)] if whole else split
+    unpadded = without_padding(inputs, subject.body, width, labels_of_tokens=task.is_language or task.tags)
+    parts = [(torch.arange(len(inputs["labels"])), inputs)] if whole else unpadded
+    head = find_head(model) if task.is_language and judge is None and not whole else None
     places, found = [], []
     for place, part in parts:
-        taken = for_model(subject.body, part)
-        outputs = model(**{name: value for name, value in taken.items() if name not in UNREAD})
         places.append(place)
+        taken = {name: value for name, value in for_model(subject.body, part).items() if name not in UNREAD}
+        split = None if head is None else head.run(lambda: model(**taken))  # noqa: B023  (called within the round)
+        if split is not None:
+            found.append(measure_split(split, part["labels"], task.align))
+            continue
+        outputs = model(**taken)
         columns = measure(subject.task, outputs["logits"], part["labels"], subject.problem)
         own = [] if judge is None else [judge.measure(outputs, part).to(columns)]
         found.append(torch.cat([columns, *own], dim=-1))
@@ -290,9 +293,7 @@ def distillation(
     student, answers = align(student, labels)
     teacher, _ = align(teacher, labels)
     counted = answers.ne(IGNORED)
-    ours = log_softmax(student[counted].float() / temperature, dim=-1)
-    theirs = log_softmax(teacher[counted].float() / temperature, dim=-1)
-    total = kl_div(ours, theirs, reduction="sum", log_target=True) * temperature**2
+    total = kl_sum(student[counted], teacher[counted], temperature)
     return total, int(counted.sum())
 
 

@@ -25,10 +25,12 @@ from lrsurgery.checkpoints.upstream.transformers import forget_preparation_, mea
 from lrsurgery.data.batches import Examples
 from lrsurgery.data.options import NO_TASK
 from lrsurgery.data.scores import distillation, measure_batch, summarise
-from lrsurgery.data.tasks import TASKS, Subject
+from lrsurgery.data.tasks import TASKS, Subject, count_logits
+from lrsurgery.data.text.sliced import distil_split
 from lrsurgery.data.unlabelled.agreement import Agreement, run
 from lrsurgery.errors import RecipeError, TrainingError
 from lrsurgery.files.faults import disk_faults
+from lrsurgery.heads import find_head
 from lrsurgery.modules import batch_norms, for_model, model_faults
 from lrsurgery.progress import Listener
 from lrsurgery.surgery.apply import factorised_layers
@@ -40,6 +42,7 @@ from lrsurgery.training.loop.dynamics import steepest_gradient, whole
 from lrsurgery.training.optimizers.spectron import Spectron, spectral_layers
 from lrsurgery.training.recipe import SPECTRON, Recipe
 
+MOST_WHOLE = 1 << 27  # logits of a batch: 0.5 GB in fp32, of which distillation holds several copies
 LINEAR = ("exp_avg", "momentum_buffer")  # an optimizer's running means of the gradient, which is linear in it
 SQUARED = ("exp_avg_sq", "max_exp_avg_sq")  # running means of its square
 REMEDY = "try a lower --lr, more --warmup-steps or less decay"
@@ -83,6 +86,7 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         self.agreement = agreement  # with the teacher, in place of labels
         self._collate_evaluation = evaluation.collate if evaluation else None
         self._judge = evaluation.judge if evaluation else None
+        self._classes = count_logits(subject) if TASKS[subject.task].is_language else 0
         self.use_cache: bool | None = getattr(getattr(subject.model, "config", None), "use_cache", None)
         with fitting(recipe, only_set=True):
             super().__init__(
@@ -184,20 +188,48 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
                 model, inputs, return_outputs, num_items_in_batch
             )
             return found
+        assert labels is not None
+        items = num_items_in_batch if self.model_accepts_loss_kwargs else None
+
+        def mean(total: Tensor, count: int) -> Tensor:
+            # as transformers scales the loss itself: over all tokens of all processes, which DDP then averages
+            return total / max(1, count) if items is None else total / items * self.accelerator.num_processes
+
+        weight, task, temperature = self.recipe.teacher_weight, self.subject.task, self.recipe.temperature
+        if not return_outputs and labels.numel() * self._classes > MOST_WHOLE:
+            parts = self._distil_in_parts(model, inputs, labels)
+            if parts is not None:
+                own, total, count = parts
+                return (1 - weight) * mean(own, count) + weight * mean(total, count)
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         with torch.no_grad(), model_faults(f"teacher {self.recipe.teacher}"):
-            answers = self.teacher(**{k: v for k, v in for_model(self.teacher, inputs).items() if k != "labels"})
-        assert labels is not None
-        task, problem, temperature = self.subject.task, self.subject.problem, self.recipe.temperature
-        total, count = distillation(task, outputs["logits"], answers["logits"], labels, temperature, problem)
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
-            # as transformers scales the loss itself: over all tokens of all processes, which DDP then averages
-            matched = total / num_items_in_batch * self.accelerator.num_processes
-        else:
-            matched = total / max(1, count)
-        weight = self.recipe.teacher_weight
-        loss = (1 - weight) * loss + weight * matched
+            answers = self.teacher(**self._of_teacher(inputs))
+        total, count = distillation(
+            task, outputs["logits"], answers["logits"], labels, temperature, self.subject.problem
+        )
+        loss = (1 - weight) * loss + weight * mean(total, count)
         return (loss, outputs) if return_outputs else loss
+
+    def _of_teacher(self, inputs: Batch) -> Batch:
+        assert self.teacher is not None
+        return {name: value for name, value in for_model(self.teacher, inputs).items() if name != "labels"}
+
+    def _distil_in_parts(self, model: nn.Module, inputs: Batch, labels: Tensor) -> tuple[Tensor, Tensor, int] | None:
+        """Sums of the loss and of the divergence over the scored tokens, and their number, without whole logits.
+
+        None where a head needs all positions at once, and where a model's own loss may hold more than its tokens'.
+        """
+        ours, theirs = find_head(model), find_head(self.teacher)
+        if ours is None or theirs is None or getattr(self.subject.config, "output_router_logits", False):
+            return None
+        own = {name: value for name, value in inputs.items() if name != "labels"}
+        with self.compute_loss_context_manager():
+            student = ours.run(lambda: model(**own))
+            with torch.no_grad(), model_faults(f"teacher {self.recipe.teacher}"):
+                teacher = theirs.run(lambda: self.teacher(**self._of_teacher(inputs)))  # type: ignore[misc]
+            if student is None or teacher is None:
+                return None
+            return distil_split(student, teacher, labels, TASKS[self.subject.task].align, self.recipe.temperature)
 
     def _disagreement(
         self, agreement: Agreement, model: nn.Module, inputs: Batch, return_outputs: bool
