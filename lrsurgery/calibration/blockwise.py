@@ -126,7 +126,7 @@ class _Batch(Thread):
         self._back.acquire()
         if self.at is None:
             self.join()
-        _malloc_trim()(0)  # otherwise glibc keeps the peak memory of the block for each thread
+        malloc_trim()(0)  # otherwise glibc keeps the peak memory of the block for each thread
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -204,7 +204,8 @@ def copy_of(value: Any) -> Any:
 
 
 @functools.cache
-def _malloc_trim() -> Callable[[int], object]:
+def malloc_trim() -> Callable[[int], object]:
+    """The function of glibc that gives freed memory back to the system; elsewhere one that does nothing."""
     try:
         trim: Callable[[int], object] = ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # not glibc

@@ -5,13 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lrsurgery.calibration.blocks import find_blocks
-from lrsurgery.calibration.blockwise import visit_blocks
+from lrsurgery.calibration.blockwise import malloc_trim, visit_blocks
 from lrsurgery.calibration.hooks import Collector, freeze
 from lrsurgery.calibration.loss import (
     IMPORTANCES,
@@ -28,7 +28,7 @@ from lrsurgery.checkpoints.mapping import tied_weights
 from lrsurgery.errors import CalibrationError
 from lrsurgery.files.json import Json
 from lrsurgery.heads import SplitHead, find_head
-from lrsurgery.modules import for_model
+from lrsurgery.modules import for_model, tensors_of
 from lrsurgery.progress import SILENT, USUAL, Listener
 from lrsurgery.surgery.plan import SurgeryOptions, find_heads, plan_rows
 from lrsurgery.surgery.ranks import FractionRank, RankSpec
@@ -141,6 +141,7 @@ def collect(
     if head is not None and not head.known:  # the hooks below must not see how that is found out
         with torch.no_grad():
             head.run(lambda: call(model, batches[0]))
+    trim = malloc_trim()
     total = len(passes) * len(batches)
     for number, group in enumerate(passes):
         collector = Collector(model, group, gradients=True)
@@ -148,6 +149,7 @@ def collect(
             for index, batch in enumerate(batches):
                 listener.progress("calibration", number * len(batches) + index, total)
                 _forward_backward(model, batch, collector, loss, head)
+                trim(0)  # what glibc keeps of a graph would stand beside the next one
         for row in group:
             store.add(row.name, *collector.take(row))
     return store.finish({**recorded, "scored": collector.scored})
@@ -187,22 +189,37 @@ def moment_bytes(row: Replacement, *, gradients: bool) -> int:
     return 4 * row.matrices * (row.columns**2 + (of_rows if gradients or row.layout.lookup else 0))
 
 
-def estimate_seconds(
-    model: nn.Module, batches: Sequence[Batch], rows: Sequence[Replacement], *, gradients: bool
-) -> float:
-    """Estimate the time of one pass of `collect`, from that of a forward on the first batch.
+class Look(NamedTuple):
+    """What a forward on the first batch shows of a pass of `collect`."""
+
+    seconds: float  # of all batches, estimated
+    graph: int  # bytes that the graph of a batch holds, estimated
+
+
+def look_ahead(model: nn.Module, batches: Sequence[Batch], rows: Sequence[Replacement], *, gradients: bool) -> Look:
+    """Estimate time and memory of one pass of `collect`, from a forward on the first batch.
 
     A backward pass down to the activations costs as much as a forward; second moments of a layer (m, n) cost
     n^2 + m^2 operations a position where the forward costs m n. The head and the loss of a language model are timed
-    themselves.
+    themselves. A graph holds about twice what the layers return, since what is computed between them is as much.
     """
     head, loss, batch = find_head(model) if gradients else None, SampledLoss(0), batches[0]
-    behind = 0.0
+    behind, returned = 0.0, 0
+
+    def see(_: nn.Module, __: object, output: object) -> None:
+        nonlocal returned
+        returned += sum(tensor.nbytes for tensor in tensors_of(output))
+
+    handles = [m.register_forward_hook(see) for m in model.modules() if next(m.children(), None) is None]
     start = time.perf_counter()
-    with torch.no_grad():
-        parts = None if head is None else head.run(lambda: call(model, batch))
-        if parts is None:
-            call(model, batch)
+    try:
+        with torch.no_grad():
+            parts = None if head is None else head.run(lambda: call(model, batch))
+            if parts is None:
+                call(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
     forward = time.perf_counter() - start
     if parts is not None:
         start = time.perf_counter()
@@ -211,7 +228,8 @@ def estimate_seconds(
         behind = time.perf_counter() - start
     products = sum(row.at_work * row.rows * row.columns for row in rows)
     moments = sum(row.at_work * moment_bytes(row, gradients=gradients) // (4 * row.matrices) for row in rows)
-    return len(batches) * (behind + forward * ((2 if gradients else 1) + moments / max(1, products)))
+    seconds = len(batches) * (behind + forward * ((2 if gradients else 1) + moments / max(1, products)))
+    return Look(seconds, 2 * returned)
 
 
 def call(model: nn.Module, batch: Batch) -> Outputs:

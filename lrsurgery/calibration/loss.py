@@ -109,9 +109,10 @@ class SampledLoss:
         if not bool(torch.isfinite(flat.logsumexp(-1)).all()):  # -inf only excludes a class
             raise CalibrationError("the model's logits hold NaN or Inf; check the data or the model")
         self._scored += len(flat)
-        size = max(1, NARROW // flat.shape[-1])
-        parts = zip(*(torch.split(each, size) for each in (flat, *draws)), strict=True)
-        return torch.cat([self._logit_gradients(*part) for part in parts])
+        size, gradients = max(1, NARROW // flat.shape[-1]), torch.empty_like(flat)
+        for out, *part in zip(*(torch.split(each, size) for each in (gradients, flat, *draws)), strict=True):
+            out.copy_(self._logit_gradients(*part))
+        return gradients
 
     def _logit_gradients(self, logits: Tensor, places: Tensor, signs: Tensor) -> Tensor:
         """In fp64, since 1 - p matters for p near 1."""
@@ -124,7 +125,7 @@ class SampledLoss:
         classes = torch.searchsorted(steps, places * total, right=True).clamp(max=p.shape[-1] - 1)
         weights = (total / lengths.gather(-1, classes).clamp(min=TINY)).sqrt()  # sqrt(p / q)
         gradients = p.scatter_(-1, classes, p.gather(-1, classes) - 1)
-        return gradients.mul_(weights * signs).to(logits.dtype)
+        return gradients.mul_(weights * signs)
 
 
 class PixelLoss(SampledLoss):

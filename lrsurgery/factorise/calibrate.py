@@ -18,7 +18,7 @@ from torch import nn
 
 from lrsurgery.calibration import texts
 from lrsurgery.calibration.blocks import find_blocks
-from lrsurgery.calibration.collect import collect, estimate_seconds, moment_bytes, split
+from lrsurgery.calibration.collect import collect, look_ahead, moment_bytes, split
 from lrsurgery.calibration.loss import IMPORTANCES, Batch, IndependentLoss, Loss, PixelLoss, ProjectionLoss, SampledLoss
 from lrsurgery.calibration.offload import load_offloaded
 from lrsurgery.calibration.statistics import FILE_NAME, Statistics, StatisticsWriter
@@ -57,6 +57,8 @@ TOKENS = 2048  # per batch
 LOGITS = 1 << 26  # per batch, 268 MB: they, their gradients and what the loss makes of them dominate the memory
 IMAGES = 16  # per batch
 NOTABLE = 1 << 30  # statistics above this size, in bytes, are announced
+LEAST_GRAPH = 1 << 28  # bytes; below it a graph is held whole
+AGAIN = 1.15  # the time of a pass whose blocks run twice
 LEAST_UNCERTAINTY = 1e-3  # below this the curvature at the weights says little about the loss at a distance
 
 
@@ -242,9 +244,24 @@ def _announce(
     parts += setup.subject.notes  # heads that had to be made up, how the data is read
     if not setup.offloaded:
         with model_faults(setup.subject.source.reference):
-            seconds = passes * estimate_seconds(setup.subject.model, setup.batches, rows, gradients=fisher)
+            look = look_ahead(setup.subject.model, setup.batches, rows, gradients=fisher)
+        seconds = passes * look.seconds
+        if fisher and _recompute_blocks_(setup.subject.model, look.graph):
+            parts.append("blocks run twice, to hold less")
+            seconds *= AGAIN
         parts.append(f"about {duration_text(seconds)}")
     listener.note(f"calibration: {'; '.join(parts)}")
+
+
+def _recompute_blocks_(model: nn.Module, graph: int) -> bool:
+    """Let backward passes recompute blocks where a batch's graph is large beside the weights; tell whether."""
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if graph < max(LEAST_GRAPH, weights // 2) or not getattr(model, "supports_gradient_checkpointing", False):
+        return False
+    from lrsurgery.checkpoints.upstream.transformers import checkpoint_blocks_
+
+    checkpoint_blocks_(model)
+    return True
 
 
 def _save(folder: Path, target: Path) -> None:
