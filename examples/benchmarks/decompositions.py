@@ -72,11 +72,11 @@ def lowrank(weight: Tensor, rank: int, *, rounds: int = 10) -> Pair:
     return u * s, v.T
 
 
-def gpt2_shaped() -> Any:
-    """A GPT-2-small-shaped language model whose block matrices have a trained spectrum."""
+def gpt2_shaped(**shape: int) -> Any:
+    """A language model shaped as GPT-2 small, or as said, whose block matrices have a trained spectrum."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    model = GPT2LMHeadModel(GPT2Config())
+    model = GPT2LMHeadModel(GPT2Config(**shape))
     for seed, module in enumerate(block_matrices(model)):
         rows, columns = module.weight.shape
         module.weight.data = trained_weight(rows, columns, seed)
@@ -121,25 +121,25 @@ def compare(
 ) -> list[dict[str, Any]]:
     """A row a candidate (its solver, its bar), compared with the first; `entries` are timed in their solvers' place."""
     runs: dict[str, Callable[[], Any]] = {
-        name: partial(_each, solver, weights, rank) for name, (solver, _) in candidates.items()
+        name: partial(solve_each, solver, weights, rank) for name, (solver, _) in candidates.items()
     }
     seconds = in_turn({**runs, **(entries or {})}, repeats)
     first = next(iter(runs))
     least = [float(torch.linalg.svdvals(weight.double())[rank:].norm()) for weight in weights]
     rows = []
     for name, (solver, bar) in candidates.items():
-        excess = max(_error(w, solver(w, rank)) / e - 1 for w, e in zip(weights, least, strict=True))
+        excess = max(error_of(w, solver(w, rank)) / e - 1 for w, e in zip(weights, least, strict=True))
         over = (first, seconds[first]) if name != first else None
         rows.append(row(what, name, seconds[name], over, bar, excess))
     return rows
 
 
-def _each(solver: Solver, weights: Sequence[Tensor], rank: int) -> None:
+def solve_each(solver: Solver, weights: Sequence[Tensor], rank: int) -> None:
     for weight in weights:
         solver(weight, rank)
 
 
-def _error(weight: Tensor, pair: Pair) -> float:
+def error_of(weight: Tensor, pair: Pair) -> float:
     """||W - U V||_F in fp64."""
     u, v = (factor.double() for factor in pair)
     return float((weight.double() - u @ v).norm())

@@ -21,7 +21,8 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -39,17 +40,19 @@ TOKENS, NEW_TOKENS, TRAINED = 256, 32, 8  # of a sequence; generated; sequences 
 WORK = ("layers", "inference", "generation", "training", "memory")
 
 
-def build(model: str, rank: str, device: str) -> Any:
-    """Random weights: only shapes decide speed."""
+def build(model: Any, rank: str, device: str) -> Any:
+    """A model of random weights, because only shapes decide speed; `model` is a name or a language model's config."""
     torch.manual_seed(0)
-    if model == "gpt2":
-        from transformers import GPT2Config, GPT2LMHeadModel
+    with torch.device(device):  # a GPU draws the weights of a large model much faster
+        if model == "vit":
+            import timm
 
-        made: Any = GPT2LMHeadModel(GPT2Config())
-    else:
-        import timm
+            made: Any = timm.create_model("vit_base_patch16_224")
+        else:
+            from transformers import AutoModelForCausalLM, GPT2Config
 
-        made = timm.create_model("vit_base_patch16_224")
+            # surgery writes into the config
+            made = AutoModelForCausalLM.from_config(GPT2Config() if model == "gpt2" else deepcopy(model))
     if rank != "dense":
         spec, _, form = rank.partition(" ")
         lrsurgery.factorise_(made, rank=spec, init="he", form=form or "balanced")
@@ -84,9 +87,12 @@ def generate(model: Any, x: Tensor) -> None:
         token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
 
 
-def training_step(model: nn.Module, x: Tensor, bf16: bool) -> Callable[[], None]:
-    """Forward, backward and AdamW's step of `model` on the batch."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+def training_step(model: nn.Module, x: Tensor, bf16: bool, *, frobenius: float = 0.0) -> Callable[[], None]:
+    """Forward, backward and AdamW's step of `model` on the batch, with Frobenius decay of this strength, if any."""
+    decay = 0.0 if frobenius else 0.01
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, weight_decay=decay, fused=True)
+    if frobenius:
+        lrsurgery.FrobeniusDecay(model, frobenius).attach(optimizer)
     labels = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
     def step() -> None:
@@ -149,6 +155,21 @@ def cases(model: str, work: str, device: str) -> Iterator[tuple[str, dict[str, C
             yield f"inference, {count}, compiled", {r: functools.partial(infer, m, x) for r, m in compiled.items()}
 
 
+def speedup(seconds: Mapping[str, Sequence[float]], counted: Mapping[str, int], rank: str) -> dict[str, float]:
+    """Speedup of a rank over dense, round by round, beside the ideal one: the ratio of the counted operations."""
+    found = harness.ratio(seconds["dense"], seconds[rank])
+    ideal = counted["dense"] / counted[rank]
+    return {
+        "speedup": found["median"],
+        "min": found["min"],
+        "max": found["max"],
+        # on a machine with other work, the fastest round of each was disturbed least
+        "of the fastest": min(seconds["dense"]) / min(seconds[rank]),
+        "ideal": ideal,
+        "achieved / ideal": found["median"] / ideal,
+    }
+
+
 def throughput(model: str, work: str, device: str, repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name, runs in cases(model, work, device):
@@ -157,9 +178,8 @@ def throughput(model: str, work: str, device: str, repeats: int) -> list[dict[st
         if not name.endswith("compiled"):
             counted = {rank: operations(run) for rank, run in runs.items()}
         for rank in RANKS[1:]:
-            speedup = harness.ratio(seconds["dense"], seconds[rank])
-            ideal = counted["dense"] / counted[rank]
             spec, _, form = rank.partition(" ")
+            gained = speedup(seconds, counted, rank)
             rows.append(
                 {
                     "model": model,
@@ -168,14 +188,8 @@ def throughput(model: str, work: str, device: str, repeats: int) -> list[dict[st
                     "of balanced": harness.ratio(seconds[spec], seconds[rank])["median"] if form else None,
                     "dense, ms": 1e3 * median(seconds["dense"]),
                     "factorised, ms": 1e3 * median(seconds[rank]),
-                    "speedup": speedup["median"],
-                    "min": speedup["min"],
-                    "max": speedup["max"],
-                    # on a machine with other work, the fastest round of each was disturbed least
-                    "of the fastest": min(seconds["dense"]) / min(seconds[rank]),
-                    "ideal": ideal,
-                    "achieved / ideal": speedup["median"] / ideal,
-                    "fastest / ideal": min(seconds["dense"]) / min(seconds[rank]) / ideal,
+                    **gained,
+                    "fastest / ideal": gained["of the fastest"] / gained["ideal"],
                 }
             )
     return rows
