@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -69,13 +69,13 @@ class SplitHead:
         self._bodies = list(bodies)  # the first is taken for the one that the model calls, until a forward does not
         self._classes: int | None = None  # known after the first forward; 0 if the head needs all positions at once
 
-    @property
-    def known(self) -> bool:
-        """Whether a forward has shown how the head works, for which it runs a few positions more than once."""
-        return self._classes is not None
+    def run(
+        self, forward: Callable[[], Any], aside: Callable[[], AbstractContextManager[None]] = nullcontext
+    ) -> Split | None:
+        """Run `forward`, a call of the model, up to its head; None if the head needs all positions at once.
 
-    def run(self, forward: Callable[[], Any]) -> Split | None:
-        """Run `forward`, a call of the model, up to its head; None if the head needs all positions at once."""
+        The first time, the head is tried on a few positions within a context `aside`, in which hooks should not count.
+        """
         while self._classes != 0 and self._bodies:
             body = self._bodies[0]
             handle = body.register_forward_hook(_end)
@@ -89,7 +89,8 @@ class SplitHead:
             finally:
                 handle.remove()
             if self._classes is None:
-                self._classes = _classes(split)
+                with aside():
+                    self._classes = _classes(split)
             split.classes = self._classes
             return split if self._classes else None
         return None

@@ -138,9 +138,6 @@ def collect(
         return store.finish(recorded)
     passes = split(rows, limit)
     head = find_head(model) if type(loss) is SampledLoss else None
-    if head is not None and not head.known:  # the hooks below must not see how that is found out
-        with torch.no_grad():
-            head.run(lambda: call(model, batches[0]))
     trim = malloc_trim()
     total = len(passes) * len(batches)
     for number, group in enumerate(passes):
@@ -158,7 +155,7 @@ def collect(
 def _forward_backward(model: nn.Module, batch: Batch, collector: Collector, loss: Loss, head: SplitHead | None) -> None:
     with torch.enable_grad(), collector.batch(*padding_masks(batch)):
         if head is not None and isinstance(loss, SampledLoss):
-            parts = head.run(lambda: call(model, batch))
+            parts = head.run(lambda: call(model, batch), collector.backward_pass)
             if parts is not None:
                 collector.scored += loss.backward(parts, batch, collector.backward_pass)
                 return

@@ -82,7 +82,10 @@ class Collector:
 
     @contextmanager
     def backward_pass(self) -> Iterator[None]:
-        """Mark a backward pass, so that inputs which gradient checkpointing recomputes are not counted twice."""
+        """Mark a backward pass, so that inputs which gradient checkpointing recomputes are not counted twice.
+
+        So is any other run whose inputs do not count.
+        """
         self._recomputing = True
         try:
             yield
