@@ -323,6 +323,33 @@ def test_sentences_are_padded_and_a_split_head_is_no_matter(place: Path, tmp_pat
 
 
 @pytest.mark.process
+def test_blocks_run_twice_where_their_graph_is_large(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which holds less, is said, and changes nothing."""
+    options = "--rank params:0.5 --samples 4 --block-size 24 --no-cache --no-loss-check"
+    data = place / "train.txt"
+    assert factorise(place / "llama", options, calibration=data, output=tmp_path / "once") == 0
+    assert "blocks run twice" not in capsys.readouterr().err
+    runs: list[int] = []
+    original = calibrate._recompute_blocks_
+
+    def watched(model: Any, graph: int) -> bool:
+        found = original(model, graph)
+        model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda *_: runs.append(1))
+        return found
+
+    monkeypatch.setattr(calibrate, "LEAST_GRAPH", 0)
+    monkeypatch.setattr(calibrate, "_recompute_blocks_", watched)
+    assert factorise(place / "llama", options, calibration=data, output=tmp_path / "twice") == 0
+    assert "blocks run twice, to hold less" in capsys.readouterr().err
+    assert len(runs) == 2  # one batch, forwards and on the way back
+    wanted, found = tensors_of(tmp_path / "once"), tensors_of(tmp_path / "twice")
+    for key, tensor in wanted.items():
+        assert torch.allclose(found[key], tensor, atol=1e-6), key
+
+
+@pytest.mark.process
 def test_blocks_on_disk_give_the_same_factors(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that come and go with their blocks, run again by the backward pass, against the model in memory."""
     options = "--rank params:0.5 --samples 4 --block-size 24 --no-cache --quiet"
