@@ -304,7 +304,7 @@ def test_a_fault_of_our_own_is_no_settings(tmp_path: Path, monkeypatch: pytest.M
     def fail(*_: object) -> None:
         raise ValueError("ours")
 
-    monkeypatch.setattr(scores, "measure", fail)
+    monkeypatch.setattr(scores, "measure_split", fail)
     tiny.write_text(tmp_path)
     asked = {"model": str(tiny.save_gpt2(tmp_path / "gpt2")), "data": str(tmp_path / "train.txt"), "dense": True}
     asked |= {"steps": 1, "eval_data": str(tmp_path / "valid.txt"), "device": "cpu", "set": {"data_seed": 1}}

@@ -86,7 +86,8 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         self.agreement = agreement  # with the teacher, in place of labels
         self._collate_evaluation = evaluation.collate if evaluation else None
         self._judge = evaluation.judge if evaluation else None
-        self._classes = count_logits(subject) if TASKS[subject.task].is_language else 0
+        language = subject.task != NO_TASK and TASKS[subject.task].is_language
+        self._classes = count_logits(subject) if language else 0
         self.use_cache: bool | None = getattr(getattr(subject.model, "config", None), "use_cache", None)
         with fitting(recipe, only_set=True):
             super().__init__(
