@@ -30,7 +30,7 @@ from lrsurgery.data.scores import LEARNT_BY, measure_batch, summarise
 from lrsurgery.data.tasks import TASKS, Subject, is_for, task_of
 from lrsurgery.data.text.tokens import load_tokenizer
 from lrsurgery.errors import DataError, SurgeryError
-from lrsurgery.factorise.calibrate import load_subject, rows_of
+from lrsurgery.factorise.opening import load_subject, rows_of
 from lrsurgery.factorise.options import Calibration, FactoriseOptions
 from lrsurgery.files.json import Json
 from lrsurgery.progress import SILENT, Listener

@@ -25,7 +25,7 @@ import lrsurgery
 from lrsurgery.calibration import collect as calibration
 from lrsurgery.calibration.statistics import Statistics
 from lrsurgery.checkpoints.source import resolve
-from lrsurgery.factorise import calibrate
+from lrsurgery.factorise import calibrate, opening
 from lrsurgery.factorise.options import parse_options
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.plan import SurgeryOptions, make_plan
@@ -355,14 +355,14 @@ def test_blocks_on_disk_give_the_same_factors(place: Path, tmp_path: Path, monke
     options = "--rank params:0.5 --samples 4 --block-size 24 --no-cache --quiet"
     data = place / "train.txt"
     assert factorise(place / "llama", options, calibration=data, output=tmp_path / "whole") == 0
-    original, runs = calibrate.load_offloaded, []
+    original, runs = opening.load_offloaded, []
 
     def counted(*args: Any) -> nn.Module:
         model: Any = original(*args)
         model.model.layers[1].self_attn.q_proj.register_forward_pre_hook(lambda *_: runs.append(1))
         return model  # type: ignore[no-any-return]
 
-    monkeypatch.setattr(calibrate, "load_offloaded", counted)
+    monkeypatch.setattr(opening, "load_offloaded", counted)
     monkeypatch.setattr(calibrate, "free_memory", lambda device: 100_000)
     monkeypatch.setattr(calibration, "split", lambda rows, limit: [list(rows)])  # another pass would draw anew
     assert factorise(place / "llama", options, calibration=data, output=tmp_path / "disk") == 0

@@ -16,7 +16,7 @@ from support import tiny
 
 import lrsurgery
 import lrsurgery.hf
-from lrsurgery.factorise import calibrate, check
+from lrsurgery.factorise import check, opening
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "pydocs-gpt2"
 
@@ -135,7 +135,7 @@ def test_a_model_that_does_not_fit_is_measured_block_by_block(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads = []
-    real = calibrate.load_offloaded
+    real = opening.load_offloaded
 
     def counted(*args: Any) -> Any:
         loads.append(args)
@@ -145,7 +145,7 @@ def test_a_model_that_does_not_fit_is_measured_block_by_block(
         with monkeypatch.context() as patch:
             if free is not None:
                 patch.setattr(check, "free_memory", lambda device, free=free: free)
-                patch.setattr(calibrate, "load_offloaded", counted)
+                patch.setattr(opening, "load_offloaded", counted)
             command = ("factorise", place / "gpt2", "--rank", 0.5, "--quiet", "--output", tmp_path / name)
             assert tiny.run(*command) == 0
     assert len(loads) == 2

@@ -20,7 +20,7 @@ from lrsurgery.data.unlabelled.columns import find_feed
 from lrsurgery.data.unlabelled.inputs import unlabelled_examples
 from lrsurgery.data.unlabelled.models import load_bare, open_unlabelled, task_or_none
 from lrsurgery.errors import CalibrationError, SourceError
-from lrsurgery.factorise.calibrate import IMAGES, load_offloaded_subject, prepare
+from lrsurgery.factorise.opening import IMAGES, load_offloaded_subject, prepare
 from lrsurgery.factorise.options import Calibration
 from lrsurgery.refine.reconstruction import HELD_OUT
 from lrsurgery.refine.walk import ALONE

@@ -24,8 +24,8 @@ from lrsurgery.data.examples import evaluation_examples, open_rows, prepare_subj
 from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import Subject, task_of
 from lrsurgery.errors import BudgetError, CalibrationError, DataError, SurgeryError
-from lrsurgery.factorise.calibrate import match_names
 from lrsurgery.factorise.decide import calibrate_plan, open_plan, weights_of
+from lrsurgery.factorise.opening import match_names
 from lrsurgery.factorise.options import FactoriseOptions, choose_calibration
 from lrsurgery.measure.bench import LENGTHS
 from lrsurgery.measure.targets.goals import EvalData
