@@ -15,10 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from lrsurgery.modules import run_until
+
 TOLERANCE = 1e-3  # of the largest logit; what the shape of a product may change
-
-
-_FOUND: WeakKeyDictionary[nn.Module, SplitHead] = WeakKeyDictionary()
 
 
 class Split:
@@ -54,20 +53,23 @@ class Split:
         return (found["logits"] if isinstance(found, Mapping) else found[0])[0]  # type: ignore[no-any-return]
 
 
-class _EndedError(Exception):
-    """Ends a forward behind its body, with what the body returned."""
+@dataclasses.dataclass
+class _Known:
+    """What forwards have shown of a model's head."""
 
-    def __init__(self, output: Any) -> None:
-        super().__init__()
-        self.output = output
+    classes: int | None = None  # logits of a position; 0 if the head needs all positions at once
+    passed: int = 0  # bodies that the model does not call
+
+
+# the models themselves are not held
+_KNOWN: WeakKeyDictionary[nn.Module, _Known] = WeakKeyDictionary()
 
 
 class SplitHead:
     """A model whose head works position by position on what its body returns."""
 
-    def __init__(self, bodies: Sequence[nn.Module]) -> None:
-        self._bodies = list(bodies)  # the first is taken for the one that the model calls, until a forward does not
-        self._classes: int | None = None  # known after the first forward; 0 if the head needs all positions at once
+    def __init__(self, bodies: Sequence[nn.Module], known: _Known) -> None:
+        self._bodies, self._known = bodies, known  # the first that the model calls is its body
 
     def run(
         self, forward: Callable[[], Any], aside: Callable[[], AbstractContextManager[None]] = nullcontext
@@ -76,28 +78,20 @@ class SplitHead:
 
         The first time, the head is tried on a few positions within a context `aside`, in which hooks should not count.
         """
-        while self._classes != 0 and self._bodies:
-            body = self._bodies[0]
-            handle = body.register_forward_hook(_end)
-            try:
-                forward()
-            except _EndedError as e:
-                split = Split(body, forward, e.output)
-            else:
-                self._bodies.pop(0)
+        known = self._known
+        while known.classes != 0 and known.passed < len(self._bodies):
+            body = self._bodies[known.passed]
+            found = run_until(body, forward)
+            if not found:
+                known.passed += 1
                 continue
-            finally:
-                handle.remove()
-            if self._classes is None:
+            split = Split(body, forward, found[0])
+            if known.classes is None:
                 with aside():
-                    self._classes = _classes(split)
-            split.classes = self._classes
-            return split if self._classes else None
+                    known.classes = _classes(split)
+            split.classes = known.classes
+            return split if known.classes else None
         return None
-
-
-def _end(_: nn.Module, __: Any, output: Any) -> None:
-    raise _EndedError(output)
 
 
 def find_head(model: object) -> SplitHead | None:
@@ -110,10 +104,9 @@ def find_head(model: object) -> SplitHead | None:
         return None
     if any(module is output for module in body.modules()):
         return None
-    if body not in _FOUND:
-        decoder = getattr(body, "decoder", None)
-        _FOUND[body] = SplitHead([body, decoder] if isinstance(decoder, nn.Module) else [body])
-    return _FOUND[body]
+    decoder = getattr(body, "decoder", None)
+    bodies = [body, decoder] if isinstance(decoder, nn.Module) else [body]
+    return SplitHead(bodies, _KNOWN.setdefault(body, _Known()))
 
 
 @torch.no_grad()

@@ -319,3 +319,28 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from tensors_of(item)
+
+
+class _EndedError(Exception):
+    """Ends a forward whose rest is not needed."""
+
+
+def run_until(module: nn.Module, forward: Callable[[], object], *, before: bool = False) -> list[Any]:
+    """Run `forward` until a module has returned, and give its output in a list, empty if the module is not reached.
+
+    With `before`, run it until the module is called, and give its arguments.
+    """
+    found: list[Any] = []
+
+    def end(_: nn.Module, arguments: Any, *output: Any) -> None:
+        found.extend(output or [arguments])
+        raise _EndedError
+
+    handle = module.register_forward_pre_hook(end) if before else module.register_forward_hook(end)
+    try:
+        forward()
+    except _EndedError:
+        pass
+    finally:
+        handle.remove()
+    return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -125,6 +127,21 @@ def test_other_models_have_none(of: Any) -> None:
     config = of()
     cls = tf.AutoModelForSeq2SeqLM if config.is_encoder_decoder else tf.AutoModelForSequenceClassification
     assert find_head(cls.from_config(config)) is None
+
+
+def test_a_model_is_not_held() -> None:
+    """What is known of its head stays no longer than the model."""
+
+    def use() -> weakref.ref[nn.Module]:
+        model = build("gpt2", GPT2)
+        head = find_head(model)
+        assert head is not None
+        assert head.run(lambda: model(**batch_of(model))) is not None
+        return weakref.ref(model.transformer)
+
+    body = use()
+    gc.collect()
+    assert body() is None
 
 
 def test_a_head_that_mixes_positions_is_run_whole() -> None:

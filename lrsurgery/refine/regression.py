@@ -11,6 +11,7 @@ centred, and the bias takes the means.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 
 from lrsurgery.calibration.statistics import damping_share
 from lrsurgery.linalg.weighted import Metric, weighted_factors
-from lrsurgery.modules import Unfilled
+from lrsurgery.modules import Unfilled, run_until
 from lrsurgery.refine.activations import Cache, Masks, fitting, run
 from lrsurgery.runtime import Processes
 from lrsurgery.surgery.apply import factorised_layers
@@ -69,7 +70,7 @@ def regress_(
     """
     layers = {name: layer for name, layer in factorised_layers(block).items() if _is_plain(layer)}
     fitted: list[str] = []
-    for group in _groups(block, layers, given[1][0]):
+    for group in _groups(block, layers, given[1], numbers):
         sums = _collect(dense, block, {name: layers[name] for name in group.names}, given, numbers, masks)
         if processes.any(sums is None):
             continue
@@ -89,9 +90,26 @@ def _is_plain(layer: FactorisedLayer) -> bool:
     return not (odd or layer.tied or layer.folded or isinstance(layer, SharedLinear))
 
 
-def _groups(block: nn.Module, layers: dict[str, FactorisedLayer], call: Any) -> Iterator[_Group]:
-    """The layers that run once, in order, together where they are given the same tensor."""
-    seen: list[tuple[str, Tensor]] = []  # holds the tensors, so that no other takes their place
+def _groups(
+    block: nn.Module, layers: dict[str, FactorisedLayer], given: Cache, numbers: Sequence[int]
+) -> Iterator[_Group]:
+    """The layers that run once in each call, in order, together where the first call gives them the same tensor."""
+    groups: dict[tuple[int, str], _Group] = {}
+    often: set[str] = set()
+    first: list[tuple[str, Tensor]] = []  # holds the tensors, so that no other takes their place
+    for number in numbers:
+        seen = _seen(block, layers, given[number])
+        first = first or seen
+        often |= {name for name, count in Counter(name for name, _ in seen).items() if count > 1}
+    for name, x in first:
+        if name not in often:
+            groups.setdefault((id(x), layers[name].kind), _Group()).names.append(name)
+    yield from groups.values()
+
+
+def _seen(block: nn.Module, layers: dict[str, FactorisedLayer], call: Any) -> list[tuple[str, Tensor]]:
+    """Each run of a layer in a call of the block, with its input."""
+    seen: list[tuple[str, Tensor]] = []
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: seen.append((name, args[0])))  # type: ignore[misc]
         for name, layer in layers.items()
@@ -102,12 +120,7 @@ def _groups(block: nn.Module, layers: dict[str, FactorisedLayer], call: Any) -> 
     finally:
         for handle in handles:
             handle.remove()
-    names = [name for name, _ in seen]
-    groups: dict[tuple[int, str], _Group] = {}
-    for name, x in seen:
-        if names.count(name) == 1:
-            groups.setdefault((id(x), layers[name].kind), _Group()).names.append(name)
-    yield from groups.values()
+    return seen
 
 
 def _collect(
@@ -148,28 +161,11 @@ def _add_product_(sums: Tensor, one: Tensor, other: Tensor) -> None:
         some.add_(part @ other)
 
 
-class _SeenError(Exception):
-    """Ends a forward whose rest is not needed."""
-
-
 def _input_of(block: nn.Module, name: str, call: Any) -> Tensor | None:
     """The first input of a layer in a call of its block; None if the call does not come to it."""
-    found: list[Tensor] = []
-
-    def see(_: nn.Module, args: Any) -> None:
-        found.append(args[0].detach())
-        raise _SeenError
-
-    layer = block.get_submodule(name) if name else block
-    handle = layer.register_forward_pre_hook(see)
-    try:
-        with torch.no_grad():
-            run(block, call)
-    except _SeenError:
-        pass
-    finally:
-        handle.remove()
-    return found[0] if found else None
+    with torch.no_grad():
+        found = run_until(block.get_submodule(name) if name else block, lambda: run(block, call), before=True)
+    return found[0][0].detach() if found else None
 
 
 @torch.no_grad()

@@ -136,3 +136,25 @@ def test_padding_does_not_count() -> None:
         torch.testing.assert_close(
             block.get_submodule(name).weight * 1, other.get_submodule(name).weight * 1, atol=1e-4, rtol=1e-4
         )
+
+
+class Again(Block):
+    """Runs its last layer a second time for inputs that are large."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.left(x)) * self.right(x)
+        if bool(x.abs().mean() > 2):
+            self.last(hidden)
+        return self.last(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_a_layer_that_runs_twice_in_any_call_stays(large: bool) -> None:
+    torch.manual_seed(0)
+    dense, block = Again(False), Again(False)
+    block.load_state_dict(dense.state_dict())
+    lrsurgery.factorise_(block, rank=3, allow_larger=True, heads=True)
+    x = [torch.randn(64, 10), torch.randn(64, 10) * (4 if large else 1)]
+    given = caches(x, x)
+    fitted = regress_(dense, block, (given[0], given[1]), range(2), [(None,), (None,)], ALONE)
+    assert fitted == (["left", "right"] if large else ["left", "right", "last"])
