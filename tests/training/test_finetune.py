@@ -25,6 +25,7 @@ from lrsurgery.errors import SurgeryError
 from lrsurgery.progress import Listener, TrainingStep
 from lrsurgery.training import publish
 from lrsurgery.training.finetune import finetune
+from lrsurgery.training.loop import trainer
 from lrsurgery.training.publish import Outcome
 
 pytestmark = pytest.mark.process  # each trains or reads a model: seconds a test
@@ -306,6 +307,32 @@ def test_a_teacher_is_matched(bench: Path, tmp_path: Path) -> None:
             ours, theirs = student(input_ids=ids).logits.log_softmax(-1), teacher(input_ids=ids).logits.log_softmax(-1)
         distances[weight] = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
     assert distances[1.0] < 0.5 * distances[0.0]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_distillation_in_parts_trains_as_the_whole(
+    accumulate: int, bench: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss, scale and gradients of a run are those of whole logits."""
+    parts: list[int] = []
+    original = trainer.distil_split
+
+    def counted(*args: Any) -> Any:
+        parts.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(trainer, "distil_split", counted)
+    how = {"steps": 3, "lr": 2e-3, "teacher": str(bench / "gpt2"), "accumulate": accumulate}
+    given = text(bench, model=str(bench / "half"), **how)
+    whole, _ = healed(given, tmp_path / "whole")
+    assert not parts
+    monkeypatch.setattr(trainer, "MOST_WHOLE", 0)
+    split, _ = healed(given, tmp_path / "split")
+    assert len(parts) == 3 * accumulate
+    wanted = load_file(whole.output / "model.safetensors")
+    found = load_file(split.output / "model.safetensors")
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4)
 
 
 def test_a_teacher_whose_classes_stand_in_another_order(tmp_path: Path) -> None:

@@ -221,7 +221,8 @@ class LowRankTrainer(Trainer):  # type: ignore[misc]
         None where a head needs all positions at once, and where a model's own loss may hold more than its tokens'.
         """
         ours, theirs = find_head(model), find_head(self.teacher)
-        if ours is None or theirs is None or getattr(self.subject.config, "output_router_logits", False):
+        more = getattr(self.subject.config, "output_router_logits", False)
+        if ours is None or theirs is None or more or self.is_fsdp_enabled:  # whose weights are there in whole forwards
             return None
         own = {name: value for name, value in inputs.items() if name != "labels"}
         with self.compute_loss_context_manager():
