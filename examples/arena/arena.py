@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import figures
-from figures import HUB, Harness, Log, Text, digest_of, kept, read_texts, state_of
+from figures import HUB, Harness, Log, Text, digest_of, kept, read_texts, refuse, state_of
 
 TASKS = ("openbookqa", "arc_easy", "arc_challenge", "winogrande", "hellaswag", "piqa", "mathqa")
 
@@ -96,14 +96,14 @@ def rows_of(model: str, calibrations: Sequence[Text], args: argparse.Namespace) 
     try:
         source = SourceOptions().resolve(model)
     except SurgeryError as e:
-        sys.exit(str(e))
+        refuse(str(e))
     folder = source.folder
     if folder is None or source.library != "transformers":
-        sys.exit(f"{model}: no folder of transformers; the protocol is for language models")
+        refuse(f"{model}: no folder of transformers; the protocol is for language models")
     limit = maximum_positions(folder)
     if limit is not None and limit < args.block_size:
         bound = f"has {limit:,} positions, fewer than blocks of {args.block_size:,}"
-        sys.exit(f"{model}: {bound}; give --block-size {limit} or less")
+        refuse(f"{model}: {bound}; give --block-size {limit} or less")
     if source.is_factorised:
         report = json.loads((folder / "rank_report.json").read_text(encoding="utf-8"))
         layers = [layer for layer in report["layers"] if layer["full_rank"]]
@@ -254,7 +254,14 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add("--precision", choices=list(figures.DTYPES), default="fp32", help="arithmetic (default: %(default)s)")
     add("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     add("--json", action="store_true", help="one JSON object in place of the table")
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    for name in ("block_size", "samples", "limit", "batch_size"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} {value}: write 1 or more")
+    for keep in args.keep:
+        if not 0 < keep < 1:
+            parser.error(f"--keep {keep:g}: write a share between 0 and 1, such as 0.8")
+    return args
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -275,6 +282,8 @@ def main(words: Sequence[str] | None = None) -> None:
     elif "lm_eval" not in versions():
         tasks = []
         log.leave_out("tasks", "lm_eval is not installed", "pip install 'lm_eval>=0.4.13'")
+    if not texts and not tasks:
+        refuse("nothing is left to measure; see the lines above")
     all_found, failed = [], False
     for row in [row for model in args.models for row in rows_of(model, calibrations, args)]:
         try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of --precision, as lm_eval has them
 
@@ -76,6 +76,12 @@ class Log:
             self.say(line)
 
 
+def refuse(line: str) -> NoReturn:
+    """End with one line and exit code 2: the command cannot be followed."""
+    print(line, file=sys.stderr)
+    sys.exit(2)
+
+
 def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -129,7 +135,7 @@ def read_texts(asked: Sequence[str], side: str, log: Log) -> list[Text]:
         name, _, file = each.partition("=")
         remedy = f"give {name}=FILE (.txt, .jsonl or .parquet)"
         if not file and name not in HUB:
-            sys.exit(f"{each}: write NAME=FILE, or one of {', '.join(HUB)} for the hub's")
+            refuse(f"{each}: write NAME=FILE, or one of {', '.join(HUB)} for the hub's")
         try:
             found.append(read_text(each, side))
         except Exception as e:  # `datasets` and the network raise anything

@@ -142,13 +142,31 @@ def test_the_table_says_what_is_in_the_calibrations_domain(tmp_path: Path) -> No
 def test_missing_data_and_positions_are_told_in_one_line(tmp_path: Path) -> None:
     model = arguments(tmp_path)[0]
     done = program(sys.executable, FOLDER / "arena.py", model, "--output", tmp_path / "arena")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == f"{model}: has 32 positions, fewer than blocks of 2,048; give --block-size 32 or less\n"
     assert not (tmp_path / "arena").exists()
 
-    out, err = run(model, "--output", tmp_path / "arena", "--block-size", "16", "--no-tasks", "--keep", "0.6")
+    texts = ["--texts", f"topics={tmp_path / 'valid.txt'}", "wikitext2", "c4"]
+    out, err = run(model, "--output", tmp_path / "arena", "--block-size", "16", "--no-tasks", "--keep", "0.6", *texts)
     for name, side in (("wikitext2", "test"), ("c4", "test"), ("wikitext2", "train")):
         lines = [line for line in err if line.startswith(f"{name}, {side} text: left out, ")]
         assert len(lines) == 1
         assert lines[0].endswith(f"; give {name}=FILE (.txt, .jsonl or .parquet)")
         assert f"- {lines[0]}" in out
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        pytest.param(["--keep", "1.5"], "--keep 1.5: write a share between 0 and 1", id="share"),
+        pytest.param(["--samples", "0"], "--samples 0: write 1 or more", id="samples"),
+        pytest.param(["--texts", "topics=missing.txt"], "nothing is left to measure", id="no text"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_a_model_is_made(
+    tmp_path: Path, changes: list[str], line: str
+) -> None:
+    done = program(sys.executable, FOLDER / "arena.py", *arguments(tmp_path), *changes)
+    assert done.returncode == 2
+    assert line in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "arena" / "models").exists()
