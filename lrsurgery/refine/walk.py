@@ -29,7 +29,7 @@ from lrsurgery.progress import SILENT, USUAL, Listener
 from lrsurgery.refine.activations import Cache
 from lrsurgery.refine.norms import refresh_norms_
 from lrsurgery.refine.options import Refinement
-from lrsurgery.refine.reconstruction import Fit, Samples, fit_, held_out
+from lrsurgery.refine.reconstruction import HELD_OUT, Fit, Samples, fit_, held_out
 from lrsurgery.refine.regression import Weights, regress_
 from lrsurgery.refine.streams import Pair, visit_pairs
 from lrsurgery.runtime import Processes
@@ -84,14 +84,18 @@ def refine_(
     """Fit the blocks of a factorised model in memory to those of the dense model, without labels, in place.
 
     `batches` are dicts of keyword arguments, tensors or tuples, of the same number of samples but for the last; one of
-    eight is held out. `statistics` are those that `module` was factorised with, if any: their gradients weigh the
-    closed form; see `Refinement`. Returns what it did to each block, in the order in which they run. Raises
-    CalibrationError as `refine_blocks_` does.
+    eight is held out, so give eight or more: of fewer a larger share is. `statistics` are those that `module` was
+    factorised with, if any: their gradients weigh the closed form; see `Refinement`. Returns what it did to each block,
+    in the order in which they run. Raises CalibrationError as `refine_blocks_` does.
     """
-    if not batches:
-        raise CalibrationError("no batches to refine on")
     importance = None if statistics is None else "fisher" if statistics.has_gradients else "activations"
     options = (refinement or Refinement()).after(importance)
+    _check_count(batches)
+    if (count := len(batches)) < HELD_OUT:
+        kept = held_out(count)
+        listener.note(
+            f"refinement: {kept} of {count} batches held out; {HELD_OUT} or more, smaller, leave more to fit to"
+        )
     first = next(tensors_of(batches[0]))
     was = module.training, against.training
     try:
@@ -113,8 +117,10 @@ def refine_blocks_(walk: Walk, store: Store | None = None, listener: Listener = 
     """Fit each block of the compressed model to the same block of the dense one, and say what it did to the errors.
 
     A block whose outputs on held-out samples do not come nearer stays as it was. Blocks that run more than once in a
-    forward stay, too. Raises CalibrationError for models without blocks, or whose blocks differ.
+    forward stay, too. Raises CalibrationError for models without blocks, or whose blocks differ, and for fewer than
+    two batches.
     """
+    _check_count(walk.batches)
     look = _look(walk)
     blocks = look.blocks
     again = [name for name, count in blocks.items() if count != 1]
@@ -147,6 +153,13 @@ def refine_blocks_(walk: Walk, store: Store | None = None, listener: Listener = 
     finally:
         pairs.close()
     return fits
+
+
+def _check_count(batches: Sequence[Batch]) -> None:
+    if len(batches) < 2:
+        raise CalibrationError(
+            f"too few batches to refine on: {len(batches)} in a process, and one is held out of at least 2; add samples"
+        )
 
 
 class _Look(NamedTuple):

@@ -20,6 +20,7 @@ from lrsurgery.checkpoints.load import load_source
 from lrsurgery.checkpoints.source import resolve
 from lrsurgery.errors import CalibrationError
 from lrsurgery.factorise.work import blocks, opened
+from lrsurgery.progress import Listener
 from lrsurgery.refine.options import Refinement
 from lrsurgery.refine.walk import Walk, refine_blocks_
 from lrsurgery.report.schema import Report
@@ -82,6 +83,38 @@ def test_a_model_in_memory_is_refined_by_one_call() -> None:
     assert other.training
     assert all(fit.after < fit.before for fit in fits)
     assert all(torch.equal(other.state_dict()[name], tensor) for name, tensor in compressed.state_dict().items())
+
+
+def test_few_batches_are_told_and_one_is_refused() -> None:
+    """A single one would be fitted to nothing, in silence, since it is what is held out."""
+    dense, compressed = pair()
+    before = {name: tensor.clone() for name, tensor in compressed.state_dict().items()}
+    notes: list[str] = []
+
+    class Notes(Listener):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    with pytest.raises(CalibrationError, match="too few batches to refine on: 1 in a process"):
+        lrsurgery.refine_(compressed, dense, BATCHES[:1], refinement=FEW, listener=Notes())
+    assert all(torch.equal(before[name], tensor) for name, tensor in compressed.state_dict().items())
+    lrsurgery.refine_(compressed, dense, BATCHES[:2], refinement=FEW, listener=Notes())
+    assert notes[0] == "refinement: 1 of 2 batches held out; 8 or more, smaller, leave more to fit to"
+
+
+@pytest.mark.process
+def test_a_sample_alone_is_refused(text_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [
+        "refine",
+        text_model / "half",
+        "--against",
+        text_model / "dense",
+        "--calibration",
+        text_model / "train.txt",
+    ]
+    assert tiny.run(*words, "--samples", 1, "--output", tmp_path / "out") == 2
+    assert "too few batches to refine on" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_nothing_changes_where_nothing_is_lost() -> None:
