@@ -45,6 +45,7 @@ from lrsurgery.data.options import DataOptions
 from lrsurgery.data.tasks import TASKS, Subject, task_of
 from lrsurgery.linalg import Factors, balance, truncated_svd
 from lrsurgery.linalg.weighted import Metric, second_order, weighted_factors, weighted_values
+from lrsurgery.refine.reconstruction import HELD_OUT
 from lrsurgery.surgery.layers import factor_weights
 
 BATCH = {True: 8, False: 64}  # sequences, images
@@ -321,7 +322,9 @@ def by_refinement(case: Case, arguments: argparse.Namespace) -> list[dict[str, A
             statistics = collect(case, arguments.samples, seed)
             given: list[Any] = case.calibration(arguments.samples, seed)
             if case.subject.source.library == "timm":
-                given = [batch["pixel_values"] for batch in given]
+                # as many calls as the command makes, so that an eighth is held out and no more
+                images = torch.cat([batch["pixel_values"] for batch in given])
+                given = list(torch.split(images, max(1, len(images) // (2 * HELD_OUT))))
             made[cut].append(surgery(dense, cut, share, statistics))
             for name, how in REFINEMENTS.items():
                 model = copy.deepcopy(made[cut][-1])
