@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from lrsurgery.surgery import ranks as ranks
     from lrsurgery.surgery.apply import factorised_layers as factorised_layers
     from lrsurgery.surgery.decay import FrobeniusDecay as FrobeniusDecay
+    from lrsurgery.surgery.forms.layout import prepare_for_inference_ as prepare_for_inference_
     from lrsurgery.training.finetune import finetune as finetune
     from lrsurgery.training.loop.decay import FrobeniusDecayCallback as FrobeniusDecayCallback
 
@@ -67,6 +68,7 @@ _HOME = {
     "load_into_": "lrsurgery.checkpoints.loading.modules",
     "load_model": "lrsurgery.checkpoints.load",
     "pivot_": "lrsurgery.factorise.memory",
+    "prepare_for_inference_": "lrsurgery.surgery.forms.layout",
     "rank_report": "lrsurgery.report.rows",
     "save_model": "lrsurgery.checkpoints.output",
 }

@@ -5,11 +5,12 @@ in both forms against dense, in turn within one process. Both forms have the sam
 one has the higher ranks; "of balanced" is its speed over that of the balanced form. The ideal speedup is the ratio of
 operations that torch counts in both, so attention, embeddings and the head, which stay as they are, are in it. What has
 no such operations (activations, norms, softmax) takes its time in both, so the replaced layers are timed by themselves
-too. Peak memory is that of a training step, each model in a process of its own: model, gradients, AdamW's moments and
-activations, without what imports take.
+too, and "profile" says what takes the time of each model. "Prepared" is after `prepare_for_inference_`, of the dense
+model too. Peak memory is that of a training step, each model in a process of its own: model, gradients, AdamW's moments
+and activations, without what imports take.
 
 On a CPU in fp32: 1 and 8 sequences of 256 tokens (images for ViT), and one sequence token by token with a cache. On a
-GPU in bf16: batches of 1 to 256, with and without torch.compile.
+GPU in bf16: batches of 1 to 256. "compiled" is inference through torch.compile.
 
     python examples/benchmarks/running.py [--models gpt2 vit] [--work layers inference ...] [--save]
 """
@@ -37,7 +38,15 @@ import lrsurgery
 
 RANKS = ("dense", "params:0.5", "params:0.5 pivoted", "params:0.25", "params:0.25 pivoted")
 TOKENS, NEW_TOKENS, TRAINED = 256, 32, 8  # of a sequence; generated; sequences or images of a training step
-WORK = ("layers", "inference", "generation", "training", "memory")
+WORK = ("layers", "inference", "compiled", "generation", "training", "profile", "memory")
+PARTS = {  # of a profile, by the operations of torch that do the work
+    "products": ("aten::addmm", "aten::mm"),
+    "reordering": ("aten::gather", "aten::scatter_", "aten::cat", "aten::index_select"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "activations": ("aten::gelu", "aten::tanh", "aten::pow", "aten::mul"),
+    "norms": ("aten::native_layer_norm",),
+    "additions": ("aten::add", "aten::add_"),
+}
 
 
 def build(model: Any, rank: str, device: str) -> Any:
@@ -129,10 +138,14 @@ def cases(model: str, work: str, device: str) -> Iterator[tuple[str, dict[str, C
         m.to(dtype).eval()
     if work == "generation":
         x = batch(model, 1, device, dtype)
-        yield "token by token", {r: functools.partial(generate, m, x) for r, m in models.items()}
+        runs: dict[str, Callable[[], Any]] = {r: functools.partial(generate, m, x) for r, m in models.items()}
+        yield "token by token", runs
+        prepare(models)
+        yield "token by token, prepared", runs
         return
-    for count in (1, 8, 64, 256) if on_gpu else (1, 8):
-        if work == "layers":
+    counts = (1, 8, 64, 256) if on_gpu else (1, 8)
+    if work == "layers":
+        for count in counts:
             factorised = lrsurgery.factorised_layers(models[RANKS[1]])
             names = [n for n, m in factorised.items() if isinstance(m, lrsurgery.layers.FactorisedLinear)]
             positions = TOKENS if model == "gpt2" else 197
@@ -143,16 +156,76 @@ def cases(model: str, work: str, device: str) -> Iterator[tuple[str, dict[str, C
                 f"its layers alone, {count}",
                 {r: functools.partial(apply, [m.get_submodule(n) for n in names], inputs) for r, m in models.items()},
             )
-            continue
-        x = batch(model, count, device, dtype)
-        # of GPT-2, what follows the last token: the usual use, and the logits of 256 sequences would fill any GPU
-        calls: dict[str, Any] = {
-            r: functools.partial(m, logits_to_keep=1) if model == "gpt2" else m for r, m in models.items()
-        }
-        yield f"inference, {count}", {r: functools.partial(infer, m, x) for r, m in calls.items()}
-        if on_gpu:
-            compiled = {r: torch.compile(m) for r, m in calls.items()}
-            yield f"inference, {count}, compiled", {r: functools.partial(infer, m, x) for r, m in compiled.items()}
+        return
+    calls = {rank: as_used(model, made) for rank, made in models.items()}
+    for how in ("", ", prepared") if work == "inference" else (", compiled",):
+        if how == ", prepared":
+            prepare(models)
+        for count in counts:
+            x = batch(model, count, device, dtype)
+            made = {r: torch.compile(m) if how == ", compiled" else m for r, m in calls.items()}
+            yield f"inference, {count}{how}", {r: functools.partial(infer, m, x) for r, m in made.items()}
+            torch._dynamo.reset()
+
+
+def as_used(model: str, made: nn.Module) -> Callable[[Tensor], Any]:
+    """Of GPT-2, what follows the last token: the usual use, and the logits of 256 sequences would fill any GPU."""
+    return functools.partial(made, logits_to_keep=1) if model == "gpt2" else made
+
+
+def prepare(models: Mapping[str, nn.Module]) -> None:
+    for made in models.values():
+        lrsurgery.prepare_for_inference_(made)
+
+
+def profile(model: str, device: str, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds of each part of an inference of one sequence or image, prepared, and the speedup that is left.
+
+    "bound" is the speedup over dense if the products took their share of operations, and all else what it takes in the
+    dense model: the ideal of a model in which only products became cheaper.
+    """
+    x, runs = batch(model, 1, device, torch.float32), {}
+    for rank in RANKS:
+        made = build(model, rank, device).eval()
+        lrsurgery.prepare_for_inference_(made)
+        runs[rank] = functools.partial(infer, as_used(model, made), x)
+        runs[rank]()
+    rounds = [{rank: _parts(run) for rank, run in runs.items()} for _ in range(repeats)]
+    found = {
+        rank: ({part: 1e3 * median(each[rank][part] for each in rounds) for part in rounds[0][rank]}, operations(run))
+        for rank, run in runs.items()
+    }
+    dense, counted = found["dense"]
+    whole = sum(dense.values())
+    rows = []
+    for rank, (parts, operated) in found.items():
+        left = dense["products"] * operated / counted
+        bound = whole / (whole - dense["products"] + left)
+        speed = whole / sum(parts.values())
+        rows.append(
+            {
+                "model": model,
+                "rank": rank,
+                **{f"{part}, ms": seconds for part, seconds in parts.items()},
+                "speedup": speed,
+                "ideal": counted / operated,
+                "bound": bound,
+                "speedup / ideal": speed * operated / counted,
+                "speedup / bound": speed / bound,
+            }
+        )
+    return rows
+
+
+def _parts(run: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of the operations of each part in one run, and of all others."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        run()
+    part_of = {name: part for part, names in PARTS.items() for name in names}
+    seconds = dict.fromkeys([*PARTS, "the rest"], 0.0)
+    for event in seen.key_averages():
+        seconds[part_of.get(event.key, "the rest")] += event.self_cpu_time_total / 1e6
+    return seconds
 
 
 def speedup(seconds: Mapping[str, Sequence[float]], counted: Mapping[str, int], rank: str) -> dict[str, float]:
@@ -257,14 +330,19 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rows: list[dict[str, Any]] = []
     peaks: list[dict[str, Any]] = []
+    profiles: list[dict[str, Any]] = []
     for model in given.models:
         for work in given.work:
             if work == "memory":
                 peaks += memory(model)
+            elif work == "profile":
+                profiles += profile(model, device, given.repeats)
             elif (model, work) != ("vit", "generation"):
                 rows += throughput(model, work, device, given.repeats)
     if rows:
         harness.finish(given.name, rows, given)
+    if profiles:
+        harness.finish("running_profile", profiles, given)
     if peaks:
         harness.finish("training_memory", peaks, given)
 

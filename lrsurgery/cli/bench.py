@@ -76,6 +76,9 @@ def bench(
         option("--threads", panel=MACHINE, metavar="N", text="Threads of the CPU; torch's default.", default=False),
     ] = None,
     compiled: Annotated[bool, option("--compile", panel=MACHINE, text="Models through torch.compile.")] = False,
+    prepare: Annotated[
+        bool, option("--prepare", panel=MACHINE, text="Weights as a CPU decodes fastest (prepare_for_inference_).")
+    ] = False,
     architecture: ArchitectureOption = None,
     trust_remote_code: TrustOption = False,
     save: Annotated[bool, option("--save", panel=OUTPUT, text="bench.json in MODEL's folder too.")] = False,
@@ -113,6 +116,7 @@ def bench(
         dtype=str(dtype),
         threads=threads,
         compile=compiled,
+        prepare=prepare,
         seed=seed,
         task=None if task is None else str(task),
         trust_remote_code=trust_remote_code,

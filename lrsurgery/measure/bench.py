@@ -49,6 +49,7 @@ from lrsurgery.report.bench import (
 )
 from lrsurgery.runtime import MOST_JOBS, check_seed, imported, machine_of, pick_device, pick_dtype, versions
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.forms.layout import prepare_for_inference_
 from lrsurgery.surgery.layers import count_parameters
 from lrsurgery.text import expanded
 from lrsurgery.timing import CONFIDENCE, Timings, Workload, compare, percentile
@@ -72,6 +73,7 @@ class BenchOptions:
     dtype: str = "keep"
     threads: int | None = None  # None: as torch has them
     compile: bool = False
+    prepare: bool = False  # weights laid out by `prepare_for_inference_`, of both models
     seed: int = 0
     task: str | None = None
     trust_remote_code: bool = False
@@ -166,6 +168,8 @@ class _Measurement:
         # peaks come first, while this process holds no model
         peaks = {reference: self._peak(reference, max(lengths)) for reference in distinct}
         models = [contender.load(self.device, self.dtype) for contender in self.contenders]
+        if self.options.prepare:
+            self._prepare(models)
         trust = self.options.trust_remote_code
         self.notes += [
             f"{contender.source.reference}: {note}"
@@ -198,6 +202,11 @@ class _Measurement:
             layers=layers,
             notes=list(dict.fromkeys(self.notes)),
         )
+
+    def _prepare(self, models: Sequence[nn.Module]) -> None:
+        changed = [prepare_for_inference_(model) for model in models]
+        if not any(changed):
+            self.notes.append("--prepare changed nothing: every linear layer lies so already, or is not on a CPU")
 
     def _begin(self, name: str) -> None:
         self.listener.progress(name, self.done, self.total)
@@ -240,6 +249,7 @@ class _Measurement:
             batch=max(self.options.batch),
             length=length,
             seed=self.options.seed,
+            prepare=self.options.prepare,
             imports=tuple(imported),
         )
         peak, note = peak_memory(request)
@@ -309,6 +319,8 @@ class _Measurement:
         """A layer against its dense form, on random input of the shape that it has in the model."""
         self._begin(group.names[0])
         layer, dense, x = group.layer, group.build_dense(), group.random_input(self.device, self.options.seed)
+        if self.options.prepare:
+            prepare_for_inference_(dense)
         calls = GPU_CALLS if self.device.type == "cuda" else 1
         workloads = []
         for module in (layer, dense):

@@ -38,6 +38,7 @@ class MemoryRequest:
     length: int
     seed: int
     architecture: str | None = None
+    prepare: bool = False
     imports: tuple[str, ...] = ()  # Python files that register models
 
 
@@ -66,6 +67,7 @@ def measure_peak(request: MemoryRequest) -> int | None:
     import torch
 
     from lrsurgery.measure.workloads import Contender, make_workload, name_failures
+    from lrsurgery.surgery.forms.layout import prepare_for_inference_
 
     device = pick_device(request.device)
     torch.set_num_threads(request.threads)
@@ -73,6 +75,8 @@ def measure_peak(request: MemoryRequest) -> int | None:
 
     def load_and_run() -> None:
         model = contender.load(device, pick_dtype(request.dtype))
+        if request.prepare:
+            prepare_for_inference_(model)
         with name_failures(request.reference, f"{request.batch} x {request.length}"):
             x = contender.random_input(model, request.batch, request.length, request.seed)
             workload = make_workload(model, x, contender.works[0])

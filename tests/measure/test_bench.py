@@ -30,6 +30,7 @@ from lrsurgery.measure.workloads import DECODE, FORWARD, PREFILL, count_flops, m
 from lrsurgery.report.bench import Bench, read_bench
 from lrsurgery.report.views.speed import bench_layer_table, size_table, speed_table
 from lrsurgery.surgery.apply import factorised_layers
+from lrsurgery.surgery.forms.layout import prepare_for_inference_
 from lrsurgery.timing import Workload, compare, median_interval, percentile
 
 CPU = torch.device("cpu")
@@ -247,6 +248,24 @@ def test_an_image_model_gets_images_of_its_size(models: Path) -> None:
     assert set(named) == set(factorised_layers(lrsurgery.load_model(models / "small")))
     assert all(len(row["input"]) == 4 and row["input"][0] == 3 for row in body["layers"])
     assert body["notes"] == [f"no memory of {models / 'small'}"]
+
+
+@pytest.mark.usefixtures("in_one_process")
+def test_both_models_and_dense_layers_can_be_prepared(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[nn.Module] = []
+
+    def seen(module: nn.Module) -> list[str]:
+        given.append(module)
+        return prepare_for_inference_(module)
+
+    monkeypatch.setattr("lrsurgery.measure.bench.prepare_for_inference_", seen)
+    options = BenchOptions(batch=(1,), length=(8,), new_tokens=0, seconds=0.3, device="cpu", layers=True, prepare=True)
+    body = bench(str(models / "quarter"), str(models / "gpt2"), options)
+    assert len(given) == 2 + len(body["layers"])
+    assert body["options"]["prepare"] is True
+    assert not any("--prepare" in note for note in body["notes"])
+    body = bench(str(models / "resnet"), options=BenchOptions(batch=(1,), seconds=0.3, device="cpu", prepare=True))
+    assert body["notes"][-1] == "--prepare changed nothing: every linear layer lies so already, or is not on a CPU"
 
 
 @pytest.mark.usefixtures("in_one_process")
