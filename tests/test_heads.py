@@ -164,7 +164,7 @@ def test_statistics_do_not_depend_on_slices(name: str, monkeypatch: pytest.Monke
     wanted = collect_statistics(whole, batches, heads=True)
     monkeypatch.undo()
     monkeypatch.setattr(loss, "WIDE", 4 * 61)
-    monkeypatch.setattr(loss, "NARROW", 3 * 61)
+    monkeypatch.setattr(loss, "CACHED", 3 * 61)
     with widest(model.get_output_embeddings()) as most:
         found = collect_statistics(model, batches, heads=True)
     assert 0 < most[0] <= 4 * 61

@@ -23,7 +23,8 @@ IMPORTANCES = {
 }
 TEMPERATURE = 2.0  # better than 1 (examples/guides/calibration.md)
 WIDE = 1 << 24  # logits at a time: 64 MB in fp32
-NARROW = 1 << 22  # in fp64, several times: 32 MB
+CACHED = 1 << 20  # logits at a time that a CPU's cache holds
+RUN = 512  # classes that are summed together before one is drawn
 TINY = 1e-300
 
 Outputs: TypeAlias = Any  # a model's outputs: a mapping, an object with logits, a tensor
@@ -105,27 +106,63 @@ class SampledLoss:
 
     def _gradients(self, logits: Tensor, draws: tuple[Tensor, ...]) -> Tensor:
         """Weighted gradients (n, classes) at logits (n, classes), in fp32."""
-        flat = logits.detach().float()
-        if not bool(torch.isfinite(flat.logsumexp(-1)).all()):  # -inf only excludes a class
-            raise CalibrationError("the model's logits hold NaN or Inf; check the data or the model")
-        self._scored += len(flat)
-        size, gradients = max(1, NARROW // flat.shape[-1]), torch.empty_like(flat)
-        for out, *part in zip(*(torch.split(each, size) for each in (gradients, flat, *draws)), strict=True):
-            out.copy_(self._logit_gradients(*part))
+        logits = logits.detach()
+        gradients = torch.empty_like(logits, dtype=torch.float32)
+        size = max(1, (CACHED if logits.device.type == "cpu" else WIDE) // logits.shape[-1])
+        for out, *part in zip(*(torch.split(each, size) for each in (gradients, logits, *draws)), strict=True):
+            self._fill_(out, *part)
+        self._scored += len(logits)
         return gradients
 
-    def _logit_gradients(self, logits: Tensor, places: Tensor, signs: Tensor) -> Tensor:
-        """In fp64, since 1 - p matters for p near 1."""
-        p = (logits.double() / self._temperature).softmax(-1)
-        squares = torch.linalg.vecdot(p, p)[:, None]
-        lengths = (1 - p).square_().add_((squares - p.square()).clamp_(min=0)).sqrt_()
-        self._uncertainty += float((1 - squares).sum())
-        steps = (p * lengths).cumsum_(-1)  # sampling by the inverse of the distribution function
-        total = steps[:, -1:].clone()
-        classes = torch.searchsorted(steps, places * total, right=True).clamp(max=p.shape[-1] - 1)
-        weights = (total / lengths.gather(-1, classes).clamp(min=TINY)).sqrt()  # sqrt(p / q)
-        gradients = p.scatter_(-1, classes, p.gather(-1, classes) - 1)
-        return gradients.mul_(weights * signs)
+    def _fill_(self, out: Tensor, logits: Tensor, places: Tensor, signs: Tensor) -> None:
+        """Write the gradients at `logits` (n, classes) to `out`, in fp32.
+
+        What is near 1 - 1 would be lost in fp32, so the likeliest class is kept apart: `e` are the others' odds against
+        it, p / p_top, and figures of a whole row are in fp64.
+        """
+        largest, top = logits.max(-1, keepdim=True)
+        e = torch.sub(logits.float(), largest.float(), out=out).div_(self._temperature).exp_().scatter_(-1, top, 0)
+        odds, squares = e.sum(-1, keepdim=True).double(), torch.linalg.vecdot(e, e)[:, None].double()
+        if not bool((torch.isfinite(largest) & torch.isfinite(odds)).all()):  # -inf only excludes a class
+            raise CalibrationError("the model's logits hold NaN or Inf; check the data or the model")
+        p_top = 1 / (1 + odds)
+        rest, squares = odds * p_top, squares * p_top.square()  # of the other classes: sum of p, sum of p^2
+        self._uncertainty += float((rest * (1 + p_top) - squares).sum())
+        purity = (
+            1 + squares + p_top.square()
+        )  # ||p - e_c||^2 = 1 - 2 p_c + ||p||^2, of the likeliest class rest^2 + squares
+        length_of_top = (rest.square() + squares).sqrt()
+        steps = torch.addcmul(purity.float(), e, (-2 * p_top).float()).sqrt_().mul_(e)
+        steps.scatter_(-1, top, length_of_top.float())  # p ||p - e_c|| over p_top
+        classes, total = _choose(steps, places)
+        p = e.gather(-1, classes).double() * p_top
+        is_top = classes == top
+        length = torch.where(is_top, length_of_top, (purity - 2 * p).sqrt())
+        weights = signs * (total * p_top / length.clamp(min=TINY)).sqrt()  # sqrt(p / q)
+        out.mul_((p_top * weights).float()).scatter_(-1, top, (p_top * weights).float())
+        out.scatter_(-1, classes, (weights * torch.where(is_top, -rest, p - 1)).float())
+
+
+def _choose(steps: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """The classes (n, 1) at these places of [0, 1) where each has a share in proportion to `steps` (n, classes).
+
+    By the inverse of the distribution function, which is summed in fp64 only where the place falls. Returns the sums
+    (n, 1) of the steps too.
+    """
+    count = steps.shape[-1]
+    whole = count // RUN * RUN
+    runs = steps[:, :whole].unflatten(-1, (-1, RUN)).sum(-1)  # type: ignore[no-untyped-call]
+    if whole < count:
+        runs = torch.cat([runs, steps[:, whole:].sum(-1, keepdim=True)], -1)
+    upto = runs.double().cumsum_(-1)
+    aims = places * upto[:, -1:]
+    run = torch.searchsorted(upto, aims, right=True).clamp_(max=runs.shape[-1] - 1)
+    inside = run * RUN + torch.arange(RUN, device=steps.device)
+    own = steps.gather(-1, inside.clamp(max=count - 1)).double().masked_fill_(inside >= count, 0).cumsum_(-1)
+    # the sum of the run is that of fp32, so an aim at its very end may lie behind the last class
+    aims = aims - upto.gather(-1, run) + runs.gather(-1, run)
+    last = (own < own[:, -1:]).sum(-1, keepdim=True)  # the last class of the run with a share
+    return run * RUN + torch.searchsorted(own, aims, right=True).minimum(last), upto[:, -1:]
 
 
 class PixelLoss(SampledLoss):
