@@ -1,8 +1,9 @@
 """Fisher calibration of a model whose logits dwarf it: Gemma-3-270M's shape, random weights, 262,144 tokens.
 
-Memory is that of the whole command, without mapped files, whatever the number of samples: batches run one after
-another. Time is that of `collect_statistics` over a plain training forward and backward, weight gradients and whole
-logits included, on the same tokens in turn. Tokens are random.
+Memory is that of whole commands, without mapped files: of calibration, whatever the number of samples, since batches
+run one after another, of evaluation, and of healing with the dense model as teacher. Time is that of
+`collect_statistics` over a plain training forward and backward, weight gradients and whole logits included, on the same
+tokens in turn. Tokens are random.
 
     python examples/benchmarks/large_vocabulary.py --save
 """
@@ -13,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 import transformers as tf
@@ -39,21 +41,55 @@ BATCHES = 4  # of one sequence, in each round of the times
 BARS = {"peak GB, own": 4.0, "time over forward and backward": 1.6}
 
 
+def command(*words: str | Path) -> dict[str, float]:
+    return run_watched([sys.executable, "-m", "lrsurgery", *map(str, words), "--quiet"])
+
+
+def whole_commands(model: tf.PreTrainedModel, samples: int, length: int, batch: int) -> list[dict[str, Any]]:
+    """Memory of calibration, of evaluation and of two steps of healing, each as one process."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, cut, healed = (Path(temporary) / name for name in ("model", "cut", "healed"))
+        model.to(torch.bfloat16).save_pretrained(folder)  # type: ignore[arg-type]
+        tokens = write_tokens(folder, SHAPE["vocab_size"], max(samples, 2 * batch) * length)
+        size = ("--block-size", str(length))
+        factorise = ("factorise", folder, "--budget", "0.8", "--no-loss-check", "--no-cache", "--output", cut)
+        several = ("--batch-size", str(batch))
+        heal = (
+            "finetune",
+            cut,
+            "--data",
+            tokens,
+            "--teacher",
+            folder,
+            "--steps",
+            "2",
+            "--lr",
+            "1e-4",
+            "--output",
+            healed,
+        )
+        found = {
+            f"calibration, {samples} x {length} tokens": command(
+                *factorise, "--calibration", tokens, "--samples", str(samples), *size
+            ),
+            f"evaluate, {batch} x {length} tokens a batch": command("evaluate", cut, "--data", tokens, *several, *size),
+            f"finetune --teacher, {batch} x {length} tokens a step": command(*heal, *several, *size),
+        }
+    return [
+        {"command": name, "peak GB, own": each["own_bytes"] / 1e9, "with files": each["peak_bytes"] / 1e9}
+        for name, each in found.items()
+    ]
+
+
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--samples", type=int, default=4, help="of the command whose memory is measured")
     options.add_argument("--block-size", type=int, default=512)
+    options.add_argument("--batch-size", type=int, default=8, help="of evaluation and healing")
     arguments = options.parse_args()
     torch.manual_seed(0)
     model = tf.Gemma3ForCausalLM(tf.Gemma3TextConfig(**SHAPE)).eval()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        model.to(torch.bfloat16).save_pretrained(folder)
-        tokens = write_tokens(folder, SHAPE["vocab_size"], arguments.samples * 512)
-        words = [sys.executable, "-m", "lrsurgery", "factorise", str(folder), "--budget", "0.8", "--no-loss-check"]
-        words += ["--calibration", str(tokens), "--samples", str(arguments.samples), "--no-cache", "--quiet"]
-        words += ["--block-size", str(arguments.block_size), "--output", str(Path(temporary) / "out")]
-        memory = run_watched(words)
+    rows = whole_commands(model, arguments.samples, arguments.block_size, arguments.batch_size)
     model.float()
     batches = [{"input_ids": torch.randint(2, SHAPE["vocab_size"], (1, arguments.block_size))} for _ in range(BATCHES)]
 
@@ -71,18 +107,16 @@ def main() -> None:
 
     seconds = in_turn({"train": train, "calibrate": calibrate}, arguments.repeats)
     over = ratio(seconds["calibrate"], seconds["train"])
-    row = {
-        "parameters, M": sum(p.numel() for p in model.parameters()) / 1e6,
-        "samples": f"{arguments.samples} of {arguments.block_size} tokens",
-        "peak GB, own": memory["own_bytes"] / 1e9,
-        "with files": memory["peak_bytes"] / 1e9,
+    times = {
         "seconds a sample": median(seconds["calibrate"]) / BATCHES,
         "forward and backward": median(seconds["train"]) / BATCHES,
         "time over forward and backward": over["median"],
         "smallest": over["min"],
         "largest": over["max"],
     }
-    finish("large_vocabulary", [row], arguments, bars=BARS)
+    rows = [{**row, **(times if number == 0 else dict.fromkeys(times))} for number, row in enumerate(rows)]
+    parameters = sum(p.numel() for p in model.parameters())
+    finish("large_vocabulary", rows, arguments, bars=BARS, parameters=parameters)
 
 
 if __name__ == "__main__":
