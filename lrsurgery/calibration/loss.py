@@ -128,9 +128,8 @@ class SampledLoss:
         p_top = 1 / (1 + odds)
         rest, squares = odds * p_top, squares * p_top.square()  # of the other classes: sum of p, sum of p^2
         self._uncertainty += float((rest * (1 + p_top) - squares).sum())
-        purity = (
-            1 + squares + p_top.square()
-        )  # ||p - e_c||^2 = 1 - 2 p_c + ||p||^2, of the likeliest class rest^2 + squares
+        # ||p - e_c||^2 = 1 + ||p||^2 - 2 p_c; of the likeliest class rest^2 + squares
+        purity = 1 + squares + p_top.square()
         length_of_top = (rest.square() + squares).sqrt()
         steps = torch.addcmul(purity.float(), e, (-2 * p_top).float()).sqrt_().mul_(e)
         steps.scatter_(-1, top, length_of_top.float())  # p ||p - e_c|| over p_top
@@ -150,19 +149,20 @@ def _choose(steps: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
     (n, 1) of the steps too.
     """
     count = steps.shape[-1]
-    whole = count // RUN * RUN
-    runs = steps[:, :whole].unflatten(-1, (-1, RUN)).sum(-1)  # type: ignore[no-untyped-call]
+    length = min(RUN, count)
+    whole = count // length * length
+    runs = steps[:, :whole].unflatten(-1, (-1, length)).sum(-1)  # type: ignore[no-untyped-call]
     if whole < count:
         runs = torch.cat([runs, steps[:, whole:].sum(-1, keepdim=True)], -1)
     upto = runs.double().cumsum_(-1)
     aims = places * upto[:, -1:]
     run = torch.searchsorted(upto, aims, right=True).clamp_(max=runs.shape[-1] - 1)
-    inside = run * RUN + torch.arange(RUN, device=steps.device)
+    inside = run * length + torch.arange(length, device=steps.device)
     own = steps.gather(-1, inside.clamp(max=count - 1)).double().masked_fill_(inside >= count, 0).cumsum_(-1)
     # the sum of the run is that of fp32, so an aim at its very end may lie behind the last class
     aims = aims - upto.gather(-1, run) + runs.gather(-1, run)
     last = (own < own[:, -1:]).sum(-1, keepdim=True)  # the last class of the run with a share
-    return run * RUN + torch.searchsorted(own, aims, right=True).minimum(last), upto[:, -1:]
+    return run * length + torch.searchsorted(own, aims, right=True).minimum(last), upto[:, -1:]
 
 
 class PixelLoss(SampledLoss):
