@@ -35,6 +35,7 @@ from lrsurgery.measure.workloads import (
     layer_groups,
     make_workload,
     name_failures,
+    prepare,
 )
 from lrsurgery.progress import SILENT, Listener
 from lrsurgery.report.bench import (
@@ -49,7 +50,6 @@ from lrsurgery.report.bench import (
 )
 from lrsurgery.runtime import MOST_JOBS, check_seed, imported, machine_of, pick_device, pick_dtype, versions
 from lrsurgery.surgery.apply import factorised_layers
-from lrsurgery.surgery.forms.layout import prepare_for_inference_
 from lrsurgery.surgery.layers import count_parameters
 from lrsurgery.text import expanded
 from lrsurgery.timing import CONFIDENCE, Timings, Workload, compare, percentile
@@ -168,8 +168,7 @@ class _Measurement:
         # peaks come first, while this process holds no model
         peaks = {reference: self._peak(reference, max(lengths)) for reference in distinct}
         models = [contender.load(self.device, self.dtype) for contender in self.contenders]
-        if self.options.prepare:
-            self._prepare(models)
+        self.notes += prepare(models) if self.options.prepare else []
         trust = self.options.trust_remote_code
         self.notes += [
             f"{contender.source.reference}: {note}"
@@ -202,11 +201,6 @@ class _Measurement:
             layers=layers,
             notes=list(dict.fromkeys(self.notes)),
         )
-
-    def _prepare(self, models: Sequence[nn.Module]) -> None:
-        changed = [prepare_for_inference_(model) for model in models]
-        if not any(changed):
-            self.notes.append("--prepare changed nothing: every linear layer lies so already, or is not on a CPU")
 
     def _begin(self, name: str) -> None:
         self.listener.progress(name, self.done, self.total)
@@ -320,7 +314,7 @@ class _Measurement:
         self._begin(group.names[0])
         layer, dense, x = group.layer, group.build_dense(), group.random_input(self.device, self.options.seed)
         if self.options.prepare:
-            prepare_for_inference_(dense)
+            prepare([dense])
         calls = GPU_CALLS if self.device.type == "cuda" else 1
         workloads = []
         for module in (layer, dense):

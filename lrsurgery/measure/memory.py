@@ -66,8 +66,7 @@ def measure_peak(request: MemoryRequest) -> int | None:
     """The peak of this process, which must have done nothing else, in bytes; None where the system does not tell it."""
     import torch
 
-    from lrsurgery.measure.workloads import Contender, make_workload, name_failures
-    from lrsurgery.surgery.forms.layout import prepare_for_inference_
+    from lrsurgery.measure.workloads import Contender, make_workload, name_failures, prepare
 
     device = pick_device(request.device)
     torch.set_num_threads(request.threads)
@@ -76,7 +75,7 @@ def measure_peak(request: MemoryRequest) -> int | None:
     def load_and_run() -> None:
         model = contender.load(device, pick_dtype(request.dtype))
         if request.prepare:
-            prepare_for_inference_(model)
+            prepare([model])
         with name_failures(request.reference, f"{request.batch} x {request.length}"):
             x = contender.random_input(model, request.batch, request.length, request.seed)
             workload = make_workload(model, x, contender.works[0])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
@@ -28,6 +28,7 @@ from lrsurgery.data.text.padding import position_limit
 from lrsurgery.errors import DataError, SurgeryError
 from lrsurgery.surgery.apply import factorised_layers
 from lrsurgery.surgery.forms.fill import dense_bias
+from lrsurgery.surgery.forms.layout import prepare_for_inference_
 from lrsurgery.surgery.layers import FactorisedLayer, build_dense, dense_weight, outline
 from lrsurgery.timing import Workload
 
@@ -256,6 +257,12 @@ def _without_onednn() -> Iterator[None]:
         yield
     finally:
         torch.backends.mkldnn.set_flags(_enabled=before, _fp32_precision=None)  # type: ignore[no-untyped-call]
+
+
+def prepare(models: Iterable[nn.Module]) -> list[str]:
+    """Call `prepare_for_inference_` on each model; return a note if it changed none of them."""
+    changed = [prepare_for_inference_(model) for model in models]
+    return [] if any(changed) else ["--prepare changed nothing: every linear layer lies so already, or is not on a CPU"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,9 @@ def plainly(logits: Tensor, place: float, temperature: float) -> Tensor:
     found = []
     for row in logits.double() / temperature:
         p = row.softmax(-1)
-        lengths = torch.tensor([_length(p, c) for c in range(len(p))], dtype=torch.float64)
+        lengths = ((1 - p).square() + p.square().sum() - p.square()).sqrt()
+        for c in (p > 0.25).nonzero().flatten().tolist():  # for these the line before loses digits
+            lengths[c] = _length(p, c)
         shares = p * lengths
         q = shares / shares.sum()
         chosen = int((q.cumsum(0) <= place).sum())

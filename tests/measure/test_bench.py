@@ -258,7 +258,7 @@ def test_both_models_and_dense_layers_can_be_prepared(models: Path, monkeypatch:
         given.append(module)
         return prepare_for_inference_(module)
 
-    monkeypatch.setattr("lrsurgery.measure.bench.prepare_for_inference_", seen)
+    monkeypatch.setattr("lrsurgery.measure.workloads.prepare_for_inference_", seen)
     options = BenchOptions(batch=(1,), length=(8,), new_tokens=0, seconds=0.3, device="cpu", layers=True, prepare=True)
     body = bench(str(models / "quarter"), str(models / "gpt2"), options)
     assert len(given) == 2 + len(body["layers"])
