@@ -18,8 +18,8 @@ def prepare_for_inference_(module: nn.Module) -> list[str]:
     On one token a layer is a matrix times a vector and takes as long as its weight takes to read. BLAS reads a matrix
     of more outputs than inputs, such as u of a factorised layer and an output head, 1.3 to 3 times faster by columns.
     Values, parameters and forms stay as they are, and `state_dict` of `module` gives tensors in the usual layout: a
-    prepared model saves, trains and loads weights as before. It is none for torch's `fully_shard`, which wants
-    contiguous parameters. A table of tokens tied to a head is laid out for the head. Weights that are quantised,
+    prepared model saves, trains and loads weights as before. torch's `fully_shard` wants contiguous parameters, so it
+    refuses a prepared model. A table of tokens tied to a head is laid out for the head. Weights that are quantised,
     sharded or on another device stay as they are.
 
     Returns the names of the weights that it laid out anew.
